@@ -1,0 +1,3 @@
+from cacheroute.cli import main
+
+main()

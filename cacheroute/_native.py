@@ -1,0 +1,109 @@
+"""ctypes view of native/cacheroute.h, one to one. Who owns what and which thread may call is written there."""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_uint8, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from cacheroute.errors import CacherouteError
+
+EVICTIONS = {"lru": 0, "lfu": 1, "score": 2}
+
+
+class Routing(ctypes.Structure):
+    """struct cr_routing"""
+
+    _fields_ = [
+        ("strategy", c_int32),
+        ("k", c_int32),
+        ("m", c_int32),
+        ("j", c_int32),
+        ("p", c_double),
+        ("lambda_", c_double),
+        ("f", c_double),
+        ("max_loss", c_double),
+    ]
+
+
+class Shape(ctypes.Structure):
+    """struct cr_shape"""
+
+    _fields_ = [(n, c_int32) for n in ("n_layers", "n_expert", "n_used", "capacity", "eviction")]
+
+
+class Counters(ctypes.Structure):
+    """struct cr_counters"""
+
+    _fields_ = [
+        *((n, c_uint64) for n in ("tokens", "examined", "hits", "misses", "swapped", "dropped", "evictions")),
+        ("lost_mass", c_double),
+        *((n, c_uint64) for n in ("read_bytes", "reads", "read_ns", "evict_ns")),
+    ]
+
+
+class Tensor(ctypes.Structure):
+    """struct cr_tensor"""
+
+    _fields_ = [("layer", c_int32), ("file", c_int32), ("offset", c_uint64), ("expert_bytes", c_uint64), ("address", c_void_p)]
+
+
+_I32P, _F64P = POINTER(c_int32), POINTER(c_double)
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "cr_router_new": (c_void_p, [POINTER(Shape), POINTER(Routing), c_char_p, c_int32]),
+    "cr_router_free": (None, [c_void_p]),
+    "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, _I32P, _I32P, _I32P, _I32P, _I32P]),
+    "cr_router_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),
+    "cr_router_mean_range": (c_double, [c_void_p, c_int32]),
+    "cr_router_counters": (None, [c_void_p, c_int32, c_int32, POINTER(Counters)]),
+    "cr_router_reset": (None, [c_void_p]),
+    "cr_store_new": (c_void_p, [POINTER(c_char_p), c_int32, POINTER(Tensor), c_int32, c_int32, c_int32, c_char_p, c_int32]),
+    "cr_store_free": (None, [c_void_p]),
+    "cr_store_exchange": (None, [c_void_p, c_int32, _I32P, c_int32, _I32P, c_int32]),
+    "cr_store_clear": (None, [c_void_p]),
+    "cr_store_set_pace": (None, [c_void_p, c_double]),
+    "cr_store_resident_bytes": (c_uint64, [c_void_p]),
+    "cr_store_measure_resident": (c_uint64, [c_void_p]),
+    "cr_store_read_bytes": (c_uint64, [c_void_p]),
+    "cr_hook_new": (c_void_p, [POINTER(Shape), POINTER(Routing), _I32P, c_int32, c_void_p, c_char_p, c_int32]),
+    "cr_hook_free": (None, [c_void_p]),
+    "cr_hook_address": (c_void_p, [c_void_p]),
+    "cr_hook_set_phase": (None, [c_void_p, c_int32]),
+    "cr_hook_set_pace": (None, [c_void_p, c_double]),
+    "cr_hook_finish": (None, [c_void_p]),
+    "cr_hook_reset": (None, [c_void_p]),
+    "cr_hook_counters": (None, [c_void_p, c_int32, c_int32, POINTER(Counters)]),
+    "cr_hook_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),
+    "cr_hook_resident_bytes": (c_uint64, [c_void_p]),
+    "cr_hook_measure_resident": (c_uint64, [c_void_p]),
+    "cr_hook_error": (c_char_p, [c_void_p]),
+}
+
+
+def _load() -> ctypes.CDLL:
+    # An editable install keeps the library in site-packages and the Python files in the checkout.
+    folders = [Path(__file__).parent, Path(sysconfig.get_path("platlib")) / "cacheroute"]
+    for folder in folders:
+        for suffix in (".so", ".dylib"):
+            path = folder / "lib" / f"libcacheroute{suffix}"
+            if path.exists():
+                loaded = ctypes.CDLL(str(path))
+                for name, (result, arguments) in _SIGNATURES.items():
+                    function = getattr(loaded, name)
+                    function.restype, function.argtypes = result, arguments
+                return loaded
+    raise CacherouteError("The native library of cacheroute is missing; install cacheroute again with pip.")
+
+
+lib = _load()
+
+
+def checked(make: Any, *arguments: Any) -> int:
+    """Calls a cr_*_new and returns the handle. Raises CacherouteError with its sentence when it fails."""
+    error = ctypes.create_string_buffer(512)
+    handle = make(*arguments, error, len(error))
+    if not handle:
+        raise CacherouteError(error.value.decode("utf-8", "replace") + ".")
+    return int(handle)

@@ -1,0 +1,231 @@
+"""A loaded model that generates: llama_cpp.Llama with experts on flash, a budget, and a routing.
+
+One token passes: command -> Llama -> llama.cpp -> hook -> router -> store (native/). Knows no command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+from cacheroute import _llama, _native, experts, gguf_file
+from cacheroute import budget as budgets
+from cacheroute import routing as routings
+from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.stats import Counters, Stats
+
+_llama_cpp = _llama.module()
+_LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
+
+_api = _llama_cpp.llama_cpp._lib
+_api.llama_set_expert_hook.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+_api.llama_set_expert_hook.restype = None
+_api.llama_model_tensor_data.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+_api.llama_model_tensor_data.restype = ctypes.c_void_p
+
+
+class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
+    """`llama_cpp.Llama` whose routed experts stay in the file, at most `budget` of them in memory.
+
+    Args:
+        model_path: a GGUF file, or the first shard of a split one.
+        budget: "50%" or 30 (of the experts of each layer), "2GiB" (all layers together), "all".
+        routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); None leaves the hook unset: experts are
+            mapped and left to the kernel, and the budget is nobody's.
+        eviction: "lru", "lfu" or "score".
+        io: how misses are read; "mmap".
+        flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
+        Everything else: as llama_cpp.Llama.
+
+    Policies act on decoded tokens; prompts are routed by `original`. Tokens of generate() and everything above it are told
+    apart; tokens given to eval() directly are prompt, except within `decoding()`.
+
+    Routing state belongs to a sequence: reset() and, with a lossy routing, any generate() that does not continue the
+    tokens already evaluated start from an empty cache, so that a run can be repeated exactly.
+
+    Raises UsageError for arguments that do not fit the model, CacherouteError when the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        budget: str | int = "50%",
+        routing: str | routings.Routing | None = "original",
+        eviction: str = "lru",
+        io: str = "mmap",
+        flash_mbps: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._hook: int | None = None
+        self._stack = contextlib.ExitStack()  # close() works on a half-made object
+        gguf = gguf_file.read(model_path)
+        self.layout = experts.layout(gguf)
+        self.budget = budgets.parse(budget, self.layout)
+        self.routing = routings.parse(routing) if isinstance(routing, str) else routing
+        if self.routing:
+            self.routing.check(self.layout.n_expert, self.layout.n_used)
+        if eviction not in _native.EVICTIONS:
+            raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(_native.EVICTIONS)}.")
+        if io != "mmap":
+            raise UsageError(f"There is no io {io!r}; there is mmap.")
+        self.eviction, self.io = eviction, io
+        for name in ("use_mmap", "use_mlock", "lazy_mode"):
+            if name in kwargs:
+                raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
+        try:
+            super().__init__(str(model_path), use_mmap=False, lazy_mode=_LAZY_MODE_EXPERTS, **kwargs)
+        except ValueError as e:
+            raise CacherouteError(f"llama.cpp cannot load {model_path}: {e} (verbose=True shows why).") from e
+        if self.routing:
+            self._attach(self.routing)
+            self.flash_mbps = flash_mbps
+
+    def _attach(self, routing: routings.Routing) -> None:
+        layout = self.layout
+        n = len(layout.layers)
+        shape = _native.Shape(n, layout.n_expert, layout.n_used, self.budget.capacity, _native.EVICTIONS[self.eviction])
+        per_layer = (_native.Routing * n)(*[routings.to_native(routing, layout.n_used)] * n)
+        layer_of = [-1] * (layout.layers[-1].index + 1)
+        for i, layer in enumerate(layout.layers):
+            layer_of[layer.index] = i
+        hook = _native.checked(
+            _native.lib.cr_hook_new, shape, per_layer, (ctypes.c_int32 * len(layer_of))(*layer_of), len(layer_of), self._open_store()
+        )
+        self._hook = hook
+        _native.lib.cr_hook_reset(hook)  # what the page cache holds of the experts is not ours to count on
+        _api.llama_set_expert_hook(self._ctx.ctx, _native.lib.cr_hook_address(hook))
+        # before the context goes, and before the mappings that the store works on
+        self._stack.callback(self._detach)
+
+    def _open_store(self) -> int:
+        tensors = []
+        for i, layer in enumerate(self.layout.layers):
+            for t in layer.tensors:
+                address = _api.llama_model_tensor_data(self._model.model, t.name.encode())
+                if not address:
+                    raise CacherouteError(f"llama.cpp did not map {t.name}; it must stay on the CPU (n_gpu_layers=0).")
+                tensors.append(_native.Tensor(i, t.file, t.offset, t.expert_bytes, address))
+        paths = [str(p).encode() for p in self.layout.paths]
+        return _native.checked(
+            _native.lib.cr_store_new,
+            (ctypes.c_char_p * len(paths))(*paths),
+            len(paths),
+            (_native.Tensor * len(tensors))(*tensors),
+            len(tensors),
+            len(self.layout.layers),
+            self.layout.n_expert,
+        )
+
+    def _detach(self) -> None:
+        if self._hook is not None:
+            _api.llama_set_expert_hook(self._ctx.ctx, None)
+            _native.lib.cr_hook_free(self._hook)
+            self._hook = None
+
+    @property
+    def flash_mbps(self) -> float | None:
+        """The pace of reads in MB/s, None for as fast as the device goes."""
+        return self._flash_mbps
+
+    @flash_mbps.setter
+    def flash_mbps(self, value: float | None) -> None:
+        self._flash_mbps = value
+        if self._hook is not None:
+            _native.lib.cr_hook_set_pace(self._hook, (value or 0) * 1e6)
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Within it, tokens given to eval() count as decoded: the routing acts on them."""
+        self._set_decode(True)
+        try:
+            yield
+        finally:
+            self._set_decode(False)
+
+    def _set_decode(self, decode: bool) -> None:
+        if self._hook is not None:
+            _native.lib.cr_hook_set_phase(self._hook, decode)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As llama_cpp.Llama.eval. Raises CacherouteError when the context is full or the model does not do what its file says."""
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise CacherouteError(
+                f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; give a larger one (-c, n_ctx=)."
+            )
+        try:
+            super().eval(tokens)
+        finally:
+            if self._hook is not None:
+                _native.lib.cr_hook_finish(self._hook)
+        if self._hook is not None:
+            error = _native.lib.cr_hook_error(self._hook).decode()
+            if error:
+                raise CacherouteError(f"{self.model_path}: {error}.")
+
+    def reset(self) -> None:
+        """Forgets the sequence and, with it, which experts are resident."""
+        super().reset()
+        if self._hook is not None:
+            _native.lib.cr_hook_reset(self._hook)
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As llama_cpp.Llama.generate; the prompt is prefill, what follows is decode."""
+        tokens = list(tokens)
+        if self.routing and self.routing.lossy and list(self.input_ids[: self.n_tokens]) != tokens[: self.n_tokens]:
+            self.reset()
+        inner = super().generate(tokens, *args, **kwargs)
+        try:
+            token = next(inner)
+            while True:
+                self._set_decode(True)
+                more = yield token
+                token = inner.send(more)
+        except StopIteration:
+            return
+        finally:
+            self._set_decode(False)
+            inner.close()
+
+    def stats(self) -> Stats:
+        """Counters since the model was loaded."""
+        resident = _native.lib.cr_hook_resident_bytes(self._hook) if self._hook is not None else 0
+        return Stats(
+            routing=str(self.routing) if self.routing else "none",
+            eviction=self.eviction,
+            io=self.io,
+            n_expert=self.layout.n_expert,
+            n_used=self.layout.n_used,
+            n_layers=len(self.layout.layers),
+            capacity=self.budget.capacity,
+            budget_bytes=self.budget.nbytes,
+            resident_bytes=resident,
+            prefill=self._counters(prefill=True),
+            decode=self._counters(prefill=False),
+        )
+
+    def measure_resident(self) -> int:
+        """Bytes of expert tensors in memory as the kernel says (mincore), whole pages; walks every page table."""
+        return int(_native.lib.cr_hook_measure_resident(self._hook)) if self._hook is not None else 0
+
+    def _counters(self, *, prefill: bool) -> Counters:
+        if self._hook is None:
+            return Counters()
+        c = _native.Counters()
+        _native.lib.cr_hook_counters(self._hook, -1, prefill, c)
+        return Counters(
+            tokens=c.tokens // len(self.layout.layers),
+            examined=c.examined,
+            hits=c.hits,
+            misses=c.misses,
+            swapped=c.swapped,
+            dropped=c.dropped,
+            evictions=c.evictions,
+            lost_mass=c.lost_mass,
+            reads=c.reads,
+            read_bytes=c.read_bytes,
+            read_seconds=c.read_ns / 1e9,
+            evict_seconds=c.evict_ns / 1e9,
+        )

@@ -1,0 +1,83 @@
+"""Where the experts of a model are: layers, counts, byte ranges. From the GGUF header; knows no memory and no policy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cacheroute.errors import UsageError
+from cacheroute.gguf_file import GgufFile
+
+# Separate gate/up/down or merged gate_up. GroveMoE's second bank (chexps) is small and stays in memory.
+_EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight$")
+_OLD_EXPERT_TENSOR = re.compile(r"^blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight$")
+
+# Architectures of this llama.cpp that choose experts outside build_moe_ffn, where no hook can reach.
+_UNHOOKED = {"granite-switch"}
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """The experts of one tensor: `n_expert` ranges of `expert_bytes`, the first at `offset` of shard `file`."""
+
+    name: str
+    type: str
+    file: int
+    offset: int
+    expert_bytes: int
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One MoE layer; `index` is llama.cpp's layer number."""
+
+    index: int
+    tensors: tuple[ExpertTensor, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert of this layer, all its tensors."""
+        return sum(t.expert_bytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The experts of a model: E `n_expert` and K `n_used` per layer, of `layers`."""
+
+    paths: tuple[Path, ...]
+    architecture: str
+    n_expert: int
+    n_used: int
+    layers: tuple[ExpertLayer, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in every layer: what one more expert per layer costs."""
+        return sum(layer.expert_bytes for layer in self.layers)
+
+    @property
+    def all_expert_bytes(self) -> int:
+        return self.expert_bytes * self.n_expert
+
+
+def layout(gguf: GgufFile) -> ExpertLayout:
+    """Raises UsageError for a model without experts, or with experts that the hook cannot reach."""
+    arch, path = gguf.architecture, gguf.paths[0]
+    tensors: dict[int, list[ExpertTensor]] = {}
+    n_expert = int(gguf.metadata.get(f"{arch}.expert_count", 0))
+    for t in gguf.tensors:
+        match = _EXPERT_TENSOR.match(t.name)
+        if match and n_expert:
+            tensors.setdefault(int(match[1]), []).append(ExpertTensor(t.name, t.type, t.file, t.offset, t.nbytes // n_expert))
+        elif _OLD_EXPERT_TENSOR.match(t.name):
+            raise UsageError(f"{path} keeps each expert in a tensor of its own, a format of 2023; convert the model again.")
+    if not tensors:
+        raise UsageError(f"{path} is a dense model ({arch}): it has no experts, so there is nothing to route.")
+    if arch in _UNHOOKED:
+        raise UsageError(f"{path}: llama.cpp chooses the experts of {arch} where no hook can reach; this architecture is not supported.")
+    n_used = gguf.metadata.get(f"{arch}.expert_used_count")
+    if not isinstance(n_used, int) or isinstance(n_used, bool) or not 0 < n_used <= n_expert:
+        raise UsageError(f"{path} does not give one number of experts used by all layers; this is not supported.")
+    layers = tuple(ExpertLayer(i, tuple(ts)) for i, ts in sorted(tensors.items()))
+    return ExpertLayout(gguf.paths, arch, n_expert, n_used, layers)

@@ -1,0 +1,49 @@
+// Which experts of one layer are resident, and which one goes when there are too many. Knows no bytes.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace cacheroute {
+
+enum class Eviction : int32_t {
+    lru   = 0, // least recently used (the paper's)
+    lfu   = 1, // least often used, older use first among equals
+    score = 2, // least running mean of the normalised router score (method.md, 'Beyond the paper')
+};
+
+// One layer's cache of at most `capacity` experts. Not thread-safe.
+class ExpertCache {
+  public:
+    ExpertCache(int n_expert, int capacity, Eviction eviction);
+
+    // Every token passes here once: s_e += a * ((z_e - min z) / (max z - min z) - s_e), over all experts.
+    void observe(const std::vector<double> & z);
+
+    // Makes the expert resident and the most recent.
+    void touch(int32_t expert);
+
+    // Evicts down to the capacity, never one of `keep`; appends the evicted to `out`. `by_recency` overrides the eviction
+    // policy (prompt: the last C distinct experts stay).
+    void trim(const std::vector<int32_t> & keep, bool by_recency, std::vector<int32_t> & out);
+
+    void reset();
+
+    const std::vector<uint8_t> & resident() const { return resident_; }
+    int size() const { return size_; }
+    int capacity() const { return capacity_; }
+
+  private:
+    bool goes_before(int32_t a, int32_t b, bool by_recency) const;
+
+    const int      capacity_;
+    const Eviction eviction_;
+    std::vector<uint8_t>  resident_;
+    std::vector<uint64_t> last_use_;
+    std::vector<uint64_t> n_uses_;
+    std::vector<double>   score_;
+    uint64_t clock_ = 0;
+    int      size_  = 0;
+};
+
+} // namespace cacheroute

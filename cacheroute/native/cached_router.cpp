@@ -1,0 +1,58 @@
+#include "cached_router.h"
+
+#include <algorithm>
+
+namespace cacheroute {
+
+CachedRouter::CachedRouter(int n_expert, int n_used, int capacity, const Routing & routing, Eviction eviction)
+    : n_used_(n_used), router_(n_expert, n_used, routing), cache_(n_expert, capacity, eviction) {}
+
+void CachedRouter::reset() {
+    router_.reset();
+    cache_.reset();
+}
+
+const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32_t * dictated) {
+    const bool  prefill = phase == Phase::prefill;
+    Selection & sel     = event_.selection;
+
+    router_.observe(scores.z);
+    cache_.observe(scores.z);
+
+    // 1, 2: choose by the cache before this token
+    if (dictated) {
+        sel = Selection{{dictated, dictated + n_used_}, n_used_, 0, 0.0};
+    } else {
+        router_.select(scores, cache_.resident(), prefill, sel);
+    }
+
+    // 3: count against that same cache
+    run_.assign(sel.ids.begin(), sel.ids.begin() + sel.n_run);
+    event_.missed.clear();
+    for (int32_t e : run_) {
+        if (!cache_.resident()[e]) event_.missed.push_back(e);
+    }
+
+    // 4: touch in ascending gate weight, so that the strongest is the most recent
+    std::stable_sort(run_.begin(), run_.end(), [&](int32_t a, int32_t b) {
+        return scores.mass[a] < scores.mass[b] || (scores.mass[a] == scores.mass[b] && a > b);
+    });
+    for (int32_t e : run_) cache_.touch(e);
+
+    // 5: evict down to the capacity, never one of this token's
+    event_.evicted.clear();
+    cache_.trim(run_, prefill, event_.evicted);
+
+    Counters & c = counters_[int(phase)];
+    c.tokens++;
+    c.examined  += n_used_;
+    c.misses    += event_.missed.size();
+    c.hits      += run_.size() - event_.missed.size();
+    c.swapped   += sel.swapped;
+    c.dropped   += n_used_ - sel.n_run;
+    c.evictions += event_.evicted.size();
+    c.lost_mass += sel.lost_mass;
+    return event_;
+}
+
+} // namespace cacheroute

@@ -1,0 +1,60 @@
+// The order of events for one token in one layer: mask, choice, count, touch, evict (method.md). This is the one piece of
+// code that decides; the live hook, the simulator and the tests all call it.
+#pragma once
+
+#include "cache.h"
+#include "router.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace cacheroute {
+
+struct Counters {
+    uint64_t tokens    = 0; // (token, layer) events
+    uint64_t examined  = 0; // slots filled: K per event
+    uint64_t hits      = 0; // slots whose expert was resident before the token
+    uint64_t misses    = 0; // slots whose expert was not
+    uint64_t swapped   = 0; // slots given to an expert outside the top-K
+    uint64_t dropped   = 0; // slots that did not run
+    uint64_t evictions = 0;
+    double   lost_mass = 0; // sum over events of 1 - mass(run) / mass(top-K)
+};
+
+enum class Phase : int32_t { prefill = 0, decode = 1 };
+
+// What one event did; valid until the next call.
+struct Event {
+    Selection            selection;
+    std::vector<int32_t> missed;  // ids that must be read
+    std::vector<int32_t> evicted; // ids that left the cache
+};
+
+// Router and cache of one layer. Not thread-safe.
+class CachedRouter {
+  public:
+    // capacity >= n_used, else the caller has made a mistake.
+    CachedRouter(int n_expert, int n_used, int capacity, const Routing & routing, Eviction eviction);
+
+    // One token. In prefill the choice is `original` and the eviction is by recency. `dictated`, if not null, are the
+    // ids [K] that the model itself prescribes.
+    const Event & step(const Scores & scores, Phase phase, const int32_t * dictated = nullptr);
+
+    // Forgets the sequence: cache, running means. Counters stay.
+    void reset();
+
+    const ExpertCache & cache() const { return cache_; }
+    Counters &          counters(Phase phase) { return counters_[int(phase)]; }
+    int                 n_used() const { return n_used_; }
+    double              mean_range() const { return router_.mean_range(); }
+
+  private:
+    const int   n_used_;
+    Router      router_;
+    ExpertCache cache_;
+    Counters    counters_[2];
+    Event       event_;
+    std::vector<int32_t> run_;
+};
+
+} // namespace cacheroute

@@ -1,0 +1,115 @@
+/* The native core of cacheroute: which experts run (router, cache) and which are in memory (store), and the hook that
+ * joins both to llama.cpp. Everything that Python may call is here.
+ *
+ * Who owns what: every cr_*_new() is paired with a cr_*_free(). A hook owns its routers and its store; the files and
+ * the memory of the expert tensors belong to llama.cpp and must outlive the hook.
+ *
+ * Threads: a handle is used by one thread at a time. The hook's select() is called by llama.cpp from a compute thread while
+ * llama_decode() runs, and blocks until the experts are read; no cr_hook_* call may run at the same time, but for
+ * cr_hook_measure_resident() and cr_hook_resident_bytes(), which any thread may call at any time.
+ *
+ * Errors: constructors return NULL and write one sentence into `error`. */
+#ifndef CACHEROUTE_H
+#define CACHEROUTE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CR_API __attribute__((visibility("default")))
+
+/* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold (router.h says what they do). */
+struct cr_routing {
+    int32_t strategy;
+    int32_t k;
+    int32_t m;
+    int32_t j;
+    double  p;
+    double  lambda;
+    double  f;
+    double  max_loss; /* < 0: no guard */
+};
+
+struct cr_shape {
+    int32_t n_layers;
+    int32_t n_expert;
+    int32_t n_used;
+    int32_t capacity; /* experts per layer, n_used..n_expert */
+    int32_t eviction; /* 0 lru, 1 lfu, 2 score */
+};
+
+struct cr_counters { /* sums over layers and tokens; see Counters in cached_router.h */
+    uint64_t tokens, examined, hits, misses, swapped, dropped, evictions;
+    double   lost_mass;
+    /* of the store; 0 for a bare router */
+    uint64_t read_bytes, reads, read_ns, evict_ns;
+};
+
+/* One expert tensor of one layer; see ExpertTensor in store.h. */
+struct cr_tensor {
+    int32_t      layer;
+    int32_t      file;
+    uint64_t     offset;
+    uint64_t     expert_bytes;
+    const void * address;
+};
+
+/* ---- a bare router with its cache, all layers: simulator and tests ---- */
+
+typedef struct cr_router cr_router;
+
+/* routing: one per layer. */
+CR_API cr_router * cr_router_new(const struct cr_shape * shape, const struct cr_routing * routing, char * error, int32_t error_size);
+CR_API void cr_router_free(cr_router * router);
+/* One token in one layer. z, mass: double[E]; prefill: 0/1; dictated: int32[K] or NULL. Fills ids[K] (best z first) and,
+ * if not NULL, missed[K], evicted[E] with their counts. Returns how many of the ids run. */
+CR_API int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, const double * mass, int32_t prefill,
+                              const int32_t * dictated, int32_t * ids, int32_t * missed, int32_t * n_missed,
+                              int32_t * evicted, int32_t * n_evicted);
+CR_API void cr_router_resident(const cr_router * router, int32_t layer, uint8_t * mask /* [E] */);
+CR_API double cr_router_mean_range(const cr_router * router, int32_t layer);
+CR_API void cr_router_counters(cr_router * router, int32_t layer /* -1: all */, int32_t prefill, struct cr_counters * out);
+CR_API void cr_router_reset(cr_router * router);
+
+/* ---- a store alone: tests ---- */
+
+typedef struct cr_store cr_store;
+
+CR_API cr_store * cr_store_new(const char * const * files, int32_t n_files, const struct cr_tensor * tensors, int32_t n_tensors,
+                               int32_t n_layers, int32_t n_expert, char * error, int32_t error_size);
+CR_API void cr_store_free(cr_store * store);
+CR_API void cr_store_exchange(cr_store * store, int32_t layer, const int32_t * load, int32_t n_load, const int32_t * evict,
+                              int32_t n_evict);
+CR_API void cr_store_clear(cr_store * store);
+CR_API void cr_store_set_pace(cr_store * store, double bytes_per_second);
+CR_API uint64_t cr_store_resident_bytes(const cr_store * store);
+CR_API uint64_t cr_store_measure_resident(const cr_store * store);
+CR_API uint64_t cr_store_read_bytes(const cr_store * store);
+
+/* ---- the hook ---- */
+
+typedef struct cr_hook cr_hook;
+
+/* layer_of[n_il]: llama.cpp's layer -> 0..n_layers-1, or -1. Takes the store over, also when it fails; store NULL: the hook
+ * routes and moves no bytes. */
+CR_API cr_hook * cr_hook_new(const struct cr_shape * shape, const struct cr_routing * routing, const int32_t * layer_of,
+                             int32_t n_il, cr_store * store, char * error, int32_t error_size);
+CR_API void cr_hook_free(cr_hook * hook);
+CR_API const void * cr_hook_address(cr_hook * hook); /* const struct llama_expert_hook * */
+CR_API void cr_hook_set_phase(cr_hook * hook, int32_t decode);
+CR_API void cr_hook_set_pace(cr_hook * hook, double bytes_per_second);
+CR_API void cr_hook_finish(cr_hook * hook); /* after each llama_decode() */
+CR_API void cr_hook_reset(cr_hook * hook);  /* forget the sequence, drop every expert; counters stay */
+CR_API void cr_hook_counters(cr_hook * hook, int32_t layer /* -1: all */, int32_t prefill, struct cr_counters * out);
+CR_API void cr_hook_resident(cr_hook * hook, int32_t layer, uint8_t * mask /* [E] */);
+CR_API uint64_t cr_hook_resident_bytes(const cr_hook * hook);
+CR_API uint64_t cr_hook_measure_resident(const cr_hook * hook);
+CR_API const char * cr_hook_error(const cr_hook * hook); /* "" if all is well */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,118 @@
+#include "hook.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace cacheroute {
+
+// llama_expert_gating_func_type of llama.cpp
+static constexpr int32_t GATING_SOFTMAX        = 1;
+static constexpr int32_t GATING_SOFTMAX_WEIGHT = 3; // softmax over the logits of the chosen
+
+Hook::Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, std::unique_ptr<Store> store, bool reweights)
+    : layer_of_(std::move(layer_of)), routers_(std::move(routers)), store_(std::move(store)) {
+    for (const auto & r : routers_) in_memory_.emplace_back(r.cache().resident().size(), 0);
+    hook_.user_data = this;
+    hook_.select    = [](void * self, const ExpertEvent * event) { static_cast<Hook *>(self)->select(*event); };
+    hook_.reweight  = nullptr;
+    if (reweights) {
+        hook_.reweight = [](void * self, const ExpertEvent * event) { static_cast<Hook *>(self)->reweight(*event); };
+    }
+}
+
+// A softmax that nothing was added to: its logarithm is the router logits up to a constant. Masked experts are -inf.
+static bool ranks_probabilities(const ExpertEvent & ev, const float * scores, const float * probs) {
+    if (ev.gating != GATING_SOFTMAX) return false;
+    if (ev.scores == ev.probs) return true;
+    for (int e = 0; e < ev.n_expert; e++) {
+        if (scores[e] != probs[e] && scores[e] != -std::numeric_limits<float>::infinity()) return false;
+    }
+    return true;
+}
+
+void Hook::select(const ExpertEvent & ev) {
+    const int layer = ev.il >= 0 && ev.il < int(layer_of_.size()) ? layer_of_[ev.il] : -1;
+    const bool ours = layer >= 0 && in_memory_[layer].size() == size_t(ev.n_expert) && routers_[layer].n_used() == ev.n_used;
+    if (layer >= 0 && !ours && error_.empty()) {
+        error_ = "layer " + std::to_string(ev.il) + " chose " + std::to_string(ev.n_used) + " of " +
+                 std::to_string(ev.n_expert) + " experts, which is not what the file says";
+    }
+    n_run_.assign(ev.n_tokens, uint8_t(std::min(ev.n_used, 255)));
+    if (ours) needed_.assign(ev.n_expert, 0);
+
+    for (int t = 0; t < ev.n_tokens; t++) {
+        const float * probs  = ev.probs + size_t(t) * ev.n_expert;
+        const float * scores = ev.scores ? ev.scores + size_t(t) * ev.n_expert : probs;
+        int32_t *     ids    = ev.ids + size_t(t) * ev.n_used;
+        scores_.fill(scores, probs, ev.n_expert, ranks_probabilities(ev, scores, probs), ev.gating == GATING_SOFTMAX_WEIGHT);
+        if (!ours) { // experts that are always resident (GroveMoE's second bank): upstream's choice
+            if (!ev.scores) continue;
+            Selection top;
+            Router(ev.n_expert, ev.n_used, Routing{}).select(scores_, std::vector<uint8_t>(ev.n_expert), true, top);
+            std::copy(top.ids.begin(), top.ids.end(), ids);
+            continue;
+        }
+        const Event & event = routers_[layer].step(scores_, phase_, ev.scores ? nullptr : ids);
+        std::copy(event.selection.ids.begin(), event.selection.ids.end(), ids);
+        n_run_[t] = uint8_t(event.selection.n_run);
+        for (int32_t e : event.selection.ids) needed_[e] = 1;
+    }
+    if (!ours || !store_) return;
+
+    if (over_layer_ != layer) finish();
+    over_layer_ = -1;
+
+    auto &       in_memory = in_memory_[layer];
+    const auto & cached    = routers_[layer].cache().resident();
+    load_.clear();
+    evict_.clear();
+    for (int32_t e = 0; e < ev.n_expert; e++) {
+        if (needed_[e] && !in_memory[e]) load_.push_back(e);
+        if (!needed_[e] && in_memory[e] && !cached[e]) evict_.push_back(e);
+        if (needed_[e] && !cached[e]) over_layer_ = layer;
+        in_memory[e] = needed_[e] || cached[e];
+    }
+    if (load_.empty() && evict_.empty()) return;
+    const StoreCounters before = store_->counters();
+    store_->exchange(layer, load_, evict_);
+    const StoreCounters after = store_->counters();
+    StoreCounters &     sum   = reads_[int(phase_)];
+    sum.read_bytes += after.read_bytes - before.read_bytes;
+    sum.reads      += after.reads - before.reads;
+    sum.read_ns    += after.read_ns - before.read_ns;
+    sum.evict_ns   += after.evict_ns - before.evict_ns;
+}
+
+void Hook::reweight(const ExpertEvent & ev) {
+    const float none = ev.gating == GATING_SOFTMAX_WEIGHT ? -std::numeric_limits<float>::infinity() : 0.0f;
+    for (int t = 0; t < ev.n_tokens && t < int(n_run_.size()); t++) {
+        for (int i = n_run_[t]; i < ev.n_used; i++) ev.weights[size_t(t) * ev.n_used + i] = none;
+    }
+}
+
+void Hook::finish() {
+    if (over_layer_ < 0) return;
+    auto &       in_memory = in_memory_[over_layer_];
+    const auto & cached    = routers_[over_layer_].cache().resident();
+    evict_.clear();
+    for (int32_t e = 0; e < int32_t(in_memory.size()); e++) {
+        if (in_memory[e] && !cached[e]) {
+            evict_.push_back(e);
+            in_memory[e] = 0;
+        }
+    }
+    const int layer = over_layer_;
+    over_layer_     = -1;
+    load_.clear();
+    store_->exchange(layer, load_, evict_);
+}
+
+void Hook::reset() {
+    for (auto & r : routers_) r.reset();
+    for (auto & m : in_memory_) std::fill(m.begin(), m.end(), 0);
+    over_layer_ = -1;
+    if (store_) store_->clear();
+}
+
+} // namespace cacheroute

@@ -1,0 +1,78 @@
+// The hook: what llama.cpp calls where a MoE layer chooses its experts. Asks the router, has the store make the
+// chosen experts resident, returns the ids. Holds no policy of its own.
+#pragma once
+
+#include "cached_router.h"
+#include "store.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace cacheroute {
+
+// Mirrors llama_expert_event of patches/0001-expert-selection-hook.patch, member for member.
+struct ExpertEvent {
+    int32_t       il;
+    int32_t       gating;
+    int32_t       n_expert;
+    int32_t       n_used;
+    int32_t       n_tokens;
+    const float * scores;
+    const float * probs;
+    int32_t     * ids;
+    float       * weights;
+};
+
+// Mirrors llama_expert_hook.
+struct ExpertHook {
+    void (*select)(void * user_data, const ExpertEvent * event);
+    void (*reweight)(void * user_data, const ExpertEvent * event);
+    void * user_data;
+};
+
+class Hook {
+  public:
+    // layer_of[il]: index into `routers` and the store's layers, -1 for a layer without experts of ours.
+    Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, std::unique_ptr<Store> store, bool reweights);
+
+    // llama.cpp keeps the address
+    Hook(const Hook &)             = delete;
+    Hook & operator=(const Hook &) = delete;
+
+    ExpertHook * address() { return &hook_; }
+
+    void set_phase(Phase phase) { phase_ = phase; }
+
+    // After the last layer of a batch: brings its layer back into the budget.
+    void finish();
+
+    // Forgets the sequence and drops every expert; counters stay.
+    void reset();
+
+    std::vector<CachedRouter> & routers() { return routers_; }
+    Store *                     store() { return store_.get(); }
+    const StoreCounters &       reads(Phase phase) const { return reads_[int(phase)]; }
+    const std::string &         error() const { return error_; }
+
+  private:
+    void select(const ExpertEvent & event);
+    void reweight(const ExpertEvent & event);
+
+    ExpertHook                        hook_;
+    std::vector<int>                  layer_of_;
+    std::vector<CachedRouter>         routers_;
+    std::unique_ptr<Store>            store_;
+    std::vector<std::vector<uint8_t>> in_memory_; // [layer][E] what the store holds: the cache, and a batch's overflow
+    std::vector<uint8_t>              n_run_;     // of the last event, per token: slots that run
+    Phase                             phase_      = Phase::prefill;
+    int                               over_layer_ = -1; // layer whose batch needed more experts than its budget
+    StoreCounters                     reads_[2];
+    std::string                       error_;
+
+    Scores               scores_;
+    std::vector<uint8_t> needed_;
+    std::vector<int32_t> load_, evict_;
+};
+
+} // namespace cacheroute

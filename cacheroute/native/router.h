@@ -1,0 +1,87 @@
+// The router: scores and a resident mask in, ids of the chosen experts out.
+// Knows no files, no llama.cpp, and of the cache only the mask.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace cacheroute {
+
+enum class Strategy : int32_t {
+    original    = 0, // top-K of z
+    pruning     = 1, // top-k of z, k < K
+    max_rank    = 2, // cached experts among the M best, the J best always
+    cumsum      = 3, // max-rank with M from the cumulative probability p
+    cache_prior = 4, // top-K of z + lambda * D * cached (arXiv 2412.00099)
+    drop_cold   = 5, // top-K of z without the missing experts of little weight
+};
+
+// Parameters of a strategy; those that a strategy does not name are ignored by it.
+struct Routing {
+    Strategy strategy = Strategy::original;
+    int32_t  k        = 0;    // pruning: experts that run
+    int32_t  m        = 0;    // max-rank: ranks that a cached expert may come from
+    int32_t  j        = 1;    // experts that run always, cached or not
+    double   p        = 1.0;  // cumsum: probability that the candidates must cover
+    double   lambda   = 0.0;  // cache-prior: bonus in units of the mean range of z
+    double   f        = 0.0;  // drop-cold: skip a missing expert below f/K of the gate weight
+    double   max_loss = -1.0; // guard: share of the top-K's router mass a token may lose; < 0: no guard
+};
+
+// One token in one layer, as the router sees it.
+struct Scores {
+    // [E] what the model ranks, -inf where an expert may not be chosen. For softmax gating the logarithm of the
+    // probabilities, equal to the router logits up to a constant.
+    std::vector<double> z;
+    // [E] router mass, >= 0: what the gate weights are proportional to.
+    std::vector<double> mass;
+
+    // Fills both from what the graph of llama.cpp ranks (`scores`) and weighs by (`probs`), float[E] each.
+    // `log_space`: the scores are probabilities, masked or not, so z is their logarithm.
+    // `mass_from_logits`: probs are logits of which the chosen ones go through a softmax (gpt-oss).
+    void fill(const float * scores, const float * probs, int n_expert, bool log_space, bool mass_from_logits);
+};
+
+struct Selection {
+    std::vector<int32_t> ids;     // [K] distinct, best z first; the first n_run of them run
+    int                  n_run = 0;
+    int                  swapped = 0; // ids that run and are not in the top-K of z
+    double               lost_mass = 0.0; // 1 - mass(run) / mass(top-K), at least 0
+};
+
+// One layer's router. Ties go to the lower index. Not thread-safe.
+class Router {
+  public:
+    Router(int n_expert, int n_used, const Routing & routing);
+
+    // Every token passes here once, prompt tokens too, before its choice: updates the running mean of
+    // max(z) - min(z) over the finite entries (method: D_t = D_{t-1} + (range_t - D_{t-1}) / t).
+    void observe(const std::vector<double> & z);
+
+    // `resident`: [E] 0/1, the cache before this token. `plain` chooses by `original` whatever the routing (prompt).
+    void select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, Selection & out);
+
+    void reset();
+    double mean_range() const { return mean_range_; }
+
+  private:
+    void rank(const std::vector<double> & key, int n, std::vector<int32_t> & order) const;
+    void max_rank(int m, const std::vector<uint8_t> & resident);
+    int  cumsum_candidates(const std::vector<double> & z);
+    void guard(const std::vector<double> & mass);
+
+    const int     n_expert_;
+    const int     n_used_;
+    const Routing routing_;
+    double        mean_range_ = 0.0;
+    uint64_t      n_seen_     = 0;
+
+    // scratch, kept to spare allocations in the hot path
+    mutable std::vector<int32_t> index_;
+    std::vector<int32_t> order_;  // experts by z
+    std::vector<int32_t> chosen_; // this token's set
+    std::vector<double>  biased_;
+    std::vector<uint8_t> in_top_, in_chosen_;
+};
+
+} // namespace cacheroute

@@ -1,0 +1,167 @@
+"""Routing strategies by name: the one grammar `name:key=value:key=value`, what each parameter means, and its range.
+
+The strategies themselves are in native/router.cpp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cacheroute.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: its range (`high` None: the model's E or K decides), what it does, and whether it must be given."""
+
+    name: str
+    meaning: str
+    low: float
+    high: float | None
+    integer: bool = False
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """`number` is the enum of native/router.h."""
+
+    name: str
+    number: int
+    meaning: str
+    source: str
+    parameters: tuple[Parameter, ...] = ()
+
+
+_J = Parameter("j", "experts of the top-K that run always, cached or not (default 1 where K = 2, else 2)", 0, None, integer=True, required=False)
+_MAX_LOSS = Parameter("max-loss", "guard: share of the top-K's router mass that a token may lose", 0, 1, required=False)
+
+STRATEGIES: dict[str, Strategy] = {
+    s.name: s
+    for s in (
+        Strategy("original", 0, "the model's own top-K; lossless", "the model"),
+        Strategy(
+            "pruning",
+            1,
+            "the best k of the top-K; the other slots do not run",
+            "arXiv 2412.00099",
+            (Parameter("k", "experts that run", 1, None, integer=True),),
+        ),
+        Strategy(
+            "max-rank",
+            2,
+            "cached experts among the m best take the place of missing ones",
+            "arXiv 2412.00099",
+            (Parameter("m", "ranks that a cached expert may come from", 1, None, integer=True), _J),
+        ),
+        Strategy(
+            "cumsum",
+            3,
+            "max-rank among the fewest experts whose probabilities sum to p",
+            "arXiv 2412.00099",
+            (Parameter("p", "probability that the candidates cover", 0, 1), _J),
+        ),
+        Strategy(
+            "cache-prior",
+            4,
+            "a bonus of lambda x mean logit range for cached experts, then top-K",
+            "arXiv 2412.00099",
+            (Parameter("lambda", "bonus for a cached expert, in mean ranges of the router logits", 0, 1), _J),
+        ),
+        Strategy(
+            "drop-cold",
+            5,
+            "missing experts with a gate weight below f/K are skipped",
+            "cacheroute",
+            (Parameter("f", "skip below this share of an equal weight", 0, None),),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A strategy with its parameters, not yet bound to a model."""
+
+    name: str
+    parameters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether it may choose other experts than the model would."""
+        return self.name != "original"
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *(f"{k}={v:g}" for k, v in self.parameters.items())])
+
+    def check(self, n_expert: int, n_used: int) -> None:
+        """Raises UsageError for a parameter that does not fit a model with E = `n_expert` and K = `n_used`."""
+        for name, limit in (("k", n_used), ("m", n_expert), ("j", n_used)):
+            if self.parameters.get(name, 0) > limit:
+                raise UsageError(f"{self}: {name} is at most {limit} for this model.")
+        if "m" in self.parameters and self.parameters["m"] < n_used:
+            raise UsageError(f"{self}: m is at least {n_used}, the experts that this model uses.")
+
+
+def _parameters(strategy: Strategy) -> tuple[Parameter, ...]:
+    return strategy.parameters + ((_MAX_LOSS,) if strategy.name != "original" else ())
+
+
+def usage(strategy: Strategy) -> str:
+    """The form to type: `cache-prior:lambda=[:j=][:max-loss=]`."""
+    return strategy.name + "".join(f":{p.name}=" if p.required else f"[:{p.name}=]" for p in _parameters(strategy))
+
+
+def parse(text: str) -> Routing:
+    """Parses one routing. Raises UsageError naming what exists when the name, a parameter or a value is wrong."""
+    name, *pairs = text.strip().split(":")
+    strategy = STRATEGIES.get(name)
+    if strategy is None:
+        raise UsageError(f"There is no routing {name!r}; there are {', '.join(usage(s) for s in STRATEGIES.values())}.")
+    known = {p.name: p for p in _parameters(strategy)}
+    values: dict[str, float] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in known:
+            raise UsageError(f"{name} has no parameter {key!r}; its form is {usage(strategy)}.")
+        values[key] = _value(name, known[key], value)
+    missing = [p.name for p in known.values() if p.required and p.name not in values]
+    if missing:
+        raise UsageError(f"{name} needs {', '.join(missing)}; its form is {usage(strategy)}.")
+    return Routing(name, values)
+
+
+def parse_list(text: str) -> list[Routing]:
+    """Routings separated by commas."""
+    return [parse(part) for part in text.split(",") if part.strip()]
+
+
+def _value(name: str, parameter: Parameter, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"{name}: {parameter.name}={text!r} is not a number.") from None
+    upper = "" if parameter.high is None else f" and at most {parameter.high:g}"
+    if not value >= parameter.low or (parameter.high is not None and value > parameter.high):
+        raise UsageError(f"{name}: {parameter.name} is at least {parameter.low:g}{upper}, not {text}.")
+    if parameter.integer and value != int(value):
+        raise UsageError(f"{name}: {parameter.name} is a whole number, not {text}.")
+    return value
+
+
+def to_native(routing: Routing, n_used: int) -> Any:
+    """The struct cr_routing of a checked routing; the default of J follows K (method.md: 1 where K = 2, else 2)."""
+    from cacheroute import _native
+
+    value = routing.parameters
+    return _native.Routing(
+        strategy=STRATEGIES[routing.name].number,
+        k=int(value.get("k", n_used)),
+        m=int(value.get("m", n_used)),
+        j=int(value.get("j", min(n_used, 1 if n_used <= 2 else 2))),
+        p=value.get("p", 1.0),
+        lambda_=value.get("lambda", 0.0),
+        f=value.get("f", 0.0),
+        max_loss=value.get("max-loss", -1.0),
+    )
