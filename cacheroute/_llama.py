@@ -26,7 +26,8 @@ def module() -> ModuleType:
         raise CacherouteError(f"llama-cpp-python cannot be loaded ({e}); {_SETUP}.") from None
     if not hasattr(llama_cpp.llama_cpp._lib, "llama_set_expert_hook"):
         raise CacherouteError(f"llama-cpp-python {llama_cpp.__version__} is a stock build without the expert hook; {_SETUP}.")
-    return llama_cpp
+    module: ModuleType = llama_cpp
+    return module
 
 
 def shared_library(name: str) -> ctypes.CDLL:

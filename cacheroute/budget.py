@@ -9,7 +9,17 @@ from cacheroute.errors import UsageError
 from cacheroute.experts import ExpertLayout
 
 MIB = 1024 * 1024
-_UNITS = {"kib": 1024, "mib": MIB, "gib": 1024 * MIB, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "k": 1024, "m": MIB, "g": 1024 * MIB}
+_UNITS = {
+    "kib": 1024,
+    "mib": MIB,
+    "gib": 1024 * MIB,
+    "kb": 1000,
+    "mb": 1000**2,
+    "gb": 1000**3,
+    "k": 1024,
+    "m": MIB,
+    "g": 1024 * MIB,
+}
 FORMS = "use a share (50%), experts per layer (30), bytes of all layers together (2GiB), or all"
 
 

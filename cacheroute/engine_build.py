@@ -150,13 +150,19 @@ def recipe(portable: bool = False) -> dict[str, Any]:
     return {
         "engine": LOCAL_VERSION,
         "sdist": SDIST_SHA256,
-        "patches": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in patch_files()},
+        "patches": {p.name: hashlib.sha256(_diff(p).encode()).hexdigest() for p in patch_files()},
         "portable": portable,
         "settings": [_SETTINGS, _DEFINES, _CMAKE_INCLUDE],
         "environment": {name: os.environ[name] for name in OBEYED if name in os.environ},
         "compilers": {lang: _compiler_identity(lang, portable) for lang in ("c", "c++")},
         "platform": [sysconfig.get_platform(), *platform.libc_ver()],
     }
+
+
+def _diff(patch: Path) -> str:
+    """A patch without its header, which explains and changes nothing: editing it needs no rebuild."""
+    head, start, diff = patch.read_text(encoding="utf-8").partition("\n--- ")
+    return start + diff if start else head
 
 
 def key_of(made_of: Mapping[str, Any]) -> str:
@@ -172,9 +178,7 @@ def find_compiler(lang: str) -> list[str]:
     if found:
         return [found, *chosen[1:]]
     if chosen:
-        raise CacherouteError(
-            f"{variable} names {chosen[0]}, which is not there: install it or unset {variable}"
-        )
+        raise CacherouteError(f"{variable} names {chosen[0]}, which is not there: install it or unset {variable}")
     raise CacherouteError(
         f"no {'C' if lang == 'c' else 'C++'} compiler found ({', '.join(names)}): install one "
         "(Debian: apt install g++, macOS: xcode-select --install, Termux: pkg install clang) "
@@ -263,7 +267,9 @@ def check(version: str, sdist: Path | None = None, progress: Progress | None = N
     say = progress or PlainProgress()
     patches = patch_files()
     with workdir(say) as work:
-        source = unpack(sdist or fetch(version, work, say), work / "source", only=_touched(patches))
+        sdist = sdist or fetch(version, work, say)
+        say.step(f"trying the patches on {version}")
+        source = unpack(sdist, work / "source", only=_touched(patches))
         return [_apply(patch, source) for patch in patches]
 
 
@@ -300,9 +306,7 @@ def _apply(patch: Path, source: Path) -> PatchResult:
     """Apply one patch, all of it or nothing. `source` must be free of symlinks."""
     git = shutil.which("git")
     if git is None:
-        raise CacherouteError(
-            "git is missing, which applies the patches: install it (Debian: apt install git)"
-        )
+        raise CacherouteError("git is missing, which applies the patches: install it (Debian: apt install git)")
     # Inside somebody's repository `git apply` takes paths as that repository's and skips them in
     # silence, so git may neither find one above nor be told of one (as in a commit hook).
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
@@ -319,9 +323,7 @@ def _apply(patch: Path, source: Path) -> PatchResult:
 def _sign(source: Path, key: str, made_of: Mapping[str, Any]) -> None:
     """Write the local version, and the key by which an installed engine is recognised."""
     init = source / "llama_cpp" / "__init__.py"
-    text, changed = re.subn(
-        r'(?m)^__version__ = ".*"$', f'__version__ = "{LOCAL_VERSION}"', init.read_text(encoding="utf-8")
-    )
+    text, changed = re.subn(r'(?m)^__version__ = ".*"$', f'__version__ = "{LOCAL_VERSION}"', init.read_text(encoding="utf-8"))
     if changed != 1:
         raise CacherouteError(f"llama-cpp-python {VERSION} does not say its version where it used to")
     init.write_text(text, encoding="utf-8")
@@ -383,6 +385,4 @@ def _check_sha256(sdist: Path) -> None:
     except OSError as error:
         raise CacherouteError(f"cannot read the sdist {sdist}: {error.strerror}") from error
     if found != SDIST_SHA256:
-        raise CacherouteError(
-            f"{sdist} is not llama-cpp-python {VERSION}: its sha256 is {found}, expected {SDIST_SHA256}"
-        )
+        raise CacherouteError(f"{sdist} is not llama-cpp-python {VERSION}: its sha256 is {found}, expected {SDIST_SHA256}")

@@ -9,12 +9,15 @@ from pathlib import Path
 from cacheroute.errors import UsageError
 from cacheroute.gguf_file import GgufFile
 
-# Separate gate/up/down or merged gate_up. GroveMoE's second bank (chexps) is small and stays in memory.
+# Separate gate/up/down or merged gate_up.
 _EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight$")
 _OLD_EXPERT_TENSOR = re.compile(r"^blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight$")
 
-# Architectures of this llama.cpp that choose experts outside build_moe_ffn, where no hook can reach.
-_UNHOOKED = {"granite-switch"}
+# Architectures of this llama.cpp that the hook cannot serve, and why.
+_UNSUPPORTED = {
+    "granite-switch": "it chooses its experts outside build_moe_ffn, where no hook reaches",
+    "grovemoe": "it chooses from two banks of experts in one layer",
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ def layout(gguf: GgufFile) -> ExpertLayout:
             raise UsageError(f"{path} keeps each expert in a tensor of its own, a format of 2023; convert the model again.")
     if not tensors:
         raise UsageError(f"{path} is a dense model ({arch}): it has no experts, so there is nothing to route.")
-    if arch in _UNHOOKED:
-        raise UsageError(f"{path}: llama.cpp chooses the experts of {arch} where no hook can reach; this architecture is not supported.")
+    if arch in _UNSUPPORTED:
+        raise UsageError(f"{path}: the architecture {arch} is not supported, {_UNSUPPORTED[arch]}.")
     n_used = gguf.metadata.get(f"{arch}.expert_used_count")
     if not isinstance(n_used, int) or isinstance(n_used, bool) or not 0 < n_used <= n_expert:
         raise UsageError(f"{path} does not give one number of experts used by all layers; this is not supported.")

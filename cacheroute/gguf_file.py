@@ -134,7 +134,9 @@ def _check_readable(path: Path) -> None:
 def _shards(first: Path, number: int, count: int) -> list[Path]:
     match = _SHARD.match(first.name)
     if not match or int(match["count"]) != count:
-        raise UsageError(f"{first} is one of {count} shards but is not named ...-00001-of-{count:05}.gguf; rename the shards back.")
+        raise UsageError(
+            f"{first} is one of {count} shards but is not named ...-00001-of-{count:05}.gguf; rename the shards back."
+        )
     paths = [first.with_name(f"{match['stem']}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
     if number != 0:
         raise UsageError(f"{first} is shard {number + 1} of {count}; give the first one, {paths[0]}.")
@@ -152,7 +154,9 @@ def _read_one(path: Path, file: int) -> tuple[dict[str, Scalar], list[TensorInfo
             kind = lib.gguf_get_kv_type(handle, i)
             if kind in _SCALARS:
                 value = getattr(lib, f"gguf_get_val_{_SCALARS[kind][0]}")(handle, i)
-                metadata[lib.gguf_get_key(handle, i).decode()] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+                metadata[lib.gguf_get_key(handle, i).decode()] = (
+                    value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+                )
         start = lib.gguf_get_data_offset(handle)
         tensors = []
         for i in range(lib.gguf_get_n_tensors(handle)):

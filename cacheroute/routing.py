@@ -34,7 +34,9 @@ class Strategy:
     parameters: tuple[Parameter, ...] = ()
 
 
-_J = Parameter("j", "experts of the top-K that run always, cached or not (default 1 where K = 2, else 2)", 0, None, integer=True, required=False)
+_J = Parameter(
+    "j", "best experts that run always, cached or not (default 1 where K = 2, else 2)", 0, None, integer=True, required=False
+)
 _MAX_LOSS = Parameter("max-loss", "guard: share of the top-K's router mass that a token may lose", 0, 1, required=False)
 
 STRATEGIES: dict[str, Strategy] = {
@@ -104,13 +106,14 @@ class Routing:
             raise UsageError(f"{self}: m is at least {n_used}, the experts that this model uses.")
 
 
-def _parameters(strategy: Strategy) -> tuple[Parameter, ...]:
+def parameters(strategy: Strategy) -> tuple[Parameter, ...]:
+    """All parameters that may be written behind the name."""
     return strategy.parameters + ((_MAX_LOSS,) if strategy.name != "original" else ())
 
 
 def usage(strategy: Strategy) -> str:
     """The form to type: `cache-prior:lambda=[:j=][:max-loss=]`."""
-    return strategy.name + "".join(f":{p.name}=" if p.required else f"[:{p.name}=]" for p in _parameters(strategy))
+    return strategy.name + "".join(f":{p.name}=" if p.required else f"[:{p.name}=]" for p in parameters(strategy))
 
 
 def parse(text: str) -> Routing:
@@ -119,7 +122,7 @@ def parse(text: str) -> Routing:
     strategy = STRATEGIES.get(name)
     if strategy is None:
         raise UsageError(f"There is no routing {name!r}; there are {', '.join(usage(s) for s in STRATEGIES.values())}.")
-    known = {p.name: p for p in _parameters(strategy)}
+    known = {p.name: p for p in parameters(strategy)}
     values: dict[str, float] = {}
     for pair in pairs:
         key, _, value = pair.partition("=")

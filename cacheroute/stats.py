@@ -13,8 +13,8 @@ MIB = 1024 * 1024
 class Counters:
     """Sums over tokens and layers of one phase, prompt or decode.
 
-    `tokens` are model tokens; `examined` slots = K x layers x tokens. A slot is a hit or a miss by the cache before its token, and
-    `swapped` when it went to an expert outside the router's top-K. `read_bytes` are whole pages asked of the device.
+    `tokens` are model tokens; `examined` slots = K x layers x tokens. A slot is a hit or a miss by the cache before its token,
+    and `swapped` when it went to an expert outside the router's top-K. `read_bytes` are whole pages asked of the device.
     """
 
     tokens: int = 0

@@ -46,7 +46,7 @@ void Hook::select(const ExpertEvent & ev) {
         const float * scores = ev.scores ? ev.scores + size_t(t) * ev.n_expert : probs;
         int32_t *     ids    = ev.ids + size_t(t) * ev.n_used;
         scores_.fill(scores, probs, ev.n_expert, ranks_probabilities(ev, scores, probs), ev.gating == GATING_SOFTMAX_WEIGHT);
-        if (!ours) { // experts that are always resident (GroveMoE's second bank): upstream's choice
+        if (!ours) { // a layer whose experts are not in the store: upstream's choice
             if (!ev.scores) continue;
             Selection top;
             Router(ev.n_expert, ev.n_used, Routing{}).select(scores_, std::vector<uint8_t>(ev.n_expert), true, top);

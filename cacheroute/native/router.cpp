@@ -63,9 +63,10 @@ void Router::rank(const std::vector<double> & key, int n, std::vector<int32_t> &
 }
 
 // order_ (all ranks) -> chosen_: ranks below J, then the cached below M, then the rest, first K
-void Router::max_rank(int m, const std::vector<uint8_t> & resident) {
+void Router::max_rank(int m, const std::vector<double> & z, const std::vector<uint8_t> & resident) {
     const int j = std::min(routing_.j, n_used_);
     m           = std::min(std::max(m, n_used_), n_expert_);
+    while (m > n_used_ && z[order_[m - 1]] == NEG_INF) m--; // masked experts are nobody's candidates
     chosen_.assign(order_.begin(), order_.begin() + j);
     for (int r = j; r < m && int(chosen_.size()) < n_used_; r++) {
         if (resident[order_[r]]) chosen_.push_back(order_[r]);
@@ -137,15 +138,16 @@ void Router::select(const Scores & scores, const std::vector<uint8_t> & resident
             chosen_.resize(std::min(std::max(routing_.k, 1), n_used_));
             break;
         case Strategy::max_rank:
-            max_rank(routing_.m, resident);
+            max_rank(routing_.m, z, resident);
             break;
         case Strategy::cumsum:
-            max_rank(cumsum_candidates(z), resident);
+            max_rank(cumsum_candidates(z), z, resident);
             break;
         case Strategy::cache_prior: {
             const double bonus = routing_.lambda * mean_range_;
             for (int e = 0; e < n_expert_; e++) biased_[e] = resident[e] ? z[e] + bonus : z[e];
-            for (int r = 0; r < std::min(routing_.j, n_used_); r++) biased_[order_[r]] = z[order_[r]] + bonus;
+            // the best J run whatever the bonus of the others; by z + bonus they could lose their lead to rounding
+            for (int r = 0; r < std::min(routing_.j, n_used_); r++) biased_[order_[r]] = -NEG_INF;
             rank(biased_, n_used_, chosen_);
             break;
         }

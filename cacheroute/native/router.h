@@ -66,7 +66,7 @@ class Router {
 
   private:
     void rank(const std::vector<double> & key, int n, std::vector<int32_t> & order) const;
-    void max_rank(int m, const std::vector<uint8_t> & resident);
+    void max_rank(int m, const std::vector<double> & z, const std::vector<uint8_t> & resident);
     int  cumsum_candidates(const std::vector<double> & z);
     void guard(const std::vector<double> & mass);
 

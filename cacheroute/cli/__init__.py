@@ -1,0 +1,72 @@
+"""The command line: one file a command; here only how they are joined and how they fail."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from cacheroute import __version__
+from cacheroute.cli.bench import bench
+from cacheroute.cli.generate import generate
+from cacheroute.cli.inspect import inspect
+from cacheroute.cli.models import models
+from cacheroute.cli.pull import pull
+from cacheroute.cli.routing import routing
+from cacheroute.cli.setup import setup
+from cacheroute.errors import CacherouteError
+
+app = typer.Typer(
+    name="cacheroute",
+    help="Run mixture-of-experts models larger than your RAM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _polite(command: Callable[..., None]) -> Callable[..., None]:
+    """Failures that are ours become one sentence and an exit code; a reader that has left ends us quietly."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except CacherouteError as e:
+            print(f"cacheroute: {e}", file=sys.stderr)
+            raise typer.Exit(e.exit_code) from None
+        except BrokenPipeError:
+            # the interpreter flushes stdout once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return run
+
+
+for _command in (generate, bench, models, pull, inspect, routing, setup):
+    app.command()(_polite(_command))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"cacheroute {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and leave."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The `cacheroute` program."""
+    app()

@@ -1,0 +1,29 @@
+"""Options that several commands share, so that a flag means the same everywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "-m", "--model", metavar="PATH|NAME", help="A GGUF file, the first shard of a split one, or a name. [default: demo]"
+    ),
+]
+ThreadsOption = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Compute threads. [default: all cores]")]
+FlashOption = Annotated[float | None, typer.Option("--flash-mbps", min=0.001, help="Pace reads to a flash of that many MB/s.")]
+FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
+
+
+def threads(asked: int | None) -> int:
+    """`asked`, or the cores this process may use."""
+    if asked:
+        return asked
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
