@@ -93,7 +93,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Checks settings against the model before anything is changed."""
         parsed = routings.parse(routing) if isinstance(routing, str) else routing
         if parsed:
-            parsed.check(self.layout.n_expert, self.layout.n_used)
+            parsed.check(self.layout.n_expert, self.layout.n_used, self.layout.indices, self.layout.model)
         if eviction not in _native.EVICTIONS:
             raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(_native.EVICTIONS)}.")
         if io != "mmap":
@@ -107,7 +107,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         layout = self.layout
         n = len(layout.layers)
         shape = _native.Shape(n, layout.n_expert, layout.n_used, budget.capacity, _native.EVICTIONS[eviction])
-        per_layer = (_native.Routing * n)(*[routings.to_native(routing, layout.n_used)] * n)
+        per_layer = routings.to_native(routing, layout.n_used, n)
         ids = [-1] * (layout.layers[-1].index + 1)
         for i, layer in enumerate(layout.layers):
             ids[layer.index] = i

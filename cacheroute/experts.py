@@ -46,13 +46,19 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """The experts of a model: E `n_expert` and K `n_used` per layer, of `layers`."""
+    """The experts of a model: E `n_expert` and K `n_used` per layer, of `layers`; `model` is its name, "" if it has none."""
 
     paths: tuple[Path, ...]
     architecture: str
     n_expert: int
     n_used: int
     layers: tuple[ExpertLayer, ...]
+    model: str = ""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """llama.cpp's numbers of the layers."""
+        return tuple(layer.index for layer in self.layers)
 
     @property
     def expert_bytes(self) -> int:
@@ -83,4 +89,4 @@ def layout(gguf: GgufFile) -> ExpertLayout:
     if not isinstance(n_used, int) or isinstance(n_used, bool) or not 0 < n_used <= n_expert:
         raise UsageError(f"{path} does not give one number of experts used by all layers; this is not supported.")
     layers = tuple(ExpertLayer(i, tuple(ts)) for i, ts in sorted(tensors.items()))
-    return ExpertLayout(gguf.paths, arch, n_expert, n_used, layers)
+    return ExpertLayout(gguf.paths, arch, n_expert, n_used, layers, str(gguf.metadata.get("general.name", "")))

@@ -5,9 +5,12 @@ The strategies themselves are in native/router.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from cacheroute import profile as profiles
 from cacheroute.errors import UsageError
 
 
@@ -82,12 +85,25 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
+# Routings that are not written as name:key=value: the form, what it means.
+OTHER_FORMS = {
+    "profile:PATH": "a strategy with parameters of its own for each layer, from a file (`tune` writes them)",
+}
+
+
 @dataclass(frozen=True)
 class Routing:
-    """A strategy with its parameters, not yet bound to a model."""
+    """A strategy with its parameters, not yet bound to a model.
+
+    Of a profile: `layers` has a Routing for each of its MoE layers, and `name` is the strategy of all of them.
+    `text` is what was typed, where name and parameters do not say it.
+    """
 
     name: str
     parameters: dict[str, float] = field(default_factory=dict)
+    layers: tuple[Routing, ...] = ()
+    profile: profiles.RoutingProfile | None = None
+    text: str = ""
 
     @property
     def lossy(self) -> bool:
@@ -95,10 +111,24 @@ class Routing:
         return self.name != "original"
 
     def __str__(self) -> str:
-        return ":".join([self.name, *(f"{k}={v:g}" for k, v in self.parameters.items())])
+        return self.text or ":".join([self.name, *(f"{k}={v:g}" for k, v in self.parameters.items())])
 
-    def check(self, n_expert: int, n_used: int) -> None:
-        """Raises UsageError for a parameter that does not fit a model with E = `n_expert` and K = `n_used`."""
+    def check(self, n_expert: int, n_used: int, layers: Sequence[int] = (), model: str = "") -> None:
+        """Raises UsageError for what does not fit a model with E = `n_expert`, K = `n_used`.
+
+        `layers` are llama.cpp's numbers of the layers with experts, `model` its name; only a profile is checked against them.
+        """
+        if self.profile is not None:
+            p = self.profile
+            if (p.n_expert, p.n_used, p.layers) != (n_expert, n_used, tuple(layers)):
+                raise UsageError(
+                    f"{self} is for a model with {len(p.layers)} layers of {p.n_expert} experts, {p.n_used} used "
+                    f"({p.model or p.architecture}), and this one has {len(layers)} of {n_expert}, {n_used} used."
+                )
+            if p.model and model and p.model != model:
+                raise UsageError(f"{self} is for the model {p.model!r}, and this one is {model!r}.")
+        for layer in self.layers:
+            layer.check(n_expert, n_used)
         for name, limit in (("k", n_used), ("m", n_expert), ("j", n_used)):
             if self.parameters.get(name, 0) > limit:
                 raise UsageError(f"{self}: {name} is at most {limit} for this model.")
@@ -119,9 +149,12 @@ def usage(strategy: Strategy) -> str:
 def parse(text: str) -> Routing:
     """Parses one routing. Raises UsageError naming what exists when the name, a parameter or a value is wrong."""
     name, *pairs = text.strip().split(":")
+    if name == "profile":
+        return from_profile(Path(text.strip().partition(":")[2]))
     strategy = STRATEGIES.get(name)
     if strategy is None:
-        raise UsageError(f"There is no routing {name!r}; there are {', '.join(usage(s) for s in STRATEGIES.values())}.")
+        forms = [*(usage(s) for s in STRATEGIES.values()), *OTHER_FORMS]
+        raise UsageError(f"There is no routing {name!r}; there are {', '.join(forms)}.")
     known = {p.name: p for p in parameters(strategy)}
     values: dict[str, float] = {}
     for pair in pairs:
@@ -133,6 +166,18 @@ def parse(text: str) -> Routing:
     if missing:
         raise UsageError(f"{name} needs {', '.join(missing)}; its form is {usage(strategy)}.")
     return Routing(name, values)
+
+
+def from_profile(path: Path) -> Routing:
+    """The routing in a profile file. Raises UsageError naming the layer whose parameters are wrong."""
+    profile = profiles.load(path)
+    layers = []
+    for layer, parameters in zip(profile.layers, profile.parameters, strict=True):
+        try:
+            layers.append(parse(profile.strategy + "".join(f":{k}={v!r}" for k, v in parameters.items())))
+        except UsageError as e:
+            raise UsageError(f"{path}, layer {layer}: {e}") from None
+    return Routing(profile.strategy, layers=tuple(layers), profile=profile, text=f"profile:{path}")
 
 
 def parse_list(text: str) -> list[Routing]:
@@ -153,8 +198,16 @@ def _value(name: str, parameter: Parameter, text: str) -> float:
     return value
 
 
-def to_native(routing: Routing, n_used: int) -> Any:
-    """The struct cr_routing of a checked routing; the default of J follows K (method.md: 1 where K = 2, else 2)."""
+def to_native(routing: Routing, n_used: int, n_layers: int) -> Any:
+    """The array of struct cr_routing, one a layer, of a checked routing."""
+    from cacheroute import _native
+
+    each = routing.layers or (routing,) * n_layers
+    return (_native.Routing * n_layers)(*(_one_to_native(r, n_used) for r in each))
+
+
+def _one_to_native(routing: Routing, n_used: int) -> Any:
+    """The default of J follows K (method.md: 1 where K = 2, else 2)."""
     from cacheroute import _native
 
     value = routing.parameters

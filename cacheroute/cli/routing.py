@@ -12,3 +12,5 @@ def routing() -> None:
         for p in routings.parameters(strategy):
             high = "" if p.high is None else f"..{p.high:g}"
             print(f"    {p.name:9} {p.low:g}{high or ' or more'}: {p.meaning}")
+    for form, meaning in routings.OTHER_FORMS.items():
+        print(f"{form}\n    {meaning}")

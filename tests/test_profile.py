@@ -1,0 +1,108 @@
+"""Routing profiles: what is written is read, what does not fit is refused, and each layer gets its own parameters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from cacheroute import Llama, _native, profile, routing
+from cacheroute.errors import UsageError
+from cacheroute.profile import RoutingProfile
+
+TINY = RoutingProfile(
+    model="tiny qwen3moe",
+    architecture="qwen3moe",
+    n_expert=32,
+    n_used=4,
+    layers=(0, 1),
+    strategy="cache-prior",
+    parameters=({"lambda": 0.0}, {"lambda": 0.8, "j": 1, "max-loss": 0.5}),
+    notes={"made by": "a test"},
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "m.gguf")
+
+
+def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    profile.save(TINY, path)
+    assert profile.load(path) == TINY
+    assert [f.name for f in tmp_path.iterdir()] == ["p.json"]
+    with pytest.raises(UsageError, match="exists; --force"):
+        profile.save(replace(TINY, strategy="max-rank"), path)
+    assert profile.load(path) == TINY
+    profile.save(replace(TINY, model=""), path, force=True)
+    assert profile.load(path).model == ""
+
+
+def test_the_grammar_knows_profiles(tmp_path: Path) -> None:
+    profile.save(TINY, tmp_path / "p.json")
+    parsed = routing.parse_list(f"original,profile:{tmp_path}/p.json")[1]
+    assert str(parsed) == f"profile:{tmp_path}/p.json" and parsed.lossy
+    parsed.check(32, 4, (0, 1), "tiny qwen3moe")
+    native = routing.to_native(parsed, 4, 2)
+    assert [(r.strategy, r.lambda_, r.j, r.max_loss) for r in native] == [(4, 0.0, 2, -1.0), (4, 0.8, 1, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"format": "another"}, "is not a cacheroute-routing-profile file"),
+        ({"version": 2}, "is of version 2; this cacheroute reads version 1"),
+        ({"parameters": [{"lambda": 0.1}]}, "parameters for 1 of 2 layers"),
+        ({"parameters": [{"lambda": 0.1}, {"lambda": 3}]}, "layer 1: cache-prior: lambda is at least 0 and at most 1, not 3.0"),
+        ({"parameters": [{"lambda": 0.1}, {}]}, "layer 1: cache-prior needs lambda"),
+        ({"parameters": [{"lambda": 0.1}, {"lambda": None}]}, "a value that cannot be"),
+        ({"strategy": "nothing"}, "layer 0: There is no routing 'nothing'"),
+        ({"layers": []}, "parameters for 2 of 0 layers"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(tmp_path: Path, change: dict[str, object], sentence: str) -> None:
+    path = tmp_path / "p.json"
+    profile.save(TINY, path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UsageError, match=sentence):
+        routing.parse(f"profile:{path}")
+
+
+def test_no_profile_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nowhere cannot be read"):
+        routing.parse(f"profile:{tmp_path}/nowhere")
+    (tmp_path / "x").write_text("{")
+    with pytest.raises(UsageError, match="is not a cacheroute-routing-profile file"):
+        routing.parse(f"profile:{tmp_path}/x")
+
+
+@pytest.mark.parametrize(
+    "other, sentence",
+    [
+        ({"n_used": 2}, "is for a model with 2 layers of 32 experts, 2 used"),
+        ({"layers": (0, 2)}, "is for a model with 2 layers"),
+        ({"model": "another"}, "is for the model 'another'"),
+        ({"parameters": ({"lambda": 0.1}, {"lambda": 0.1, "j": 9})}, "j is at most 4"),
+    ],
+)
+def test_a_profile_of_another_model_is_refused(model: Path, tmp_path: Path, other: dict[str, object], sentence: str) -> None:
+    profile.save(replace(TINY, **other), tmp_path / "p.json")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=sentence):
+        Llama(str(model), routing=f"profile:{tmp_path}/p.json", verbose=False)
+
+
+def test_each_layer_has_its_own_parameters(model: Path, tmp_path: Path) -> None:
+    profile.save(TINY, tmp_path / "p.json")
+    llm = Llama(str(model), routing=f"profile:{tmp_path}/p.json", budget=6, n_ctx=64, n_threads=1, verbose=False)
+    assert llm.stats().routing == f"profile:{tmp_path}/p.json"
+    with llm.decoding():
+        for token in range(3, 40):
+            llm.eval([token])
+    by_layer = [_native.Counters(), _native.Counters()]
+    for layer, counters in enumerate(by_layer):
+        _native.lib.cr_hook_counters(llm._hook, layer, 0, counters)
+    assert by_layer[0].swapped == 0 < by_layer[1].swapped
