@@ -349,7 +349,7 @@ def _compile(source: Path, options: BuildOptions, work: Path, key: str, progress
         "GIT_CEILING_DIRECTORIES": str(source.parent),  # llama.cpp asks git for its own commit
         "TMPDIR": str(work),  # a small /tmp must not end a build for which the cache has room
     }
-    progress.step(f"compiling llama.cpp, {jobs} files at a time (minutes, once)")
+    progress.step(f"compiling llama.cpp, jobs: {jobs} (minutes, once)")
 
     def on_line(line: str) -> None:
         ninja = re.match(r"\s*\[(\d+)/(\d+)\]", line)

@@ -1,0 +1,84 @@
+"""`cacheroute setup`: builds and installs the patched engine, then makes the demo model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cacheroute import engine_build
+from cacheroute.build_tools import PlainProgress, Progress
+from cacheroute.errors import CacherouteError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+
+class TerminalProgress:
+    """A spinner with what happens now, and a bar where the step counts."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._task = bar.add_task("starting", total=None)
+
+    def step(self, text: str) -> None:
+        self._bar.reset(self._task, total=None, description=text)
+
+    def fraction(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """Progress on stderr: plain lines, or one that moves if somebody watches."""
+    if not sys.stderr.isatty():
+        yield PlainProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield TerminalProgress(bar)
+
+
+def setup(
+    sdist: Annotated[
+        Path | None,
+        typer.Option(help="Use this llama-cpp-python sdist instead of downloading it.", exists=True, dir_okay=False),
+    ] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Build without this machine's CPU flags: runs on others too.")
+    ] = False,
+    check: Annotated[
+        str | None,
+        typer.Option(metavar="VERSION", help="Only tell whether the patches apply to VERSION of llama-cpp-python."),
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo/--no-demo", help="Make the demo model, too.")] = True,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Compilers at a time.", show_default="one per core")] = None,
+) -> None:
+    """Build and install the engine (minutes the first time, then cached) and make the demo model."""
+    if check is not None:
+        with shown_progress() as progress:
+            results = engine_build.check(check, sdist, progress)
+        for result in results:
+            print(result)
+        raise typer.Exit(0 if all(result.applies for result in results) else 1)
+    with shown_progress() as progress:
+        state = engine_build.ensure(engine_build.BuildOptions(sdist, portable, jobs), progress)
+    print(f"engine {state.version} is installed", file=sys.stderr)
+    if demo:
+        # Late: --no-demo needs neither numpy nor gguf.
+        from cacheroute import demo_model
+
+        try:
+            with shown_progress() as progress:
+                path = demo_model.ensure(progress=progress.step)
+        except demo_model.DemoModelError as error:
+            raise CacherouteError(str(error)) from error
+        print(f"demo model: {path}", file=sys.stderr)
