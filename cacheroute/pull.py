@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from cacheroute import models
 from cacheroute.errors import CacherouteError, UsageError
@@ -76,7 +76,8 @@ def _hub() -> ModuleType:
         if e.name != "huggingface_hub":
             raise
         raise CacherouteError(_MISSING) from None
-    return huggingface_hub
+    module: ModuleType = huggingface_hub
+    return module
 
 
 def _endpoint() -> str | None:
@@ -137,23 +138,26 @@ def _transfer(hub: ModuleType, repository: str, file: HubFile, revision: str, bl
 
     partial = blobs / f"{file.sha256}.cacheroute.incomplete"
     with _only_one(partial) as out:
-        have = out.seek(0, os.SEEK_END)
-        if have < file.nbytes:
+        while (have := out.seek(0, os.SEEK_END)) < file.nbytes:
             _need_space(blobs, file, have)
             verb = f"resuming at {have / GB:.1f} of" if have else "fetching"
             print(f"{file.name}: {verb} {file.nbytes / GB:.1f} GB", file=sys.stderr, flush=True)
             url = hub.hf_hub_url(repository, file.name, revision=revision, endpoint=_endpoint())
             headers = hub.utils.build_hf_headers()
-            http_get(url, out, resume_size=have, headers=headers, expected_size=file.nbytes, displayed_filename=file.name)
-            out.flush()
+            try:
+                http_get(url, out, resume_size=have, headers=headers, expected_size=file.nbytes, displayed_filename=file.name)
+            except Exception as e:
+                if _is_answer(e) or out.seek(0, os.SEEK_END) == have:  # else it broke off, and what came is here
+                    raise
+        out.flush()
         _check(partial, file)
         os.replace(partial, blobs / str(file.sha256))
 
 
 @contextmanager
-def _only_one(partial: Path) -> Iterator[IO[bytes]]:
+def _only_one(partial: Path) -> Iterator[BinaryIO]:
     """The partial file, open for appending, for one process at a time where the system has locks."""
-    with partial.open("r+b" if partial.exists() else "w+b") as out:
+    with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as out:
         try:
             import fcntl
 

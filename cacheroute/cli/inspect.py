@@ -1,0 +1,62 @@
+"""`cacheroute inspect`: a model's header in words, and a table of budgets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from cacheroute import inspect as inspector
+from cacheroute import models
+from cacheroute.budget import MIB
+from cacheroute.errors import UsageError
+from cacheroute.inspect import Report
+
+
+def inspect(
+    file: Annotated[str | None, typer.Argument(metavar="PATH|NAME", help="A GGUF file or a name. [default: demo]")] = None,
+    output: Annotated[str, typer.Option("-o", "--output", help="text or json (sizes in bytes).")] = "text",
+) -> None:
+    """Tell what a model is made of and what each budget costs, from its header alone."""
+    if output not in ("text", "json"):
+        raise UsageError(f"There is no output {output!r}; there are text and json.")
+    report = inspector.inspect(models.resolve(file))
+    if output == "json":
+        print(json.dumps({**asdict(report), "path": str(report.path)}))
+    else:
+        print("\n".join(_text(report)))
+
+
+def _text(r: Report) -> list[str]:
+    shards = f" and {r.shards - 1} more shard{'s' if r.shards > 2 else ''}" if r.shards > 1 else ""
+    prediction = f", {r.prediction_layers} of them for multi-token prediction" if r.prediction_layers else ""
+    groups = f", {r.groups_used} of {r.groups} groups" if r.groups > 1 else ""
+    bias = ", selection bias" if r.selection_bias else ""
+    facts = [
+        ("model", r.name),
+        ("file", f"{r.path}{shards}"),
+        ("architecture", r.architecture),
+        ("layers", f"{r.blocks}, {r.layers} with experts{prediction}"),
+        ("experts", f"{r.experts} a layer, {r.used} used" + (f", shared ones as wide as {r.shared:g}" if r.shared else "")),
+        ("gating", f"{r.gating}{bias}{groups}"),
+        ("context", f"{r.context} tokens"),
+        ("one expert", f"{_mib(r.expert_bytes)} a layer, {_mib(r.expert_bytes_all_layers)} in all layers"),
+        ("all experts", _mib(r.all_expert_bytes)),
+        ("always in memory", _mib(r.dense_bytes)),
+        ("total", _mib(r.total_bytes)),
+    ]
+    lines = [f"{key:17} {value}" for key, value in facts]
+    lines += ["", f"{'tensors':24} {'MiB':>10}  types"]
+    for c in r.tensors:
+        types = ", ".join(f"{kind} x{n}" for kind, n in c.types.items())
+        lines.append(f"{c.name:24} {c.nbytes / MIB:10.1f}  {types}")
+    lines += ["", f"{'budget':8} {'experts':>8} {'MiB resident':>13} {'MiB/token if all miss':>22}"]
+    for b in r.budgets:
+        lines.append(f"{b.budget:8} {b.experts:8} {b.resident_bytes / MIB:13.1f} {b.worst_read_bytes_per_token / MIB:22.1f}")
+    return lines
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / MIB:.2f} MiB" if nbytes < 10 * MIB else f"{nbytes / MIB:.1f} MiB"

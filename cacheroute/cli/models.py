@@ -1,0 +1,201 @@
+"""`cacheroute models`: the catalogue and what is on this disk, and whether this machine can run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cacheroute import experts, gguf_file
+from cacheroute import models as catalogue
+from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.models import DiskModel, ModelEntry
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model. Sizes in bytes, None where unknown. `fits` is "yes", "?" or what is missing."""
+
+    name: str
+    title: str
+    nbytes: int
+    path: str | None
+    fits: str = "?"
+    suggested_budget: str | None = None
+    experts: int | None = None
+    used: int | None = None
+    expert_bytes_all_layers: int | None = None
+    dense_bytes: int | None = None
+    quantisation: str | None = None
+    licence: str | None = None
+    j: int | None = None
+    lambda_start: float | None = None
+
+
+def models(
+    output: Annotated[str, typer.Option("-o", "--output", help="text or json (sizes in bytes).")] = "text",
+) -> None:
+    """List the models that have a name or are on this disk, and what this machine can run. Uses no network.
+
+    "Fits" means that what is always in memory and the least budget (K experts a layer) fit the memory that is free now; the
+    context comes on top. The budget is half of the experts, or as many experts per layer as fit.
+    """
+    if output not in ("text", "json"):
+        raise UsageError(f"There is no output {output!r}; there are text and json.")
+    memory, disk = available_memory(), free_disk(catalogue.hub_cache())
+    rows = list(_rows(memory, disk))
+    if output == "json":
+        print(json.dumps({"memory_available": memory, "disk_free": disk, "models": [asdict(r) for r in rows]}))
+        return
+    _print(rows)
+    free = "unknown" if memory is None else f"{memory / GIB:.1f} GiB"
+    print(f"free: {free} of memory, {disk / GIB:.1f} GiB of disk for `cacheroute pull`", file=sys.stderr)
+
+
+def _rows(memory: int | None, disk: int) -> Iterator[Row]:
+    listed = set()
+    for entry in catalogue.load_catalogue().values():
+        path = catalogue.entry_path(entry)
+        if path:
+            listed.add(path.resolve())
+        yield _entry_row(entry, path, memory, disk)
+    left_out = 0
+    for model in (*catalogue.hub_models(), *catalogue.ollama_models(), *catalogue.lmstudio_models()):
+        if model.path.resolve() not in listed:
+            row = _disk_row(model, memory)
+            if row:
+                yield row
+            else:
+                left_out += 1
+    if left_out:
+        print(f"{left_out} more on this disk have no experts, or none that can be routed", file=sys.stderr)
+
+
+def _entry_row(entry: ModelEntry, path: Path | None, memory: int | None, disk: int) -> Row:
+    fits, budget = _fit(entry.experts, entry.used, entry.expert_bytes, entry.dense_bytes, memory)
+    if not path and entry.repository and disk < entry.nbytes:
+        fits = f"needs {entry.nbytes / GIB:.1f} GiB of disk"
+    return Row(
+        name=entry.name,
+        title=entry.title,
+        nbytes=entry.nbytes,
+        path=str(path) if path else None,
+        fits=fits,
+        suggested_budget=budget,
+        experts=entry.experts,
+        used=entry.used,
+        expert_bytes_all_layers=entry.expert_bytes,
+        dense_bytes=entry.dense_bytes,
+        quantisation=entry.quantisation,
+        licence=entry.licence,
+        j=entry.j,
+        lambda_start=entry.lambda_,
+    )
+
+
+def _disk_row(model: DiskModel, memory: int | None) -> Row | None:
+    """None for a model without experts; a row of question marks for one that cannot be read."""
+    try:
+        gguf = gguf_file.read(model.path)
+        layout = experts.layout(gguf)
+    except UsageError:
+        return None
+    except CacherouteError:  # cut short, or there is no engine yet to read it
+        return Row(model.name, model.name, model.nbytes, str(model.path))
+    dense = gguf.nbytes - layout.all_expert_bytes
+    fits, budget = _fit(layout.n_expert, layout.n_used, layout.expert_bytes, dense, memory)
+    return Row(
+        name=model.name,
+        title=str(gguf.metadata.get("general.name", model.name)),
+        nbytes=model.nbytes,
+        path=str(model.path),
+        fits=fits,
+        suggested_budget=budget,
+        experts=layout.n_expert,
+        used=layout.n_used,
+        expert_bytes_all_layers=layout.expert_bytes,
+        dense_bytes=dense,
+    )
+
+
+def _fit(n_expert: int, n_used: int, expert_bytes: int, dense_bytes: int, memory: int | None) -> tuple[str, str | None]:
+    """(whether it fits, the suggested budget): 50% as in arXiv 2412.00099, or the experts per layer that there is room for."""
+    half = max(n_expert // 2, n_used)
+    if memory is None:
+        return "?", "50%" if half > n_used else str(half)
+    room = (memory - dense_bytes) // expert_bytes
+    if room < n_used:
+        return f"needs {(dense_bytes + n_used * expert_bytes) / GIB:.1f} GiB of memory", None
+    return "yes", "50%" if room >= half and half == n_expert / 2 else str(min(room, half))
+
+
+def _print(rows: list[Row]) -> None:
+    """Aligned columns; a table if somebody watches."""
+    head = ("NAME", "GiB", "HERE", "E/K", "FITS", "BUDGET")
+    cells = [
+        (
+            r.name,
+            f"{r.nbytes / GIB:.1f}",
+            "yes" if r.path else "no",
+            f"{r.experts}/{r.used}" if r.experts else "?",
+            r.fits,
+            r.suggested_budget or "-",
+        )
+        for r in rows
+    ]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*head, box=None, header_style="bold")
+        for row in cells:
+            table.add_row(*row, style="" if row[2] == "yes" else "dim")
+        Console().print(table)
+        return
+    widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
+    for row in (head, *cells):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that a new program may use without pushing others out; None where the system does not tell.
+
+    Linux and Android: MemAvailable, or less inside a container with a limit. macOS: all of the memory.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):
+            return None
+    limit = _container_room(Path("/sys/fs/cgroup"))
+    return free if limit is None else min(free, limit)
+
+
+def _container_room(group: Path) -> int | None:
+    """What the limit of a cgroup (v2) leaves: its page cache can be taken back. None without a limit."""
+    try:
+        limit = (group / "memory.max").read_text("ascii").strip()
+        used = int((group / "memory.current").read_text("ascii"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())
+        return None if limit == "max" else max(int(limit) - used + int(stat.get("file", 0)), 0)
+    except (OSError, ValueError):
+        return None
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes on the disk where `folder` is, or would be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
