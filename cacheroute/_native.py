@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sysconfig
-from ctypes import POINTER, c_char_p, c_double, c_int32, c_uint8, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint8, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Counters(ctypes.Structure):
     """struct cr_counters"""
 
     _fields_ = [
-        *((n, c_uint64) for n in ("tokens", "examined", "hits", "misses", "swapped", "dropped", "evictions")),
+        *((n, c_uint64) for n in ("tokens", "examined", "hits", "misses", "swapped", "dropped", "evictions", "held")),
         ("lost_mass", c_double),
         *((n, c_uint64) for n in ("read_bytes", "reads", "read_ns", "evict_ns")),
     ]
@@ -51,15 +51,23 @@ class Tensor(ctypes.Structure):
 
 
 _I32P, _F64P = POINTER(c_int32), POINTER(c_double)
+
+# cr_policy: user, layer, z, mass, resident, ids
+POLICY = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, _F64P, _F64P, POINTER(c_uint8), _I32P)
+
+_STORE_NEW: list[Any] = [POINTER(c_char_p), c_int32, POINTER(Tensor), c_int32, c_int32, c_int32, c_char_p, c_int32]
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_router_new": (c_void_p, [POINTER(Shape), POINTER(Routing), c_char_p, c_int32]),
     "cr_router_free": (None, [c_void_p]),
     "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, _I32P, _I32P, _I32P, _I32P, _I32P]),
+    "cr_router_replay": (None, [c_void_p, c_int32, c_int64, *[c_void_p] * 7]),
+    "cr_router_set_policy": (None, [c_void_p, POLICY, c_void_p]),
     "cr_router_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),
     "cr_router_mean_range": (c_double, [c_void_p, c_int32]),
     "cr_router_counters": (None, [c_void_p, c_int32, c_int32, POINTER(Counters)]),
     "cr_router_reset": (None, [c_void_p]),
-    "cr_store_new": (c_void_p, [POINTER(c_char_p), c_int32, POINTER(Tensor), c_int32, c_int32, c_int32, c_char_p, c_int32]),
+    "cr_store_new": (c_void_p, _STORE_NEW),
+    "cr_store_new_direct": (c_void_p, _STORE_NEW),
     "cr_store_free": (None, [c_void_p]),
     "cr_store_exchange": (None, [c_void_p, c_int32, _I32P, c_int32, _I32P, c_int32]),
     "cr_store_clear": (None, [c_void_p]),
@@ -74,6 +82,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_hook_set_pace": (None, [c_void_p, c_double]),
     "cr_hook_finish": (None, [c_void_p]),
     "cr_hook_reset": (None, [c_void_p]),
+    "cr_hook_set_policy": (None, [c_void_p, POLICY, c_void_p]),
+    "cr_hook_warm": (None, [c_void_p, c_int32, _I32P, c_int32]),
+    "cr_hook_trace": (None, [c_void_p, c_int32]),
+    "cr_hook_trace_take": (c_uint64, [c_void_p, c_void_p, c_uint64]),
     "cr_hook_counters": (None, [c_void_p, c_int32, c_int32, POINTER(Counters)]),
     "cr_hook_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),
     "cr_hook_resident_bytes": (c_uint64, [c_void_p]),

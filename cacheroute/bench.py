@@ -37,7 +37,7 @@ class Run:
     counters: Counters
     device_bytes: int | None
     major_faults: int
-    resident_bytes: int
+    resident_bytes: int | None
     counted_bytes: int
 
     @property
@@ -49,10 +49,11 @@ class Run:
 class Row:
     """One line of a report. The names that llama-bench has mean what they mean there; MiB are 2^20 bytes.
 
-    `resident_mib` is the most that the kernel said was in memory of the experts after a run (mincore), `counted_mib` what the
-    store had counted; `read_mib_per_token` is what was asked of the device, `device_mib_per_token` what the kernel says
-    was fetched. `vs_lru` is the mean over repetitions of tok/s against `original` with lru at the same budget and io, paired
-    within each repetition, `vs_lru_sd` its standard deviation; null when that arm was not in the run.
+    `resident_mib` is the most that the kernel said was in memory of the experts after a run (mincore; null for a file of
+    somebody else, of which it does not tell), `counted_mib` what the store had counted; `read_mib_per_token` is what was asked
+    of the device, `device_mib_per_token` what the kernel says was fetched. `vs_lru` is the mean over repetitions of tok/s
+    against `original` with lru at the same budget and io, paired within each repetition, `vs_lru_sd` its standard
+    deviation; null when that arm was not in the run.
     """
 
     model: str
@@ -68,7 +69,7 @@ class Row:
     budget: str
     budget_experts: int
     budget_mib: float
-    resident_mib: float
+    resident_mib: float | None
     counted_mib: float
     miss_rate: float
     swap_rate: float
@@ -160,6 +161,7 @@ def _row(llm: Llama, arm: Arm, runs: list[Run], baseline: list[Run] | None, n_pr
     c = [run.counters for run in runs]
     selected = max(sum(x.hits + x.misses for x in c), 1)
     examined = max(sum(x.examined for x in c), 1)
+    measured = [run.resident_bytes for run in runs if run.resident_bytes is not None]
     device = [run.device_bytes for run in runs if run.device_bytes is not None]
     return Row(
         model=llm.metadata.get("general.name", llm.model_path),
@@ -175,7 +177,7 @@ def _row(llm: Llama, arm: Arm, runs: list[Run], baseline: list[Run] | None, n_pr
         budget=arm.budget,
         budget_experts=llm.budget.capacity,
         budget_mib=llm.budget.nbytes / MIB,
-        resident_mib=max(run.resident_bytes for run in runs) / MIB,
+        resident_mib=max(measured) / MIB if measured else None,
         counted_mib=max(run.counted_bytes for run in runs) / MIB,
         miss_rate=sum(x.misses for x in c) / selected,
         swap_rate=sum(x.swapped for x in c) / examined,

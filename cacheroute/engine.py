@@ -8,16 +8,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cacheroute import _llama, _native, experts, gguf_file
 from cacheroute import budget as budgets
 from cacheroute import routing as routings
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.stats import Counters, Stats
+from cacheroute.stats import UNKNOWN_BYTES, Counters, Stats
 
 _llama_cpp = _llama.module()
 _LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
+
+_STORES = {"mmap": _native.lib.cr_store_new, "direct": _native.lib.cr_store_new_direct}
 
 _api = _llama_cpp.llama_cpp._lib
 _api.llama_set_expert_hook.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -35,7 +38,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); None leaves the hook unset: experts are
             mapped and left to the kernel, and the budget is nobody's.
         eviction: "lru", "lfu" or "score".
-        io: how misses are read; "mmap".
+        io: how misses are read; "mmap" (through the page cache) or "direct" (past it, where the filesystem can), "none"
+            (misses are counted, memory is left to the kernel: scores and counts are the same, sooner, where the model fits).
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
         Everything else: as llama_cpp.Llama.
 
@@ -96,8 +100,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             parsed.check(self.layout.n_expert, self.layout.n_used, self.layout.indices, self.layout.model)
         if eviction not in _native.EVICTIONS:
             raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(_native.EVICTIONS)}.")
-        if io != "mmap":
-            raise UsageError(f"There is no io {io!r}; there is mmap.")
+        if io not in (*_STORES, "none"):
+            raise UsageError(f"There is no io {io!r}; there are {', '.join(_STORES)} and none.")
         return budgets.parse(budget, self.layout), parsed, eviction, io
 
     def _attach(self, budget: budgets.Budget, routing: routings.Routing | None, eviction: str, io: str) -> None:
@@ -117,7 +121,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         _api.llama_set_expert_hook(self._ctx.ctx, _native.lib.cr_hook_address(self._hook))
         self.flash_mbps = self._flash_mbps
 
-    def _open_store(self) -> int:
+    def _open_store(self) -> int | None:
+        if self.io == "none":
+            return None
         tensors = []
         for i, layer in enumerate(self.layout.layers):
             for t in layer.tensors:
@@ -127,7 +133,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                 tensors.append(_native.Tensor(i, t.file, t.offset, t.expert_bytes, address))
         paths = [str(p).encode() for p in self.layout.paths]
         return _native.checked(
-            _native.lib.cr_store_new,
+            _STORES[self.io],
             (ctypes.c_char_p * len(paths))(*paths),
             len(paths),
             (_native.Tensor * len(tensors))(*tensors),
@@ -232,19 +238,31 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             decode=self._counters(prefill=False),
         )
 
-    def measure_resident(self) -> int:
-        """Bytes of expert tensors in memory as the kernel says (mincore), whole pages; walks every page table."""
-        return int(_native.lib.cr_hook_measure_resident(self._hook)) if self._hook is not None else 0
+    def decoded_by_layer(self) -> list[Counters]:
+        """Counters of the decoded tokens, one per MoE layer; reads are not told apart by layer."""
+        return [self._layer_counters(i, prefill=False) for i in range(len(self.layout.layers))] if self._hook is not None else []
+
+    def measure_resident(self) -> int | None:
+        """Bytes of expert tensors in memory as the kernel says (mincore), whole pages; None where it does not tell (a file
+        that belongs to somebody else)."""
+        if self._hook is None:
+            return None
+        measured = int(_native.lib.cr_hook_measure_resident(self._hook))
+        return None if measured == UNKNOWN_BYTES else measured
 
     def _counters(self, *, prefill: bool) -> Counters:
         if self._hook is None:
             return Counters()
-        c, first = _native.Counters(), _native.Counters()
-        _native.lib.cr_hook_counters(self._hook, -1, prefill, c)
         # every token passes the first layer; of a prompt llama.cpp takes only the wanted outputs through the last one
-        _native.lib.cr_hook_counters(self._hook, 0, prefill, first)
+        first = self._layer_counters(0, prefill=prefill)
+        return replace(self._layer_counters(-1, prefill=prefill), tokens=first.tokens)
+
+    def _layer_counters(self, layer: int, *, prefill: bool) -> Counters:
+        """Of one layer, -1: the sums over all."""
+        c = _native.Counters()
+        _native.lib.cr_hook_counters(self._hook, layer, prefill, c)
         return Counters(
-            tokens=first.tokens,
+            tokens=c.tokens,
             examined=c.examined,
             hits=c.hits,
             misses=c.misses,

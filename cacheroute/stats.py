@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MIB = 1024 * 1024
+UNKNOWN_BYTES = 2**64 - 1  # UNKNOWN_BYTES of native/store.h
 
 
 @dataclass(frozen=True)

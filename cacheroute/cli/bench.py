@@ -139,7 +139,7 @@ def _markdown(rows: list[Row]) -> str:
                 f"{100 * r.swap_rate:.1f}%",
                 f"{r.read_mib_per_token:.2f}",
                 device,
-                f"{r.resident_mib:.1f}/{r.budget_mib:.1f}",
+                ("?" if r.resident_mib is None else f"{r.resident_mib:.1f}") + f"/{r.budget_mib:.1f}",
             ]
         )
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]

@@ -10,7 +10,7 @@ static constexpr double SCORE_RATE = 0.1; // a of the running mean
 
 ExpertCache::ExpertCache(int n_expert, int capacity, Eviction eviction)
     : capacity_(capacity), eviction_(eviction), resident_(n_expert), last_use_(n_expert), n_uses_(n_expert),
-      score_(n_expert) {}
+      score_(n_expert), next_use_(n_expert) {}
 
 void ExpertCache::reset() {
     std::fill(resident_.begin(), resident_.end(), 0);
@@ -45,6 +45,7 @@ void ExpertCache::touch(int32_t expert) {
 }
 
 bool ExpertCache::goes_before(int32_t a, int32_t b, bool by_recency) const {
+    if (eviction_ == Eviction::belady && next_use_[a] != next_use_[b]) return next_use_[a] > next_use_[b];
     if (!by_recency && eviction_ == Eviction::score && score_[a] != score_[b]) return score_[a] < score_[b];
     if (!by_recency && eviction_ == Eviction::lfu && n_uses_[a] != n_uses_[b]) return n_uses_[a] < n_uses_[b];
     return last_use_[a] < last_use_[b]; // distinct: every touch has its own time

@@ -10,6 +10,7 @@ enum class Eviction : int32_t {
     lru   = 0, // least recently used (the paper's)
     lfu   = 1, // least often used, older use first among equals
     score = 2, // least running mean of the normalised router score (method.md, 'Beyond the paper')
+    belady = 3, // needed last: offline only, somebody must foresee()
 };
 
 // One layer's cache of at most `capacity` experts. Not thread-safe.
@@ -20,11 +21,14 @@ class ExpertCache {
     // Every token passes here once: s_e += a * ((z_e - min z) / (max z - min z) - s_e), over all experts.
     void observe(const std::vector<double> & z);
 
+    // belady: when the expert is needed next, in any unit; the latest goes first.
+    void foresee(int32_t expert, int32_t next_use) { next_use_[expert] = next_use; }
+
     // Makes the expert resident and the most recent.
     void touch(int32_t expert);
 
     // Evicts down to the capacity, never one of `keep`; appends the evicted to `out`. `by_recency` overrides the eviction
-    // policy (prompt: the last C distinct experts stay).
+    // policy (prompt: the last C distinct experts stay), but not belady.
     void trim(const std::vector<int32_t> & keep, bool by_recency, std::vector<int32_t> & out);
 
     void reset();
@@ -32,6 +36,7 @@ class ExpertCache {
     const std::vector<uint8_t> & resident() const { return resident_; }
     int size() const { return size_; }
     int capacity() const { return capacity_; }
+    Eviction eviction() const { return eviction_; }
 
   private:
     bool goes_before(int32_t a, int32_t b, bool by_recency) const;
@@ -42,6 +47,7 @@ class ExpertCache {
     std::vector<uint64_t> last_use_;
     std::vector<uint64_t> n_uses_;
     std::vector<double>   score_;
+    std::vector<int32_t>  next_use_;
     uint64_t clock_ = 0;
     int      size_  = 0;
 };

@@ -12,12 +12,18 @@ void CachedRouter::reset() {
     cache_.reset();
 }
 
+void CachedRouter::warm(const std::vector<int32_t> & ids) {
+    for (int32_t e : ids) cache_.touch(e);
+    event_.evicted.clear();
+    cache_.trim({}, true, event_.evicted);
+}
+
 const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32_t * dictated) {
     const bool  prefill = phase == Phase::prefill;
     Selection & sel     = event_.selection;
 
     router_.observe(scores.z);
-    cache_.observe(scores.z);
+    cache_.observe(scores.traced.empty() ? scores.z : scores.traced);
 
     // 1, 2: choose by the cache before this token
     if (dictated) {
@@ -51,6 +57,7 @@ const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32
     c.swapped   += sel.swapped;
     c.dropped   += n_used_ - sel.n_run;
     c.evictions += event_.evicted.size();
+    c.held      += uint64_t(cache_.size());
     c.lost_mass += sel.lost_mass;
     return event_;
 }

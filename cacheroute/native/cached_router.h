@@ -18,6 +18,7 @@ struct Counters {
     uint64_t swapped   = 0; // slots given to an expert outside the top-K
     uint64_t dropped   = 0; // slots that did not run
     uint64_t evictions = 0;
+    uint64_t held      = 0; // sum over events of the experts in the cache after it
     double   lost_mass = 0; // sum over events of 1 - mass(run) / mass(top-K)
 };
 
@@ -40,10 +41,15 @@ class CachedRouter {
     // ids [K] that the model itself prescribes.
     const Event & step(const Scores & scores, Phase phase, const int32_t * dictated = nullptr);
 
+    // Puts experts into the cache, the last of them most recent: what a sequence starts with. At most `capacity` of them.
+    void warm(const std::vector<int32_t> & ids);
+
     // Forgets the sequence: cache, running means. Counters stay.
     void reset();
 
     const ExpertCache & cache() const { return cache_; }
+    ExpertCache &       cache() { return cache_; }
+    void                set_policy(Policy policy) { router_.set_policy(std::move(policy)); }
     Counters &          counters(Phase phase) { return counters_[int(phase)]; }
     int                 n_used() const { return n_used_; }
     double              mean_range() const { return router_.mean_range(); }

@@ -20,7 +20,7 @@ extern "C" {
 
 #define CR_API __attribute__((visibility("default")))
 
-/* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold (router.h says what they do). */
+/* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (router.h says what they do). */
 struct cr_routing {
     int32_t strategy;
     int32_t k;
@@ -37,15 +37,20 @@ struct cr_shape {
     int32_t n_expert;
     int32_t n_used;
     int32_t capacity; /* experts per layer, n_used..n_expert */
-    int32_t eviction; /* 0 lru, 1 lfu, 2 score */
+    int32_t eviction; /* 0 lru, 1 lfu, 2 score, 3 belady (replay of dictated ids only) */
 };
 
 struct cr_counters { /* sums over layers and tokens; see Counters in cached_router.h */
-    uint64_t tokens, examined, hits, misses, swapped, dropped, evictions;
+    uint64_t tokens, examined, hits, misses, swapped, dropped, evictions, held;
     double   lost_mass;
     /* of the store; 0 for a bare router */
     uint64_t read_bytes, reads, read_ns, evict_ns;
 };
+
+/* strategy custom: fills ids[K], distinct, 0..E-1, and returns 0; anything else: no choice, `original` runs. z, mass: double[E],
+ * resident: uint8[E], the cache before the token. Called from the thread that steps the router. */
+typedef int32_t (*cr_policy)(void * user, int32_t layer, const double * z, const double * mass, const uint8_t * resident,
+                             int32_t * ids);
 
 /* One expert tensor of one layer; see ExpertTensor in store.h. */
 struct cr_tensor {
@@ -68,6 +73,13 @@ CR_API void cr_router_free(cr_router * router);
 CR_API int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, const double * mass, int32_t prefill,
                               const int32_t * dictated, int32_t * ids, int32_t * missed, int32_t * n_missed,
                               int32_t * evicted, int32_t * n_evicted);
+/* n_events of one layer, recorded: z [n][E] in half precision; mass [n][E] likewise, NULL: exp(z); decode [n] 0/1; dictated
+ * [n][K], NULL or a row that starts with -1: chosen by the routing; next_use [n][K], belady only: when the dictated expert is
+ * needed next. Fills, if not NULL, ids [n][K] and resident [n][ceil(E/8)]: the cache before the event, bit e % 8 of byte e / 8. */
+CR_API void cr_router_replay(cr_router * router, int32_t layer, int64_t n_events, const uint16_t * z, const uint16_t * mass,
+                             const uint8_t * decode, const int32_t * dictated, const int32_t * next_use, int32_t * ids,
+                             uint8_t * resident);
+CR_API void cr_router_set_policy(cr_router * router, cr_policy policy, void * user);
 CR_API void cr_router_resident(const cr_router * router, int32_t layer, uint8_t * mask /* [E] */);
 CR_API double cr_router_mean_range(const cr_router * router, int32_t layer);
 CR_API void cr_router_counters(cr_router * router, int32_t layer /* -1: all */, int32_t prefill, struct cr_counters * out);
@@ -79,13 +91,16 @@ typedef struct cr_store cr_store;
 
 CR_API cr_store * cr_store_new(const char * const * files, int32_t n_files, const struct cr_tensor * tensors, int32_t n_tensors,
                                int32_t n_layers, int32_t n_expert, char * error, int32_t error_size);
+/* The same with direct reads; NULL where the filesystem has none. */
+CR_API cr_store * cr_store_new_direct(const char * const * files, int32_t n_files, const struct cr_tensor * tensors,
+                                      int32_t n_tensors, int32_t n_layers, int32_t n_expert, char * error, int32_t error_size);
 CR_API void cr_store_free(cr_store * store);
 CR_API void cr_store_exchange(cr_store * store, int32_t layer, const int32_t * load, int32_t n_load, const int32_t * evict,
                               int32_t n_evict);
 CR_API void cr_store_clear(cr_store * store);
 CR_API void cr_store_set_pace(cr_store * store, double bytes_per_second);
 CR_API uint64_t cr_store_resident_bytes(const cr_store * store);
-CR_API uint64_t cr_store_measure_resident(const cr_store * store);
+CR_API uint64_t cr_store_measure_resident(const cr_store * store); /* UINT64_MAX: the kernel does not tell */
 CR_API uint64_t cr_store_read_bytes(const cr_store * store);
 
 /* ---- the hook ---- */
@@ -102,6 +117,12 @@ CR_API void cr_hook_set_phase(cr_hook * hook, int32_t decode);
 CR_API void cr_hook_set_pace(cr_hook * hook, double bytes_per_second);
 CR_API void cr_hook_finish(cr_hook * hook); /* after each llama_decode() */
 CR_API void cr_hook_reset(cr_hook * hook);  /* forget the sequence, drop every expert; counters stay */
+CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
+/* Brings experts of a layer (n <= capacity) into memory before a sequence; the last is the most recent. */
+CR_API void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n);
+CR_API void cr_hook_trace(cr_hook * hook, int32_t on); /* both ways it forgets the sequence, as cr_hook_reset() */
+/* Bytes of the records that wait (trace.h); moved to `out` where it has room for all of them. */
+CR_API uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size);
 CR_API void cr_hook_counters(cr_hook * hook, int32_t layer /* -1: all */, int32_t prefill, struct cr_counters * out);
 CR_API void cr_hook_resident(cr_hook * hook, int32_t layer, uint8_t * mask /* [E] */);
 CR_API uint64_t cr_hook_resident_bytes(const cr_hook * hook);

@@ -4,6 +4,7 @@
 #include "hook.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <stdexcept>
@@ -31,12 +32,12 @@ std::vector<CachedRouter> make_routers(const cr_shape & s, const cr_routing * ro
         throw std::runtime_error("a cache of " + std::to_string(s.capacity) + " experts per layer is not within " +
                                  std::to_string(s.n_used) + ".." + std::to_string(s.n_expert));
     }
-    if (s.eviction < 0 || s.eviction > int32_t(Eviction::score)) throw std::runtime_error("there is no such eviction");
+    if (s.eviction < 0 || s.eviction > int32_t(Eviction::belady)) throw std::runtime_error("there is no such eviction");
     std::vector<CachedRouter> layers;
     layers.reserve(size_t(s.n_layers));
     for (int32_t l = 0; l < s.n_layers; l++) {
         const cr_routing & r = routing[l];
-        if (r.strategy < 0 || r.strategy > int32_t(Strategy::drop_cold)) throw std::runtime_error("there is no such routing");
+        if (r.strategy < 0 || r.strategy > int32_t(Strategy::custom)) throw std::runtime_error("there is no such routing");
         const Routing as{Strategy(r.strategy), r.k, r.m, std::max(r.j, 0), r.p, r.lambda, r.f, r.max_loss};
         layers.emplace_back(s.n_expert, s.n_used, s.capacity, as, Eviction(s.eviction));
     }
@@ -64,6 +65,7 @@ void sum_counters(std::vector<CachedRouter> & layers, int32_t layer, int32_t pre
         out.swapped   += c.swapped;
         out.dropped   += c.dropped;
         out.evictions += c.evictions;
+        out.held      += c.held;
         out.lost_mass += c.lost_mass;
     }
 }
@@ -73,7 +75,24 @@ void copy_ids(const std::vector<int32_t> & from, int32_t * to, int32_t * n) {
     if (n) *n = int32_t(from.size());
 }
 
+std::vector<ExpertTensor> expert_tensors(const cr_tensor * tensors, int32_t n_tensors) {
+    std::vector<ExpertTensor> all;
+    for (int32_t i = 0; i < n_tensors; i++) {
+        const cr_tensor & t = tensors[i];
+        all.push_back({t.layer, t.file, t.offset, t.expert_bytes, static_cast<uint8_t *>(const_cast<void *>(t.address))});
+    }
+    return all;
+}
+
 std::vector<int32_t> ids(const int32_t * from, int32_t n) { return {from, from + n}; }
+
+void set_policies(std::vector<CachedRouter> & layers, cr_policy policy, void * user) {
+    for (int32_t l = 0; l < int32_t(layers.size()); l++) {
+        layers[size_t(l)].set_policy([=](const Scores & s, const std::vector<uint8_t> & resident, std::vector<int32_t> & chosen) {
+            return policy(user, l, s.z.data(), s.mass.data(), resident.data(), chosen.data()) == 0;
+        });
+    }
+}
 
 } // namespace
 
@@ -97,6 +116,32 @@ int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, cons
     return event.selection.n_run;
 }
 
+void cr_router_replay(cr_router * router, int32_t layer, int64_t n_events, const uint16_t * z, const uint16_t * mass,
+                      const uint8_t * decode, const int32_t * dictated, const int32_t * next_use, int32_t * out_ids,
+                      uint8_t * out_resident) {
+    CachedRouter & r = router->layers[size_t(layer)];
+    const size_t   n = r.cache().resident().size(), k = size_t(r.n_used());
+    Scores &       s = router->scores;
+    s.z.resize(n);
+    s.mass.resize(n);
+    for (int64_t i = 0; i < n_events; i++) {
+        for (size_t e = 0; e < n; e++) s.z[e] = from_half(z[size_t(i) * n + e]);
+        for (size_t e = 0; e < n; e++) s.mass[e] = mass ? from_half(mass[size_t(i) * n + e]) : std::exp(s.z[e]);
+        const int32_t * told = dictated && dictated[size_t(i) * k] >= 0 ? dictated + size_t(i) * k : nullptr;
+        for (size_t j = 0; told && next_use && j < k; j++) r.cache().foresee(told[j], next_use[size_t(i) * k + j]);
+        if (out_resident) {
+            uint8_t *    bits     = out_resident + size_t(i) * ((n + 7) / 8);
+            const auto & resident = r.cache().resident();
+            std::fill(bits, bits + (n + 7) / 8, uint8_t(0));
+            for (size_t e = 0; e < n; e++) bits[e / 8] |= uint8_t(resident[e] << (e % 8));
+        }
+        const Event & event = r.step(s, decode[i] ? Phase::decode : Phase::prefill, told);
+        if (out_ids) std::copy(event.selection.ids.begin(), event.selection.ids.end(), out_ids + size_t(i) * k);
+    }
+}
+
+void cr_router_set_policy(cr_router * router, cr_policy policy, void * user) { set_policies(router->layers, policy, user); }
+
 void cr_router_resident(const cr_router * router, int32_t layer, uint8_t * mask) {
     const auto & resident = router->layers[size_t(layer)].cache().resident();
     std::copy(resident.begin(), resident.end(), mask);
@@ -115,12 +160,14 @@ void cr_router_reset(cr_router * router) {
 cr_store * cr_store_new(const char * const * files, int32_t n_files, const cr_tensor * tensors, int32_t n_tensors,
                         int32_t n_layers, int32_t n_expert, char * error, int32_t error_size) {
     return guarded(error, error_size, [&] {
-        std::vector<ExpertTensor> all;
-        for (int32_t i = 0; i < n_tensors; i++) {
-            const cr_tensor & t = tensors[i];
-            all.push_back({t.layer, t.file, t.offset, t.expert_bytes, static_cast<uint8_t *>(const_cast<void *>(t.address))});
-        }
-        return new cr_store{make_mmap_store({files, files + n_files}, n_layers, n_expert, all)};
+        return new cr_store{make_mmap_store({files, files + n_files}, n_layers, n_expert, expert_tensors(tensors, n_tensors))};
+    });
+}
+
+cr_store * cr_store_new_direct(const char * const * files, int32_t n_files, const cr_tensor * tensors, int32_t n_tensors,
+                               int32_t n_layers, int32_t n_expert, char * error, int32_t error_size) {
+    return guarded(error, error_size, [&] {
+        return new cr_store{make_direct_store({files, files + n_files}, n_layers, n_expert, expert_tensors(tensors, n_tensors))};
     });
 }
 
@@ -143,6 +190,7 @@ cr_hook * cr_hook_new(const cr_shape * shape, const cr_routing * routing, const 
     if (store) owned = std::move(store->store);
     delete store;
     return guarded(error, error_size, [&] {
+        if (shape->eviction == int32_t(Eviction::belady)) throw std::runtime_error("belady looks ahead, it cannot run live");
         bool reweights = false;
         for (int32_t l = 0; l < shape->n_layers; l++) {
             const auto s = Strategy(routing[l].strategy);
@@ -157,6 +205,22 @@ const void * cr_hook_address(cr_hook * hook) { return hook->hook.address(); }
 void         cr_hook_set_phase(cr_hook * hook, int32_t decode) { hook->hook.set_phase(decode ? Phase::decode : Phase::prefill); }
 void         cr_hook_finish(cr_hook * hook) { hook->hook.finish(); }
 void         cr_hook_reset(cr_hook * hook) { hook->hook.reset(); }
+void         cr_hook_trace(cr_hook * hook, int32_t on) { hook->hook.trace(on != 0); }
+void         cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user) { set_policies(hook->hook.routers(), policy, user); }
+
+uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size) {
+    TraceBuffer * trace = hook->hook.trace_buffer();
+    if (!trace) return 0;
+    const uint64_t n = trace->bytes.size();
+    if (out && size >= n) {
+        std::copy(trace->bytes.begin(), trace->bytes.end(), out);
+        trace->bytes.clear();
+    }
+    return n;
+}
+
+void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n) { hook->hook.warm(layer, ids(experts, n)); }
+
 const char * cr_hook_error(const cr_hook * hook) { return hook->hook.error().c_str(); }
 
 void cr_hook_set_pace(cr_hook * hook, double bytes_per_second) {

@@ -1,7 +1,7 @@
 #include "hook.h"
 
 #include <algorithm>
-#include <cmath>
+#include <exception>
 #include <limits>
 
 namespace cacheroute {
@@ -40,6 +40,10 @@ void Hook::select(const ExpertEvent & ev) {
     }
     n_run_.assign(ev.n_tokens, uint8_t(std::min(ev.n_used, 255)));
     if (ours) needed_.assign(ev.n_expert, 0);
+    if (layer == 0) { // every token passes the first layer; of a prompt only the last ones pass the last
+        batch_first_ += batch_size_;
+        batch_size_   = uint32_t(ev.n_tokens);
+    }
 
     for (int t = 0; t < ev.n_tokens; t++) {
         const float * probs  = ev.probs + size_t(t) * ev.n_expert;
@@ -53,7 +57,20 @@ void Hook::select(const ExpertEvent & ev) {
             std::copy(top.ids.begin(), top.ids.end(), ids);
             continue;
         }
+        if (trace_) {
+            before_ = routers_[layer].cache().resident();
+        }
+        if (trace_ || routers_[layer].cache().eviction() == Eviction::score) {
+            scores_.round_for_trace(ev.n_used, ev.scores ? nullptr : ids);
+        }
         const Event & event = routers_[layer].step(scores_, phase_, ev.scores ? nullptr : ids);
+        if (trace_) {
+            uint8_t flags = phase_ == Phase::decode ? TRACE_DECODE : 0;
+            if (!ev.scores) flags |= TRACE_DICTATED;
+            if (scores == probs && (ev.gating == GATING_SOFTMAX || ev.gating == GATING_SOFTMAX_WEIGHT)) flags |= TRACE_SOFTMAX_MASS;
+            trace_->add(sequence_, batch_first_ + batch_size_ - uint32_t(ev.n_tokens - t), layer, flags, scores_, before_,
+                        event.selection);
+        }
         std::copy(event.selection.ids.begin(), event.selection.ids.end(), ids);
         n_run_[t] = uint8_t(event.selection.n_run);
         for (int32_t e : event.selection.ids) needed_[e] = 1;
@@ -73,9 +90,13 @@ void Hook::select(const ExpertEvent & ev) {
         if (needed_[e] && !cached[e]) over_layer_ = layer;
         in_memory[e] = needed_[e] || cached[e];
     }
+    exchange_counted(layer);
+}
+
+void Hook::exchange_counted(int layer) {
     if (load_.empty() && evict_.empty()) return;
     const StoreCounters before = store_->counters();
-    store_->exchange(layer, load_, evict_);
+    exchange(layer);
     const StoreCounters after = store_->counters();
     StoreCounters &     sum   = reads_[int(phase_)];
     sum.read_bytes += after.read_bytes - before.read_bytes;
@@ -105,10 +126,42 @@ void Hook::finish() {
     const int layer = over_layer_;
     over_layer_     = -1;
     load_.clear();
-    store_->exchange(layer, load_, evict_);
+    exchange(layer);
+}
+
+// llama.cpp is C on the way up: no exception may pass through it.
+void Hook::exchange(int layer) {
+    try {
+        store_->exchange(layer, load_, evict_);
+    } catch (const std::exception & e) {
+        if (error_.empty()) error_ = e.what();
+    }
+}
+
+void Hook::trace(bool on) {
+    reset();
+    sequence_ = 0;
+    trace_.reset(on ? new TraceBuffer : nullptr);
+}
+
+void Hook::warm(int layer, const std::vector<int32_t> & ids) {
+    CachedRouter & router = routers_[layer];
+    router.warm(ids);
+    const auto & cached    = router.cache().resident();
+    auto &       in_memory = in_memory_[layer];
+    load_.clear();
+    evict_.clear();
+    for (int32_t e = 0; e < int32_t(cached.size()); e++) {
+        if (cached[e] && !in_memory[e]) load_.push_back(e);
+        if (!cached[e] && in_memory[e]) evict_.push_back(e);
+        in_memory[e] = cached[e];
+    }
+    if (store_) exchange_counted(layer);
 }
 
 void Hook::reset() {
+    sequence_ += batch_size_ > 0;
+    batch_first_ = batch_size_ = 0;
     for (auto & r : routers_) r.reset();
     for (auto & m : in_memory_) std::fill(m.begin(), m.end(), 0);
     over_layer_ = -1;

@@ -4,6 +4,7 @@
 
 #include "cached_router.h"
 #include "store.h"
+#include "trace.h"
 
 #include <memory>
 #include <string>
@@ -50,6 +51,13 @@ class Hook {
     // Forgets the sequence and drops every expert; counters stay.
     void reset();
 
+    // Starts (or ends) a trace, from an empty cache. Records are the caller's to take from trace_buffer().
+    void          trace(bool on);
+    TraceBuffer * trace_buffer() { return trace_.get(); }
+
+    // Brings experts of a layer, at most its capacity, into memory before a sequence starts; the last is the most recent.
+    void warm(int layer, const std::vector<int32_t> & ids);
+
     std::vector<CachedRouter> & routers() { return routers_; }
     Store *                     store() { return store_.get(); }
     const StoreCounters &       reads(Phase phase) const { return reads_[int(phase)]; }
@@ -58,6 +66,8 @@ class Hook {
   private:
     void select(const ExpertEvent & event);
     void reweight(const ExpertEvent & event);
+    void exchange(int layer); // load_ and evict_
+    void exchange_counted(int layer);
 
     ExpertHook                        hook_;
     std::vector<int>                  layer_of_;
@@ -71,7 +81,11 @@ class Hook {
     std::string                       error_;
 
     Scores               scores_;
-    std::vector<uint8_t> needed_;
+    std::vector<uint8_t> needed_, before_;
+
+    std::unique_ptr<TraceBuffer> trace_; // null: nobody traces
+    uint32_t sequence_    = 0;
+    uint32_t batch_first_ = 0, batch_size_ = 0; // tokens of the sequence before this micro-batch, and in it
     std::vector<int32_t> load_, evict_;
 };
 

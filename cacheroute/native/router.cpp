@@ -1,5 +1,7 @@
 #include "router.h"
 
+#include "half.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -28,6 +30,41 @@ void Scores::fill(const float * scores, const float * probs, int n_expert, bool 
             mass[e] = std::max(mass[e], 0.0);
         }
     }
+}
+
+// Lowers values until order[0], order[1], ... are ranked so, ties to the lower index, and, if asked, all others behind them.
+static void keep_order(std::vector<double> & values, const std::vector<int32_t> & order, bool others_behind) {
+    auto at_most = [&](int32_t e, int32_t ahead) {
+        double most = values[ahead];
+        if (e < ahead) most = from_half(half_below(to_half(most)));
+        values[e] = std::min(values[e], most);
+    };
+    for (size_t i = 1; i < order.size(); i++) at_most(order[i], order[i - 1]);
+    if (!others_behind) return;
+    for (int32_t e = 0; e < int32_t(values.size()); e++) {
+        if (std::find(order.begin(), order.end(), e) == order.end()) at_most(e, order.back());
+    }
+}
+
+void Scores::round_for_trace(int n_used, const int32_t * dictated) {
+    const double top = *std::max_element(z.begin(), z.end());
+    traced.resize(z.size());
+    traced_mass.resize(z.size());
+    for (size_t e = 0; e < z.size(); e++) {
+        traced[e]      = from_half(to_half(std::isfinite(top) ? z[e] - top : z[e]));
+        traced_mass[e] = from_half(to_half(mass[e]));
+    }
+    std::vector<int32_t> order(z.size());
+    std::iota(order.begin(), order.end(), 0);
+    if (dictated) order.assign(dictated, dictated + n_used);
+    auto by = [&](const std::vector<double> & key) {
+        return [&key](int32_t a, int32_t b) { return key[a] > key[b] || (key[a] == key[b] && a < b); };
+    };
+    std::partial_sort(order.begin(), order.begin() + n_used, order.end(), by(z));
+    order.resize(n_used);
+    keep_order(traced, order, !dictated);
+    std::sort(order.begin(), order.end(), by(mass));
+    keep_order(traced_mass, order, false);
 }
 
 Router::Router(int n_expert, int n_used, const Routing & routing)
@@ -133,6 +170,10 @@ void Router::select(const Scores & scores, const std::vector<uint8_t> & resident
 
     switch (s) {
         case Strategy::original:
+            break;
+        case Strategy::custom:
+            custom_ids_.resize(n_used_);
+            if (policy_ && policy_(scores, resident, custom_ids_)) chosen_ = custom_ids_;
             break;
         case Strategy::pruning:
             chosen_.resize(std::min(std::max(routing_.k, 1), n_used_));

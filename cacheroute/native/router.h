@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace cacheroute {
@@ -14,6 +15,7 @@ enum class Strategy : int32_t {
     cumsum      = 3, // max-rank with M from the cumulative probability p
     cache_prior = 4, // top-K of z + lambda * D * cached (arXiv 2412.00099)
     drop_cold   = 5, // top-K of z without the missing experts of little weight
+    custom      = 6, // whatever a Policy says
 };
 
 // Parameters of a strategy; those that a strategy does not name are ignored by it.
@@ -36,10 +38,19 @@ struct Scores {
     // [E] router mass, >= 0: what the gate weights are proportional to.
     std::vector<double> mass;
 
-    // Fills both from what the graph of llama.cpp ranks (`scores`) and weighs by (`probs`), float[E] each.
+    // What a trace keeps of z and mass, in half precision; empty unless round_for_trace() has filled them. A running mean that
+    // decides must be formed from these, or a replay would not come to the same decisions.
+    std::vector<double> traced, traced_mass;
+
+    // Fills z and mass from what the graph of llama.cpp ranks (`scores`) and weighs by (`probs`), float[E] each.
     // `log_space`: the scores are probabilities, masked or not, so z is their logarithm.
     // `mass_from_logits`: probs are logits of which the chosen ones go through a softmax (gpt-oss).
     void fill(const float * scores, const float * probs, int n_expert, bool log_space, bool mass_from_logits);
+
+    // traced = z - max(z), traced_mass = mass, rounded to half precision. Rounding makes ties, which go to the lower index:
+    // where that would change the K best of z, their order, or the order of their masses, values are lowered by the
+    // few units in the last place that keep it. `dictated`: the ids [K] that stand for the K best, or null.
+    void round_for_trace(int n_used, const int32_t * dictated);
 };
 
 struct Selection {
@@ -48,6 +59,9 @@ struct Selection {
     int                  swapped = 0; // ids that run and are not in the top-K of z
     double               lost_mass = 0.0; // 1 - mass(run) / mass(top-K), at least 0
 };
+
+// A choice of somebody else's: fills ids [K], distinct and in range; false: it could not.
+using Policy = std::function<bool(const Scores & scores, const std::vector<uint8_t> & resident, std::vector<int32_t> & ids)>;
 
 // One layer's router. Ties go to the lower index. Not thread-safe.
 class Router {
@@ -61,6 +75,9 @@ class Router {
     // `resident`: [E] 0/1, the cache before this token. `plain` chooses by `original` whatever the routing (prompt).
     void select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, Selection & out);
 
+    // What `custom` asks; without one, and where it fails, the choice is `original`.
+    void set_policy(Policy policy) { policy_ = std::move(policy); }
+
     void reset();
     double mean_range() const { return mean_range_; }
 
@@ -73,6 +90,7 @@ class Router {
     const int     n_expert_;
     const int     n_used_;
     const Routing routing_;
+    Policy        policy_;
     double        mean_range_ = 0.0;
     uint64_t      n_seen_     = 0;
 
@@ -80,6 +98,7 @@ class Router {
     mutable std::vector<int32_t> index_;
     std::vector<int32_t> order_;  // experts by z
     std::vector<int32_t> chosen_; // this token's set
+    std::vector<int32_t> custom_ids_;
     std::vector<double>  biased_;
     std::vector<uint8_t> in_top_, in_chosen_;
 };

@@ -19,18 +19,20 @@ struct ExpertTensor {
 };
 
 struct StoreCounters {
-    uint64_t read_bytes    = 0; // asked of the device, whole pages
-    uint64_t reads         = 0; // experts made resident
-    uint64_t read_ns       = 0; // time the caller waited for them
-    uint64_t evict_ns      = 0;
+    uint64_t read_bytes = 0; // asked of the device, whole pages
+    uint64_t reads      = 0; // experts made resident
+    uint64_t read_ns    = 0; // time the caller waited for them
+    uint64_t evict_ns   = 0; // of that, spent on evicting
 };
+
+constexpr uint64_t UNKNOWN_BYTES = UINT64_MAX;
 
 class Store {
   public:
     virtual ~Store() = default;
 
     // Makes `load` resident and drops `evict` (experts of one layer). Blocks until the loaded bytes are in memory. Called from
-    // one thread at a time, the one that computes.
+    // one thread at a time, the one that computes. Throws std::runtime_error when the device fails.
     virtual void exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evict) = 0;
 
     // Drops everything, from the page cache too.
@@ -39,7 +41,8 @@ class Store {
     // Bytes held by resident experts as the store has counted them, whole pages. Any thread.
     virtual uint64_t resident_bytes() const = 0;
 
-    // Bytes of all expert tensors that are in memory as the kernel says (mincore). Slow: any thread, not in a token.
+    // Bytes of all expert tensors that are in memory as the kernel says (mincore); UNKNOWN_BYTES where it does not tell.
+    // Slow: any thread, not in a token.
     virtual uint64_t measure_resident() const = 0;
 
     // Paces reads to a slower flash: a read of n bytes takes at least n / bytes_per_second. 0: as fast as it goes.
@@ -49,8 +52,14 @@ class Store {
 };
 
 // Experts stay in the files' mappings; loading is read-ahead into the page cache, evicting drops the pages from the
-// process and from the page cache. Throws std::runtime_error with one sentence.
+// process and from the page cache.
 std::unique_ptr<Store> make_mmap_store(const std::vector<std::string> & files, int n_layers, int n_expert,
                                        const std::vector<ExpertTensor> & tensors);
+
+// Experts live in anonymous memory laid over the mappings, at the same addresses; loading is O_DIRECT reads by a few
+// threads, evicting gives the pages back. The mappings return with the store's end. Throws where the filesystem
+// has no direct reads.
+std::unique_ptr<Store> make_direct_store(const std::vector<std::string> & files, int n_layers, int n_expert,
+                                         const std::vector<ExpertTensor> & tensors);
 
 } // namespace cacheroute
