@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+from cacheroute import engine_build
 from cacheroute.errors import CacherouteError
 
 _SETUP = "run `cacheroute setup` to build and install the patched one"
@@ -15,13 +16,12 @@ _SETUP = "run `cacheroute setup` to build and install the patched one"
 
 @functools.cache
 def module() -> ModuleType:
-    """The patched `llama_cpp` module. Raises CacherouteError when it is missing or stock."""
+    """The patched `llama_cpp` module. Raises CacherouteError when it is missing, stock, or patched for another cacheroute."""
+    advice = engine_build.installed_state().advice
+    if advice:
+        raise CacherouteError(f"{advice[0].upper()}{advice[1:]}.")
     try:
         import llama_cpp
-    except ModuleNotFoundError as e:
-        if e.name != "llama_cpp":
-            raise
-        raise CacherouteError(f"llama-cpp-python is not installed; {_SETUP}.") from None
     except (RuntimeError, OSError) as e:
         raise CacherouteError(f"llama-cpp-python cannot be loaded ({e}); {_SETUP}.") from None
     if not hasattr(llama_cpp.llama_cpp._lib, "llama_set_expert_hook"):

@@ -75,8 +75,12 @@ def layout(gguf: GgufFile) -> ExpertLayout:
     arch, path = gguf.architecture, gguf.paths[0]
     tensors: dict[int, list[ExpertTensor]] = {}
     n_expert = int(gguf.metadata.get(f"{arch}.expert_count", 0))
+    # layers that predict further tokens come last; llama.cpp does not run them
+    blocks = int(gguf.metadata.get(f"{arch}.block_count", 0)) - int(gguf.metadata.get(f"{arch}.nextn_predict_layers", 0))
     for t in gguf.tensors:
         match = _EXPERT_TENSOR.match(t.name)
+        if match and int(match[1]) >= blocks:
+            continue
         if match and n_expert:
             tensors.setdefault(int(match[1]), []).append(ExpertTensor(t.name, t.type, t.file, t.offset, t.nbytes // n_expert))
         elif _OLD_EXPERT_TENSOR.match(t.name):

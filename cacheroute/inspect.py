@@ -93,7 +93,6 @@ def inspect(path: Path) -> Report:
     gguf = gguf_file.read(path)
     layout = experts.layout(gguf)
     blocks = _number(gguf, "block_count")
-    predicting = blocks - _number(gguf, "nextn_predict_layers")
     return Report(
         path=path,
         shards=len(gguf.paths),
@@ -101,7 +100,7 @@ def inspect(path: Path) -> Report:
         architecture=gguf.architecture,
         blocks=blocks,
         layers=len(layout.layers),
-        prediction_layers=sum(layer.index >= predicting for layer in layout.layers),
+        prediction_layers=_number(gguf, "nextn_predict_layers"),
         experts=layout.n_expert,
         used=layout.n_used,
         shared=_shared(gguf),

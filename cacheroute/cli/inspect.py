@@ -31,7 +31,7 @@ def inspect(
 
 def _text(r: Report) -> list[str]:
     shards = f" and {r.shards - 1} more shard{'s' if r.shards > 2 else ''}" if r.shards > 1 else ""
-    prediction = f", {r.prediction_layers} of them for multi-token prediction" if r.prediction_layers else ""
+    prediction = f" and {r.prediction_layers} for multi-token prediction, which do not run" if r.prediction_layers else ""
     groups = f", {r.groups_used} of {r.groups} groups" if r.groups > 1 else ""
     bias = ", selection bias" if r.selection_bias else ""
     facts = [
