@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cacheroute import _llama, _native, experts, gguf_file
+from cacheroute import _llama, _native, custom_policy, experts, gguf_file
 from cacheroute import budget as budgets
 from cacheroute import routing as routings
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.stats import UNKNOWN_BYTES, Counters, Stats
+from cacheroute.task_profile import TaskProfile
 
 _llama_cpp = _llama.module()
 _LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
@@ -64,6 +65,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         **kwargs: Any,
     ) -> None:
         self._hook: int | None = None
+        self._policy: custom_policy.Policy | None = None  # alive as long as the hook calls it
+        self._task: TaskProfile | None = None
+        self._trace_sink: Callable[[bytes], None] | None = None
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
         self._flash_mbps = flash_mbps
         self.layout = experts.layout(gguf_file.read(model_path))
@@ -90,6 +94,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._detach()
         self._attach(*settings)
         super().reset()
+        self._warm()
 
     def _settings(
         self, budget: str | int, routing: str | routings.Routing | None, eviction: str, io: str
@@ -110,6 +115,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             return
         layout = self.layout
         n = len(layout.layers)
+        policy = custom_policy.Policy(routing.policy, layout.n_expert, layout.n_used, n) if routing.policy else None
         shape = _native.Shape(n, layout.n_expert, layout.n_used, budget.capacity, _native.EVICTIONS[eviction])
         per_layer = routings.to_native(routing, layout.n_used, n)
         ids = [-1] * (layout.layers[-1].index + 1)
@@ -118,6 +124,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         layer_of = (ctypes.c_int32 * len(ids))(*ids)
         self._hook = _native.checked(_native.lib.cr_hook_new, shape, per_layer, layer_of, len(ids), self._open_store())
         _native.lib.cr_hook_reset(self._hook)  # what the page cache holds of the experts is not ours to count on
+        if policy:
+            self._policy = policy
+            _native.lib.cr_hook_set_policy(self._hook, policy.callback, None)
         _api.llama_set_expert_hook(self._ctx.ctx, _native.lib.cr_hook_address(self._hook))
         self.flash_mbps = self._flash_mbps
 
@@ -147,7 +156,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             if self._ctx.ctx is not None:  # the garbage collector may have closed it first
                 _api.llama_set_expert_hook(self._ctx.ctx, None)
             _native.lib.cr_hook_free(self._hook)
-            self._hook = None
+            self._hook = self._policy = None
 
     def close(self) -> None:
         """Frees the model. The hook goes first: it works on the model's mappings."""
@@ -196,12 +205,56 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             error = _native.lib.cr_hook_error(self._hook).decode()
             if error:
                 raise CacherouteError(f"{self.model_path}: {error}.")
+            if self._policy:
+                self._policy.check()
+            if self._trace_sink:
+                self._trace_sink(self._take_trace())
 
     def reset(self) -> None:
         """Forgets the sequence and, with it, which experts are resident."""
         super().reset()
         if self._hook is not None:
             _native.lib.cr_hook_reset(self._hook)
+            if self._policy:
+                self._policy.reset()
+            self._warm()
+
+    def warm(self, task: TaskProfile | None) -> None:
+        """From now on every sequence starts with the experts that a task uses most in the cache; None: with an empty one.
+
+        Forgets the sequence. Raises UsageError when the profile is of another model.
+        """
+        if task:
+            task.check(self.layout)
+        self._task = task
+        self.reset()
+
+    def _warm(self) -> None:
+        if self._task and self._hook is not None:
+            for layer in range(len(self.layout.layers)):
+                best = self._task.best(layer, self.budget.capacity)
+                _native.lib.cr_hook_warm(self._hook, layer, (ctypes.c_int32 * len(best))(*best), len(best))
+
+    @contextlib.contextmanager
+    def tracing(self, sink: Callable[[bytes], None]) -> Iterator[None]:
+        """Within it `sink` is given the records (trace.py) of every token, after each eval(); starts with a new sequence."""
+        if self._hook is None:
+            raise UsageError("There is nothing to trace without a routing.")
+        _native.lib.cr_hook_trace(self._hook, 1)
+        self._trace_sink = sink
+        self.reset()
+        try:
+            yield
+        finally:
+            self._trace_sink = None
+            if self._hook is not None:
+                _native.lib.cr_hook_trace(self._hook, 0)
+
+    def _take_trace(self) -> bytes:
+        size = _native.lib.cr_hook_trace_take(self._hook, None, 0)
+        records = (ctypes.c_uint8 * size)()
+        _native.lib.cr_hook_trace_take(self._hook, records, size)
+        return bytes(records)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As llama_cpp.Llama.generate; the prompt is prefill, what follows is decode."""

@@ -88,7 +88,9 @@ STRATEGIES: dict[str, Strategy] = {
 # Routings that are not written as name:key=value: the form, what it means.
 OTHER_FORMS = {
     "profile:PATH": "a strategy with parameters of its own for each layer, from a file (`tune` writes them)",
+    "python:package.module:ClassName": "a policy of one's own (cacheroute/custom_policy.py has an example); slower",
 }
+_CUSTOM = 6  # Strategy::custom of native/router.h
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Routing:
     """A strategy with its parameters, not yet bound to a model.
 
     Of a profile: `layers` has a Routing for each of its MoE layers, and `name` is the strategy of all of them.
+    Of a policy in Python: `policy` is its package.module:ClassName, and `name` is "python".
     `text` is what was typed, where name and parameters do not say it.
     """
 
@@ -103,6 +106,7 @@ class Routing:
     parameters: dict[str, float] = field(default_factory=dict)
     layers: tuple[Routing, ...] = ()
     profile: profiles.RoutingProfile | None = None
+    policy: str = ""
     text: str = ""
 
     @property
@@ -129,6 +133,10 @@ class Routing:
                 raise UsageError(f"{self} is for the model {p.model!r}, and this one is {model!r}.")
         for layer in self.layers:
             layer.check(n_expert, n_used)
+        if self.policy:
+            from cacheroute import custom_policy
+
+            custom_policy.load(self.policy)
         for name, limit in (("k", n_used), ("m", n_expert), ("j", n_used)):
             if self.parameters.get(name, 0) > limit:
                 raise UsageError(f"{self}: {name} is at most {limit} for this model.")
@@ -151,6 +159,8 @@ def parse(text: str) -> Routing:
     name, *pairs = text.strip().split(":")
     if name == "profile":
         return from_profile(Path(text.strip().partition(":")[2]))
+    if name == "python":
+        return Routing(name, policy=text.strip().partition(":")[2], text=text.strip())
     strategy = STRATEGIES.get(name)
     if strategy is None:
         forms = [*(usage(s) for s in STRATEGIES.values()), *OTHER_FORMS]
@@ -212,7 +222,7 @@ def _one_to_native(routing: Routing, n_used: int) -> Any:
 
     value = routing.parameters
     return _native.Routing(
-        strategy=STRATEGIES[routing.name].number,
+        strategy=_CUSTOM if routing.policy else STRATEGIES[routing.name].number,
         k=int(value.get("k", n_used)),
         m=int(value.get("m", n_used)),
         j=int(value.get("j", min(n_used, 1 if n_used <= 2 else 2))),

@@ -19,6 +19,8 @@ from cacheroute.cli.pull import pull
 from cacheroute.cli.routing import routing
 from cacheroute.cli.setup import setup
 from cacheroute.errors import CacherouteError
+from cacheroute.cli.simulate import simulate
+from cacheroute.cli.trace import trace
 
 app = typer.Typer(
     name="cacheroute",
@@ -50,7 +52,7 @@ def _polite(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (generate, bench, models, pull, inspect, routing, setup):
+for _command in (generate, bench, trace, simulate, models, pull, inspect, routing, setup):
     app.command()(_polite(_command))
 
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -46,10 +45,8 @@ def bench(
         raise UsageError(f"There is no output {output!r}; there are {', '.join(_OUTPUTS)}.")
     if n_prompt + n_gen == 0:
         raise UsageError("There is nothing to run; give -p or -n.")
-    arms = [
-        Arm(b, str(r), e, i)
-        for b, r, e, i in itertools.product(_list(budget), routings.parse_list(routing), _list(eviction), _list(io))
-    ]
+    settings = (options.names(budget), routings.parse_list(routing), options.names(eviction), options.names(io))
+    arms = [Arm(b, str(r), e, i) for b, r, e, i in itertools.product(*settings)]
     if not arms:
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     from cacheroute import models
@@ -67,25 +64,10 @@ def bench(
     with closing(llm):
         for arm in arms:  # all settings are checked before the first run
             llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io)
-        tokens = llm.tokenize(_text(file).encode(), add_bos=True)
+        tokens = llm.tokenize(options.text(file).encode(), add_bos=True)
         with _progress(len(arms) * repetitions) as progress:
             rows = run_arms(llm, arms, tokens, n_prompt, n_gen, repetitions, progress)
     _write(rows, output)
-
-
-def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _text(file: Path | None) -> str:
-    if file is None:
-        return files("cacheroute").joinpath("data/heldout.txt").read_text(encoding="utf-8")
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as e:
-        raise UsageError(f"{file} cannot be read ({e.strerror}).") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{file} is not UTF-8 text; convert it first.") from None
 
 
 @contextmanager

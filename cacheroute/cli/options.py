@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cacheroute.errors import UsageError
 
 ModelOption = Annotated[
     str | None,
@@ -27,3 +30,20 @@ def threads(asked: int | None) -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
         return os.cpu_count() or 1
+
+
+def names(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def text(file: Path | None) -> str:
+    """The text of a file, or the held-out text of the package. Raises UsageError when it cannot be read."""
+    if file is None:
+        return files("cacheroute").joinpath("data/heldout.txt").read_text(encoding="utf-8")
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as e:
+        raise UsageError(f"{file} cannot be read ({e.strerror}).") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file} is not UTF-8 text; convert it first.") from None

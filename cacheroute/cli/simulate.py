@@ -1,0 +1,85 @@
+"""`cacheroute simulate`: other budgets, routings and evictions on a recorded trace."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cacheroute import routing as routings
+from cacheroute import simulate as simulator
+from cacheroute import trace as traces
+from cacheroute.cli import options, progress, table
+from cacheroute.errors import UsageError
+from cacheroute.simulate import BELADY, Row
+
+
+def simulate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace of `cacheroute trace`.")],
+    budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "25%,50%,75%",
+    routing: Annotated[
+        str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
+    ] = "original,cache-prior:lambda=0.2",
+    eviction: Annotated[
+        str, typer.Option("--eviction", help="Evictions, separated by commas: lru, lfu, score, belady (the offline optimum).")
+    ] = "lru,belady",
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="A line for each layer, too.")] = False,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="Control: the tokens in random order, the same experts without locality.")
+    ] = False,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of --shuffle.")] = 0,
+    output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
+) -> None:
+    """Replay a trace with other settings, by the code that runs live."""
+    if output != "csv":
+        table.check(output)
+    arms = simulator.arms(options.names(budget), routings.parse_list(routing), options.names(eviction))
+    if not arms:
+        raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
+    trace = traces.read(file)
+    if not trace.complete:
+        print(f"{file} was cut short; what is there is replayed.", file=sys.stderr)
+    with progress.bar("simulate", len(arms)) as advance:
+        rows = simulator.run(
+            trace,
+            arms,
+            per_layer=per_layer,
+            shuffle=seed if shuffle else None,
+            progress=lambda arm: advance(1, f"{arm.routing} {arm.eviction} {arm.budget}"),
+        )
+    print("Open-loop: scores are the recorded ones, whatever is chosen.", file=sys.stderr)
+    if any(arm.eviction == BELADY for arm in arms):
+        print("belady: on `original` alone: nobody can look ahead where the choice depends on the cache.", file=sys.stderr)
+    if output == "csv":
+        writer = csv.DictWriter(sys.stdout, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    else:
+        table.write(rows, output, _cells(rows))
+
+
+def _cells(rows: list[Row]) -> list[list[str]]:
+    layered = any(row.layer is not None for row in rows)
+    head = ["budget", "routing", "eviction", "miss", "MiB/token", "swapped", "dropped", "lost mass", "lifetime"]
+    cells = [head[:3] + ["layer"] * layered + head[3:]]
+    for r in rows:
+        layer = ["all" if r.layer is None else str(r.layer)] if layered else []
+        cells.append(
+            [
+                f"{r.budget} ({r.budget_experts})",
+                r.routing + (" (shuffled)" if r.shuffled else ""),
+                r.eviction,
+                *layer,
+                f"{100 * r.miss_rate:.1f}%",
+                f"{r.read_mib_per_token:.3f}",
+                f"{100 * r.swap_rate:.1f}%",
+                f"{100 * r.drop_rate:.1f}%",
+                f"{100 * r.lost_mass:.2f}%",
+                "" if r.lifetime_tokens is None else f"{r.lifetime_tokens:.1f}",
+            ]
+        )
+    return cells

@@ -1,0 +1,116 @@
+"""`cacheroute trace`: records what the router sees and does."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cacheroute import task_profile
+from cacheroute import trace as traces
+from cacheroute.cli import options, progress
+from cacheroute.errors import UsageError
+from cacheroute.stats import MIB
+
+if TYPE_CHECKING:
+    from cacheroute.engine import Llama
+
+
+def trace(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The trace to write.")],
+    model: options.ModelOption = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="A text.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="A text in a file. [default: the held-out text of the package]")
+    ] = None,
+    n_predict: Annotated[
+        int, typer.Option("-n", "--n-predict", min=0, help="The text is a prompt; generate that many tokens, the likeliest each.")
+    ] = 0,
+    n_prompt: Annotated[int, typer.Option("--n-prompt", min=0, help="Tokens of each sequence that are run as a prompt.")] = 0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=0, help="Stop after that many tokens of the text, 0: all.")] = 0,
+    ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=2, help="Tokens of a sequence; the next starts anew.")] = 1024,
+    threads: options.ThreadsOption = None,
+    budget: Annotated[str, typer.Option("--budget", help="Experts in memory, as in generate.")] = "50%",
+    routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
+    eviction: Annotated[str, typer.Option("--eviction", help="Which expert leaves: lru, lfu, score.")] = "lru",
+    io: Annotated[str, typer.Option("--io", help="How misses are read: mmap, direct, or none (not at all).")] = "mmap",
+    save_profile: Annotated[
+        Path | None, typer.Option("--save-profile", help="Write which experts the task uses, for generate --profile.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+) -> None:
+    """Record what the router saw and did, per token and layer, for simulate and plot.
+
+    A text is run token by token, as if it were generated, in sequences of -c tokens; with -n it is a prompt.
+    """
+    if prompt is not None and file is not None:
+        raise UsageError("Give one text, with -p or with -f.")
+    text = options.text(file) if prompt is None else prompt
+    for path in (output, save_profile):
+        if path and path.exists() and not force:
+            raise UsageError(f"{path} exists; --force replaces it.")
+    from cacheroute import models
+    from cacheroute.engine import Llama
+
+    llm = Llama(
+        str(models.resolve(model)),
+        budget=budget,
+        routing=routing,
+        eviction=eviction,
+        io=io,
+        n_ctx=ctx_size,
+        n_threads=options.threads(threads),
+        n_threads_batch=options.threads(threads),
+        verbose=False,
+    )
+    with closing(llm):
+        tokens = llm.tokenize(text.encode(), add_bos=True)
+        tokens = tokens[: max_tokens or len(tokens)]
+        header = traces.Header.of(llm.layout, str(llm.routing), llm.eviction, llm.budget.capacity)
+        record = traces.record_dtype(header.n_expert, header.n_used, mass=False).itemsize
+        per_token = record * len(header.layers)
+        n = len(tokens) + n_predict
+        print(f"{n} tokens x {len(header.layers)} layers x {record} bytes: {n * per_token / MIB:.1f} MiB", file=sys.stderr)
+        try:
+            with traces.TraceWriter(output, header, force=force) as writer, llm.tracing(writer.append):
+                if n_predict:
+                    _generate(llm, tokens, n_predict)
+                else:
+                    _step(llm, tokens, n_prompt, ctx_size)
+        except KeyboardInterrupt:
+            print(f"What was traced is in {writer.part}; simulate reads it.", file=sys.stderr)
+            raise
+        stats = llm.stats().decode
+    done = traces.read(output)
+    print(
+        f"{output}: {len(done.records)} records, {output.stat().st_size / MIB:.1f} MiB | {stats.tokens} tokens decoded | "
+        f"miss {100 * stats.miss_rate:.1f}% | swapped {stats.swapped}/{stats.examined}",
+        file=sys.stderr,
+    )
+    if save_profile:
+        task_profile.save(task_profile.summarise(done), save_profile, force=force)
+
+
+def _step(llm: Llama, tokens: list[int], n_prompt: int, n_sequence: int) -> None:
+    with progress.bar("trace", len(tokens)) as advance:
+        for start in range(0, len(tokens), n_sequence):
+            sequence = tokens[start : start + n_sequence]
+            llm.reset()
+            if n_prompt:
+                llm.eval(sequence[:n_prompt])
+                advance(len(sequence[:n_prompt]), "trace")
+            with llm.decoding():
+                for token in sequence[n_prompt:]:
+                    llm.eval([token])
+                    advance(1, "trace")
+
+
+def _generate(llm: Llama, tokens: list[int], n_predict: int) -> None:
+    with progress.bar("trace", n_predict) as advance:
+        for n, token in enumerate(llm.generate(tokens, temp=0.0)):
+            if n == n_predict or token == llm.token_eos():  # each token is recorded when the next is asked for
+                break
+            advance(1, "trace")
