@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from cacheroute import __version__
+from cacheroute.cli import eval as evaluation
 from cacheroute.cli.bench import bench
 from cacheroute.cli.generate import generate
 from cacheroute.cli.inspect import inspect
@@ -54,6 +55,11 @@ def _polite(command: Callable[..., None]) -> Callable[..., None]:
 
 for _command in (generate, bench, trace, simulate, models, pull, inspect, routing, setup):
     app.command()(_polite(_command))
+
+_eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)
+for _command in evaluation.COMMANDS:
+    _eval.command()(_polite(_command))
+app.add_typer(_eval, name="eval")
 
 
 def _version(asked: bool) -> None:

@@ -1,0 +1,49 @@
+"""Progress of long commands on stderr: a bar if somebody watches, else a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[float, str], None]
+"""Called with the units done since the last call and what happens now."""
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+@contextmanager
+def bar(what: str, total: float) -> Iterator[Advance]:
+    """Shows `total` units of work with an estimate of the time left."""
+    if not sys.stderr.isatty():
+        yield _lines(what, total)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda units, text: shown.update(task, advance=units, description=text or what)
+
+
+def _lines(what: str, total: float) -> Advance:
+    start = last = time.monotonic()
+    done = 0.0
+
+    def advance(units: float, text: str) -> None:
+        nonlocal last, done
+        done += units
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES and done:
+            last = now
+            left = (now - start) * max(total - done, 0) / done
+            print(f"{what}: {min(done / total, 1):.0%}, about {left / 60:.0f} min left; {text}", file=sys.stderr, flush=True)
+
+    return advance

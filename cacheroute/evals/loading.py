@@ -1,0 +1,80 @@
+"""A model loaded for scoring, and its text as chunks. Knows no command line."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cacheroute import experts, gguf_file
+from cacheroute.evals import text
+from cacheroute.experts import ExpertLayout
+
+if TYPE_CHECKING:
+    from cacheroute.engine import Llama
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is scored: a file (None: the held-out text of the package), its column, and how it is cut (see text.cut)."""
+
+    path: Path | None = None
+    column: str = "text"
+    chunk: int = 1024
+    stride: int | None = None
+    limit: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name if self.path else "heldout.txt"
+
+
+def load(path: Path, n_ctx: int, n_threads: int) -> Llama:
+    """A model with room for `n_ctx` tokens. Settings come with `configure`."""
+    from cacheroute.engine import Llama
+
+    return Llama(
+        str(path),
+        n_ctx=n_ctx,
+        n_batch=min(max(n_ctx, 32), 512),
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        verbose=False,
+    )
+
+
+def default_io(layout: ExpertLayout, free: int | None) -> str:
+    """ "none" where all experts fit `free` bytes of memory: scores and misses are the same and come sooner; else "mmap"."""
+    return "none" if free is not None and layout.all_expert_bytes < 0.8 * free else "mmap"
+
+
+def chunks(llm: Llama, source: Source) -> list[text.Chunk]:
+    """Raises UsageError for text that cannot be read or is shorter than a chunk."""
+    tokens = llm.tokenize(text.read(source.path, source.column).encode(), add_bos=True)
+    bos = llm.token_bos() if llm._model.add_bos_token() else None
+    return text.cut(tokens, source.chunk, source.stride, source.limit, bos)
+
+
+def fingerprint(path: Path) -> str:
+    """Tells models apart: sha256 over the sizes of all shards and the first and last MiB of each, 16 hex digits.
+
+    A hash of everything would read the whole model, which is larger than the memory.
+    """
+    digest = hashlib.sha256()
+    for shard in experts.layout(gguf_file.read(path)).paths:
+        size = shard.stat().st_size
+        digest.update(str(size).encode())
+        with shard.open("rb") as f:
+            digest.update(f.read(1 << 20))
+            f.seek(max(size - (1 << 20), 0))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
+
+
+def text_fingerprint(chunks: list[text.Chunk]) -> str:
+    """Tells texts and ways of cutting apart: sha256 over all tokens, 16 hex digits."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(f"{chunk.first}:{','.join(map(str, chunk.tokens))};".encode())
+    return digest.hexdigest()[:16]

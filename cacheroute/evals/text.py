@@ -1,0 +1,117 @@
+"""Evaluation text: from a file or a dataset's column to chunks of tokens. Knows no model but its tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from cacheroute.errors import UsageError
+
+DOCUMENT_BREAK = "\n\f\n"  # a line that holds only a form feed, as in data/heldout.txt
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens that are scored as one sequence.
+
+    tokens[:first] are the prompt. Each of tokens[first:-1] is decoded on its own, and its logits are scored against the token
+    that follows.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    first: int
+
+    @property
+    def n_scored(self) -> int:
+        return len(self.tokens) - 1 - self.first
+
+
+def read(path: Path | None, column: str = "text") -> str:
+    """The text of a file: .jsonl and .parquet by `column`, rows joined by a blank line; anything else as it is.
+
+    None is the held-out text of the package. Raises UsageError for what cannot be read, is not UTF-8 or has no such column.
+    """
+    try:
+        if path is None:
+            text = files("cacheroute").joinpath("data/heldout.txt").read_text(encoding="utf-8")
+        elif path.suffix == ".parquet":
+            text = "\n\n".join(_parquet(path, column))
+        elif path.suffix in (".jsonl", ".ndjson"):
+            text = "\n\n".join(_jsonl(path, column))
+        else:
+            text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise UsageError(f"{path} cannot be read ({e.strerror or e}).") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text; convert it first.") from None
+    return text.replace(DOCUMENT_BREAK, "\n\n")
+
+
+def _jsonl(path: Path, column: str) -> list[str]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UsageError(f"{path}, line {number}, is not JSON.") from None
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            names = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
+            raise UsageError(
+                f"{path}, line {number}, has no text in a column {column!r} (its columns: {names}); choose with --column."
+            )
+        rows.append(row[column])
+    return rows
+
+
+def _parquet(path: Path, column: str) -> list[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        raise UsageError("Parquet files need pyarrow; install it with `pip install pyarrow`.") from None
+    try:
+        names = pq.read_schema(path).names
+        if column not in names:
+            raise UsageError(f"{path} has no column {column!r} (its columns: {', '.join(names)}); choose with --column.")
+        values: list[str] = pq.read_table(path, columns=[column])[column].to_pylist()
+    except pa.ArrowInvalid as e:
+        raise UsageError(f"{path} is not a parquet file ({e}).") from None
+    if not all(isinstance(v, str) for v in values):
+        raise UsageError(f"The column {column!r} of {path} does not hold text; choose with --column.")
+    return values
+
+
+def cut(
+    tokens: Sequence[int], length: int, stride: int | None = None, limit: int | None = None, bos: int | None = None
+) -> list[Chunk]:
+    """Cuts tokens into chunks of `length`, one beginning every `stride` tokens (default: `length`).
+
+    As llama-perplexity does it: the first half of a chunk is context, what follows its middle is scored (the last `stride`
+    tokens, if those are fewer, so that no token is scored twice); `bos`, if given, replaces the first token of each chunk;
+    what is left over at the end is not scored. `limit` bounds the scored tokens, rounded up to whole chunks.
+
+    Raises UsageError when there is not one chunk.
+    """
+    stride = stride or length
+    if length < 4 or not 0 < stride <= length:
+        raise UsageError(f"A chunk has at least 4 tokens and a stride is 1 to its length, not {length} and {stride}.")
+    if len(tokens) < length:
+        raise UsageError(
+            f"The text has {len(tokens)} tokens, fewer than one chunk of {length}; give more text or a smaller --chunk."
+        )
+    first = length - 1 - min(stride, length - 1 - length // 2)
+    chunks: list[Chunk] = []
+    for start in range(0, len(tokens) - length + 1, stride):
+        if limit is not None and chunks and len(chunks) * chunks[0].n_scored >= limit:
+            break
+        part = list(tokens[start : start + length])
+        if bos is not None:
+            part[0] = bos
+        chunks.append(Chunk(len(chunks), tuple(part), first))
+    return chunks
