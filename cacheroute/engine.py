@@ -267,6 +267,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             while True:
                 self._set_decode(True)
                 more = yield token
+                if self.n_tokens >= self._n_ctx:
+                    return  # full: the last token was sampled and cannot be evaluated
                 token = inner.send(more)
         except StopIteration:
             return

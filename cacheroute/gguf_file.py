@@ -5,10 +5,12 @@ Uses the reader of llama.cpp's own library: the `gguf` package takes seconds for
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +91,8 @@ def _library() -> ctypes.CDLL:
         ("gguf_get_tensor_type", ctypes.c_int, [p, i64]),
         ("gguf_get_tensor_ne", ctypes.POINTER(i64), [p, i64]),
         ("ggml_type_name", name, [ctypes.c_int]),
+        ("ggml_log_get", None, [p, p]),
+        ("ggml_log_set", None, [p, p]),
     ]:
         function = getattr(lib, symbol)
         function.restype, function.argtypes = result, arguments
@@ -96,6 +100,22 @@ def _library() -> ctypes.CDLL:
         function = getattr(lib, f"gguf_get_val_{suffix}")
         function.restype, function.argtypes = ctype, [p, i64]
     return lib
+
+
+_LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_IGNORE = _LogCallback(lambda level, text, data: None)
+
+
+@contextlib.contextmanager
+def _silence(lib: ctypes.CDLL) -> Iterator[None]:
+    """The library's own words about a file go nowhere: its failure is told in ours."""
+    callback, data = ctypes.c_void_p(), ctypes.c_void_p()
+    lib.ggml_log_get(ctypes.byref(callback), ctypes.byref(data))
+    lib.ggml_log_set(ctypes.cast(_IGNORE, ctypes.c_void_p), None)
+    try:
+        yield
+    finally:
+        lib.ggml_log_set(callback, data)
 
 
 def read(path: str | os.PathLike[str]) -> GgufFile:
@@ -145,7 +165,8 @@ def _shards(first: Path, number: int, count: int) -> list[Path]:
 
 def _read_one(path: Path, file: int) -> tuple[dict[str, Scalar], list[TensorInfo]]:
     lib = _library()
-    handle = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
+    with _silence(lib):
+        handle = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
     if not handle:
         raise UsageError(f"The header of {path} is damaged or of a version this build does not read; download the file again.")
     try:

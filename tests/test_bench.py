@@ -1,0 +1,74 @@
+"""`cacheroute bench`: the arms are comparable and the rows say what was measured. No time is asserted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+from cli import cacheroute, sentence
+
+ARMS = ("--budget", "25%,50%", "--routing", "original,cache-prior:lambda=0.5", "-p", 24, "-n", 12, "-r", 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+def rows(model: Path, *arguments: object) -> list[dict[str, object]]:
+    done = cacheroute("bench", "-m", model, *ARMS, "-o", "json", *arguments)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return list(json.loads(done.stdout))
+
+
+def test_every_arm_has_a_prompt_and_a_decode_row(model: Path) -> None:
+    table = rows(model)
+    assert len(table) == 2 * 2 * 2
+    for row in table:
+        assert len(row["samples_ts"]) == 2 and row["avg_ts"] > 0  # type: ignore[arg-type, operator]
+        assert row["budget_experts"] == {"25%": 8, "50%": 16}[str(row["budget"])]
+        assert row["resident_mib"] == row["counted_mib"]
+        assert row["vs_lru"] is not None
+        if row["routing"] == "original":
+            assert row["vs_lru"] == 1 and row["swap_rate"] == 0
+    decode = {(r["budget"], r["routing"]): r for r in table if r["n_gen"]}
+    for budget in ("25%", "50%"):
+        lru, prior = decode[budget, "original"], decode[budget, "cache-prior:lambda=0.5"]
+        assert prior["miss_rate"] < lru["miss_rate"]  # type: ignore[operator]
+        assert prior["read_mib_per_token"] < lru["read_mib_per_token"]  # type: ignore[operator]
+        assert prior["swap_rate"] > 0  # type: ignore[operator]
+    assert all(r["swap_rate"] == 0 for r in table if r["n_prompt"]), "prompts are routed by original"
+
+
+def test_the_kernel_read_what_was_asked_for(model: Path) -> None:
+    for row in rows(model):
+        if row["n_gen"] and row["device_mib_per_token"]:  # None or 0: the kernel does not count (some virtual machines)
+            assert row["device_mib_per_token"] == pytest.approx(row["read_mib_per_token"], rel=0.2)
+
+
+def test_a_paced_row_says_so(model: Path) -> None:
+    paced = rows(model, "--flash-mbps", 50)
+    assert {row["flash_mbps"] for row in paced} == {50}
+    done = cacheroute("bench", "-m", model, *ARMS, "--flash-mbps", 50)
+    assert done.stdout.count("mmap @ 50 MB/s") == 8
+
+
+def test_outputs_agree(model: Path) -> None:
+    one = ("bench", "-m", model, "-p", 8, "-n", 4, "-r", 1, "--routing", "original")
+    names = set(json.loads(cacheroute(*one, "-o", "json").stdout)[0])
+    lines = cacheroute(*one, "-o", "jsonl").stdout.splitlines()
+    assert len(lines) == 2 and all(set(json.loads(line)) == names for line in lines)
+    table = list(csv.DictReader(io.StringIO(cacheroute(*one, "-o", "csv").stdout)))
+    assert len(table) == 2 and set(table[0]) == names
+    assert cacheroute(*one).stdout.count("\n") == 4
+
+
+def test_too_little_text_is_a_sentence(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("short")
+    assert "longer" in sentence(cacheroute("bench", "-m", model, "-f", text, "-p", 64, "-n", 64), 2)
+    assert "nothing to run" in sentence(cacheroute("bench", "-m", model, "-p", 0, "-n", 0), 2)

@@ -1,0 +1,315 @@
+"""The live engine keeps its budget: bytes of experts in memory, by its own count and by the kernel's, token by token."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import tiny_models
+from test_store import PAGE, on_a_disk, pages_in_memory
+
+from cacheroute import Llama, _native
+from cacheroute.engine import _api
+from cacheroute.errors import CacherouteError
+
+CAPACITY = 6
+# experts of 1.1 MiB; the rest is as small as it can be, so that 2,000 tokens pass in seconds
+LARGE: dict[str, Any] = {"n_layer": 2, "n_embd": 128, "n_ff": 1536, "n_expert": 16, "n_used": 2, "n_ctx_train": 4096}
+SLACK = 1.02  # of the budget, outside prefill
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model of 38 MB, nearly all of it experts."""
+    path = tiny_models.write("qwen3moe", on_a_disk(tmp_path_factory.mktemp("budget")) / "large.gguf", **LARGE)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts of 3 tensors of 2 KiB: two share each page."""
+    folder = on_a_disk(tmp_path_factory.mktemp("budget"))
+    return tiny_models.write("qwen3moe", folder / "small.gguf", n_ff=16, n_expert=24, n_used=2, n_ctx_train=4096)
+
+
+@contextmanager
+def loaded(path: Path, **options: Any) -> Iterator[Llama]:
+    """A loaded model, closed at the end: the next one could not evict what this one maps."""
+    options = {"budget": CAPACITY, "n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False, **options}
+    llm = Llama(str(path), **options)
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+def tokens(llm: Llama, n: int, seed: int = 0) -> list[int]:
+    """Any tokens, each as likely as any other."""
+    return [int(t) for t in np.random.default_rng(seed).integers(3, llm.n_vocab(), n)]
+
+
+def text(llm: Llama, n: int) -> list[int]:
+    """Tokens as skewed as words are, so that a cache helps."""
+    words = 1 / np.arange(1, llm.n_vocab() - 2) ** 1.5
+    return [int(t) for t in np.random.default_rng(0).choice(len(words), n, p=words / words.sum()) + 3]
+
+
+def page_rounding(llm: Llama) -> int:
+    """At most two pages, the first and the last, for each tensor of each resident expert."""
+    return sum(llm.budget.capacity * len(layer.tensors) for layer in llm.layout.layers) * 2 * PAGE
+
+
+class Experts(ctypes.Structure):
+    """struct llama_expert_event of patches/0001"""
+
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in ("il", "gating", "n_expert", "n_used", "n_tokens")),
+        *((n, ctypes.POINTER(ctypes.c_float)) for n in ("scores", "probs")),
+        ("ids", ctypes.POINTER(ctypes.c_int32)),
+        ("weights", ctypes.POINTER(ctypes.c_float)),
+    ]
+
+
+SELECT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(Experts))
+
+
+class Hook(ctypes.Structure):
+    """struct llama_expert_hook of patches/0001"""
+
+    _fields_ = [("select", SELECT), ("reweight", ctypes.c_void_p), ("user_data", ctypes.c_void_p)]
+
+
+@dataclass
+class Seen:
+    """What one layer was asked and what it answered, per token."""
+
+    probs: list[list[float]] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+
+
+@contextmanager
+def overheard(llm: Llama) -> Iterator[list[Seen]]:
+    """Listens between llama.cpp and the hook: per layer, the probabilities asked about and the ids answered."""
+    seen = [Seen() for _ in llm.layout.layers]
+    native = Hook.from_address(_native.lib.cr_hook_address(llm._hook))
+
+    def select(user_data: int, event: Any) -> None:
+        native.select(user_data, event)
+        e = event.contents
+        seen[e.il].probs += np.ctypeslib.as_array(e.probs, (e.n_tokens, e.n_expert)).tolist()
+        seen[e.il].ids += np.ctypeslib.as_array(e.ids, (e.n_tokens, e.n_used)).tolist()
+
+    ours = Hook(SELECT(select), native.reweight, native.user_data)
+    _api.llama_set_expert_hook(llm._ctx.ctx, ctypes.addressof(ours))
+    try:
+        yield seen
+    finally:
+        _api.llama_set_expert_hook(llm._ctx.ctx, ctypes.addressof(native))
+
+
+def resident(llm: Llama, layer: int) -> set[int]:
+    mask = (ctypes.c_uint8 * llm.layout.n_expert)()
+    _native.lib.cr_hook_resident(llm._hook, layer, mask)
+    return {e for e, r in enumerate(mask) if r}
+
+
+def pages_of(llm: Llama, layer: int, expert: int) -> set[int]:
+    """Pages of the file that an expert touches."""
+    starts = [(t.offset + expert * t.expert_bytes, t.expert_bytes) for t in llm.layout.layers[layer].tensors]
+    return {p for start, n in starts for p in range(start // PAGE, (start + n - 1) // PAGE + 1)}
+
+
+def counted(llm: Llama) -> int:
+    """Resident bytes as the store counts them; any thread may ask."""
+    return int(_native.lib.cr_hook_resident_bytes(llm._hook))
+
+
+def measured(llm: Llama) -> int:
+    """Resident bytes as the kernel says of a file that is ours."""
+    nbytes = llm.measure_resident()
+    assert nbytes is not None
+    return nbytes
+
+
+def during(llm: Llama, work: Callable[[], None]) -> tuple[int, int]:
+    """Most bytes in memory while `work` runs, watched by another thread: as the store counts, as the kernel does."""
+    most, done = [0, 0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            before, kernel, after = counted(llm), measured(llm), counted(llm)
+            most[0] = max(most[0], before, after)
+            # the kernel is asked tensor by tensor: what moved meanwhile would be counted twice
+            most[1] = max(most[1], kernel if before == after else 0)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    return most[0], most[1]
+
+
+@pytest.mark.parametrize("routing, eviction", [("original", "lru"), ("cache-prior:lambda=0.2", "score")])
+def test_2000_tokens_stay_within_the_budget(large: Path, routing: str, eviction: str) -> None:
+    with loaded(large, n_ctx=2048, routing=routing, eviction=eviction) as llm:
+        assert llm.layout.layers[0].expert_bytes >= 1 << 20
+        limit = llm.budget.nbytes * SLACK
+        with llm.decoding():
+            for i, token in enumerate(text(llm, 2000)):
+                llm.eval([token])
+                assert counted(llm) <= limit, f"token {i}"
+                if i % 20 == 0:
+                    assert measured(llm) == counted(llm), f"token {i}"
+        stats = llm.stats()
+        assert stats.decode.tokens == 2000
+        assert stats.decode.evictions > 100  # the budget was felt
+        assert stats.resident_bytes == counted(llm) >= llm.budget.nbytes  # and used
+        if routing != "original":
+            assert stats.decode.swapped > 0
+
+
+def test_within_a_token_the_budget_is_exceeded_by_what_is_being_read(large: Path) -> None:
+    """A token's reads start before its evictions end, so that the device does not wait: K experts of one layer at most."""
+    with loaded(large) as llm, llm.decoding():
+
+        def decode() -> None:
+            for token in tokens(llm, 100):
+                llm.eval([token])
+
+        over = llm.layout.n_used * llm.layout.layers[0].expert_bytes
+        most, _ = during(llm, decode)
+        assert most <= llm.budget.nbytes * SLACK + over
+
+
+def test_small_experts_exceed_the_budget_by_their_page_rounding_only(small: Path) -> None:
+    with loaded(small, n_ctx=2048) as llm, llm.decoding():
+        for i, token in enumerate(tokens(llm, 1000)):
+            llm.eval([token])
+            assert counted(llm) <= llm.budget.nbytes + page_rounding(llm), f"token {i}"
+            if i % 10 == 0:
+                assert measured(llm) == counted(llm), f"token {i}"
+        assert llm.stats().decode.evictions > 100
+
+
+def test_a_prompt_exceeds_the_budget_by_one_layer_at_most_and_only_while_it_runs(large: Path) -> None:
+    # two batches of two micro-batches, each of which needs nearly all experts of each layer; slow enough to be watched
+    with loaded(large, n_batch=64, n_ubatch=32, flash_mbps=200) as llm, overheard(llm) as seen:
+        prompt = tokens(llm, 128)
+        most, kernel = during(llm, lambda: llm.eval(prompt))
+        needed = {e for ids in seen[0].ids[:32] for e in ids}
+        assert len(needed) > CAPACITY + 4, "this prompt does not press the budget"
+
+        layer = llm.layout.layers[0].expert_bytes
+        over = (llm.layout.n_expert - CAPACITY) * layer
+        assert llm.budget.nbytes + layer < kernel
+        assert max(most, kernel) <= llm.budget.nbytes * SLACK + over
+
+        assert counted(llm) == measured(llm) <= llm.budget.nbytes * SLACK
+        with llm.decoding():  # and the budget holds from the first token on
+            for token in tokens(llm, 10, seed=1):
+                llm.eval([token])
+                assert counted(llm) == measured(llm) <= llm.budget.nbytes * SLACK
+
+
+@pytest.mark.parametrize("eviction", oracle.EVICTIONS)
+def test_after_a_prompt_the_last_distinct_experts_are_in_memory(large: Path, eviction: str) -> None:
+    with loaded(large, n_batch=64, n_ubatch=32, eviction=eviction, logits_all=True) as llm:
+        with overheard(llm) as seen:
+            llm.eval(tokens(llm, 100))
+        pages: set[int] = set()
+        for layer, said in enumerate(seen):
+            assert len(said.ids) == 100
+            used = [e for p, ids in zip(said.probs, said.ids, strict=True) for e in sorted(ids, key=lambda e: (p[e], -e))]
+            last = oracle.last_distinct(used, CAPACITY)
+            assert len(last) == CAPACITY and resident(llm, layer) == last
+            pages |= {p for e in last for p in pages_of(llm, layer, e)}
+        assert measured(llm) == len(pages) * PAGE
+        path = llm.layout.paths[0]
+    # Still so once the process that computed has let go of the file; of what is not experts the header alone was read again.
+    experts = {p for layer in range(len(seen)) for e in range(llm.layout.n_expert) for p in pages_of(llm, layer, e)}
+    assert pages_in_memory(path) & experts == pages
+
+
+@pytest.mark.parametrize(
+    "spec, routing",
+    [
+        ("cache-prior:lambda=0.3:j=1", oracle.Routing("cache-prior", lam=0.3, j=1)),
+        ("max-rank:m=8:j=1:max-loss=0.25", oracle.Routing("max-rank", m=8, j=1, max_loss=0.25)),
+        ("drop-cold:f=0.9", oracle.Routing("drop-cold", f=0.9)),
+    ],
+)
+def test_the_live_choice_is_the_oracles(small: Path, spec: str, routing: oracle.Routing) -> None:
+    """Prompt and decode of a live model, replayed by the oracle from the probabilities that the hook was asked about."""
+    with loaded(small, routing=spec, eviction="score") as llm:
+        with overheard(llm) as seen:
+            llm.eval(tokens(llm, 40))
+            with llm.decoding():
+                for token in tokens(llm, 150, seed=1):
+                    llm.eval([token])
+        misses = swapped = 0
+        for said in seen:
+            layer = oracle.Layer(llm.layout.n_expert, llm.layout.n_used, CAPACITY, routing, "score")
+            n_prompt = len(said.ids) - 150  # 40, but in the last layer: the last token alone
+            for t, (probs, ids) in enumerate(zip(said.probs, said.ids, strict=True)):
+                mass = np.array(probs)
+                event = layer.step(np.log(mass), mass, prefill=t < n_prompt)
+                assert ids == event.run + event.run[:1] * (llm.layout.n_used - len(event.run)), f"token {t}"
+                misses += len(event.missed) if t >= n_prompt else 0
+                swapped += event.swapped
+        decode = llm.stats().decode
+        assert (decode.misses, decode.swapped) == (misses, swapped)
+        assert swapped + decode.dropped > 0
+
+
+def test_prompt_tokens_are_counted(small: Path) -> None:
+    with loaded(small, n_batch=64) as llm:
+        llm.eval(tokens(llm, 100))  # upstream's last layer computes the tokens alone whose logits are wanted
+        assert llm.stats().prefill.tokens == 100
+
+
+def test_a_prompt_of_one_token(large: Path) -> None:
+    with loaded(large) as llm:
+        llm.eval(tokens(llm, 1))
+        assert llm.stats().prefill.tokens == 1
+        n = llm.layout.n_used
+        assert counted(llm) == measured(llm) <= n * llm.layout.expert_bytes * SLACK
+        assert llm.create_completion([5], max_tokens=3)["usage"]["completion_tokens"] == 3
+
+
+def test_an_empty_prompt_is_an_error_as_upstream(small: Path) -> None:
+    with loaded(small) as llm:
+        llm.eval([])  # nothing to do
+        assert llm.n_tokens == 0 and llm.stats().prefill.tokens == 0
+        with pytest.raises(AssertionError):
+            next(llm.generate([]))
+        with pytest.raises(AssertionError):
+            llm.create_completion([], max_tokens=2)
+        llm.eval([5])  # and it still works
+        assert llm.n_tokens == 1
+
+
+def test_a_full_context_stops_and_says_so(small: Path) -> None:
+    with loaded(small) as llm:
+        with pytest.raises(CacherouteError, match=r"^257 tokens do not fit the context of 256; .*\(-c, n_ctx=\)\.$"):
+            llm.eval([5] * 257)
+        assert llm.n_tokens == 0
+        with pytest.raises(CacherouteError, match=r"do not fit the context .*-c, n_ctx="):
+            for _ in llm.generate([5, 6], temp=0.0):
+                pass
+        assert llm.n_tokens == 256
+        assert counted(llm) == measured(llm) <= llm.budget.nbytes + page_rounding(llm)
+        # upstream's own limit, quietly at the end
+        done = llm.create_completion([5, 6], max_tokens=1000, logit_bias={llm.token_eos(): -1e9})
+        assert done["choices"][0]["finish_reason"] == "length"

@@ -1,0 +1,97 @@
+"""`cacheroute generate`: streams, pipes, seeds, endings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny_models
+from cli import cacheroute, sentence
+
+RUN = ("--temp", 0, "-c", 256, "-t", 2)
+
+
+def test_answers_on_stdout_and_statistics_on_stderr(demo_model: Path) -> None:
+    done = cacheroute("generate", "-p", "What is the capital of France?", "-n", 24, *RUN)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    line = done.stderr.strip()
+    assert "\n" not in line
+    for fact in ("tok/s", "miss", "MiB/token", "swapped 0/", "resident", "first token", "prompt"):
+        assert fact in line
+    resident, budget = map(float, re.search(r"resident ([\d.]+) of ([\d.]+) MiB", line).groups())  # type: ignore[union-attr]
+    assert 0 < resident < 1.6 * budget  # experts of a few pages: page rounding
+
+
+def test_the_prompt_is_what_was_typed_then_the_file_then_the_pipe(demo_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("two")
+    once = cacheroute("generate", "--raw", "-p", "one", "-f", file, "-n", 8, "-o", "json", *RUN, stdin="three")
+    again = cacheroute("generate", "--raw", "-p", "one\n\ntwo\n\nthree", "-n", 8, "-o", "json", *RUN)
+    assert json.loads(once.stdout)["n_prompt"] == json.loads(again.stdout)["n_prompt"]
+    assert json.loads(once.stdout)["text"] == json.loads(again.stdout)["text"]
+
+
+def test_json_and_jsonl_carry_the_same_text(demo_model: Path) -> None:
+    arguments = ("-p", "Name three colours.", "-n", 12, "--routing", "cache-prior:lambda=0.2", *RUN)
+    whole = json.loads(cacheroute("generate", *arguments, "-o", "json").stdout)
+    *pieces, last = map(json.loads, cacheroute("generate", *arguments, "-o", "jsonl").stdout.splitlines())
+    assert "".join(p["text"] for p in pieces) == whole["text"]
+    assert whole["stats"]["decode"]["hits"] == last["stats"]["decode"]["hits"] > 0
+    assert whole["stats"]["decode"]["swapped"] > 0
+    assert whole["stats"]["routing"] == "cache-prior:lambda=0.2"
+
+
+def test_a_seed_repeats_the_bytes_and_another_does_not(demo_model: Path) -> None:
+    def run(seed: int) -> str:
+        sampling = ("-p", "Tell me a story.", "-n", 24, "-s", seed, "--temp", 1.5, "-c", 256)
+        return cacheroute("generate", *sampling, "--routing", "cache-prior:lambda=0.3").stdout
+
+    assert run(7) == run(7) != run(8)
+
+
+def test_a_lossy_routing_is_announced(demo_model: Path) -> None:
+    assert "lossy" in cacheroute("generate", "-p", "Hi", "-n", 2, "--routing", "cache-prior:lambda=0.2", *RUN).stderr
+    assert "lossy" not in cacheroute("generate", "-p", "Hi", "-n", 2, *RUN).stderr
+
+
+def test_a_reader_that_leaves_ends_it_quietly(demo_model: Path) -> None:
+    command = f"{sys.executable} -m cacheroute generate -p 'Count to one hundred.' -n 200 -c 256 </dev/null | head -c 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, cwd=Path(__file__).parent, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ctrl_c_keeps_what_was_written(demo_model: Path) -> None:
+    command = [sys.executable, "-m", "cacheroute", "generate", "-p", "Write a very long story.", "-n", "2000", "-c", "4096"]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent
+    ) as process:
+        assert process.stdout and process.stderr
+        first = os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert first + rest
+    assert b"Traceback" not in errors and b"tok/s" in errors
+
+
+def test_a_full_context_stops_and_says_so(tmp_path: Path) -> None:
+    model = tiny_models.write("qwen3moe", tmp_path / "tiny.gguf")
+    # llama.cpp rounds a context up to 256 tokens; a letter is a token of this model
+    done = cacheroute("generate", "-m", model, "--raw", "-p", "a" * 248, "-n", -1, "-c", 256, "-s", 1)
+    assert done.returncode == 0
+    assert "context of 256 tokens is full" in done.stderr
+    assert "-c" in sentence(cacheroute("generate", "-m", model, "--raw", "-p", "a" * 300, "-c", 256), 1)
+
+
+def test_prompts_that_are_none(tmp_path: Path) -> None:
+    assert "-p" in sentence(cacheroute("generate", "-p", "  "), 2)
+    assert "nothing.txt" in sentence(cacheroute("generate", "-f", tmp_path / "nothing.txt"), 2)
+    assert "UTF-8" in sentence(cacheroute("generate", stdin=b"\xff\xfe\x00x"), 2)
