@@ -37,14 +37,10 @@ import numpy as np
 from cacheroute import _native
 from cacheroute.errors import CacherouteError, UsageError
 
-FORM = "python:package.module:ClassName"
-
 
 def load(name: str) -> type[Any]:
     """The class of `package.module:ClassName`. Raises UsageError when there is none or it has no choose()."""
     module_name, _, class_name = name.partition(":")
-    if not module_name or not class_name.isidentifier():
-        raise UsageError(f"'python:{name}' is not of the form {FORM}.")
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:  # the `cacheroute` program, unlike `python -m`, does not look there
         sys.path.append(here)
@@ -113,5 +109,6 @@ class Policy:
             return f"expert {ids.min() if ids.min() < 0 else ids.max()} is not within 0..{self._n_expert - 1}"
         if len(set(ids.tolist())) < self._n_used:
             return f"it chose an expert twice: {ids.tolist()}"
-        out[: self._n_used] = ids.tolist()
+        for i, e in enumerate(ids.tolist()):
+            out[i] = e
         return ""

@@ -160,7 +160,10 @@ def parse(text: str) -> Routing:
     if name == "profile":
         return from_profile(Path(text.strip().partition(":")[2]))
     if name == "python":
-        return Routing(name, policy=text.strip().partition(":")[2], text=text.strip())
+        module, _, class_name = text.strip().partition(":")[2].partition(":")
+        if not module or not class_name.isidentifier():
+            raise UsageError(f"{text!r} is not of the form python:package.module:ClassName.")
+        return Routing(name, policy=f"{module}:{class_name}", text=text.strip())
     strategy = STRATEGIES.get(name)
     if strategy is None:
         forms = [*(usage(s) for s in STRATEGIES.values()), *OTHER_FORMS]

@@ -173,7 +173,8 @@ def write(path: Path, header: Header, records: Records, *, force: bool = False) 
 
 
 def _encode(header: Header, dtype: np.dtype[np.void]) -> bytes:
-    fields = [[name, sub.base.str, list(sub.shape)] for name in dtype.names or () for sub in (dtype[name],)]
+    columns = [(name, dtype[name]) for name in dtype.names or ()]
+    fields = [[name, c.base.str, list(c.shape)] if c.shape else [name, c.str] for name, c in columns]
     content = {"format": FORMAT, "version": VERSION, "cacheroute": __version__, **asdict(header), "dtype": fields}
     line = json.dumps(content).encode()
     return line + b" " * (-(len(line) + 1) % _ALIGN) + b"\n"
@@ -221,7 +222,7 @@ def _decode(path: Path, line: bytes) -> tuple[Header, bool]:
             eviction=str(content["eviction"]),
             budget_experts=int(content["budget_experts"]),
         )
-        stored = np.dtype([(str(name), str(kind), tuple(shape)) for name, kind, shape in content["dtype"]])
+        stored = np.dtype([tuple(field) for field in content["dtype"]])
     except (KeyError, TypeError, ValueError):
         raise UsageError(f"{path} has a damaged header; trace again.") from None
     with_mass = "mass" in (stored.names or ())

@@ -47,6 +47,7 @@ def bench(
         raise UsageError("There is nothing to run; give -p or -n.")
     settings = (options.names(budget), routings.parse_list(routing), options.names(eviction), options.names(io))
     arms = [Arm(b, str(r), e, i) for b, r, e, i in itertools.product(*settings)]
+    options.say_slow(settings[1])
     if not arms:
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     from cacheroute import models

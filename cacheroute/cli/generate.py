@@ -70,6 +70,7 @@ def generate(
     )
     if llm.routing and llm.routing.lossy:
         print(f"{llm.routing}: lossy, other experts than the model's own may run.", file=sys.stderr)
+        options.say_slow([llm.routing])
     sampling = dict(
         max_tokens=n_predict if n_predict >= 0 else None,
         temperature=temp,

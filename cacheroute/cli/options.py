@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +12,7 @@ from typing import Annotated
 import typer
 
 from cacheroute.errors import UsageError
+from cacheroute.routing import Routing
 
 ModelOption = Annotated[
     str | None,
@@ -30,6 +33,13 @@ def threads(asked: int | None) -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
         return os.cpu_count() or 1
+
+
+def say_slow(routings: Iterable[Routing]) -> None:
+    """One line on stderr for each policy in Python."""
+    for routing in routings:
+        if routing.policy:
+            print(f"{routing}: Python is asked for every token and layer, which is slower.", file=sys.stderr)
 
 
 def names(text: str) -> list[str]:

@@ -40,6 +40,7 @@ def simulate(
     arms = simulator.arms(options.names(budget), routings.parse_list(routing), options.names(eviction))
     if not arms:
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
+    options.say_slow({arm.routing.text: arm.routing for arm in arms}.values())
     trace = traces.read(file)
     if not trace.complete:
         print(f"{file} was cut short; what is there is replayed.", file=sys.stderr)

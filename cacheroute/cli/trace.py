@@ -67,6 +67,7 @@ def trace(
         verbose=False,
     )
     with closing(llm):
+        options.say_slow([llm.routing] if llm.routing else [])
         tokens = llm.tokenize(text.encode(), add_bos=True)
         tokens = tokens[: max_tokens or len(tokens)]
         header = traces.Header.of(llm.layout, str(llm.routing), llm.eviction, llm.budget.capacity)

@@ -1,0 +1,65 @@
+"""A native hook without a model: recorded scores go through the code that llama.cpp calls."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+from test_identity import CEvent, CHook
+
+from cacheroute import _native, routing
+from cacheroute.trace import Records, record_dtype
+
+SOFTMAX, SIGMOID, SOFTMAX_WEIGHT = 1, 2, 3  # llama_expert_gating_func_type
+Floats = npt.NDArray[np.float32]
+
+
+class BareHook:
+    """A cr_hook of `n_layers` layers without a store, traced. Made by `bare_hook`."""
+
+    def __init__(self, shape: _native.Shape, name: str, eviction: str) -> None:
+        self.shape = shape
+        layer_of = (ctypes.c_int32 * shape.n_layers)(*range(shape.n_layers))
+        per_layer = routing.to_native(routing.parse(name), shape.n_used, shape.n_layers)
+        self.handle = _native.checked(_native.lib.cr_hook_new, shape, per_layer, layer_of, shape.n_layers, None)
+        self._native = CHook.from_address(_native.lib.cr_hook_address(self.handle))
+        _native.lib.cr_hook_trace(self.handle, 1)
+
+    def select(self, layer: int, scores: Floats, probs: Floats | None, gating: int, *, decode: bool) -> npt.NDArray[np.int32]:
+        """One event of `len(scores)` tokens; `probs` None: the scores themselves."""
+        n, s = len(scores), self.shape
+        scores = np.ascontiguousarray(scores, np.float32)
+        probs = scores if probs is None else np.ascontiguousarray(probs, np.float32)
+        ids = np.zeros((n, s.n_used), np.int32)
+        floats, ints = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_int32)
+        event = CEvent(
+            layer, gating, s.n_expert, s.n_used, n, scores.ctypes.data_as(floats), probs.ctypes.data_as(floats),
+            ids.ctypes.data_as(ints), None,
+        )  # fmt: skip
+        _native.lib.cr_hook_set_phase(self.handle, decode)
+        self._native.select(self._native.user_data, ctypes.byref(event))
+        return ids
+
+    def counters(self, layer: int, prefill: bool = False) -> _native.Counters:
+        counters = _native.Counters()
+        _native.lib.cr_hook_counters(self.handle, layer, prefill, counters)
+        return counters
+
+    def take(self) -> Records:
+        """The records since the last call, with mass."""
+        data = (ctypes.c_uint8 * _native.lib.cr_hook_trace_take(self.handle, None, 0))()
+        _native.lib.cr_hook_trace_take(self.handle, data, len(data))
+        return np.frombuffer(bytes(data), record_dtype(self.shape.n_expert, self.shape.n_used, mass=True))
+
+
+@contextmanager
+def bare_hook(shape: Sequence[int], name: str = "original", eviction: str = "lru") -> Iterator[BareHook]:
+    """`shape`: layers, E, K, C. Freed at the end."""
+    hook = BareHook(_native.Shape(*shape, _native.EVICTIONS[eviction]), name, eviction)
+    try:
+        yield hook
+    finally:
+        _native.lib.cr_hook_free(hook.handle)
