@@ -19,6 +19,7 @@ from cacheroute.cli.models import models
 from cacheroute.cli.pull import pull
 from cacheroute.cli.routing import routing
 from cacheroute.cli.setup import setup
+from cacheroute.cli.tune import tune
 from cacheroute.errors import CacherouteError
 from cacheroute.cli.simulate import simulate
 from cacheroute.cli.trace import trace
@@ -53,7 +54,7 @@ def _polite(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (generate, bench, trace, simulate, models, pull, inspect, routing, setup):
+for _command in (generate, bench, tune, trace, simulate, models, pull, inspect, routing, setup):
     app.command()(_polite(_command))
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)

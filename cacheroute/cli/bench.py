@@ -45,16 +45,19 @@ def bench(
         raise UsageError(f"There is no output {output!r}; there are {', '.join(_OUTPUTS)}.")
     if n_prompt + n_gen == 0:
         raise UsageError("There is nothing to run; give -p or -n.")
-    settings = (options.names(budget), routings.parse_list(routing), options.names(eviction), options.names(io))
-    arms = [Arm(b, str(r), e, i) for b, r, e, i in itertools.product(*settings)]
-    options.say_slow(settings[1])
-    if not arms:
+    parsed = {r: routings.parse(r) for r in options.names(routing) if r != "tuned"}
+    options.say_slow(parsed.values())
+    typed = [str(parsed.get(r, r)) for r in options.names(routing)]
+    settings = (options.names(budget), typed, options.names(eviction), options.names(io))
+    if not all(settings):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
-    from cacheroute import models
+    from cacheroute import models, tuned
     from cacheroute.engine import Llama
 
+    path = models.resolve(model)
+    arms = list(dict.fromkeys(Arm(b, *tuned.resolve(path, b, r, e), i) for b, r, e, i in itertools.product(*settings)))
     llm = Llama(
-        str(models.resolve(model)),
+        str(path),
         n_ctx=max(n_prompt + n_gen, 64),
         n_batch=max(n_prompt, 64),
         n_threads=options.threads(threads),

@@ -52,10 +52,11 @@ def generate(
         raise UsageError(f"There is no output {output!r}; there are text, json and jsonl.")
     text = _prompt(prompt, file)
     seed = secrets.randbelow(2**31) if seed < 0 else seed
-    from cacheroute import models
+    from cacheroute import models, tuned
     from cacheroute.engine import Llama
 
     path = models.resolve(model)
+    routing, eviction = tuned.resolve(path, budget, routing, eviction)
     llm = Llama(
         str(path),
         budget=budget,

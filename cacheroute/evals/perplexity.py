@@ -32,13 +32,13 @@ Floats = npt.NDArray[np.float64]
 class ChunkScore:
     """One chunk: `nll` in nats of each scored token, counters of the decoded ones, `read_bytes` as misses x bytes of an expert.
 
-    `layers`: (misses, lost router mass) of each MoE layer. `seconds` of decoding, without the prompt.
+    `layers`: (misses, swapped slots) of each MoE layer. `seconds` of decoding, without the prompt.
     """
 
     index: int
     nll: Floats
     counters: Counters
-    layers: tuple[tuple[int, float], ...]
+    layers: tuple[tuple[int, int], ...]
     read_bytes: int
     seconds: float
 
@@ -108,7 +108,7 @@ def _score(llm: Llama, chunk: Chunk, watch: Callable[[Floats], None] | None) -> 
         index=chunk.index,
         nll=nll,
         counters=llm.stats().decode - before,
-        layers=tuple((c.misses, c.lost_mass) for c in layers),
+        layers=tuple((c.misses, c.swapped) for c in layers),
         read_bytes=sum(c.misses * layer.expert_bytes for c, layer in zip(layers, llm.layout.layers, strict=False)),
         seconds=seconds,
     )

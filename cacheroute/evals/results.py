@@ -1,0 +1,62 @@
+"""A file of results that grows line by line and can be gone on with: JSON lines under a header that says what they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cacheroute.errors import CacherouteError, UsageError
+
+
+class ResultsFile:
+    """`lines`: what an earlier run has left; `append` adds one and writes it through.
+
+    Args:
+        path: created with its folder when it is not there.
+        header: everything that results of one file have in common; "format" names the kind of file.
+
+    Raises UsageError when the file is of another kind, model, text, version or setting: those are never mixed. A last line
+    that was cut short is dropped.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            old = path.read_bytes() if path.exists() else b""
+            whole = old[: old.rfind(b"\n") + 1]
+            if whole:
+                self._check(whole, header)
+            with path.open("r+b" if old else "wb") as f:
+                f.truncate(len(whole))
+                if not whole:
+                    f.write(json.dumps(header).encode() + b"\n")
+        except OSError as e:
+            raise CacherouteError(f"{path} cannot be written ({e.strerror}).") from None
+
+    def _check(self, content: bytes, header: dict[str, Any]) -> None:
+        try:
+            found, *self.lines = (json.loads(line) for line in content.splitlines())
+            other = [k for k in header.keys() | found.keys() if found.get(k) != header.get(k)]
+        except (ValueError, AttributeError):
+            raise UsageError(f"{self.path} is not a results file of cacheroute; choose another name.") from None
+        if other:
+            key = sorted(other)[0]
+            raise UsageError(
+                f"{self.path} holds results of another {key} ({found.get(key)}, now {header.get(key)}); "
+                "choose another file or remove it."
+            )
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds a line. Raises CacherouteError when the disk does not take it."""
+        self.lines.append(line)
+        try:
+            with self.path.open("ab") as f:
+                f.write(json.dumps(line).encode() + b"\n")
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            raise CacherouteError(f"{self.path} cannot be written ({e.strerror}).") from None

@@ -1,0 +1,292 @@
+"""tune: finds the rung that a known cost curve has, resumes, refuses to mix, and hands its profile to generate and bench."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+from typer.testing import CliRunner
+
+from cacheroute import profile, tune, tuned
+from cacheroute.cli import app
+from cacheroute.errors import UsageError
+from cacheroute.evals import loading, paired, pricing
+from cacheroute.evals.results import ResultsFile
+from cacheroute.evals.scorer import Cell, Scorer, key
+from cacheroute.routing import Routing
+
+N = 100  # tokens of a chunk
+
+
+class CurveScorer:
+    """Stands in for a model: lambda costs `slope` x lambda nats per token, with noise between chunks, and saves reads."""
+
+    def __init__(self, slope: float, noise: float, seed: int = 0) -> None:
+        self.slope, self.noise, self.seed, self.asked = slope, noise, seed, set[tuple[str, int]]()
+
+    def cell(self, routing: Routing, budget: int, eviction: str, chunk: int) -> Cell:
+        self.asked.add((str(routing), chunk))
+        x = routing.parameters.get("lambda", 0.0)
+        rng = np.random.default_rng([self.seed, chunk])
+        nll = rng.normal(3, 0.5) + (self.slope + rng.normal(0, self.noise)) * x
+        return Cell(str(routing), budget, eviction, chunk, N, N * nll, None, N, (round(N * (1 - x)),), (0,), 2**20, 0.0)
+
+
+def search(scorer: CurveScorer, limit: float, n_chunks: int = 60, seed: int = 0) -> tune.Search:
+    fit, held_out = tune.split(n_chunks, seed)
+    return tune.Search(scorer, 16, "lru", paired.nats(limit), fit, held_out, seed)  # type: ignore[arg-type]
+
+
+RUNGS = [Routing("cache-prior", {"lambda": x}) for x in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)]
+
+
+def chosen(outcome: tune.Outcome) -> float:
+    assert outcome.chosen and outcome.validation
+    return outcome.chosen.routing.parameters["lambda"]
+
+
+def test_without_noise_it_takes_the_last_rung_within_the_limit() -> None:
+    for start in (None, 0, 10):
+        outcome = search(CurveScorer(slope=0.05, noise=0), 1.1).run(RUNGS, start)  # 0.2 costs 1.005%, 0.3 1.5%
+        assert chosen(outcome) == 0.2
+        assert outcome.validation and outcome.validation.difference.ppl_increase == pytest.approx(1.005, abs=0.001)
+
+
+def test_noise_makes_it_careful_and_unseen_text_agrees() -> None:
+    """The upper end of the interval has to fit, so the choice is below the true limit, and holds elsewhere."""
+    within = 0
+    for seed in range(40):
+        scorer = CurveScorer(slope=0.05, noise=0.1, seed=seed)
+        outcome = search(scorer, 1.0, seed=seed).run(RUNGS)
+        if outcome.chosen is None:
+            within += 1
+            continue
+        within += paired.percent(0.05 * chosen(outcome)) <= 1.0
+    assert within >= 38
+
+
+def test_clear_rungs_are_left_early() -> None:
+    scorer = CurveScorer(slope=0.05, noise=0.01)
+    outcome = search(scorer, 1.0, n_chunks=120).run(RUNGS)
+    assert chosen(outcome) == 0.15
+    asked = {x: sum(1 for r, _ in scorer.asked if r == f"cache-prior:lambda={x:g}") for x in (1.0, 0.8, 0.6, 0.4, 0.3, 0.15)}
+    assert asked[0.15] == 120  # the choice is scored on everything
+    assert all(n <= 12 for x, n in asked.items() if x >= 0.3)
+    assert [t.complete for t in outcome.trials][-2:] == [True, True] and not all(t.complete for t in outcome.trials)
+
+
+def test_nothing_fits() -> None:
+    outcome = search(CurveScorer(slope=5, noise=0), 1.0).run(RUNGS)
+    assert outcome.chosen is None and outcome.validation is None and outcome.trials
+    assert search(CurveScorer(slope=5, noise=0), 1.0).run([]).chosen is None
+
+
+def test_the_held_out_part_has_the_last_word() -> None:
+    fit, _ = tune.split(60, 0)
+
+    class Kinder(CurveScorer):  # to the chunks that fit
+        def cell(self, routing: Routing, budget: int, eviction: str, chunk: int) -> Cell:
+            self.slope = 0.05 if chunk in fit else 0.1
+            return super().cell(routing, budget, eviction, chunk)
+
+    outcome = search(Kinder(slope=0, noise=0), 1.1).run(RUNGS)
+    assert chosen(outcome) == 0.1
+    assert [t.passed for t in outcome.trials if t.validates] == [False, False, True]
+
+
+def test_the_split_is_disjoint_and_seeded() -> None:
+    fit, held_out = tune.split(31, 1)
+    assert sorted(fit + held_out) == list(range(31)) and len(held_out) == 10
+    assert tune.split(31, 1) == (fit, held_out) != tune.split(31, 2)
+
+
+@pytest.mark.parametrize("strategy", ["cache-prior", "max-rank", "cumsum", "drop-cold", "pruning"])
+def test_every_ladder_fits_the_model(strategy: str) -> None:
+    rungs = tune.ladder(strategy, SimpleNamespace(n_expert=32, n_used=8))  # type: ignore[arg-type]
+    assert len(rungs) >= 7
+    for rung in rungs:
+        rung.check(32, 8)
+    assert tune.ladder("original", SimpleNamespace(n_expert=32, n_used=8)) == []  # type: ignore[arg-type]
+
+
+# ---- prices ----------------------------------------------------------------------------------------
+
+
+def test_a_dear_layer_gets_less_lambda() -> None:
+    n = 4
+    misses = np.tile([3.0, 2.5, 2.0, 1.5, 1.0, 0.8], (n, 1))
+    swapped = np.tile([0.0, 0.5, 1.0, 1.6, 2.4, 3.0], (n, 1))
+    price = np.array([[0.001, 0.001], [0.01, 0.01]])
+    rungs = pricing.ladder(pricing.Prices(misses, swapped, price, np.full(n, 0.5), ((0, 1), (2, 3))))
+    assert 8 <= len(rungs) <= 32
+    for rung in rungs:
+        assert rung.lambdas[0] == rung.lambdas[1] >= rung.lambdas[2] == rung.lambdas[3]
+        rung.routing().check(32, 8)
+    assert any(r.lambdas[0] > r.lambdas[2] for r in rungs)
+    for a, b in itertools.pairwise(rungs):
+        assert a.cost < b.cost and a.read_mib > b.read_mib
+
+
+def test_equal_layers_get_equal_lambdas() -> None:
+    misses = np.tile([3.0, 2.5, 2.0, 1.5, 1.0, 0.8], (3, 1))
+    swapped = np.tile([0.0, 0.5, 1.0, 1.6, 2.4, 3.0], (3, 1))
+    rungs = pricing.ladder(pricing.Prices(misses, swapped, np.full((3, 2), 0.01), np.ones(3), ((0,), (1,), (2,))))
+    assert all(len(set(r.lambdas)) == 1 for r in rungs)
+
+
+def test_a_budget_of_all_experts_leaves_nothing_to_price() -> None:
+    nothing = pricing.Prices(np.zeros((2, 6)), np.zeros((2, 6)), np.zeros((2, 2)), np.ones(2), ((0,), (1,)))
+    assert pricing.ladder(nothing) == []
+
+
+def test_groups_cover_all_layers() -> None:
+    assert pricing.groups(5, 2) == ((0, 1, 2), (3, 4))
+    assert pricing.groups(2, 15) == ((0,), (1,))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "m.gguf")
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    path.write_text("the cat that was on the mat is with this and a hat it had for a while " * 40)
+    return path
+
+
+@pytest.fixture
+def scorer(tiny: Path, prose: Path, tmp_path: Path) -> Iterator[Scorer]:
+    llm = loading.load(tiny, 32, 1)
+    yield Scorer(llm, loading.chunks(llm, loading.Source(prose, chunk=32)), "none", ResultsFile(tmp_path / "r.jsonl", {"a": 1}))
+    llm.close()
+
+
+def test_measured_prices(scorer: Scorer) -> None:
+    prices = pricing.measure(scorer, 8, "score", [0, 1], n_groups=2)
+    assert prices.misses.shape == prices.swapped.shape == (2, 6) and prices.price.shape == (2, 2)
+    assert (prices.misses[:, 0] > prices.misses[:, -1]).all() and (prices.swapped[:, 0] == 0).all()
+    assert (prices.price > 0).all()
+    assert pricing.ladder(prices)
+
+
+def test_kl_of_original_is_nothing(scorer: Scorer) -> None:
+    reference = scorer.reference(0)
+    assert scorer.cell(Routing("original"), 8, "lru", 0, reference=reference).kl == pytest.approx(0, abs=1e-4)
+    assert (scorer.cell(Routing("pruning", {"k": 1}), 8, "lru", 0, reference=reference).kl or 0) > 0.1
+
+
+def test_a_score_is_computed_once(scorer: Scorer, tmp_path: Path) -> None:
+    cell = scorer.cell(RUNGS[5], 8, "lru", 1)
+    path = tmp_path / "r.jsonl"
+    again = Scorer(scorer.llm, scorer.chunks, "none", ResultsFile(path, {"a": 1}), after=lambda cell: pytest.fail("computed"))
+    assert again.cell(RUNGS[5], 8, "lru", 1) == cell
+    path.write_bytes(path.read_bytes()[:-5])  # cut short while it was written
+    assert ResultsFile(path, {"a": 1}).lines == []
+    with pytest.raises(UsageError, match=r"holds results of another a \(1, now 2\)"):
+        ResultsFile(path, {"a": 2})
+    path.write_text("something else\n")
+    with pytest.raises(UsageError, match="not a results file"):
+        ResultsFile(path, {"a": 1})
+
+
+def test_a_profile_is_told_by_its_values() -> None:
+    one, two = (Routing("cache-prior", layers=(Routing("cache-prior", {"lambda": x}),), text="tuned") for x in (0.1, 0.2))
+    assert str(one) == str(two) and key(one) != key(two)
+
+
+# ---- the command -----------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def settings(tiny: Path, prose: Path, *more: object) -> tuple[object, ...]:
+    return ("tune", "-m", tiny, "-f", prose, "--chunk", 32, "--limit", 300, "-t", 1, "--budget", "25%", "-o", "json", *more)
+
+
+@pytest.mark.parametrize("form", [("--price-tokens", 30), ("--uniform",)])
+def test_tuned_is_picked_up(cache: Path, tiny: Path, prose: Path, form: tuple[object, ...]) -> None:
+    missing = run("generate", "-m", tiny, "-p", "the", "-n", 1, "--routing", "tuned", "--budget", "25%", "--raw")
+    assert missing.exit_code == 2 and "run `cacheroute tune --budget 25%` first" in missing.stderr
+    result = run(*settings(tiny, prose, "--max-ppl-increase", "40%", *form))
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert len(report["parameters"]) == (1 if "--uniform" in form else 2)
+    assert report["profile"] == str(tuned.path(tiny, 8))
+    last = report["trials"][-1]
+    assert last["part"] == "held out" and last["ppl_increase"] <= 40
+    saved = profile.load(Path(report["profile"]))
+    assert saved.notes["eviction"] == "score" and len(saved.parameters) == 2
+    used = run("generate", "-m", tiny, "-p", "the", "-n", 3, "--routing", "tuned", "--budget", "25%", "--raw", "-o", "json")
+    assert used.exit_code == 0, used.output
+    assert "profile:" in used.stderr
+    few = ("-p", 8, "-n", 4, "-r", 1, "-t", 1, "-o", "json")
+    bench = run("bench", "-m", tiny, *few, "--budget", "25%", "--routing", "original,tuned")
+    assert bench.exit_code == 0, bench.output
+    assert [(r["eviction"], r["routing"][:8]) for r in json.loads(bench.stdout) if r["n_gen"]] == [
+        ("lru", "original"),
+        ("score", "profile:"),
+    ]
+    other_budget = run("generate", "-m", tiny, "-p", "the", "-n", 1, "--routing", "tuned", "--budget", "50%", "--raw")
+    assert other_budget.exit_code == 2 and "Nothing is tuned for tiny qwen3moe" in other_budget.stderr
+
+
+def test_an_interrupted_search_goes_on(cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = json.loads(run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40")).stdout)
+    monkeypatch.setenv("CACHEROUTE_CACHE", str(cache / "other"))
+    append, count = ResultsFile.append, 0
+
+    def interrupted(self: ResultsFile, line: dict[str, Any]) -> None:
+        nonlocal count
+        count += 1
+        if count == 20:
+            raise KeyboardInterrupt
+        append(self, line)
+
+    monkeypatch.setattr(ResultsFile, "append", interrupted)
+    stopped = run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40"))
+    assert stopped.exit_code == 130 and "run the same command to go on" in stopped.stderr
+    resumed = run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40"))
+    assert "19 scores of an earlier run are used again" in resumed.stderr
+    assert json.loads(resumed.stdout) | {"profile": ""} == whole | {"profile": ""}
+
+
+def test_it_says_when_nothing_fits(cache: Path, tiny: Path, prose: Path) -> None:
+    result = run(*settings(tiny, prose, "--uniform", "--strategy", "max-rank", "--limit", 90, "--max-ppl-increase", "0.01%"))
+    assert result.exit_code == 1
+    assert "Nothing fits 0.01%: max-rank:m=" in result.stderr and json.loads(result.stdout)["profile"] is None
+    assert not (cache / "tuned").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-ppl-increase", "much"), "'much' is not a limit"),
+        (("--max-ppl-increase", "0%"), "is not a limit"),
+        (("--uniform", "--strategy", "original"), "'original' has nothing to tune"),
+        (("--strategy", "pruning"), "with --uniform only"),
+        (("--limit", 20), "too few to fit and to validate"),
+        (("--budget", "3"), "give at least 4"),
+        (("-o", "xml"), "There is no output"),
+    ],
+)
+def test_bad_input_is_one_sentence(cache: Path, tiny: Path, prose: Path, arguments: tuple[object, ...], message: str) -> None:
+    result = run(*settings(tiny, prose), *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr and "Traceback" not in result.stderr
