@@ -6,13 +6,14 @@ Knows a loaded model and its statistics; knows no command line.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cacheroute.errors import UsageError
-from cacheroute.stats import MIB, Counters, kernel_counters
+from cacheroute import control, floor
+from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.runs import Run, both_phases, warm_up
+from cacheroute.stats import MIB
 
 if TYPE_CHECKING:
     from cacheroute.engine import Llama
@@ -20,29 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arm:
-    """One combination of settings. `routing` and `budget` as they were typed."""
+    """One combination of settings. `routing` and `budget` as they were typed.
+
+    A `control` is the engine without hook over a plain mapping, in the memory of an arm of that budget (control.py);
+    `repack` lets it copy weights into another layout.
+    """
 
     budget: str
     routing: str
     eviction: str
     io: str
+    control: bool = False
+    repack: bool = False
 
 
-@dataclass(frozen=True)
-class Run:
-    """One phase of one run. Bytes and seconds; `device_bytes` None where the kernel does not say."""
-
-    tokens: int
-    seconds: float
-    counters: Counters
-    device_bytes: int | None
-    major_faults: int
-    resident_bytes: int | None
-    counted_bytes: int
-
-    @property
-    def ts(self) -> float:
-        return self.tokens / self.seconds
+def control_arm(budget: str, *, repack: bool) -> Arm:
+    return Arm(budget, "none", "none", "mmap", control=True, repack=repack)
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,12 @@ class Row:
     `resident_mib` is the most that the kernel said was in memory of the experts after a run (mincore; null for a file of
     somebody else, of which it does not tell), `counted_mib` what the store had counted; `read_mib_per_token` is what was asked
     of the device, `device_mib_per_token` what the kernel says was fetched. `vs_lru` is the mean over repetitions of tok/s
-    against `original` with lru at the same budget and io, paired within each repetition, `vs_lru_sd` its standard
-    deviation; null when that arm was not in the run.
+    against `original` with lru at the same budget and io (a control: at the same budget, with the first io), paired within each
+    repetition, `vs_lru_sd` its standard deviation; null when that arm was not in the run.
+
+    Of a control nobody counts hits or reads: what only the hook knows is null. `memory_limit_mib` is the memory it had.
+    `floor_ts` is the mean tok/s of max(compute with everything resident, bytes missed / bandwidth), `floor_share` the mean of
+    tok/s against it, paired as `vs_lru`; null when not measured.
     """
 
     model: str
@@ -70,11 +68,11 @@ class Row:
     budget_experts: int
     budget_mib: float
     resident_mib: float | None
-    counted_mib: float
-    miss_rate: float
-    swap_rate: float
-    drop_rate: float
-    read_mib_per_token: float
+    counted_mib: float | None
+    miss_rate: float | None
+    swap_rate: float | None
+    drop_rate: float | None
+    read_mib_per_token: float | None
     device_mib_per_token: float | None
     major_faults: float
     avg_ts: float
@@ -82,6 +80,11 @@ class Row:
     samples_ts: tuple[float, ...]
     vs_lru: float | None
     vs_lru_sd: float | None
+    control: bool
+    repack: bool
+    memory_limit_mib: float | None
+    floor_ts: float | None
+    floor_share: float | None
 
 
 def run_arms(
@@ -92,77 +95,92 @@ def run_arms(
     n_gen: int,
     repetitions: int,
     progress: Callable[[str], None] = lambda text: None,
+    *,
+    against_floor: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Runs every arm `repetitions` times over the same `tokens` (n_prompt as one prompt, n_gen decoded one by one).
 
-    The order of the arms turns by one each repetition. Raises UsageError when there are too few tokens.
+    The order of the arms turns by one each repetition; the floor is measured in each of them. A control that cannot be
+    run has no row, and `say` is given the reason. Raises UsageError when there are too few tokens.
     """
     if len(tokens) < n_prompt + n_gen:
         raise UsageError(f"{n_prompt} + {n_gen} tokens are needed and the text has {len(tokens)}; give a longer one with -f.")
-    _warm_up(llm, arms[0], tokens)
-    prompts: dict[Arm, list[Run]] = {arm: [] for arm in arms}
-    decodes: dict[Arm, list[Run]] = {arm: [] for arm in arms}
+    _configure(llm, arms[0])
+    warm_up(llm, tokens)
+    limits = {}
+    floors: list[floor.Floor] = []
+    runs: dict[Arm, list[tuple[Run | None, Run | None]]] = {arm: [] for arm in arms}
     for repetition in range(repetitions):
+        if against_floor:
+            progress(f"floor, run {repetition + 1} of {repetitions}")
+            floors.append(floor.measure(llm, tokens, n_prompt, n_gen))
         for i in range(len(arms)):
             arm = arms[(i + repetition) % len(arms)]
+            if arm not in runs:
+                continue
             progress(f"{arm.routing} {arm.budget}, run {repetition + 1} of {repetitions}")
-            llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io)
-            if n_prompt:
-                prompts[arm].append(_phase(llm, lambda: llm.eval(tokens[:n_prompt]), decode=False))
-            if n_gen:
-                with llm.decoding():
-                    decodes[arm].append(_phase(llm, lambda: _decode(llm, tokens[n_prompt : n_prompt + n_gen]), decode=True))
+            if not arm.control:
+                _configure(llm, arm)
+                runs[arm].append(both_phases(llm, tokens, n_prompt, n_gen))
+                continue
+            try:
+                if arm not in limits:
+                    limits[arm] = control.limit_for(llm, arm.budget)
+                runs[arm].append(control.run(llm, limits[arm], tokens, n_prompt, n_gen, repack=arm.repack))
+            except CacherouteError as e:
+                say(f"no control{' with repacking' if arm.repack else ''} at {arm.budget}: {e}")
+                del runs[arm]
     rows = []
-    for arm in arms:
-        llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io)
-        baseline = Arm(arm.budget, "original", "lru", arm.io)
-        for runs, prompt in ((prompts, True), (decodes, False)):
-            if runs[arm]:
-                rows.append(_row(llm, arm, runs[arm], runs.get(baseline), n_prompt, n_gen, prompt))
+    for arm, pairs in runs.items():
+        _configure(llm, arm)
+        baseline = runs.get(_baseline(arm, arms))
+        limit = limits[arm].nbytes if arm.control else None
+        for phase, n in enumerate((n_prompt, n_gen)):
+            if n:
+                own, base = _of_phase(pairs, phase), _of_phase(baseline or [], phase)
+                rows.append(_row(llm, arm, own, base, floors, limit, n_prompt, n_gen, prompt=phase == 0))
     return rows
 
 
-def _warm_up(llm: Llama, arm: Arm, tokens: Sequence[int]) -> None:
-    """The first evaluation allocates and faults in the dense weights; it belongs to no arm."""
-    llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io)
-    llm.eval(tokens[:8])
-    _decode(llm, tokens[8:10])
+def _configure(llm: Llama, arm: Arm) -> None:
+    if arm.control:
+        llm.configure(budget=arm.budget, routing=None)
+    else:
+        llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io)
 
 
-def _decode(llm: Llama, tokens: Sequence[int]) -> None:
-    for token in tokens:
-        llm.eval([token])
+def _baseline(arm: Arm, arms: Sequence[Arm]) -> Arm:
+    io = next((a.io for a in arms if not a.control), arm.io) if arm.control else arm.io
+    return Arm(arm.budget, "original", "lru", io)
 
 
-def _phase(llm: Llama, work: Callable[[], None], *, decode: bool) -> Run:
-    before, kernel_before, n_before = llm.stats(), kernel_counters(), llm.n_tokens
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
-    kernel, after = kernel_counters(), llm.stats()
-    device = None
-    if kernel.device_bytes is not None and kernel_before.device_bytes is not None:
-        device = kernel.device_bytes - kernel_before.device_bytes
-    return Run(
-        tokens=llm.n_tokens - n_before,
-        seconds=seconds,
-        counters=after.decode - before.decode if decode else after.prefill - before.prefill,
-        device_bytes=device,
-        major_faults=kernel.major_faults - kernel_before.major_faults,
-        resident_bytes=llm.measure_resident(),
-        counted_bytes=after.resident_bytes,
-    )
+def _of_phase(pairs: Sequence[tuple[Run | None, Run | None]], phase: int) -> list[Run]:
+    return [run for pair in pairs if (run := pair[phase]) is not None]
 
 
-def _row(llm: Llama, arm: Arm, runs: list[Run], baseline: list[Run] | None, n_prompt: int, n_gen: int, prompt: bool) -> Row:
+def _row(
+    llm: Llama,
+    arm: Arm,
+    runs: list[Run],
+    baseline: list[Run],
+    floors: list[floor.Floor],
+    limit: int | None,
+    n_prompt: int,
+    n_gen: int,
+    *,
+    prompt: bool,
+) -> Row:
     samples = [run.ts for run in runs]
     ratios = [run.ts / base.ts for run, base in zip(runs, baseline, strict=True)] if baseline else []
+    at_floor = [f.ts(run, prompt=prompt) for f, run in zip(floors, runs, strict=True)] if floors and not arm.control else []
     tokens = sum(run.tokens for run in runs)
     c = [run.counters for run in runs]
     selected = max(sum(x.hits + x.misses for x in c), 1)
     examined = max(sum(x.examined for x in c), 1)
     measured = [run.resident_bytes for run in runs if run.resident_bytes is not None]
     device = [run.device_bytes for run in runs if run.device_bytes is not None]
+    hooked = not arm.control
     return Row(
         model=llm.metadata.get("general.name", llm.model_path),
         test=f"pp{n_prompt}" if prompt else f"tg{n_gen}" + (f" @ d{n_prompt}" if n_prompt else ""),
@@ -172,17 +190,17 @@ def _row(llm: Llama, arm: Arm, runs: list[Run], baseline: list[Run] | None, n_pr
         n_threads=llm.n_threads,
         routing=arm.routing,
         eviction=arm.eviction,
-        io=arm.io,
-        flash_mbps=llm.flash_mbps,
+        io=llm.io if hooked else arm.io,
+        flash_mbps=llm.flash_mbps if hooked else None,
         budget=arm.budget,
         budget_experts=llm.budget.capacity,
         budget_mib=llm.budget.nbytes / MIB,
         resident_mib=max(measured) / MIB if measured else None,
-        counted_mib=max(run.counted_bytes for run in runs) / MIB,
-        miss_rate=sum(x.misses for x in c) / selected,
-        swap_rate=sum(x.swapped for x in c) / examined,
-        drop_rate=sum(x.dropped for x in c) / examined,
-        read_mib_per_token=sum(x.read_bytes for x in c) / MIB / tokens,
+        counted_mib=max(run.counted_bytes for run in runs) / MIB if hooked else None,
+        miss_rate=sum(x.misses for x in c) / selected if hooked else None,
+        swap_rate=sum(x.swapped for x in c) / examined if hooked else None,
+        drop_rate=sum(x.dropped for x in c) / examined if hooked else None,
+        read_mib_per_token=sum(x.read_bytes for x in c) / MIB / tokens if hooked else None,
         device_mib_per_token=sum(device) / MIB / tokens if device else None,
         major_faults=statistics.fmean(run.major_faults for run in runs),
         avg_ts=statistics.fmean(samples),
@@ -190,6 +208,11 @@ def _row(llm: Llama, arm: Arm, runs: list[Run], baseline: list[Run] | None, n_pr
         samples_ts=tuple(samples),
         vs_lru=statistics.fmean(ratios) if ratios else None,
         vs_lru_sd=_sd(ratios) if ratios else None,
+        control=arm.control,
+        repack=arm.repack,
+        memory_limit_mib=limit / MIB if limit else None,
+        floor_ts=statistics.fmean(at_floor) if at_floor else None,
+        floor_share=statistics.fmean(ts / most for ts, most in zip(samples, at_floor, strict=True)) if at_floor else None,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,8 +40,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); None leaves the hook unset: experts are
             mapped and left to the kernel, and the budget is nobody's.
         eviction: "lru", "lfu" or "score".
-        io: how misses are read; "mmap" (through the page cache) or "direct" (past it, where the filesystem can), "none"
-            (misses are counted, memory is left to the kernel: scores and counts are the same, sooner, where the model fits).
+        io: how misses are read; "mmap" (through the page cache) or "direct" (past it, where the filesystem can), "auto"
+            (direct, or where that is not possible mmap, saying so on stderr), "none" (misses are counted, memory is left to
+            the kernel: scores and counts are the same, sooner, where the model fits).
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
         Everything else: as llama_cpp.Llama.
 
@@ -67,7 +69,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._hook: int | None = None
         self._policy: custom_policy.Policy | None = None  # alive as long as the hook calls it
         self._task: TaskProfile | None = None
+        self._untouched = False  # no token since the last reset: resetting once more would read a warm cache twice
         self._trace_sink: Callable[[bytes], None] | None = None
+        self._fallback_said = False
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
         self._flash_mbps = flash_mbps
         self.layout = experts.layout(gguf_file.read(model_path))
@@ -105,8 +109,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             parsed.check(self.layout.n_expert, self.layout.n_used, self.layout.indices, self.layout.model)
         if eviction not in _native.EVICTIONS:
             raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(_native.EVICTIONS)}.")
-        if io not in (*_STORES, "none"):
-            raise UsageError(f"There is no io {io!r}; there are {', '.join(_STORES)} and none.")
+        if io not in (*_STORES, "auto", "none"):
+            raise UsageError(f"There is no io {io!r}; there are {', '.join(_STORES)}, auto and none.")
         return budgets.parse(budget, self.layout), parsed, eviction, io
 
     def _attach(self, budget: budgets.Budget, routing: routings.Routing | None, eviction: str, io: str) -> None:
@@ -141,8 +145,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                     raise CacherouteError(f"llama.cpp did not map {t.name}; it must stay on the CPU (n_gpu_layers=0).")
                 tensors.append(_native.Tensor(i, t.file, t.offset, t.expert_bytes, address))
         paths = [str(p).encode() for p in self.layout.paths]
-        return _native.checked(
-            _STORES[self.io],
+        arguments = (
             (ctypes.c_char_p * len(paths))(*paths),
             len(paths),
             (_native.Tensor * len(tensors))(*tensors),
@@ -150,6 +153,17 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             len(self.layout.layers),
             self.layout.n_expert,
         )
+        if self.io == "auto":
+            try:
+                store = _native.checked(_STORES["direct"], *arguments)
+                self.io = "direct"
+                return store
+            except CacherouteError as e:
+                self.io = "mmap"
+                if not self._fallback_said:
+                    print(f"cacheroute: --io auto reads through the page cache: {e}", file=sys.stderr)
+                self._fallback_said = True
+        return _native.checked(_STORES[self.io], *arguments)
 
     def _detach(self) -> None:
         if self._hook is not None:
@@ -196,6 +210,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             raise CacherouteError(
                 f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; give a larger one (-c, n_ctx=)."
             )
+        self._untouched = False
         try:
             super().eval(tokens)
         finally:
@@ -213,11 +228,21 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def reset(self) -> None:
         """Forgets the sequence and, with it, which experts are resident."""
         super().reset()
-        if self._hook is not None:
+        if self._hook is not None and not self._untouched:
             _native.lib.cr_hook_reset(self._hook)
             if self._policy:
                 self._policy.reset()
             self._warm()
+
+    def rewind(self) -> None:
+        """Forgets the tokens; experts stay in memory."""
+        super().reset()
+
+    def load_experts(self, layer: int, ids: Sequence[int]) -> None:
+        """Brings experts of a layer (by its place in `layout`) into memory; they count as used, the last as the most recent."""
+        if self._hook is not None:
+            self._untouched = False
+            _native.lib.cr_hook_warm(self._hook, layer, (ctypes.c_int32 * len(ids))(*ids), len(ids))
 
     def warm(self, task: TaskProfile | None) -> None:
         """From now on every sequence starts with the experts that a task uses most in the cache; None: with an empty one.
@@ -227,13 +252,14 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if task:
             task.check(self.layout)
         self._task = task
+        self._untouched = False
         self.reset()
 
     def _warm(self) -> None:
         if self._task and self._hook is not None:
             for layer in range(len(self.layout.layers)):
-                best = self._task.best(layer, self.budget.capacity)
-                _native.lib.cr_hook_warm(self._hook, layer, (ctypes.c_int32 * len(best))(*best), len(best))
+                self.load_experts(layer, self._task.best(layer, self.budget.capacity))
+        self._untouched = True
 
     @contextlib.contextmanager
     def tracing(self, sink: Callable[[bytes], None]) -> Iterator[None]:
@@ -242,6 +268,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             raise UsageError("There is nothing to trace without a routing.")
         _native.lib.cr_hook_trace(self._hook, 1)
         self._trace_sink = sink
+        self._untouched = False
         self.reset()
         try:
             yield

@@ -15,7 +15,8 @@ from typing import Annotated
 import typer
 
 from cacheroute import routing as routings
-from cacheroute.bench import Arm, Row, run_arms
+from cacheroute import task_profile
+from cacheroute.bench import Arm, Row, control_arm, run_arms
 from cacheroute.cli import options
 from cacheroute.errors import UsageError
 
@@ -32,17 +33,31 @@ def bench(
         str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
     ] = "original,cache-prior:lambda=0.2",
     eviction: Annotated[str, typer.Option("--eviction", help="Evictions, separated by commas.")] = "lru",
-    io: Annotated[str, typer.Option("--io", help="How misses are read, separated by commas.")] = "mmap",
+    io: Annotated[str, typer.Option("--io", help="How misses are read: mmap, direct, auto, separated by commas.")] = "mmap",
+    control: Annotated[
+        bool, typer.Option("--control", help="Run the engine without hook, too, in a process of the same memory (Linux).")
+    ] = False,
+    control_repack: Annotated[
+        str, typer.Option("--control-repack", metavar="off|on", help="Whether the control repacks weights, separated by commas.")
+    ] = "off",
+    floor: Annotated[
+        bool,
+        typer.Option("--floor", help="Measure max(compute with everything resident, bytes missed / bandwidth), and the share."),
+    ] = False,
     file: Annotated[
         Path | None, typer.Option("-f", "--file", help="Text whose tokens are run. [default: the held-out text of the package]")
     ] = None,
     threads: options.ThreadsOption = None,
     flash_mbps: options.FlashOption = None,
+    profile: options.ProfileOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
 ) -> None:
     """Compare budgets, routings and evictions. Every arm runs the same tokens from the same cold start."""
     if output not in _OUTPUTS:
         raise UsageError(f"There is no output {output!r}; there are {', '.join(_OUTPUTS)}.")
+    repacks = options.names(control_repack)
+    if not repacks or set(repacks) - {"off", "on"}:
+        raise UsageError(f"--control-repack is off, on, or both, not {control_repack!r}.")
     if n_prompt + n_gen == 0:
         raise UsageError("There is nothing to run; give -p or -n.")
     parsed = {r: routings.parse(r) for r in options.names(routing) if r != "tuned"}
@@ -51,6 +66,7 @@ def bench(
     settings = (options.names(budget), typed, options.names(eviction), options.names(io))
     if not all(settings):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
+    task = task_profile.load(profile) if profile else None
     from cacheroute import models, tuned
     from cacheroute.engine import Llama
 
@@ -66,12 +82,22 @@ def bench(
         verbose=False,
     )
     with closing(llm):
+        if task:
+            llm.warm(task)
         for arm in arms:  # all settings are checked before the first run
             llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io)
         tokens = llm.tokenize(options.text(file).encode(), add_bos=True)
-        with _progress(len(arms) * repetitions) as progress:
-            rows = run_arms(llm, arms, tokens, n_prompt, n_gen, repetitions, progress)
+        if control:
+            arms += [control_arm(b, repack=r == "on") for b, r in itertools.product(dict.fromkeys(settings[0]), repacks)]
+            if flash_mbps:
+                _say("the control reads as fast as the device goes: the kernel's own reads are not paced")
+        with _progress((len(arms) + floor) * repetitions) as progress:
+            rows = run_arms(llm, arms, tokens, n_prompt, n_gen, repetitions, progress, against_floor=floor, say=_say)
     _write(rows, output)
+
+
+def _say(text: str) -> None:
+    print(f"cacheroute: {text}.", file=sys.stderr)
 
 
 @contextmanager
@@ -107,27 +133,29 @@ def _write(rows: list[Row], output: str) -> None:
 def _markdown(rows: list[Row]) -> str:
     head = ["test", "budget", "routing", "eviction", "io", "tok/s", "vs lru", "miss", "swapped", "read MiB/tok", "device MiB/tok"]
     head += ["resident/budget MiB"]
+    floors = any(r.floor_share is not None for r in rows)
+    head += ["floor tok/s", "of floor"] if floors else []
     table = [head, ["---"] * len(head)]
     for r in rows:
         paced = f" @ {r.flash_mbps:g} MB/s" if r.flash_mbps else ""
-        device = "?" if r.device_mib_per_token is None else f"{r.device_mib_per_token:.2f}"
         ratio = "" if r.vs_lru is None else f"{r.vs_lru:.2f} ± {r.vs_lru_sd:.2f}"
-        table.append(
-            [
-                r.test,
-                f"{r.budget} ({r.budget_experts})",
-                r.routing,
-                r.eviction,
-                r.io + paced,
-                f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}",
-                ratio,
-                f"{100 * r.miss_rate:.1f}%",
-                f"{100 * r.swap_rate:.1f}%",
-                f"{r.read_mib_per_token:.2f}",
-                device,
-                ("?" if r.resident_mib is None else f"{r.resident_mib:.1f}") + f"/{r.budget_mib:.1f}",
-            ]
-        )
+        name = "control" + (", repacked" if r.repack else "") if r.control else r.routing
+        cells = [
+            r.test,
+            f"{r.budget} ({r.budget_experts})",
+            name,
+            r.eviction,
+            r.io + paced,
+            f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}",
+            ratio,
+            _number(r.miss_rate, 100, 1, "%"),
+            _number(r.swap_rate, 100, 1, "%"),
+            _number(r.read_mib_per_token),
+            _number(r.device_mib_per_token),
+            f"{_number(r.resident_mib, digits=1)}/{r.budget_mib:.1f}",
+        ]
+        cells += [_number(r.floor_ts), _number(r.floor_share, 100, 0, "%")] if floors else []
+        table.append(cells)
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     return "\n".join(
         "| "
@@ -135,3 +163,8 @@ def _markdown(rows: list[Row]) -> str:
         + " |"
         for row in table
     )
+
+
+def _number(value: float | None, factor: float = 1, digits: int = 2, unit: str = "") -> str:
+    """A cell; ? for what is not known."""
+    return "?" if value is None else f"{factor * value:.{digits}f}{unit}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cacheroute import task_profile
 from cacheroute.cli import options
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.stats import MIB, Stats
@@ -42,7 +43,9 @@ def generate(
     ] = "50%",
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     eviction: Annotated[str, typer.Option("--eviction", help="Which expert leaves: lru, lfu, score.")] = "lru",
+    io: options.IoOption = "mmap",
     flash_mbps: options.FlashOption = None,
+    profile: options.ProfileOption = None,
     output: Annotated[
         str, typer.Option("-o", "--output", help="text, json (one object at the end) or jsonl (one a piece).")
     ] = "text",
@@ -52,6 +55,7 @@ def generate(
         raise UsageError(f"There is no output {output!r}; there are text, json and jsonl.")
     text = _prompt(prompt, file)
     seed = secrets.randbelow(2**31) if seed < 0 else seed
+    task = task_profile.load(profile) if profile else None
     from cacheroute import models, tuned
     from cacheroute.engine import Llama
 
@@ -62,6 +66,7 @@ def generate(
         budget=budget,
         routing=routing,
         eviction=eviction,
+        io=io,
         flash_mbps=flash_mbps,
         n_ctx=ctx_size,
         n_threads=options.threads(threads),
@@ -69,6 +74,8 @@ def generate(
         seed=seed,
         verbose=False,
     )
+    if task:
+        llm.warm(task)
     if llm.routing and llm.routing.lossy:
         print(f"{llm.routing}: lossy, other experts than the model's own may run.", file=sys.stderr)
         options.say_slow([llm.routing])
