@@ -16,6 +16,7 @@ from cacheroute.cli.bench import bench
 from cacheroute.cli.generate import generate
 from cacheroute.cli.inspect import inspect
 from cacheroute.cli.models import models
+from cacheroute.cli.plot import plot
 from cacheroute.cli.pull import pull
 from cacheroute.cli.routing import routing
 from cacheroute.cli.setup import setup
@@ -54,7 +55,7 @@ def _polite(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (generate, bench, tune, trace, simulate, models, pull, inspect, routing, setup):
+for _command in (generate, bench, tune, trace, simulate, plot, models, pull, inspect, routing, setup):
     app.command()(_polite(_command))
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)

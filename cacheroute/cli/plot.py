@@ -1,0 +1,38 @@
+"""`cacheroute plot`: figures of what bench, simulate, eval and trace have written."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cacheroute import plot as plots
+from cacheroute.cli import table
+
+
+def plot(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Rows (json, jsonl, csv) of any commands, or a trace.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A .png or .svg file. [default: a table on the terminal]")
+    ] = None,
+    kind: Annotated[str, typer.Option("--kind", help=f"{', '.join(plots.KINDS)}. [default: what the files can show]")] = "",
+    layer: Annotated[int | None, typer.Option("--layer", help="Layer of residency. [default: one in the middle]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Draw a frontier, miss rates against budgets, the cache over time, or a heat map of layers and experts."""
+    if output:
+        plots.check_path(output, force=force)
+    chart = plots.chart(files, kind, layer)
+    if chart.note:
+        print(chart.note, file=sys.stderr)
+    drawable = importlib.util.find_spec("matplotlib") is not None
+    if output and drawable:
+        plots.save(chart, output, force=force)
+        print(f"{output} is drawn.", file=sys.stderr)
+        return
+    if output:
+        print(f"matplotlib is missing (pip install 'cacheroute[plot]'): instead of {output}, a table.", file=sys.stderr)
+    print(table.as_markdown(chart.cells))

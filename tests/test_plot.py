@@ -1,0 +1,162 @@
+"""Figures and their tables: of every command's rows in every format, and of traces; nothing is overwritten."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from test_simulate import fed
+from typer.testing import CliRunner, Result
+
+from cacheroute import plot, simulate, trace
+from cacheroute.cli import app
+from cacheroute.routing import parse_list
+
+PNG, SVG = b"\x89PNG", b"<?xml"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[simulate.Row]:
+    routings = parse_list("original,cache-prior:lambda=0.1,cache-prior:lambda=0.4,max-rank:m=8")
+    arms = simulate.arms(["25%", "50%", "75%"], routings, ["lru", "belady"])
+    return simulate.run(fed(False), arms, per_layer=True)
+
+
+def write(rows: list[simulate.Row], path: Path) -> Path:
+    dicts = [asdict(row) for row in rows]
+    if path.suffix == ".json":
+        path.write_text(json.dumps(dicts))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(d) + "\n" for d in [{"format": "a header"}, *dicts]))
+    else:
+        with path.open("w") as f:
+            writer = csv.DictWriter(f, list(dicts[0]))
+            writer.writeheader()
+            writer.writerows(dicts)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["plot", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv"])
+def test_every_format_is_read_alike(rows: list[simulate.Row], tmp_path: Path, ending: str) -> None:
+    found = plot.read_rows(write(rows, tmp_path / f"r{ending}"))
+    total = [row for row in rows if row.layer is None]
+    assert [(r.routing, r.eviction, r.budget_experts, r.miss_rate, r.lost_mass) for r in found] == [
+        (r.routing, r.eviction, r.budget_experts, r.miss_rate, r.lost_mass) for r in total
+    ]
+
+
+def test_the_tables_say_what_the_figures_draw(rows: list[simulate.Row], tmp_path: Path) -> None:
+    path = write(rows, tmp_path / "r.json")
+    frontier = plot.chart([path]).cells
+    assert frontier[0][3:5] == ["MiB/token", "lost router mass, %"] and len(frontier) == 1 + 15
+    read = [float(cells[3]) for cells in frontier[1:]]
+    assert read == sorted(read) and frontier[1][5] == "*"
+    misses = plot.chart([path], "misses").cells
+    assert misses[0][2:] == ["6 experts", "12 experts", "18 experts"]
+    belady, lru = (next(c for c in misses if c[:2] == ["original", e]) for e in ("belady", "lru"))
+    assert all(float(b[:-1]) <= float(a[:-1]) for b, a in zip(belady[2:], lru[2:], strict=True))
+
+
+def test_quality_is_the_best_measure_there_is(tmp_path: Path) -> None:
+    base = {"eviction": "lru", "budget": "50%", "budget_experts": 8, "miss_rate": 0.1}
+    rows = [
+        {**base, "routing": "original", "read_mib_per_token": 2.0, "ppl": 10.0, "delta_nll": 0.0},
+        {**base, "routing": "cache-prior:lambda=0.1", "read_mib_per_token": 1.0, "ppl": 10.1, "delta_nll": 0.01},
+        {**base, "routing": "max-rank:m=9", "read_mib_per_token": 1.5, "lost_mass": 0.5},
+        {**base, "routing": "original", "read_mib_per_token": 9.0, "n_gen": 0},  # a prompt, of bench
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    chart = plot.chart([tmp_path / "r.json"])
+    assert chart.cells[0][4] == "perplexity increase, %" and "1 rows without delta_nll" in chart.note
+    assert [c[1:] for c in chart.cells[1:]] == [
+        ["cache-prior:lambda=0.1", "lru", "1.000", "1.005", "*"],
+        ["original", "lru", "2.000", "0.000", "*"],
+    ]
+    for row in rows:
+        row.pop("delta_nll", None), row.pop("ppl", None), row.pop("lost_mass", None)
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    assert plot.chart([tmp_path / "b.json"]).cells[0] == ["routing", "eviction", "8 experts"]
+
+
+def test_states_by_hand() -> None:
+    t = fed(False)
+    own = t.records[:3].copy()
+    own["resident"][:] = 0b1010, 0, 0  # 1 and 3
+    own["ids"][:] = [3, 5, 3, 3]
+    own["n_run"] = 2
+    state = plot._states(own, 24, 4)[0].tolist()
+    assert (state[1], state[3], state[5]) == (1, 2, 3) and sum(state) == 6
+
+
+@pytest.mark.parametrize("kind, ending", [("frontier", ".png"), ("misses", ".svg"), ("residency", ".png"), ("layers", ".svg")])
+def test_figures_are_drawn_and_never_overwritten(rows: list[simulate.Row], tmp_path: Path, kind: str, ending: str) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    source = write(rows, tmp_path / "r.json")
+    if kind in ("residency", "layers"):
+        source = tmp_path / "t"
+        trace.write(source, fed(False).header, fed(False).records)
+    out = tmp_path / f"f{ending}"
+    first = run(source, "--kind", kind, "-o", out)
+    assert first.exit_code == 0 and first.stdout == "", first.output
+    drawn = out.read_bytes()
+    assert drawn.startswith(PNG if ending == ".png" else SVG) and len(drawn) > 5000
+    again = run(source, "--kind", kind, "-o", out)
+    assert again.exit_code == 2 and "exists; --force" in again.stderr and out.read_bytes() == drawn
+    assert run(source, "--kind", kind, "-o", out, "--force").exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, out.name] + ["r.json"] * (source.name == "t"))
+
+
+def test_without_matplotlib_there_is_a_table(
+    rows: list[simulate.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    result = run(write(rows, tmp_path / "r.csv"), "-o", tmp_path / "f.png")
+    assert result.exit_code == 0 and "| budget" in result.stdout and "pip install 'cacheroute[plot]'" in result.stderr
+    assert not (tmp_path / "f.png").exists()
+
+
+def test_a_trace_has_a_table_too(tmp_path: Path) -> None:
+    trace.write(tmp_path / "t", fed(False).header, fed(False).records)
+    result = run(tmp_path / "t")
+    assert result.exit_code == 0 and result.stdout.count("\n") == 4 and "half of all uses by" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["nowhere.json"], "nowhere.json cannot be read"),
+        (["prose"], "does not hold rows of bench, simulate or eval"),
+        (["broken.json"], "does not hold rows of bench, simulate or eval"),
+        (["other.json"], "does not hold rows of bench, simulate or eval"),
+        (["r.json", "--kind", "pie"], "There is no plot 'pie'; there are frontier, misses, residency, layers"),
+        (["r.json", "--kind", "layers"], "is not a trace"),
+        (["r.json", "-o", "f.pdf"], "is neither a .png nor a .svg"),
+        (["t", "--kind", "misses"], "A trace has no misses of its own"),
+        (["t", "--layer", "7"], "The trace has no layer 7; it has 0..1"),
+        (["t", "r.json"], "A trace is plotted alone"),
+        (["r.json", "-o", "no/f.png"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_sentence(
+    rows: list[simulate.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(rows, Path("r.json"))
+    trace.write(Path("t"), fed(False).header, fed(False).records)
+    Path("prose").write_text("It was the best of times,\nit was the worst of times")
+    Path("broken.json").write_text('[{"routing": "original",')
+    Path("other.json").write_text('{"text": "hello"}')
+    if sentence == "cannot be written":
+        pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    result = run(*arguments)
+    assert result.exit_code in (1, 2) and result.stderr.count("\n") == 1 and result.stdout == ""
+    assert sentence in result.stderr
