@@ -6,6 +6,7 @@ Knows the fields of rows by their names, and no command; matplotlib is only aske
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ KINDS = {
     "residency": "which experts of one layer are in the cache, token by token (of a trace)",
     "layers": "how often each expert of each layer runs (of a trace)",
 }
+_MARKERS = "osD^vP*X"
 # What may stand on the quality axis, the best known first: field, label, how to read it off.
 _QUALITY: tuple[tuple[str, str, Callable[[float], float]], ...] = (
     ("delta_nll", "perplexity increase, %", lambda d: 100 * math.expm1(d)),
@@ -191,12 +193,21 @@ def _frontier(rows: Sequence[Row]) -> Chart:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for key in dict.fromkeys((row.strategy, row.eviction, row.budget, row.shuffled) for row, _ in points):
-            own = [(r, y) for r, y in points if (r.strategy, r.eviction, r.budget, r.shuffled) == key]
-            x = [r.read_mib_per_token for r, _ in own]
-            axes.plot(x, [y for _, y in own], "o-", markersize=4, label=" ".join(str(k) for k in key[:3]) + " shuffled" * key[3])
-            for r, y in own:
-                axes.annotate(r.routing.partition(":")[2], (r.read_mib_per_token, y), fontsize=6, alpha=0.7)
+        budgets = sorted({(row.budget_experts, row.budget) for row, _ in points})
+        series = sorted({(row.strategy, row.eviction, row.shuffled) for row, _ in points})
+        pairs = itertools.product(enumerate(series), enumerate(budgets))
+        for (colour, (strategy, eviction, shuffled)), (mark, (_, budget)) in pairs:
+            group = [(r, y) for r, y in points if (r.eviction, r.shuffled, r.budget) == (eviction, shuffled, budget)]
+            own = [(r, y) for r, y in group if r.strategy == strategy]
+            line = [(r.read_mib_per_token, y) for r, y in group if r.strategy in (strategy, "original")]
+            if not own:
+                continue
+            axes.plot(*zip(*line, strict=True), "-", color=f"C{colour}", linewidth=1)  # from `original` on
+            name = f"{strategy} {eviction} {budget}" + " shuffled" * shuffled
+            x, y = zip(*((r.read_mib_per_token, y) for r, y in own), strict=True)
+            axes.plot(x, y, _MARKERS[mark % len(_MARKERS)], color=f"C{colour}", markersize=5, label=name)
+            for row, height in own:
+                axes.annotate(row.routing.partition(":")[2], (row.read_mib_per_token, height), fontsize=5, alpha=0.7)
         _finish(axes, "MiB read per token", label, rows[0].model)
 
     left = len(rows) - len(points)
@@ -233,7 +244,7 @@ def _finish(axes: Axes, x: str, y: str, title: str) -> None:
     axes.set_ylabel(y)
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.figure.legend(fontsize=7, loc="outside right upper")
 
 
 # ---- traces ---------------------------------------------------------------------------------------
