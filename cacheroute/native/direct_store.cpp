@@ -13,6 +13,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #ifndef O_DIRECT
@@ -31,12 +32,14 @@ class DirectStore final : public PagedStore {
         : PagedStore(files, n_layers, n_expert, tensors) {
         for (const auto & name : files) {
             const int fd = O_DIRECT ? open(name.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT) : -1;
-            if (fd < 0 || !reads(fd)) {
+            struct stat s {};
+            if (fd < 0 || !reads(fd) || fstat(fd, &s) != 0) {
                 if (fd >= 0) close(fd);
                 close_files();
                 throw std::runtime_error("the filesystem of " + name + " has no direct reads");
             }
             direct_.push_back(fd);
+            sizes_.push_back(uint64_t(s.st_size));
         }
         for (const PageRun & r : all_pages()) {
             // NORESERVE: most of it is never touched. No huge pages: they would reach into neighbours and past the budget.
@@ -119,13 +122,14 @@ class DirectStore final : public PagedStore {
     }
 
     int read_piece(const PageRun & piece) const {
-        for (uint64_t at = 0; at < piece.bytes;) {
-            const ssize_t n = pread(direct_[size_t(piece.file)], piece.address + at, piece.bytes - at, off_t(piece.offset + at));
+        const auto     file   = size_t(piece.file);
+        const uint64_t wanted = std::min(piece.bytes, sizes_[file] - piece.offset); // the last page reaches past the end of the file
+        for (uint64_t at = 0; at < wanted;) {
+            const ssize_t n = pread(direct_[file], piece.address + at, piece.bytes - at, off_t(piece.offset + at));
             if (n < 0 && errno == EINTR) continue;
             if (n < 0) return errno;
-            if (n == 0) break; // the last page reaches past the end of the file
+            if (n == 0) return ENODATA; // somebody has made the file shorter
             at += uint64_t(n);
-            if (at % 512) break; // a short read ends at the end of the file only
         }
         return 0;
     }
@@ -143,6 +147,7 @@ class DirectStore final : public PagedStore {
     }
 
     std::vector<int>         direct_;
+    std::vector<uint64_t>    sizes_; // of the files, bytes
     std::vector<std::thread> readers_;
     std::mutex               mutex_;
     std::condition_variable  wake_, done_;

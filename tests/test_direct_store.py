@@ -1,0 +1,202 @@
+"""Direct reads: experts in the memory of the process, at the addresses of the mapping, bit for bit what the file holds.
+
+Pages and counts of single exchanges are in test_store.py, for both stores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tiny_models
+from cli import cacheroute
+from native_router import native_store
+from test_store import LIB, ODD, PAGE, Model, model, on_a_disk
+
+from cacheroute import Llama, _native, engine
+from cacheroute.errors import CacherouteError
+
+pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="counts pages as Linux does")
+
+Floats = npt.NDArray[np.float32]
+N_PROMPT, N_DECODE = 41, 16  # the prompt fills two micro-batches and part of a third
+SIZES: dict[str, Any] = {"n_ctx": 128, "n_batch": 64, "n_ubatch": 16, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = on_a_disk(tmp_path_factory.mktemp("direct"))
+    probe = folder / "probe"
+    probe.write_bytes(bytes(PAGE))
+    try:
+        native_store(str(probe), 1, 1, [], "direct").__enter__()
+    except CacherouteError as e:
+        pytest.skip(str(e))
+    return folder
+
+
+# ---- the store alone ------------------------------------------------------------------------------
+
+
+def in_memory(m: Model) -> list[bool]:
+    """Which pages of the address range are in memory."""
+    n = -(-m.path.stat().st_size // PAGE)
+    states = (ctypes.c_ubyte * n)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(m.address), ctypes.c_size_t(n * PAGE), states) == 0
+    return [bool(s & 1) for s in states]
+
+
+@pytest.mark.parametrize("expert_bytes", [160, 2016, PAGE, ODD, 300 * 1024 + 32])
+def test_pages_hold_the_file_or_nothing(disk: Path, expert_bytes: int) -> None:
+    """Shared pages with all of their bytes, and the last page of the file up to its end."""
+    rng = np.random.default_rng(expert_bytes)
+    with model(disk, n_layers=2, n_tensors=2, n_expert=9, expert_bytes=expert_bytes, io="direct") as m:
+        last, content = m.n_expert - 1, m.path.read_bytes()
+        for step in range(40):
+            layer = step % 2
+            there = sorted(m.resident[layer])
+            absent = [e for e in range(m.n_expert) if e not in there]
+            load = rng.permutation(absent)[: rng.integers(0, 4)].tolist()
+            if step == 39 and last not in m.resident[1]:
+                load = [last]  # its last page is the file's, and ends before it is full
+            evict = [e for e in rng.permutation(there)[: rng.integers(0, 4)].tolist() if e != last or step < 39]
+            m.exchange(layer, load, evict)
+            pages = m.expected_pages()
+            assert LIB.cr_store_resident_bytes(m.store) == len(pages) * PAGE
+            ours = range(m.starts[0][0] // PAGE, len(content) // PAGE + 1)
+            states = in_memory(m)
+            assert {p for p in ours if states[p]} == pages, f"after exchange {step}"
+            for page in pages:
+                held = ctypes.string_at(m.address + page * PAGE, PAGE)
+                assert held == content[page * PAGE : (page + 1) * PAGE].ljust(PAGE, b"\0"), f"page {page}, exchange {step}"
+        assert len(content) // PAGE in pages
+        for page in set(ours) - pages:  # what was evicted is nobody's memory
+            assert not any(ctypes.string_at(m.address + page * PAGE, PAGE))
+
+
+def test_the_mapping_is_the_files_again_after_the_store(disk: Path) -> None:
+    path = disk / "freed.bin"
+    content = np.random.default_rng(0).bytes(32 * ODD)
+    path.write_bytes(content)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
+        address = int(np.frombuffer(view, np.uint8).ctypes.data)
+        tensors = [_native.Tensor(0, 0, 1312, ODD, address + 1312)]
+        with native_store(str(path), 1, 30, tensors, "direct") as store:
+            LIB.cr_store_exchange(store, 0, (ctypes.c_int32 * 2)(3, 7), 2, None, 0)
+            assert ctypes.string_at(address + 1312, 4 * ODD) != content[1312 : 1312 + 4 * ODD]
+        assert ctypes.string_at(address, len(content)) == content
+
+
+def test_without_direct_reads_it_is_one_sentence() -> None:
+    with pytest.raises(CacherouteError, match=r"^the filesystem of /proc/version has no direct reads\.$"):
+        native_store("/proc/version", 1, 1, [], "direct").__enter__()
+
+
+# ---- a model --------------------------------------------------------------------------------------
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3moe": ("qwen3moe", {}),
+    "gpt-oss": ("gpt-oss", {}),
+    "merged": ("deepseek2", {"merged": True, "quant": "Q8_0"}),
+    "split": ("qwen3moe", {"shards": 2, "quant": "Q4_0"}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def path(request: pytest.FixtureRequest, disk: Path) -> Path:
+    arch, overrides = CASES[request.param]
+    return tiny_models.write(arch, disk / f"{request.param}.gguf", **overrides)
+
+
+@pytest.fixture
+def small(disk: Path) -> Path:
+    return tiny_models.write("qwen3moe", disk / "small.gguf")
+
+
+def run(llm: Llama) -> Floats:
+    """From a fresh sequence: the logits after a prompt, then after each token decoded on its own; as bits."""
+    llm.reset()
+    tokens = np.random.default_rng(7).integers(3, llm.n_vocab(), N_PROMPT + N_DECODE).tolist()
+    rows = []
+
+    def eval_and_keep(part: list[int]) -> None:
+        llm.eval(part)
+        rows.append(np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),))).view(np.uint32))
+        assert llm.measure_resident() == llm.stats().resident_bytes or llm.io == "none"
+
+    eval_and_keep(tokens[:N_PROMPT])
+    with llm.decoding():
+        for token in tokens[N_PROMPT:]:
+            eval_and_keep([token])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0.5"])
+def test_logits_are_those_of_mmap(path: Path, routing: str) -> None:
+    with contextlib.closing(Llama(str(path), routing=routing, **SIZES)) as llm:
+        mapped, counted = run(llm), llm.stats()
+    with contextlib.closing(Llama(str(path), routing=routing, io="direct", **SIZES)) as llm:
+        np.testing.assert_array_equal(run(llm), mapped)
+        direct = llm.stats()
+    assert direct.io == "direct" and direct.resident_bytes == counted.resident_bytes
+    for a, b in ((direct.prefill, counted.prefill), (direct.decode, counted.decode)):
+        assert (a.hits, a.misses, a.reads, a.read_bytes) == (b.hits, b.misses, b.reads, b.read_bytes)
+        assert a.misses > 0
+
+
+def test_io_can_be_changed_and_changed_back(small: Path) -> None:
+    with contextlib.closing(Llama(str(small), budget="25%", **SIZES)) as llm:
+        first = run(llm)
+        for io in ("direct", "mmap", "direct", "none", "direct", "mmap"):
+            llm.configure(budget="25%", io=io)
+            assert llm.stats().resident_bytes == 0
+            np.testing.assert_array_equal(run(llm), first, err_msg=io)
+
+
+def test_a_file_that_becomes_shorter_is_an_error(small: Path) -> None:
+    with contextlib.closing(Llama(str(small), io="direct", **SIZES)) as llm:
+        os.truncate(small, small.stat().st_size // 2)
+        with pytest.raises(CacherouteError, match=r"reading experts failed: No data available\.$"):
+            llm.eval([5, 6, 7])
+
+
+def test_auto_is_direct_where_it_can_be(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
+        assert llm.io == llm.stats().io == "direct"
+    assert capsys.readouterr().err == ""
+
+
+def test_auto_says_once_why_it_is_not(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def none_here(*arguments: Any) -> None:
+        arguments[-2].value = b"the filesystem of m.gguf has no direct reads"
+
+    monkeypatch.setitem(engine._STORES, "direct", none_here)
+    with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
+        assert llm.io == "mmap"
+        llm.configure(io="auto")
+        assert llm.io == "mmap"
+        said = "cacheroute: --io auto reads through the page cache: the filesystem of m.gguf has no direct reads.\n"
+        assert capsys.readouterr().err == said
+        with pytest.raises(CacherouteError, match="no direct reads"):
+            llm.configure(io="direct")  # what was asked for by name is not replaced
+
+
+def test_the_commands_take_it(small: Path) -> None:
+    texts = []
+    for io in ("mmap", "direct"):
+        done = cacheroute("generate", "-m", small, "-p", "the house", "-n", 8, "--temp", 0, "-t", 1, "--io", io, "-o", "json")
+        assert done.returncode == 0, done.stderr
+        assert f'"io": "{io}"' in done.stdout
+        texts.append(done.stdout.partition('"text": ')[2].partition('"finish_reason"')[0])
+    assert texts[0] == texts[1]
+    unknown = cacheroute("generate", "-m", small, "-p", "the", "--io", "fast")
+    assert unknown.returncode == 2
+    assert unknown.stderr == "cacheroute: There is no io 'fast'; there are mmap, direct, auto and none.\n"
