@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sysconfig
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint8, c_uint64, c_void_p
 from pathlib import Path
@@ -97,15 +98,16 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 def _load() -> ctypes.CDLL:
     # An editable install keeps the library in site-packages and the Python files in the checkout.
     folders = [Path(__file__).parent, Path(sysconfig.get_path("platlib")) / "cacheroute"]
-    for folder in folders:
-        for suffix in (".so", ".dylib"):
-            path = folder / "lib" / f"libcacheroute{suffix}"
-            if path.exists():
-                loaded = ctypes.CDLL(str(path))
-                for name, (result, arguments) in _SIGNATURES.items():
-                    function = getattr(loaded, name)
-                    function.restype, function.argtypes = result, arguments
-                return loaded
+    paths = [folder / "lib" / f"libcacheroute{suffix}" for folder in folders for suffix in (".so", ".dylib")]
+    if "CACHEROUTE_LIBRARY" in os.environ:  # scripts/sanitize: a build with a sanitizer, instead of the installed one
+        paths = [Path(os.environ["CACHEROUTE_LIBRARY"])]
+    for path in paths:
+        if path.exists():
+            loaded = ctypes.CDLL(str(path))
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(loaded, name)
+                function.restype, function.argtypes = result, arguments
+            return loaded
     raise CacherouteError("The native library of cacheroute is missing; install cacheroute again with pip.")
 
 
