@@ -83,6 +83,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_hook_set_pace": (None, [c_void_p, c_double]),
     "cr_hook_finish": (None, [c_void_p]),
     "cr_hook_reset": (None, [c_void_p]),
+    "cr_hook_save": (None, [c_void_p]),
+    "cr_hook_restore": (c_int32, [c_void_p]),
     "cr_hook_set_policy": (None, [c_void_p, POLICY, c_void_p]),
     "cr_hook_warm": (None, [c_void_p, c_int32, _I32P, c_int32]),
     "cr_hook_trace": (None, [c_void_p, c_int32]),

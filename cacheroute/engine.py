@@ -238,6 +238,21 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Forgets the tokens; experts stay in memory."""
         super().reset()
 
+    def checkpoint(self) -> int:
+        """Keeps the routing state until the next reset(); returns the number of tokens, for return_to()."""
+        if self._hook is not None:
+            _native.lib.cr_hook_save(self._hook)
+        return self.n_tokens
+
+    def return_to(self, n_tokens: int) -> None:
+        """Forgets the tokens from `n_tokens` on; cache and running means are as they were at checkpoint(). Counters go on.
+
+        Not for recurrent models, whose state has no past, nor for a policy in Python, whose state is its own.
+        """
+        if self._hook is not None:
+            _native.lib.cr_hook_restore(self._hook)
+        self.n_tokens = n_tokens
+
     def load_experts(self, layer: int, ids: Sequence[int]) -> None:
         """Brings experts of a layer (by its place in `layout`) into memory; they count as used, the last as the most recent."""
         if self._hook is not None:

@@ -13,6 +13,7 @@ import typer
 from cacheroute import __version__
 from cacheroute.cli import eval as evaluation
 from cacheroute.cli.bench import bench
+from cacheroute.cli.frontier import frontier
 from cacheroute.cli.generate import generate
 from cacheroute.cli.inspect import inspect
 from cacheroute.cli.models import models
@@ -55,7 +56,7 @@ def _polite(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (generate, bench, tune, trace, simulate, plot, models, pull, inspect, routing, setup):
+for _command in (generate, bench, tune, frontier, trace, simulate, plot, models, pull, inspect, routing, setup):
     app.command()(_polite(_command))
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)

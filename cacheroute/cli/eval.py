@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +19,11 @@ from cacheroute import routing as routings
 from cacheroute.cli import options, progress, table
 from cacheroute.errors import UsageError
 from cacheroute.evals import paired
+from cacheroute.evals.rows import Arm, PerplexityRow, perplexity_row
+from cacheroute.stats import MIB
 
 if TYPE_CHECKING:
+    from cacheroute.engine import Llama
     from cacheroute.evals.perplexity import ChunkScore
 
 TextOption = Annotated[
@@ -32,38 +38,6 @@ StrideOption = Annotated[
 IoOption = Annotated[
     str | None, typer.Option("--io", help="How misses are read; none: only counted. [default: none if the model fits memory]")
 ]
-
-
-@dataclass(frozen=True)
-class PerplexityRow:
-    """One routing on all chunks. `delta_nll` in nats per token against `original` on the same tokens, with its 95% interval;
-    `ppl_increase` the same in % of the perplexity; null where there is nothing to compare, or one chunk only."""
-
-    model: str
-    text: str
-    routing: str
-    eviction: str
-    budget: str
-    budget_experts: int
-    chunk: int
-    stride: int
-    carry: bool
-    n_chunks: int
-    n_tokens: int
-    ppl: float
-    ppl_se: float
-    nll: float
-    delta_nll: float
-    delta_nll_low: float | None
-    delta_nll_high: float | None
-    ppl_increase: float
-    ppl_increase_low: float | None
-    ppl_increase_high: float | None
-    miss_rate: float
-    swap_rate: float
-    drop_rate: float
-    read_mib_per_token: float
-    seconds: float
 
 
 def perplexity(
@@ -100,7 +74,9 @@ def perplexity(
     source = loading.Source(file, column, chunk, stride, limit)
     with closing(loading.load(path, chunk, options.threads(threads))) as llm:
         io = io or loading.default_io(llm.layout, available_memory())
-        arms = [(b, r, e) for b, e in itertools.product(_list(budget), _list(eviction)) for r in _routings(routing)]
+        arms = [
+            (b, r, e) for b, e in itertools.product(options.names(budget), options.names(eviction)) for r in _routings(routing)
+        ]
         if not arms:
             raise UsageError("There is nothing to score; give at least one budget and eviction.")
         for b, r, e in arms:  # all settings are checked before the first run
@@ -118,13 +94,9 @@ def perplexity(
                     scores.append(s)
                     advance(len(s.nll), f"{r} {b}")
                 base = scores if r == "original" else base
-                labels = (llm.metadata.get("general.name", path.name), source.name, r, e, b)
-                rows.append(_row(labels, llm.budget.capacity, chunk, stride or chunk, carry, seed, base, scores))
-    table.write(rows, output, _markdown(rows))
-
-
-def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+                arm = Arm(r, e, b, llm.budget.capacity)
+                rows.append(perplexity_row(llm.layout.model or path.name, source, arm, base, scores, carry=carry, seed=seed))
+    table.write(rows, output, perplexity_cells(rows))
 
 
 def _routings(text: str) -> list[str]:
@@ -132,53 +104,8 @@ def _routings(text: str) -> list[str]:
     return ["original", *(str(r) for r in routings.parse_list(text) if r.lossy)]
 
 
-def _row(
-    labels: tuple[str, str, str, str, str],
-    capacity: int,
-    chunk: int,
-    stride: int,
-    carry: bool,
-    seed: int,
-    base: list[ChunkScore],
-    scores: list[ChunkScore],
-) -> PerplexityRow:
-    from cacheroute.evals.perplexity import summary
-
-    s = summary(scores)
-    d = paired.compare(
-        [float(x.nll.sum()) for x in base], [float(x.nll.sum()) for x in scores], [len(x.nll) for x in scores], seed=seed
-    )
-    model, text, routing, eviction, budget = labels
-    return PerplexityRow(
-        model=model,
-        text=text,
-        routing=routing,
-        eviction=eviction,
-        budget=budget,
-        budget_experts=capacity,
-        chunk=chunk,
-        stride=stride,
-        carry=carry,
-        n_chunks=len(scores),
-        n_tokens=s.n_tokens,
-        ppl=s.ppl,
-        ppl_se=s.ppl_se,
-        nll=s.nll,
-        delta_nll=d.delta_nll,
-        delta_nll_low=d.low,
-        delta_nll_high=d.high,
-        ppl_increase=d.ppl_increase,
-        ppl_increase_low=d.ppl_increase_low,
-        ppl_increase_high=d.ppl_increase_high,
-        miss_rate=s.miss_rate,
-        swap_rate=s.swap_rate,
-        drop_rate=s.drop_rate,
-        read_mib_per_token=s.read_mib_per_token,
-        seconds=s.seconds,
-    )
-
-
-def _markdown(rows: list[PerplexityRow]) -> list[list[str]]:
+def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
+    """The rows as cells of a table, the head first."""
     head = [
         "budget",
         "routing",
@@ -215,6 +142,121 @@ def _interval(value: float, low: float | None, high: float | None, digits: int) 
     return f"{value:+.{digits}f} [{table.signed(low, digits)}, {table.signed(high, digits)}]"
 
 
+@dataclass(frozen=True)
+class TaskRow:
+    """One figure of one task with one routing; `stderr` null where lm-evaluation-harness has none."""
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    routing: str
+    eviction: str
+    budget: str
+    budget_experts: int
+    miss_rate: float
+    swap_rate: float
+    read_mib_per_token: float
+    truncated: int
+    seconds: float
+
+
+def task(
+    name: Annotated[str, typer.Argument(metavar="TASK", help="mmlu, gsm8k, arc, hellaswag, ...; several with commas.")],
+    model: options.ModelOption = None,
+    budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "50%",
+    routing: Annotated[
+        str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
+    ] = "original,cache-prior:lambda=0.1",
+    eviction: Annotated[str, typer.Option("--eviction", help="Evictions, separated by commas.")] = "lru",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions of each task. [default: all]")] = None,
+    shots: Annotated[int | None, typer.Option("--shots", min=0, help="Examples before a question. [default: the task's]")] = None,
+    tasks: Annotated[Path | None, typer.Option("--tasks", help="A folder with task files (yaml) of your own.")] = None,
+    ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=16, help="Context in tokens.")] = 4096,
+    threads: options.ThreadsOption = None,
+    io: IoOption = None,
+    output: Annotated[str, typer.Option("-o", "--output", help="md, jsonl (our rows) or json (lm-eval's results).")] = "md",
+) -> None:
+    """Any task of lm-evaluation-harness: `cacheroute eval gsm8k` is short for `cacheroute eval task gsm8k`.
+
+    The examples before a question are a prompt and run by `original`; the question and its answers are decoded one token at
+    a time, so that the routing acts on them. Of generated answers the whole prompt runs by `original`.
+    """
+    table.check(output)
+    parsed = [str(r) for r in routings.parse_list(routing)]
+    from cacheroute import models
+    from cacheroute.cli.models import available_memory
+    from cacheroute.evals import harness, loading
+
+    names = options.names(name)
+    path = models.resolve(model)
+    manager, _ = harness.load_tasks(names, tasks)
+    rows: list[TaskRow] = []
+    whole: list[dict[str, Any]] = []
+    with closing(loading.load(path, ctx_size, options.threads(threads))) as llm:
+        io = io or loading.default_io(llm.layout, available_memory())
+        for b, r, e in itertools.product(options.names(budget), parsed, options.names(eviction)):
+            llm.configure(budget=b, routing=r, eviction=e, io=io)
+            added, results = _task_rows(llm, manager, names, shots, limit, (b, r, e), path.name)
+            rows += added
+            whole.append(results | {"cacheroute": [asdict(row) for row in added]})
+    if output == "json":
+        print(json.dumps(whole, indent=2, default=str))
+    else:
+        table.write(rows, output, _task_cells(rows))
+
+
+def _task_rows(
+    llm: Llama, manager: Any, names: list[str], shots: int | None, limit: int | None, arm: tuple[str, str, str], file: str
+) -> tuple[list[TaskRow], dict[str, Any]]:
+    from cacheroute.evals import harness
+    from cacheroute.evals.tasks import TaskScorer, truncation_note
+
+    scorer, start, shown = TaskScorer(llm), time.monotonic(), 0.0
+    with progress.bar(f"{arm[1]} {arm[0]}", 1) as advance:
+
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            advance(done / total - shown, f"{arm[1]} {arm[0]}: {done} of {total}")
+            shown = done / total % 1
+
+        results = harness.evaluate(scorer, manager, names, shots, limit, show)
+    if note := truncation_note(scorer):
+        print(note, file=sys.stderr)
+    c = llm.stats().decode
+    reads = sum(x.misses * layer.expert_bytes for x, layer in zip(llm.decoded_by_layer(), llm.layout.layers, strict=False))
+    rows = [
+        TaskRow(
+            model=llm.layout.model or file,
+            task=m.task,
+            metric=m.metric,
+            value=m.value,
+            stderr=m.stderr,
+            routing=arm[1],
+            eviction=arm[2],
+            budget=arm[0],
+            budget_experts=llm.budget.capacity,
+            miss_rate=c.miss_rate,
+            swap_rate=c.swap_rate,
+            read_mib_per_token=reads / MIB / max(c.tokens, 1),
+            truncated=scorer.truncated,
+            seconds=time.monotonic() - start,
+        )
+        for m in harness.metrics(results)
+    ]
+    return rows, results
+
+
+def _task_cells(rows: list[TaskRow]) -> list[list[str]]:
+    cells = [["task", "metric", "value", "budget", "routing", "eviction", "miss", "swapped", "MiB/tok"]]
+    for r in rows:
+        value = f"{r.value:.4f}" + ("" if r.stderr is None else f" ± {r.stderr:.4f}")
+        shares = [f"{100 * r.miss_rate:.1f}%", f"{100 * r.swap_rate:.1f}%", f"{r.read_mib_per_token:.2f}"]
+        cells.append([r.task, r.metric, value, f"{r.budget} ({r.budget_experts})", r.routing, r.eviction, *shares])
+    return cells
+
+
 class AnyTask(typer.core.TyperGroup):
     """`eval NAME` for every NAME that is no command is `eval task NAME`."""
 
@@ -225,4 +267,4 @@ class AnyTask(typer.core.TyperGroup):
 
 
 HELP = "What a routing costs: `eval perplexity`, or `eval TASK` for any task of lm-evaluation-harness."
-COMMANDS = (perplexity,)
+COMMANDS = (perplexity, task)

@@ -118,7 +118,7 @@ def tune(
         total = _work(chunks, len(fit), len(held_out), 0 if uniform else len(priced), price_groups)
         with progress.bar("tuning", total) as advance, _resumable():
             scorer = _scorer(
-                llm, path, chunks, llm.io, lambda cell: advance(cell.n + _PROMPT_COST * chunks[0].first, cell.routing)
+                llm, path, chunks, llm.io, lambda cell: advance(cell.n + _PROMPT_COST * chunks[0].first, _label(cell.routing))
             )
             search = tuning.Search(
                 scorer, llm.budget.capacity, eviction, paired.nats(allowed), fit, held_out, seed, report=_announce
@@ -142,6 +142,12 @@ def _percent(text: str) -> float:
     if not match or not 0 < float(match[1]) <= 100:
         raise UsageError(f"{text!r} is not a limit; give percent above 0 and up to 100, such as 1%.")
     return float(match[1])
+
+
+def _label(key: str) -> str:
+    """A routing's key without what it has for each layer."""
+    name, per_layer, _ = key.partition("[")
+    return name + " per layer" if per_layer else name
 
 
 def _work(chunks: list[Any], n_fit: int, n_held_out: int, n_priced: int, n_groups: int) -> float:

@@ -78,7 +78,7 @@ def score(
     settings; with `carry` they are kept from chunk to chunk (the sequence is not). `watch` gets the log-probabilities of
     each scored position. Raises UsageError when a chunk does not fit the context of the model.
     """
-    if chunks and max(len(c.tokens) for c in chunks) > llm.n_ctx():
+    if chunks and max(len(c.tokens) for c in chunks) - 1 > llm.n_ctx():  # the last token is not evaluated
         raise UsageError(f"A chunk of {len(chunks[0].tokens)} tokens does not fit the context of {llm.n_ctx()}.")
     llm.reset()
     for chunk in chunks:

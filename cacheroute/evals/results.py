@@ -28,11 +28,11 @@ class ResultsFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             old = path.read_bytes() if path.exists() else b""
             whole = old[: old.rfind(b"\n") + 1]
-            if whole:
+            if old:
                 self._check(whole, header)
             with path.open("r+b" if old else "wb") as f:
                 f.truncate(len(whole))
-                if not whole:
+                if not old:
                     f.write(json.dumps(header).encode() + b"\n")
         except OSError as e:
             raise CacherouteError(f"{path} cannot be written ({e.strerror}).") from None

@@ -120,6 +120,8 @@ CR_API void cr_hook_reset(cr_hook * hook);  /* forget the sequence, drop every e
 CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
 /* Brings experts of a layer (n <= capacity) into memory before a sequence; the last is the most recent. */
 CR_API void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n);
+CR_API void cr_hook_save(cr_hook * hook); /* keeps cache and running means until the next cr_hook_reset() */
+CR_API int32_t cr_hook_restore(cr_hook * hook); /* brings them back; counters go on. 0: nothing was kept */
 CR_API void cr_hook_trace(cr_hook * hook, int32_t on); /* both ways it forgets the sequence, as cr_hook_reset() */
 /* Bytes of the records that wait (trace.h); moved to `out` where it has room for all of them. */
 CR_API uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size);

@@ -205,6 +205,8 @@ const void * cr_hook_address(cr_hook * hook) { return hook->hook.address(); }
 void         cr_hook_set_phase(cr_hook * hook, int32_t decode) { hook->hook.set_phase(decode ? Phase::decode : Phase::prefill); }
 void         cr_hook_finish(cr_hook * hook) { hook->hook.finish(); }
 void         cr_hook_reset(cr_hook * hook) { hook->hook.reset(); }
+void         cr_hook_save(cr_hook * hook) { hook->hook.save(); }
+int32_t      cr_hook_restore(cr_hook * hook) { return hook->hook.restore() ? 1 : 0; }
 void         cr_hook_trace(cr_hook * hook, int32_t on) { hook->hook.trace(on != 0); }
 void         cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user) { set_policies(hook->hook.routers(), policy, user); }
 

@@ -145,9 +145,12 @@ void Hook::trace(bool on) {
 }
 
 void Hook::warm(int layer, const std::vector<int32_t> & ids) {
-    CachedRouter & router = routers_[layer];
-    router.warm(ids);
-    const auto & cached    = router.cache().resident();
+    routers_[layer].warm(ids);
+    follow_cache(layer);
+}
+
+void Hook::follow_cache(int layer) {
+    const auto & cached    = routers_[layer].cache().resident();
     auto &       in_memory = in_memory_[layer];
     load_.clear();
     evict_.clear();
@@ -159,7 +162,25 @@ void Hook::warm(int layer, const std::vector<int32_t> & ids) {
     if (store_) exchange_counted(layer);
 }
 
+void Hook::save() {
+    finish();
+    saved_ = std::make_unique<std::vector<CachedRouter>>(routers_);
+}
+
+bool Hook::restore() {
+    if (!saved_) return false;
+    finish();
+    std::vector<CachedRouter> routers(*saved_);
+    for (size_t i = 0; i < routers.size(); i++) {
+        for (Phase phase : {Phase::prefill, Phase::decode}) routers[i].counters(phase) = routers_[i].counters(phase);
+    }
+    routers_.swap(routers);
+    for (size_t i = 0; i < routers_.size(); i++) follow_cache(int(i));
+    return true;
+}
+
 void Hook::reset() {
+    saved_.reset();
     sequence_ += batch_size_ > 0;
     batch_first_ = batch_size_ = 0;
     for (auto & r : routers_) r.reset();

@@ -51,6 +51,11 @@ class Hook {
     // Forgets the sequence and drops every expert; counters stay.
     void reset();
 
+    // Keeps the cache and the running means as they are now, until the next reset(); restore() brings them back, as often as
+    // one likes, and memory after them. Counters go on. False: nothing was kept.
+    void save();
+    bool restore();
+
     // Starts (or ends) a trace, from an empty cache. Records are the caller's to take from trace_buffer().
     void          trace(bool on);
     TraceBuffer * trace_buffer() { return trace_.get(); }
@@ -68,6 +73,7 @@ class Hook {
     void reweight(const ExpertEvent & event);
     void exchange(int layer); // load_ and evict_
     void exchange_counted(int layer);
+    void follow_cache(int layer); // memory holds what the cache says
 
     ExpertHook                        hook_;
     std::vector<int>                  layer_of_;
@@ -82,6 +88,8 @@ class Hook {
 
     Scores               scores_;
     std::vector<uint8_t> needed_, before_;
+
+    std::unique_ptr<std::vector<CachedRouter>> saved_; // null: nothing kept
 
     std::unique_ptr<TraceBuffer> trace_; // null: nobody traces
     uint32_t sequence_    = 0;

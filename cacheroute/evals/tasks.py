@@ -1,0 +1,170 @@
+"""Answers what lm-evaluation-harness asks of a model, in tokens: scores of continuations, rolling scores, greedy text.
+
+What is routed how: the head of a context, up to its last blank line (the few-shot examples), is a prompt and runs by `original`.
+What follows, the question and its answers, is decoded one token at a time, so that the routing acts on it; `generate_until`
+decodes only what it generates. The result of a request depends on the request alone: a head that several requests share is
+evaluated once, and the routing state after it is brought back exactly for each.
+
+Knows a loaded model; knows nothing of lm-evaluation-harness (evals/harness.py does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from cacheroute.errors import UsageError
+from cacheroute.evals.perplexity import Floats, log_probabilities
+
+if TYPE_CHECKING:
+    from cacheroute.engine import Llama
+
+
+class TaskScorer:
+    """A model with the settings that it has now. `truncated` counts requests whose context lost its beginning to the window."""
+
+    def __init__(self, llm: Llama) -> None:
+        self.llm = llm
+        self.truncated = 0
+        self._kept: list[int] | None = None  # the head whose state can be brought back
+        self._last: tuple[list[int], Floats] | None = None  # tokens and what the model says follows them
+        policy = llm.routing.policy if llm.routing else ""
+        self._rewinds = not (policy or llm._is_recurrent or llm._is_hybrid)
+        llm.reset()
+
+    @property
+    def prefix_token(self) -> int:
+        """What stands before a text that has nothing before it."""
+        bos = self.llm.token_bos()
+        return int(bos if bos >= 0 else self.llm.token_eos())
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Tokens of a text; with `bos`, the model's own first token where it wants one."""
+        return list(self.llm.tokenize(text.encode(), add_bos=bos and self.llm._model.add_bos_token(), special=True))
+
+    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        """(log p of the continuation in nats, whether greedy decoding would produce it).
+
+        An empty continuation has log p = 0. Spaces at the end of the context belong to the continuation, whose tokens are those
+        of both texts together beyond the context's (lm-evaluation-harness encodes so).
+        """
+        if not context:
+            tokens, start = [self.prefix_token, *self.encode(continuation)], 1
+        else:
+            stripped = context.rstrip()
+            continuation, context = context[len(stripped) :] + continuation, stripped
+            start = len(self.encode(context, bos=True)) or 1
+            tokens = self.encode(context + continuation, bos=True)
+        tokens, start = self._fit(tokens, start)
+        if start >= len(tokens):
+            return 0.0, True
+        log_p, greedy = 0.0, True
+        for token, row in zip(tokens[start:], self._rows(tokens, start, self._head_length(context, tokens, start)), strict=True):
+            log_p += float(row[token])
+            greedy = greedy and int(row.argmax()) == token
+        return log_p, greedy
+
+    def loglikelihood_rolling(self, text: str) -> float:
+        """log p of a whole text in nats, each token once, in windows of the context, of which each has all the context it can."""
+        tokens = self.encode(text)
+        total, window, done = 0.0, self.llm.n_ctx(), 0
+        while done < len(tokens):
+            end = min(done + window, len(tokens))
+            # every window but the first is moved back from its end until it is full; before its first token stands one more
+            start = max(end - window, 0) if done else 0
+            part = [tokens[start - 1] if start else self.prefix_token, *tokens[start:end]]
+            first = len(part) - (end - done)
+            rows = self._rows(part, first, first - 1)
+            total += sum(float(row[token]) for token, row in zip(part[first:], rows, strict=True))
+            done = end
+        return total
+
+    def generate_until(self, context: str, until: Sequence[str], max_tokens: int) -> str:
+        """Greedy text after a context, without the first of `until` that comes and what follows it; empty strings are ignored."""
+        stops = [s for s in until if s]
+        room = min(max_tokens, self.llm.n_ctx() - 1)
+        tokens = self.encode(context, bos=True) or [self.prefix_token]
+        keep = self.llm.n_ctx() - room
+        if len(tokens) > keep:
+            self.truncated += 1
+            tokens = tokens[-keep:]
+        self._start(tokens, self._head_length(context, tokens, len(tokens)), decode=False)
+        end = {self.llm.token_eos(), self.llm._model.token_eot()}
+        made: list[int] = []
+        text = ""
+        for _ in range(room):
+            token = int(log_probabilities(self.llm).argmax())
+            if token in end:
+                break
+            made.append(token)
+            text = str(self.llm.detokenize(made, prev_tokens=tokens).decode("utf-8", "ignore"))
+            cut = min((i for i in (text.find(s) for s in stops) if i >= 0), default=-1)
+            if cut >= 0:
+                return text[:cut]
+            if len(made) < room:
+                with self.llm.decoding():
+                    self.llm.eval([token])
+        return text
+
+    def _fit(self, tokens: list[int], start: int) -> tuple[list[int], int]:
+        """The last tokens that fit the window: one more than the context, as the last one is not evaluated."""
+        cut = len(tokens) - self.llm.n_ctx() - 1
+        if cut <= 0:
+            return tokens, start
+        if start - cut < 1:
+            raise UsageError(
+                f"An answer of {len(tokens) - start} tokens does not fit the context of {self.llm.n_ctx()}; give more with -c."
+            )
+        self.truncated += 1
+        return tokens[cut:], start - cut
+
+    def _head_length(self, context: str, tokens: list[int], start: int) -> int:
+        """Tokens of the context's head; less than `start`, as the last token before the continuation is decoded."""
+        blank = context.rstrip().rfind("\n\n")
+        if blank < 0:
+            return 0
+        head = self.encode(context[: blank + 2], bos=True)
+        same = 0
+        while same < min(len(head), start - 1) and head[same] == tokens[same]:
+            same += 1
+        return same
+
+    def _rows(self, tokens: list[int], start: int, head: int) -> Iterator[Floats]:
+        """log p of the vocabulary before each of tokens[start:]."""
+        before = tokens[:start]
+        if self._last and self._last[0] == before and len(tokens) == start + 1:
+            yield self._last[1]  # another answer of one token to the same question
+            return
+        self._start(before[:-1], head)
+        for i in range(start - 1, len(tokens) - 1):
+            with self.llm.decoding():
+                self.llm.eval([tokens[i]])
+            row = log_probabilities(self.llm)
+            if i == start - 1:
+                self._last = before, row
+            yield row
+
+    def _start(self, tokens: list[int], head: int, *, decode: bool = True) -> None:
+        """Evaluates tokens[:head] as a prompt, or brings back the state after them, and then the others, decoded or not."""
+        if self._kept is not None and self._kept == tokens[:head]:
+            self.llm.return_to(head)
+        else:
+            self.llm.reset()
+            self._kept = None
+            if head:
+                self.llm.eval(tokens[:head])
+            if head and self._rewinds:
+                self.llm.checkpoint()
+                self._kept = tokens[:head]
+        if not decode:
+            self.llm.eval(tokens[head:])
+            return
+        with self.llm.decoding():
+            for token in tokens[head:]:
+                self.llm.eval([token])
+
+
+def truncation_note(scorer: TaskScorer) -> str:
+    """One line about contexts that were cut, "" if none was."""
+    n = scorer.truncated
+    return f"{n} contexts were longer than the window of {scorer.llm.n_ctx()} tokens and lost their beginning" if n else ""

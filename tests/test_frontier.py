@@ -1,0 +1,137 @@
+"""frontier: the cells that eval perplexity gives, here or on workers; a results file goes on and mixes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from typer.testing import CliRunner
+
+from cacheroute import experts, gguf_file, plot
+from cacheroute import frontier as frontiers
+from cacheroute.cli import app
+from cacheroute.evals.results import ResultsFile
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write("llama", tmp_path_factory.mktemp("tiny") / "m.gguf")
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    path.write_text("the cat that was on the mat is with this and a hat it had for a while " * 12)
+    return path
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def settings(tiny: Path, prose: Path, file: Path) -> tuple[object, ...]:
+    few = ("--chunk", 32, "--limit", 60, "-t", 1, "--budget", "3,50%", "--routing", "cache-prior:lambda=0.5,pruning:k=1")
+    return ("frontier", file, "-m", tiny, "-f", prose, *few, "-o", "json")
+
+
+def stable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"seconds": 0, "ts": 0, "chunk_nll": list(row["chunk_nll"])} for row in rows]
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_cells_are_those_of_eval_perplexity(tiny: Path, prose: Path, tmp_path: Path) -> None:
+    result = run(*settings(tiny, prose, tmp_path / "f.jsonl"))
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [(r["routing"], r["budget_experts"]) for r in rows] == [
+        *(("original", 3), ("original", 4)),
+        *(("cache-prior:lambda=0.5", 3), ("cache-prior:lambda=0.5", 4), ("pruning:k=1", 3), ("pruning:k=1", 4)),
+    ]
+    text = ("-f", prose, "--chunk", 32, "--limit", 60, "-t", 1, "-o", "json")
+    one = json.loads(run("eval", "perplexity", "-m", tiny, *text, "--budget", "50%", "--routing", "pruning:k=1").stdout)
+    assert stable([rows[-1]])[0].items() >= {**one[-1], "seconds": 0}.items()
+    header, *cells = lines(tmp_path / "f.jsonl")
+    assert header["format"] == frontiers.FORMAT and len(header["model"]) == 16 and stable(cells) == stable(rows)
+    assert len(plot.read_rows(tmp_path / "f.jsonl")) == 6
+
+
+def test_it_goes_on_and_never_mixes(tiny: Path, prose: Path, tmp_path: Path) -> None:
+    file = tmp_path / "f.jsonl"
+    whole = json.loads(run(*settings(tiny, prose, file)).stdout)
+    complete = file.read_bytes()
+    file.write_bytes(b"".join(complete.splitlines(keepends=True)[:3]) + b'{"half": ')
+    result = run(*settings(tiny, prose, file))
+    assert "has 2 cells of 6 already" in result.stderr
+    assert stable(json.loads(result.stdout)) == stable(whole)
+    for change, message in ((("--chunk", 16), "another chunks"), (("-f", Path(__file__)), "another text")):
+        refused = run(*settings(tiny, prose, file), *change)
+        assert refused.exit_code == 2 and f"holds results of {message}" in refused.stderr
+    other = tiny_models.write("llama", tmp_path / "other.gguf", seed=1)
+    refused = run(*settings(other, prose, file))
+    assert refused.exit_code == 2 and "holds results of another model" in refused.stderr
+    old = complete.replace(b'"version": "', b'"version": "0', 1)
+    file.write_bytes(old)
+    assert "holds results of another version" in run(*settings(tiny, prose, file)).stderr
+    assert file.read_bytes() == old
+
+
+def test_workers_give_the_same_cells(tiny: Path, prose: Path, tmp_path: Path) -> None:
+    alone = json.loads(run(*settings(tiny, prose, tmp_path / "a.jsonl")).stdout)
+    result = run(*settings(tiny, prose, tmp_path / "b.jsonl"), "--workers", 2)
+    assert result.exit_code == 0, result.output
+    assert stable(json.loads(result.stdout)) == stable(alone)
+
+
+def test_a_dask_cluster_gives_the_same_cells(tiny: Path, prose: Path, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed", reason="the extra `dask` is not installed")
+    alone = json.loads(run(*settings(tiny, prose, tmp_path / "a.jsonl")).stdout)
+    # a process, not a thread: llama.cpp's model is not for two threads at once
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        result = run(*settings(tiny, prose, tmp_path / "b.jsonl"), "--scheduler", cluster.scheduler_address)
+    assert result.exit_code == 0, result.output
+    assert stable(json.loads(result.stdout)) == stable(alone)
+
+
+def test_reads_have_a_speed_and_counts_have_none(tiny: Path, prose: Path, tmp_path: Path) -> None:
+    for io, timed in (("none", False), ("mmap", True)):
+        rows = json.loads(run(*settings(tiny, prose, tmp_path / f"{io}.jsonl"), "--io", io).stdout)
+        assert all((row["ts"] is not None) is timed for row in rows)
+
+
+def test_the_grid_has_every_strategy(tiny: Path) -> None:
+    layout = experts.layout(gguf_file.read(tiny))
+    grid = frontiers.grid(layout, 3)
+    assert {name.partition(":")[0] for name in grid} == {"original", "pruning", "max-rank", "cumsum", "cache-prior", "drop-cold"}
+    assert len(grid) == len(set(grid)) and grid[0] == "original"
+    assert frontiers.arms(layout, grid, ["lru"], ["50%"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workers", 2, "--scheduler", "tcp://nowhere:1"), "Give --workers or --scheduler"),
+        (("--budget", ""), "There is nothing to score"),
+        (("--budget", "1"), "give at least 2"),
+        (("--routing", "pruning:k=9"), "k is at most 2"),
+        (("-o", "xml"), "There is no output"),
+    ],
+)
+def test_bad_input_is_one_sentence(tiny: Path, prose: Path, tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
+    result = run(*settings(tiny, prose, tmp_path / "f.jsonl"), *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_file_of_something_else_is_left_alone(tiny: Path, prose: Path, tmp_path: Path) -> None:
+    for notes in ("my notes\n", "one line without an end"):
+        (tmp_path / "notes").write_text(notes)
+        result = run(*settings(tiny, prose, tmp_path / "notes"))
+        assert result.exit_code == 2 and "is not a results file" in result.stderr
+        assert (tmp_path / "notes").read_text() == notes
+    assert ResultsFile(tmp_path / "new" / "r.jsonl", {"a": 1}).lines == []
