@@ -10,6 +10,8 @@ import ctypes
 import mmap
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,27 @@ def test_the_mapping_is_the_files_again_after_the_store(disk: Path) -> None:
             LIB.cr_store_exchange(store, 0, (ctypes.c_int32 * 2)(3, 7), 2, None, 0)
             assert ctypes.string_at(address + 1312, 4 * ODD) != content[1312 : 1312 + 4 * ODD]
         assert ctypes.string_at(address, len(content)) == content
+
+
+@pytest.mark.parametrize("io", ["mmap", "direct"])
+def test_another_thread_may_ask_what_is_resident(disk: Path, io: str) -> None:
+    with model(disk, n_tensors=2, io=io) as m:
+        most, stop = len(set().union(*(m.expert_pages(0, e) for e in range(m.n_expert)))) * PAGE, threading.Event()
+
+        def ask() -> int:
+            n = 0
+            while not stop.is_set():
+                assert all(0 <= nbytes <= most for nbytes in m.counted())
+                n += 1
+            return n
+
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask)
+            for step in range(100):
+                m.exchange(0, load=[step % 8], evict=[(step - 3) % 8] if step > 2 else [])
+            stop.set()
+            assert asked.result() > 0
+        assert m.counted() == (len(m.expected_pages()) * PAGE,) * 2
 
 
 def test_without_direct_reads_it_is_one_sentence() -> None:
