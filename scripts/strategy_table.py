@@ -30,7 +30,7 @@ def routings(n_expert: int, n_used: int) -> list[Routing]:
     texts += ["cumsum:p=0.5", "cumsum:p=0.7"]
     texts += [f"cache-prior:lambda={x}" for x in (0.05, 0.1, 0.2, 0.4)]
     texts += ["cache-prior:lambda=0.4:max-loss=0.02", f"max-rank:m={min(2 * k, e)}:max-loss=0.02"]
-    texts += ["drop-cold:f=0.3", "drop-cold:f=0.6"]
+    texts += ["drop-cold:f=0.9", "drop-cold:f=0.95"]
     return [parse(text) for text in dict.fromkeys(texts)]
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from test_simulate import fed
 
-from cacheroute import Llama, _native, profile, routing
+from cacheroute import Llama, _native, profile, routing, simulate
 from cacheroute.errors import UsageError
 from cacheroute.profile import RoutingProfile
+from cacheroute.simulate import Arm
 
 TINY = RoutingProfile(
     model="tiny qwen3moe",
@@ -106,3 +108,14 @@ def test_each_layer_has_its_own_parameters(model: Path, tmp_path: Path) -> None:
     for layer, counters in enumerate(by_layer):
         _native.lib.cr_hook_counters(llm._hook, layer, 0, counters)
     assert by_layer[0].swapped == 0 < by_layer[1].swapped
+
+
+def test_a_simulation_takes_it_too(tmp_path: Path) -> None:
+    of_trace = replace(TINY, model="made up", n_expert=24, parameters=({"lambda": 0.0}, {"lambda": 0.8, "j": 1}))
+    profile.save(of_trace, tmp_path / "p.json")
+    rows = simulate.Replay(fed(False)).run(Arm("9", routing.parse(f"profile:{tmp_path}/p.json"), "lru"), per_layer=True)
+    uniform = simulate.Replay(fed(False)).run(Arm("9", routing.parse("cache-prior:lambda=0.8:j=1"), "lru"), per_layer=True)
+    assert rows[1].swapped == 0 < rows[2].swapped == uniform[2].swapped
+    profile.save(TINY, tmp_path / "other.json")
+    with pytest.raises(UsageError, match="is for a model with 2 layers of 32 experts, 4 used"):
+        simulate.Replay(fed(False)).run(Arm("9", routing.parse(f"profile:{tmp_path}/other.json"), "lru"))
