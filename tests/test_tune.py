@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import quality_table
 import tiny_models
 from typer.testing import CliRunner
 
@@ -114,6 +115,13 @@ def test_every_ladder_fits_the_model(strategy: str) -> None:
     for rung in rungs:
         rung.check(32, 8)
     assert tune.ladder("original", SimpleNamespace(n_expert=32, n_used=8)) == []  # type: ignore[arg-type]
+
+
+def test_bytes_are_compared_at_the_same_perplexity() -> None:
+    curve_nll, curve_reads = [[10.0], [11.0], [12.0]], [[100.0], [60.0], [40.0]]
+    for nll, reads, ratio in ((11.0, 45.0, 0.75), (11.5, 25.0, 0.5), (9.0, 80.0, 0.8)):
+        found = quality_table.matched_ratio(np.array([*curve_nll, [nll]]), np.array([*curve_reads, [reads]]), np.array([0, 0]))
+        assert found == pytest.approx(ratio)
 
 
 # ---- prices ----------------------------------------------------------------------------------------

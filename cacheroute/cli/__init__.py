@@ -21,10 +21,10 @@ from cacheroute.cli.plot import plot
 from cacheroute.cli.pull import pull
 from cacheroute.cli.routing import routing
 from cacheroute.cli.setup import setup
-from cacheroute.cli.tune import tune
-from cacheroute.errors import CacherouteError
 from cacheroute.cli.simulate import simulate
 from cacheroute.cli.trace import trace
+from cacheroute.cli.tune import tune
+from cacheroute.errors import CacherouteError
 
 app = typer.Typer(
     name="cacheroute",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from cacheroute.evals import paired
 
 if TYPE_CHECKING:
     from cacheroute.engine import Llama
-    from cacheroute.evals.scorer import Cell, Scorer
+    from cacheroute.evals.scorer import Scorer
     from cacheroute.profile import RoutingProfile
     from cacheroute.routing import Routing
     from cacheroute.tune import Outcome, Trial
@@ -101,6 +100,7 @@ def tune(
     from cacheroute import tune as tuning
     from cacheroute.cli.models import available_memory
     from cacheroute.evals import loading
+    from cacheroute.evals import scorer as scoring
 
     path = models.resolve(model)
     source = loading.Source(file, column, chunk, None, limit)
@@ -117,9 +117,11 @@ def tune(
         priced = fit[: max(math.ceil(price_tokens / chunks[0].n_scored), 1)]
         total = _work(chunks, len(fit), len(held_out), 0 if uniform else len(priced), price_groups)
         with progress.bar("tuning", total) as advance, _resumable():
-            scorer = _scorer(
+            scorer = scoring.opened(
                 llm, path, chunks, llm.io, lambda cell: advance(cell.n + _PROMPT_COST * chunks[0].first, _label(cell.routing))
             )
+            if scorer.n_kept:
+                print(f"{scorer.n_kept} scores of an earlier run are used again", file=sys.stderr)
             search = tuning.Search(
                 scorer, llm.budget.capacity, eviction, paired.nats(allowed), fit, held_out, seed, report=_announce
             )
@@ -165,26 +167,6 @@ def _resumable() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nstopped; run the same command to go on", file=sys.stderr)
         raise
-
-
-def _scorer(llm: Llama, path: Path, chunks: list[Any], io: str, after: Callable[[Cell], None]) -> Scorer:
-    """With the scores of earlier runs on the same model, text and version."""
-    from cacheroute.demo_model import cache_dir
-    from cacheroute.evals import loading
-    from cacheroute.evals.results import ResultsFile
-    from cacheroute.evals.scorer import Scorer
-
-    header = {
-        "format": "cacheroute-scores",
-        "version": __version__,
-        "model": loading.fingerprint(path),
-        "text": loading.text_fingerprint(chunks),
-    }
-    name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
-    results = ResultsFile(cache_dir() / "scores" / f"{name}.jsonl", header)
-    if results.lines:
-        print(f"{len(results.lines)} scores of an earlier run are used again ({results.path})", file=sys.stderr)
-    return Scorer(llm, chunks, io, results, after)
 
 
 def _rungs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +73,7 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def text_fingerprint(chunks: list[text.Chunk]) -> str:
+def text_fingerprint(chunks: Sequence[text.Chunk]) -> str:
     """Tells texts and ways of cutting apart: sha256 over all tokens, 16 hex digits."""
     digest = hashlib.sha256()
     for chunk in chunks:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cacheroute.engine import Llama
 
 Floats = npt.NDArray[np.float64]
+Row = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ class Summary:
     seconds: float
 
 
-def log_probabilities(llm: Llama) -> Floats:
+def log_probabilities(llm: Llama) -> Row:
     """log p of every token of the vocabulary, [n_vocab], after the last evaluated one."""
-    logits = np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)), dtype=np.float64)
+    logits = np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)), dtype=np.float32)
     logits -= logits.max()
-    return np.asarray(logits - np.log(np.exp(logits).sum()))
+    logits -= np.float32(np.log(np.exp(logits).sum(dtype=np.float64)))
+    return logits
 
 
 def score(
@@ -70,7 +72,7 @@ def score(
     chunks: Sequence[Chunk],
     *,
     carry: bool = False,
-    watch: Callable[[Floats], None] | None = None,
+    watch: Callable[[Row], None] | None = None,
 ) -> Iterator[ChunkScore]:
     """Scores chunks with the settings that `llm` has, one after the other.
 
@@ -89,7 +91,7 @@ def score(
         yield _score(llm, chunk, watch)
 
 
-def _score(llm: Llama, chunk: Chunk, watch: Callable[[Floats], None] | None) -> ChunkScore:
+def _score(llm: Llama, chunk: Chunk, watch: Callable[[Row], None] | None) -> ChunkScore:
     if chunk.first:
         llm.eval(chunk.tokens[: chunk.first])
     before, layers_before = llm.stats().decode, llm.decoded_by_layer()

@@ -54,8 +54,8 @@ class Candidate:
 
     def routing(self) -> Routing:
         layers = tuple(Routing("cache-prior", {"lambda": x}) for x in self.lambdas)
-        low, high = min(self.lambdas), max(self.lambdas)
-        return Routing("cache-prior", layers=layers, text=f"cache-prior per layer, lambda {low:.2g}..{high:.2g}")
+        mean = sum(self.lambdas) / len(self.lambdas)
+        return Routing("cache-prior", layers=layers, text=f"cache-prior per layer, lambda {mean:.3f} on average")
 
 
 def groups(n_layers: int, n_groups: int) -> tuple[tuple[int, ...], ...]:

@@ -6,14 +6,18 @@ goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cacheroute.evals.perplexity import Floats, score
+from cacheroute import __version__
+from cacheroute.evals import loading
+from cacheroute.evals.perplexity import Row, score
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.text import Chunk
 from cacheroute.routing import Routing
@@ -52,7 +56,7 @@ def key(routing: Routing) -> str:
 
 
 class Scorer:
-    """Scores chunks of one text with one model. `after` is called with each cell that was not in `results`."""
+    """Scores chunks of one text with one model. `after` is called with each cell that was not in `results`, `n_kept` were."""
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class Scorer:
     ) -> None:
         self.llm, self.chunks, self._io, self._results, self._after = llm, chunks, io, results, after
         self._cells: dict[tuple[str, int, str, int], Cell] = {}
+        self.n_kept = len(results.lines) if results else 0
         self._configured: tuple[str, int, str] | None = None
         for line in results.lines if results else ():
             cell = Cell(**{**line, "misses": tuple(line["misses"]), "swapped": tuple(line["swapped"])})
@@ -76,7 +81,7 @@ class Scorer:
         eviction: str,
         chunk: int,
         *,
-        reference: Sequence[Floats] | None = None,
+        reference: Sequence[Row] | None = None,
     ) -> Cell:
         """The score of a chunk at a budget of so many experts per layer; with `reference` (log_probabilities()), its KL, too."""
         cell = self._cells.get((key(routing), budget, eviction, chunk))
@@ -85,7 +90,7 @@ class Scorer:
         kl = 0.0
         position = 0
 
-        def watch(log_p: Floats) -> None:
+        def watch(log_p: Row) -> None:
             nonlocal kl, position
             assert reference is not None
             ref = reference[position]
@@ -114,11 +119,11 @@ class Scorer:
         self._after(cell)
         return cell
 
-    def reference(self, chunk: int) -> list[Floats]:
+    def reference(self, chunk: int) -> list[Row]:
         """log_probabilities() of every scored position of a chunk, routed by `original`; float32."""
-        rows: list[Floats] = []
+        rows: list[Row] = []
         self._configure(Routing("original"), self.llm.layout.n_expert, "lru")
-        for _ in score(self.llm, [self.chunks[chunk]], watch=lambda log_p: rows.append(log_p.astype(np.float32))):
+        for _ in score(self.llm, [self.chunks[chunk]], watch=lambda log_p: rows.append(log_p)):
             pass
         return rows
 
@@ -127,6 +132,20 @@ class Scorer:
         if settings != self._configured:
             self.llm.configure(budget=budget, routing=routing, eviction=eviction, io=self._io)
             self._configured = settings
+
+
+def opened(llm: Llama, path: Path, chunks: Sequence[Chunk], io: str, after: Callable[[Cell], None] = lambda cell: None) -> Scorer:
+    """A scorer with all scores that this version has ever computed for a model file and these chunks, in the user's cache."""
+    from cacheroute.demo_model import cache_dir
+
+    header = {
+        "format": "cacheroute-scores",
+        "version": __version__,
+        "model": loading.fingerprint(path),
+        "text": loading.text_fingerprint(chunks),
+    }
+    name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
+    return Scorer(llm, chunks, io, ResultsFile(cache_dir() / "scores" / f"{name}.jsonl", header), after)
 
 
 def read_mib_per_token(cells: Sequence[Cell]) -> float:

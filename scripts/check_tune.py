@@ -1,0 +1,95 @@
+"""Does `tune` keep its word on text that it has not seen? 20 times: tune on two thirds of the text, score the rest.
+
+    python scripts/check_tune.py                    demo model, 1%, budget 50%, per layer; exit code 1 if fewer than 19 of 20 hold
+    python scripts/check_tune.py --uniform --limit 5000 --trials 5
+
+Each trial draws other chunks to be unseen. The chunks that price the layers are in no trial's unseen part. Scores are kept in the
+user's cache and shared by the trials, so it can be stopped and started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from cacheroute import models, tune
+from cacheroute.cli import options, table
+from cacheroute.cli.models import available_memory
+from cacheroute.errors import CacherouteError
+from cacheroute.evals import loading, paired, pricing, scorer
+
+UNSEEN = 1 / 3
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", help="a GGUF file or a name (default: demo)")
+    parser.add_argument("-f", "--file", type=Path, help="the text (default: the held-out text of the package)")
+    parser.add_argument("--budget", default="50%")
+    parser.add_argument("--max-ppl-increase", type=float, default=1.0, help="in %%")
+    parser.add_argument("--eviction", default="score")
+    parser.add_argument("--uniform", action="store_true", help="one lambda instead of one per layer")
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--limit", type=int, default=34000, help="scored tokens (default: all of the held-out text)")
+    parser.add_argument("--price-tokens", type=int, default=1024)
+    parser.add_argument("--price-groups", type=int, default=15)
+    parser.add_argument("-t", "--threads", type=int)
+    return parser.parse_args()
+
+
+def main() -> None:
+    a = parse_arguments()
+    path = models.resolve(a.model)
+    llm = loading.load(path, a.chunk, options.threads(a.threads))
+    chunks = loading.chunks(llm, loading.Source(a.file, chunk=a.chunk, limit=a.limit))
+    llm.configure(budget=a.budget, io="none")
+    capacity = llm.budget.capacity
+    scores = scorer.opened(llm, path, chunks, loading.default_io(llm.layout, available_memory()))
+    order = [int(i) for i in np.random.default_rng(1000).permutation(len(chunks))]
+    n_priced = max(math.ceil(a.price_tokens / chunks[0].n_scored), 1)
+    priced, rest = order[:n_priced], order[n_priced:]
+    costs: list[float] = []
+    rungs = tune.ladder("cache-prior", llm.layout)
+    if not a.uniform:
+        candidates = pricing.ladder(pricing.measure(scores, capacity, a.eviction, priced, a.price_groups))
+        rungs, costs = [c.routing() for c in candidates], [c.cost for c in candidates]
+    limit = paired.nats(a.max_ppl_increase)
+    cells = [["trial", "chosen", "unseen tokens", "ppl change % [95%]", "MiB/token", "saved", f"within {a.max_ppl_increase:g}%"]]
+    kept = 0
+    for trial in range(a.trials):
+        drawn = [rest[i] for i in np.random.default_rng(trial).permutation(len(rest))]
+        n_unseen = round(len(chunks) * UNSEEN)
+        unseen, seen = drawn[:n_unseen], [*priced, *drawn[n_unseen:]]
+        n_held_out = round(len(seen) * UNSEEN)
+        search = tune.Search(scores, capacity, a.eviction, limit, seen[:-n_held_out], seen[-n_held_out:], seed=trial)
+        outcome = search.run(rungs, tune.start_rung(costs, limit) if costs else None)
+        if not outcome.chosen:
+            kept += 1  # it said so, and nobody is given a setting that costs more
+            cells.append([str(trial), "nothing fits", "", "", "", "", "yes"])
+            continue
+        t = search.trial(outcome.chosen.routing, unseen, validates=True)
+        d = t.difference
+        kept += t.passed
+        change = f"{d.ppl_increase:+.2f} [{table.signed(d.ppl_increase_low)}, {table.signed(d.ppl_increase_high)}]"
+        saved = f"{100 * (1 - t.read_mib_per_token / t.original_mib_per_token):.0f}%"
+        name = str(t.routing)
+        cells.append(
+            [str(trial), name, str(d.n_tokens), change, f"{t.read_mib_per_token:.2f}", saved, "yes" if t.passed else "no"]
+        )
+        print(" | ".join(cells[-1]), file=sys.stderr, flush=True)
+    llm.close()
+    print(table.as_markdown(cells))
+    print(f"\n{kept} of {a.trials} within {a.max_ppl_increase:g}% on text that took no part")
+    sys.exit(0 if kept >= 0.95 * a.trials else 1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CacherouteError as e:
+        sys.exit(f"{Path(__file__).name}: {e}")
