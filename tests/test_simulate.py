@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_hook import SIGMOID, SOFTMAX_WEIGHT, bare_hook
+from native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
 
 from cacheroute import Llama, _native, simulate, trace
 from cacheroute.errors import UsageError
@@ -121,6 +121,22 @@ def test_original_replays_exactly_as_it_ran(models: dict[str, Llama], tmp_path: 
             seen = np.unpackbits(own["resident"], axis=1, count=h.n_expert, bitorder="little")
             np.testing.assert_array_equal(replay.resident(arm, s, layer), seen)
             np.testing.assert_array_equal(replay._top(s, layer), own["ids"])
+
+
+@pytest.mark.parametrize("gating", [SOFTMAX, SIGMOID, SOFTMAX_WEIGHT])
+@pytest.mark.parametrize("eviction", ONLINE)
+def test_scores_that_float16_cannot_tell_apart_evict_the_same(eviction: str, gating: int) -> None:
+    rng = np.random.default_rng(1)
+    scores = (0.3 + 2e-3 * rng.normal(size=(400, 16))).astype(np.float32)
+    if gating == SOFTMAX:
+        scores = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    with bare_hook((1, 16, 3, 8), "original", eviction) as hook:
+        for row in scores:
+            hook.select(0, row[None], None, gating, decode=True)
+        records = hook.take()
+    replay = Replay(Trace(header(1, 16, 3), records, complete=True))
+    seen = np.unpackbits(records["resident"], axis=1, count=16, bitorder="little")
+    np.testing.assert_array_equal(replay.resident(Arm("8", parse("original"), eviction), 0, 0), seen)
 
 
 def test_a_lossy_live_run_is_near_its_replay(models: dict[str, Llama], tmp_path: Path) -> None:
