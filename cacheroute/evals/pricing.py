@@ -24,6 +24,7 @@ from cacheroute.stats import MIB
 
 LEVELS = (0.05, 0.1, 0.2, 0.4, 0.8)  # lambda everywhere: misses and swaps of each layer
 PROBES = (0.1, 0.4)  # lambda in one group of layers only: its price
+_TRUST = 0.75  # in a group's own price against the mean of all
 _GRID = np.concatenate([[0.0], np.geomspace(0.01, 1.0, 60)])
 
 Array = npt.NDArray[np.float64]
@@ -127,12 +128,26 @@ def curves(prices: Prices) -> tuple[Array, Array]:
     measured = np.array([0.0, *LEVELS])
     n_layers = len(prices.misses)
     cost, read = np.empty((n_layers, len(_GRID))), np.empty((n_layers, len(_GRID)))
+    level, rising = _prices_by_lambda(prices.price)
     for g, part in enumerate(prices.groups):
-        price = np.interp(_GRID, PROBES, prices.price[g])  # constant outside the probes
+        price = level[g] * rising
         for layer in part:
             cost[layer] = np.maximum.accumulate(price * np.interp(_GRID, measured, prices.swapped[layer]))
             read[layer] = np.interp(_GRID, measured, prices.misses[layer]) * prices.expert_mib[layer]
     return cost, read
+
+
+def _prices_by_lambda(price: Array) -> tuple[Array, Array]:
+    """Price of a swap as level [group] x a power of lambda [grid].
+
+    A swap at a small lambda is between near-equals, so its price rises with lambda. Few tokens measure the exponent of one group
+    badly: all groups share theirs, and the levels are drawn towards their mean.
+    """
+    logs = np.log(np.maximum(price, 1e-9))
+    pooled = logs.mean(axis=0)
+    exponent = float(np.clip((pooled[1] - pooled[0]) / np.log(PROBES[1] / PROBES[0]), 0.1, 1.0))
+    level = np.exp(_TRUST * (logs - pooled).mean(axis=1) + pooled.mean())
+    return level, (_GRID / np.sqrt(PROBES[0] * PROBES[1])) ** exponent
 
 
 def _thin(candidates: list[Candidate], n: int) -> list[Candidate]:
