@@ -44,7 +44,7 @@ class Carving:
 
     scale (D,): root mean square of each dimension of h; `router * scale` is what is trained, because
     the raw weights of rarely moving dimensions are a thousand times those of the others.
-    neuron_scale (FFN,): root mean square of each neuron's activation, in `order`.
+    neuron_scale (FFN,): how far each neuron's activation is above the median one (at least 1), in `order`.
     """
 
     order: np.ndarray
@@ -159,6 +159,6 @@ def carve(activity: list[Activity]) -> list[Carving]:
         norms = expert_norms(layer.c, order)
         router = ridge_router(layer.h, norms)
         gain = expert_gain(layer.h @ router.T, norms)
-        neurons = layer.rms[order.astype(np.int64)].clamp_min(1e-4)
+        neurons = (layer.rms / layer.rms.median()).clamp_min(1.0)[order.astype(np.int64)]
         out.append(Carving(order, router, input_scale(layer.h), gain, neurons))
     return out

@@ -23,8 +23,8 @@ MATRICES = ("gate", "up", "down")
 class LowRank(nn.Module):  # type: ignore[misc]
     """A delta `b @ (a / scale)` on a frozen matrix (rows, columns); starts at zero.
 
-    scale (columns,) is the root mean square of the inputs where a few are thousands of times the
-    rest: the massive activations of first tokens, which steer all attention, then move slowly.
+    scale (columns,) is large where inputs are: the massive activations of first tokens, a thousand
+    times the rest, steer all attention and must move slowly (without it training diverged).
     """
 
     def __init__(self, rows: int, columns: int, rank: int, scale: torch.Tensor | None = None) -> None:
@@ -112,7 +112,9 @@ class Layer(nn.Module):  # type: ignore[misc]
         if self.rank:
             g, u = g + self.d_gate(h), u + self.d_up(h)
         a = F.silu(g) * u
-        logits = F.linear(plain / self.scale, self.router)
+        # Detached: the straight-through gradient is a hint for the router alone. Passed on to the
+        # residual it drowned every other gradient and training diverged.
+        logits = F.linear(plain.detach() / self.scale, self.router)
         weight = select(logits) * self.gain
         routed = (a[..., SHARED:].unflatten(-1, (EXPERTS, EXPERT_SIZE)) * weight[..., None]).flatten(-2)
         shared = a[..., :SHARED]

@@ -35,10 +35,10 @@ class Plan:
     b_lr: float = 1.5e-3
     a_lr: float = 3e-4
     router_lr: float = 7e-5
-    norm_lr: float = 3e-4
+    norm_lr: float = 2e-4
     gain_lr: float = 1e-3
     warmup: int = 10
-    save_every: float = 120.0
+    save_every: float = 60.0
     others: int = 3072
     """Random vocabulary entries that join the batch's own candidates in the softmax."""
 
