@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from cacheroute import demo_model as demo
+
+# A shell that starts us in the background has SIGINT ignored, and so would have the commands whose Ctrl-C we test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
