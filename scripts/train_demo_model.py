@@ -28,6 +28,7 @@ from demo_training import carve, distill, evaluate, export, parent, teacher, tex
 from demo_training.child import Child  # noqa: E402
 
 from cacheroute import demo_model  # noqa: E402
+from cacheroute.build_tools import sha256  # noqa: E402
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 DATA = Path(__file__).parent.parent / "cacheroute" / "data"
@@ -119,7 +120,7 @@ def export_step(work: Work = WORK, wheel: Wheel = WHEEL) -> None:
     export.write(child.cpu(), order, demo_model.DATA)
     out = work / "cacheroute-demo.gguf"
     demo_model.build(out, wheel, check=False)
-    demo_model.PIN.write_text(f"{demo_model.file_sha256(out)}  {out.stat().st_size}\n", "ascii")
+    demo_model.PIN.write_text(f"{sha256(out)}  {out.stat().st_size}\n", "ascii")
     typer.echo(f"{out}: {demo_model.PIN.read_text().strip()}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from importlib.resources import files
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from cacheroute.build_tools import cores
 from cacheroute.errors import UsageError
 from cacheroute.routing import Routing
 
@@ -35,12 +35,7 @@ FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the 
 
 def threads(asked: int | None) -> int:
     """`asked`, or the cores this process may use."""
-    if asked:
-        return asked
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
+    return asked or cores()
 
 
 def say_slow(routings: Iterable[Routing]) -> None:

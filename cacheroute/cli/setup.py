@@ -12,7 +12,6 @@ import typer
 
 from cacheroute import engine_build
 from cacheroute.build_tools import PlainProgress, Progress
-from cacheroute.errors import CacherouteError
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -76,9 +75,6 @@ def setup(
         # Late: --no-demo needs neither numpy nor gguf.
         from cacheroute import demo_model
 
-        try:
-            with shown_progress() as progress:
-                path = demo_model.ensure(progress=progress.step)
-        except demo_model.DemoModelError as error:
-            raise CacherouteError(str(error)) from error
+        with shown_progress() as progress:
+            path = demo_model.ensure(progress=progress.step)
         print(f"demo model: {path}", file=sys.stderr)

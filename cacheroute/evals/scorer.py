@@ -136,7 +136,7 @@ class Scorer:
 
 def opened(llm: Llama, path: Path, chunks: Sequence[Chunk], io: str, after: Callable[[Cell], None] = lambda cell: None) -> Scorer:
     """A scorer with all scores that this version has ever computed for a model file and these chunks, in the user's cache."""
-    from cacheroute.demo_model import cache_dir
+    from cacheroute.build_tools import cache_dir
 
     header = {
         "format": "cacheroute-scores",
