@@ -11,8 +11,6 @@ from typing import Any
 
 from cacheroute.errors import CacherouteError
 
-EVICTIONS = {"lru": 0, "lfu": 1, "score": 2}
-
 
 class Routing(ctypes.Structure):
     """struct cr_routing"""

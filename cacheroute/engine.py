@@ -14,6 +14,7 @@ from typing import Any
 
 from cacheroute import _llama, _native, custom_policy, experts, gguf_file
 from cacheroute import budget as budgets
+from cacheroute import eviction as evictions
 from cacheroute import routing as routings
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.stats import UNKNOWN_BYTES, Counters, Stats
@@ -39,7 +40,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         budget: "50%" or 30 (of the experts of each layer), "2GiB" (all layers together), "all".
         routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); None leaves the hook unset: experts are
             mapped and left to the kernel, and the budget is nobody's.
-        eviction: "lru", "lfu" or "score".
+        eviction: "lru", "lfu", "score" or "soft-lfu".
         io: how misses are read; "mmap" (through the page cache) or "direct" (past it, where the filesystem can), "auto"
             (direct, or where that is not possible mmap, saying so on stderr), "none" (misses are counted, memory is left to
             the kernel: scores and counts are the same, sooner, where the model fits).
@@ -61,7 +62,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         *,
         budget: str | int = "50%",
         routing: str | routings.Routing | None = "original",
-        eviction: str = "lru",
+        eviction: str = evictions.DEFAULT,
         io: str = "mmap",
         flash_mbps: float | None = None,
         **kwargs: Any,
@@ -90,7 +91,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         *,
         budget: str | int = "50%",
         routing: str | routings.Routing | None = "original",
-        eviction: str = "lru",
+        eviction: str = evictions.DEFAULT,
         io: str = "mmap",
     ) -> None:
         """Changes the settings of a loaded model: no expert is resident, the sequence is forgotten, counters start at 0."""
@@ -107,8 +108,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         parsed = routings.parse(routing) if isinstance(routing, str) else routing
         if parsed:
             parsed.check(self.layout.n_expert, self.layout.n_used, self.layout.indices, self.layout.model)
-        if eviction not in _native.EVICTIONS:
-            raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(_native.EVICTIONS)}.")
+        if eviction not in evictions.ONLINE:
+            raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(evictions.ONLINE)}.")
         if io not in (*_STORES, "auto", "none"):
             raise UsageError(f"There is no io {io!r}; there are {', '.join(_STORES)}, auto and none.")
         return budgets.parse(budget, self.layout), parsed, eviction, io
@@ -120,7 +121,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         layout = self.layout
         n = len(layout.layers)
         policy = custom_policy.Policy(routing.policy, layout.n_expert, layout.n_used, n) if routing.policy else None
-        shape = _native.Shape(n, layout.n_expert, layout.n_used, budget.capacity, _native.EVICTIONS[eviction])
+        shape = _native.Shape(n, layout.n_expert, layout.n_used, budget.capacity, evictions.ONLINE[eviction])
         per_layer = routings.to_native(routing, layout.n_used, n)
         ids = [-1] * (layout.layers[-1].index + 1)
         for i, layer in enumerate(layout.layers):

@@ -17,14 +17,14 @@ import numpy.typing as npt
 
 from cacheroute import _native, custom_policy
 from cacheroute import budget as budgets
+from cacheroute import eviction as evictions
 from cacheroute import routing as routings
 from cacheroute.errors import UsageError
+from cacheroute.eviction import BELADY
 from cacheroute.routing import Routing
 from cacheroute.stats import MIB
 from cacheroute.trace import DECODE, DICTATED, Trace
 
-BELADY = "belady"
-EVICTIONS = {**_native.EVICTIONS, BELADY: 3}  # Eviction of native/cache.h
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -94,8 +94,8 @@ class Replay:
         h = self.header
         budget = budgets.parse(arm.budget, h.layout)
         arm.routing.check(h.n_expert, h.n_used, h.layers, h.model)
-        if arm.eviction not in EVICTIONS:
-            raise UsageError(f"There is no eviction {arm.eviction!r}; there are {', '.join(EVICTIONS)}.")
+        if arm.eviction not in evictions.ALL:
+            raise UsageError(f"There is no eviction {arm.eviction!r}; there are {', '.join(evictions.ALL)}.")
         if arm.eviction == BELADY and arm.routing.lossy:
             raise UsageError(f"belady knows what will be needed only where the routing is `original`, not {arm.routing}.")
         with self._router(budget.capacity, arm.routing, arm.eviction) as router:
@@ -120,7 +120,7 @@ class Replay:
 
     def _router(self, capacity: int, routing: Routing, eviction: str) -> _Router:
         h = self.header
-        return _Router(_native.Shape(len(h.layers), h.n_expert, h.n_used, capacity, EVICTIONS[eviction]), routing)
+        return _Router(_native.Shape(len(h.layers), h.n_expert, h.n_used, capacity, evictions.ALL[eviction]), routing)
 
     def _cut(self, records: npt.NDArray[np.void]) -> list[LayerEvents]:
         decoded = np.unique(records["token"][records["flags"] & DECODE > 0])

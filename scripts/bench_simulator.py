@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 
+from cacheroute import eviction as evictions
 from cacheroute import simulate, trace
 from cacheroute.routing import parse
 
@@ -49,7 +50,7 @@ def main() -> None:
     print(f"{n_events} events, E = {N_EXPERT}, K = {N_USED}, C = 50%\n")
     print("| routing | eviction | million events/min | miss |\n|---|---|---|---|")
     for routing in ROUTINGS:
-        for eviction in simulate.EVICTIONS if routing == "original" else ("lru", "score"):
+        for eviction in evictions.ALL if routing == "original" else ("lru", evictions.DEFAULT):
             start = time.process_time()
             row = replay.run(simulate.Arm("50%", parse(routing), eviction))[0]
             rate = n_events / (time.process_time() - start) * 60 / 1e6

@@ -13,12 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cacheroute import eviction as evictions
 from cacheroute import simulate, trace
 from cacheroute.cli.table import as_markdown
 from cacheroute.routing import Routing, parse
 
 BUDGETS = ("25%", "50%", "75%")
-EVICTION = "score"
 
 
 def routings(n_expert: int, n_used: int) -> list[Routing]:
@@ -38,10 +38,10 @@ def strategies(read: trace.Trace) -> list[list[str]]:
     """Rows of all strategies at BUDGETS: misses, MiB/token, lost mass; then belady, then the shuffled control."""
     plain, control = simulate.Replay(read), simulate.Replay(read, shuffle=0)
     arms: list[tuple[simulate.Replay, Routing, str]] = [
-        (plain, r, EVICTION) for r in routings(read.header.n_expert, read.header.n_used)
+        (plain, r, evictions.DEFAULT) for r in routings(read.header.n_expert, read.header.n_used)
     ]
-    arms += [(plain, parse("original"), e) for e in ("lru", simulate.BELADY)]
-    arms += [(control, parse(r), EVICTION) for r in ("original", "cache-prior:lambda=0.2")]
+    arms += [(plain, parse("original"), e) for e in ("lru", evictions.BELADY)]
+    arms += [(control, parse(r), evictions.DEFAULT) for r in ("original", "cache-prior:lambda=0.2")]
     cells = [["routing", "eviction", *(f"{b}: {what}" for b in BUDGETS for what in ("miss", "MiB/token", "lost mass"))]]
     for replay, routing, eviction in arms:
         row = [str(routing) + (" (shuffled)" if replay.shuffled else ""), eviction]
@@ -52,16 +52,16 @@ def strategies(read: trace.Trace) -> list[list[str]]:
     return cells
 
 
-def evictions(reads: list[trace.Trace]) -> list[list[str]]:
+def eviction_table(reads: list[trace.Trace]) -> list[list[str]]:
     """Miss rates of every eviction on every trace, `original` and cache-prior."""
-    cells = [["model", "routing", "budget", *simulate.EVICTIONS]]
+    cells = [["model", "routing", "budget", *evictions.ALL]]
     for read in reads:
         replay = simulate.Replay(read)
         for name in ("original", "cache-prior:lambda=0.1"):
             for budget in BUDGETS:
                 rates = []
-                for eviction in simulate.EVICTIONS:
-                    if name != "original" and eviction == simulate.BELADY:
+                for eviction in evictions.ALL:
+                    if name != "original" and eviction == evictions.BELADY:
                         rates.append("")
                         continue
                     got = replay.run(simulate.Arm(budget, parse(name), eviction))[0]
@@ -84,7 +84,7 @@ def main() -> None:
         print(f"{h.model}: {len(h.layers)} layers, E = {h.n_expert}, K = {h.n_used}; {tokens} tokens decoded, open-loop.\n")
         print(as_markdown(strategies(reads[0])))
         print("\nMisses of the evictions; belady is the offline optimum of `original`.\n")
-        print(as_markdown(evictions(reads)))
+        print(as_markdown(eviction_table(reads)))
 
 
 if __name__ == "__main__":

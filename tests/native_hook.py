@@ -11,6 +11,7 @@ import numpy.typing as npt
 from test_identity import CEvent, CHook
 
 from cacheroute import _native, routing
+from cacheroute import eviction as evictions
 from cacheroute.trace import Records, record_dtype
 
 SOFTMAX, SIGMOID, SOFTMAX_WEIGHT = 1, 2, 3  # llama_expert_gating_func_type
@@ -58,7 +59,7 @@ class BareHook:
 @contextmanager
 def bare_hook(shape: Sequence[int], name: str = "original", eviction: str = "lru") -> Iterator[BareHook]:
     """`shape`: layers, E, K, C. Freed at the end."""
-    hook = BareHook(_native.Shape(*shape, _native.EVICTIONS[eviction]), name, eviction)
+    hook = BareHook(_native.Shape(*shape, evictions.ONLINE[eviction]), name, eviction)
     try:
         yield hook
     finally:

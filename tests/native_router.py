@@ -6,9 +6,10 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from oracle import EVICTIONS, STRATEGIES, Event, Routing, Vector
+from oracle import STRATEGIES, Event, Routing, Vector
 
 from cacheroute import _native
+from cacheroute import eviction as evictions
 
 
 def _doubles(values: Vector) -> ctypes.Array[ctypes.c_double]:
@@ -30,7 +31,7 @@ class NativeLayer:
             f=routing.f,
             max_loss=-1.0 if routing.max_loss is None else routing.max_loss,
         )
-        shape = _native.Shape(1, n_expert, n_used, capacity, EVICTIONS.index(eviction))
+        shape = _native.Shape(1, n_expert, n_used, capacity, evictions.ONLINE[eviction])
         self.handle = _native.checked(_native.lib.cr_router_new, shape, native)
 
     def step(self, z: Vector, mass: Vector, *, prefill: bool = False, dictated: Sequence[int] | None = None) -> Event:

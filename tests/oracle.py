@@ -16,8 +16,9 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.float64]
 
 STRATEGIES = ("original", "pruning", "max-rank", "cumsum", "cache-prior", "drop-cold")
-EVICTIONS = ("lru", "lfu", "score")
+EVICTIONS = ("lru", "lfu", "score", "soft-lfu")
 SCORE_RATE = 0.1
+SOFT_RATE, SOFT_WIDTH = 0.01, 0.02
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Cache:
     """Experts of one layer, at most `capacity` of them."""
 
     n_expert: int
+    n_used: int
     capacity: int
     eviction: str
     recency: list[int] = field(default_factory=list)  # every expert ever used, the latest last
@@ -134,9 +136,14 @@ class Cache:
         self.score = np.zeros(self.n_expert)
 
     def observe(self, z: Vector) -> None:
-        """The running mean of each expert's normalised score, over all experts at every token."""
+        """The running mean of each expert's normalised score, or of how near it came to being used, at every token."""
         spread = finite_range(z)
-        if spread > 0:
+        if spread > 0 and self.eviction == "soft-lfu":
+            finite, near = np.isfinite(z), np.zeros(self.n_expert)
+            with np.errstate(over="ignore"):
+                near[finite] = 1 / (1 + np.exp((np.sort(z)[-self.n_used] - z[finite]) / (SOFT_WIDTH * spread)))
+            self.score = self.score + SOFT_RATE * (near - self.score)
+        elif spread > 0:
             normalised = np.where(np.isfinite(z), (z - z[np.isfinite(z)].min()) / spread, 0.0)
             self.score = self.score + SCORE_RATE * (normalised - self.score)
 
@@ -169,7 +176,7 @@ class Layer:
 
     def __init__(self, n_expert: int, n_used: int, capacity: int, routing: Routing, eviction: str) -> None:
         self.n_used, self.routing = n_used, routing
-        self.cache = Cache(n_expert, capacity, eviction)
+        self.cache = Cache(n_expert, n_used, capacity, eviction)
         self.mean_range, self.n_tokens = 0.0, 0
 
     def step(self, z: Vector, mass: Vector, *, prefill: bool = False, dictated: Sequence[int] | None = None) -> Event:

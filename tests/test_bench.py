@@ -11,6 +11,8 @@ import pytest
 import tiny_models
 from cli import cacheroute, sentence
 
+from cacheroute.eviction import DEFAULT
+
 ARMS = ("--budget", "25%,50%", "--routing", "original,cache-prior:lambda=0.5", "-p", 24, "-n", 12, "-r", 2)
 
 
@@ -27,17 +29,18 @@ def rows(model: Path, *arguments: object) -> list[dict[str, object]]:
 
 def test_every_arm_has_a_prompt_and_a_decode_row(model: Path) -> None:
     table = rows(model)
-    assert len(table) == 2 * 2 * 2
+    arms = {("original", "lru"), ("original", DEFAULT), ("cache-prior:lambda=0.5", DEFAULT)}
+    assert len(table) == 2 * 2 * len(arms) and {(r["routing"], r["eviction"]) for r in table} == arms
     for row in table:
         assert len(row["samples_ts"]) == 2 and row["avg_ts"] > 0  # type: ignore[arg-type, operator]
         assert row["budget_experts"] == {"25%": 8, "50%": 16}[str(row["budget"])]
         assert row["resident_mib"] == row["counted_mib"]
         assert row["vs_lru"] is not None
         if row["routing"] == "original":
-            assert row["vs_lru"] == 1 and row["swap_rate"] == 0
-    decode = {(r["budget"], r["routing"]): r for r in table if r["n_gen"]}
+            assert row["swap_rate"] == 0 and (row["vs_lru"] == 1) == (row["eviction"] == "lru")
+    decode = {(r["budget"], r["routing"], r["eviction"]): r for r in table if r["n_gen"]}
     for budget in ("25%", "50%"):
-        lru, prior = decode[budget, "original"], decode[budget, "cache-prior:lambda=0.5"]
+        lru, prior = decode[budget, "original", "lru"], decode[budget, "cache-prior:lambda=0.5", DEFAULT]
         assert prior["miss_rate"] < lru["miss_rate"]  # type: ignore[operator]
         assert prior["read_mib_per_token"] < lru["read_mib_per_token"]  # type: ignore[operator]
         assert prior["swap_rate"] > 0  # type: ignore[operator]
@@ -54,11 +57,11 @@ def test_a_paced_row_says_so(model: Path) -> None:
     paced = rows(model, "--flash-mbps", 50)
     assert {row["flash_mbps"] for row in paced} == {50}
     done = cacheroute("bench", "-m", model, *ARMS, "--flash-mbps", 50)
-    assert done.stdout.count("mmap @ 50 MB/s") == 8
+    assert done.stdout.count("mmap @ 50 MB/s") == 12
 
 
 def test_outputs_agree(model: Path) -> None:
-    one = ("bench", "-m", model, "-p", 8, "-n", 4, "-r", 1, "--routing", "original")
+    one = ("bench", "-m", model, "-p", 8, "-n", 4, "-r", 1, "--routing", "original", "--eviction", "lru")
     names = set(json.loads(cacheroute(*one, "-o", "json").stdout)[0])
     lines = cacheroute(*one, "-o", "jsonl").stdout.splitlines()
     assert len(lines) == 2 and all(set(json.loads(line)) == names for line in lines)

@@ -107,6 +107,7 @@ def test_a_prompt_leaves_its_last_distinct_experts(trace: Trace, eviction: str) 
         ("lru", 0),  # used longest ago
         ("lfu", 1),  # used once, as 2 was, but before it
         ("score", 2),  # of the least score all along
+        ("soft-lfu", 2),  # furthest from being used all along
     ],
 )
 def test_each_eviction_by_hand(eviction: str, victim: int) -> None:
@@ -115,3 +116,13 @@ def test_each_eviction_by_hand(eviction: str, victim: int) -> None:
         for e in (0, 0, 1, 2):
             layer.step(score, score, dictated=[e])
         assert layer.step(score, score, dictated=[3]).evicted == [victim]
+
+
+@pytest.mark.parametrize("eviction, victim", [("score", 1), ("soft-lfu", 0)])
+def test_soft_lfu_counts_near_misses_and_not_good_means(eviction: str, victim: int) -> None:
+    # 0 scores well and is never near the best; 1 is nearly the best at every other token and the worst between
+    tokens = [np.array([0.8, 0.999, 0.9, 1.0, 0.0]), np.array([0.8, 0.0, 0.9, 1.0, 0.0])] * 3
+    with native_layer(5, 1, 3, Routing(), eviction) as layer:
+        for z, e in zip(tokens, (0, 1, 2, 2, 1, 0), strict=True):
+            layer.step(z, z, dictated=[e])
+        assert layer.step(tokens[0], tokens[0], dictated=[3]).evicted == [victim]

@@ -39,9 +39,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(model: Path, *arguments: object) -> tuple[list[dict[str, Any]], str]:
-    done = cacheroute(
-        "bench", "-m", model, "-p", 16, "-n", 8, "-r", 1, "-t", 1, "--routing", "original", "-o", "json", *arguments
-    )
+    arm = ("--routing", "original", "--eviction", "lru")
+    done = cacheroute("bench", "-m", model, "-p", 16, "-n", 8, "-r", 1, "-t", 1, *arm, "-o", "json", *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
 
 from cacheroute import Llama, _native, simulate, trace
+from cacheroute import eviction as evictions
 from cacheroute.errors import UsageError
 from cacheroute.routing import parse
 from cacheroute.simulate import Arm, Replay
@@ -30,7 +31,7 @@ ROUTINGS = (
     "cache-prior:lambda=0.8:max-loss=0.1",
     "drop-cold:f=0.8",
 )
-ONLINE = tuple(_native.EVICTIONS)
+ONLINE = tuple(evictions.ONLINE)
 
 
 def header(n_layers: int, n_expert: int, n_used: int, capacity: int = 0) -> Header:
@@ -248,7 +249,7 @@ def bad_arms() -> Iterator[tuple[Arm, str]]:
     good = Arm("50%", parse("original"), "lru")
     yield replace(good, budget="2"), "every token needs 4"
     yield replace(good, budget="99"), "does not fit a model of 24 experts"
-    yield replace(good, eviction="fifo"), "There is no eviction 'fifo'; there are lru, lfu, score, belady"
+    yield replace(good, eviction="fifo"), "There is no eviction 'fifo'; there are lru, lfu, score, soft-lfu, belady"
     yield replace(good, routing=parse("max-rank:m=99")), "m is at most 24"
     yield replace(good, routing=parse("pruning:k=9")), "k is at most 4"
 

@@ -63,7 +63,7 @@ def test_a_trace_cut_short_is_readable(tmp_path: Path, cut: int) -> None:
     assert not again.complete
     n = len(t.records) - (cut > 4)
     np.testing.assert_array_equal(again.records, t.records[:n])
-    result = cacheroute("simulate", path, "--budget", "50%", "--routing", "original", "-o", "json")
+    result = cacheroute("simulate", path, "--budget", "50%", "--routing", "original", "--eviction", "lru,belady", "-o", "json")
     assert result.exit_code == 0 and "was cut short; what is there is replayed" in result.stderr
     assert len(json.loads(result.stdout)) == 2
 

@@ -19,6 +19,7 @@ from cacheroute import task_profile
 from cacheroute.bench import Arm, Row, control_arm, run_arms
 from cacheroute.cli import options
 from cacheroute.errors import UsageError
+from cacheroute.eviction import DEFAULT
 
 _OUTPUTS = ("md", "csv", "json", "jsonl")
 
@@ -32,7 +33,12 @@ def bench(
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
     ] = "original,cache-prior:lambda=0.2",
-    eviction: Annotated[str, typer.Option("--eviction", help="Evictions, separated by commas.")] = "lru",
+    eviction: Annotated[
+        str | None,
+        typer.Option(
+            "--eviction", help=f"Evictions, separated by commas. [default: {DEFAULT}, and original with lru to compare with]"
+        ),
+    ] = None,
     io: Annotated[str, typer.Option("--io", help="How misses are read: mmap, direct, auto, separated by commas.")] = "mmap",
     control: Annotated[
         bool, typer.Option("--control", help="Run the engine without hook, too, in a process of the same memory (Linux).")
@@ -63,7 +69,7 @@ def bench(
     parsed = {r: routings.parse(r) for r in options.names(routing) if r != "tuned"}
     options.say_slow(parsed.values())
     typed = [str(parsed.get(r, r)) for r in options.names(routing)]
-    settings = (options.names(budget), typed, options.names(eviction), options.names(io))
+    settings = (options.names(budget), typed, options.names(DEFAULT if eviction is None else eviction), options.names(io))
     if not all(settings):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     task = task_profile.load(profile) if profile else None
@@ -71,7 +77,10 @@ def bench(
     from cacheroute.engine import Llama
 
     path = models.resolve(model)
-    arms = list(dict.fromkeys(Arm(b, *tuned.resolve(path, b, r, e), i) for b, r, e, i in itertools.product(*settings)))
+    arms = [Arm(b, *tuned.resolve(path, b, r, e), i) for b, r, e, i in itertools.product(*settings)]
+    if eviction is None:
+        arms = [*(Arm(b, "original", "lru", i) for b, i in itertools.product(settings[0], settings[3])), *arms]
+    arms = list(dict.fromkeys(arms))
     llm = Llama(
         str(path),
         n_ctx=max(n_prompt + n_gen, 64),

@@ -20,6 +20,7 @@ from cacheroute.cli import options, progress, table
 from cacheroute.errors import UsageError
 from cacheroute.evals import paired
 from cacheroute.evals.rows import Arm, PerplexityRow, perplexity_row
+from cacheroute.eviction import DEFAULT
 from cacheroute.stats import MIB
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def perplexity(
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; `original` is always scored, too.")
     ] = "cache-prior:lambda=0.1",
-    eviction: Annotated[str, typer.Option("--eviction", help="Evictions, separated by commas.")] = "lru",
+    eviction: options.EvictionsOption = DEFAULT,
     chunk: ChunkOption = 1024,
     stride: StrideOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score about this many tokens. [default: all]")] = None,
@@ -169,7 +170,7 @@ def task(
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
     ] = "original,cache-prior:lambda=0.1",
-    eviction: Annotated[str, typer.Option("--eviction", help="Evictions, separated by commas.")] = "lru",
+    eviction: options.EvictionsOption = DEFAULT,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions of each task. [default: all]")] = None,
     shots: Annotated[int | None, typer.Option("--shots", min=0, help="Examples before a question. [default: the task's]")] = None,
     tasks: Annotated[Path | None, typer.Option("--tasks", help="A folder with task files (yaml) of your own.")] = None,

@@ -13,6 +13,7 @@ import typer
 from cacheroute.cli import options, progress, table
 from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, StrideOption, TextOption, perplexity_cells
 from cacheroute.errors import UsageError
+from cacheroute.eviction import DEFAULT
 
 
 def frontier(
@@ -25,7 +26,7 @@ def frontier(
         str | None, typer.Option("--routing", help="Routings, separated by commas. [default: a grid over all strategies]")
     ] = None,
     points: Annotated[int, typer.Option("--points", min=1, help="Values of each strategy in the grid.")] = 5,
-    eviction: Annotated[str, typer.Option("--eviction", help="Evictions, separated by commas.")] = "lru",
+    eviction: options.EvictionsOption = DEFAULT,
     chunk: ChunkOption = 1024,
     stride: StrideOption = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Score about this many tokens in each cell.")] = 10000,

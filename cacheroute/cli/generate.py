@@ -16,6 +16,7 @@ import typer
 from cacheroute import task_profile
 from cacheroute.cli import options
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.eviction import DEFAULT
 from cacheroute.stats import MIB, Stats
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def generate(
         str, typer.Option("--budget", help="Experts in memory: 50%, 30 (per layer), 2GiB (all layers), all.")
     ] = "50%",
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
-    eviction: Annotated[str, typer.Option("--eviction", help="Which expert leaves: lru, lfu, score.")] = "lru",
+    eviction: options.EvictionOption = DEFAULT,
     io: options.IoOption = "mmap",
     flash_mbps: options.FlashOption = None,
     profile: options.ProfileOption = None,

@@ -12,6 +12,7 @@ import typer
 
 from cacheroute.build_tools import cores
 from cacheroute.errors import UsageError
+from cacheroute.eviction import ONLINE
 from cacheroute.routing import Routing
 
 ModelOption = Annotated[
@@ -30,6 +31,8 @@ ProfileOption = Annotated[
     Path | None,
     typer.Option("--profile", help="Start with the experts of a task in memory; `cacheroute trace --save-profile` writes it."),
 ]
+EvictionOption = Annotated[str, typer.Option("--eviction", help=f"Which expert leaves: {', '.join(ONLINE)}.")]
+EvictionsOption = Annotated[str, typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ONLINE)}.")]
 FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
 
 

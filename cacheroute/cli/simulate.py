@@ -15,7 +15,8 @@ from cacheroute import simulate as simulator
 from cacheroute import trace as traces
 from cacheroute.cli import options, progress, table
 from cacheroute.errors import UsageError
-from cacheroute.simulate import BELADY, Row
+from cacheroute.eviction import ALL, BELADY, DEFAULT
+from cacheroute.simulate import Row
 
 
 def simulate(
@@ -25,8 +26,9 @@ def simulate(
         str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
     ] = "original,cache-prior:lambda=0.2",
     eviction: Annotated[
-        str, typer.Option("--eviction", help="Evictions, separated by commas: lru, lfu, score, belady (the offline optimum).")
-    ] = "lru,belady",
+        str,
+        typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ALL)} (the offline optimum)."),
+    ] = f"lru,{DEFAULT},belady",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="A line for each layer, too.")] = False,
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="Control: the tokens in random order, the same experts without locality.")

@@ -13,6 +13,7 @@ from cacheroute import task_profile
 from cacheroute import trace as traces
 from cacheroute.cli import options, progress
 from cacheroute.errors import UsageError
+from cacheroute.eviction import DEFAULT
 from cacheroute.stats import MIB
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def trace(
     threads: options.ThreadsOption = None,
     budget: Annotated[str, typer.Option("--budget", help="Experts in memory, as in generate.")] = "50%",
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
-    eviction: Annotated[str, typer.Option("--eviction", help="Which expert leaves: lru, lfu, score.")] = "lru",
+    eviction: options.EvictionOption = DEFAULT,
     io: Annotated[str, typer.Option("--io", help="How misses are read: mmap, direct, or none (not at all).")] = "mmap",
     save_profile: Annotated[
         Path | None, typer.Option("--save-profile", help="Write which experts the task uses, for generate --profile.")

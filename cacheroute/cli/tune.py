@@ -19,6 +19,7 @@ from cacheroute.cli import options, progress, table
 from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, TextOption
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import paired
+from cacheroute.eviction import DEFAULT
 
 if TYPE_CHECKING:
     from cacheroute.engine import Llama
@@ -75,7 +76,7 @@ def tune(
     strategy: Annotated[
         str, typer.Option("--strategy", help="What --uniform fits: cache-prior, max-rank, cumsum, drop-cold, pruning.")
     ] = "cache-prior",
-    eviction: Annotated[str, typer.Option("--eviction", help="Which expert leaves: lru, lfu, score.")] = "score",
+    eviction: options.EvictionOption = DEFAULT,
     chunk: ChunkOption = 512,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Use about this many scored tokens of the text.")] = 20000,
     price_tokens: Annotated[int, typer.Option("--price-tokens", min=1, help="Tokens that price the layers.")] = 512,

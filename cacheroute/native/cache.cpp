@@ -2,14 +2,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 
 namespace cacheroute {
 
-static constexpr double SCORE_RATE = 0.1; // a of the running mean
+// a of the running means, and w: the width of a near miss. On traces of two models half or twice of either soft value misses
+// 1.4% less to 3.5% more.
+static constexpr double SCORE_RATE = 0.1, SOFT_RATE = 0.01, SOFT_WIDTH = 0.02;
 
-ExpertCache::ExpertCache(int n_expert, int capacity, Eviction eviction)
-    : capacity_(capacity), eviction_(eviction), resident_(n_expert), last_use_(n_expert), n_uses_(n_expert),
+ExpertCache::ExpertCache(int n_expert, int n_used, int capacity, Eviction eviction)
+    : n_used_(n_used), capacity_(capacity), eviction_(eviction), resident_(n_expert), last_use_(n_expert), n_uses_(n_expert),
       score_(n_expert), next_use_(n_expert) {}
 
 void ExpertCache::reset() {
@@ -22,7 +25,7 @@ void ExpertCache::reset() {
 }
 
 void ExpertCache::observe(const std::vector<double> & z) {
-    if (eviction_ != Eviction::score) return;
+    if (!goes_by_score()) return;
     double lo = std::numeric_limits<double>::infinity(), hi = -lo;
     for (double v : z) {
         if (std::isfinite(v)) {
@@ -31,9 +34,18 @@ void ExpertCache::observe(const std::vector<double> & z) {
         }
     }
     if (!(hi > lo)) return;
+    const bool soft = eviction_ == Eviction::soft_lfu;
+    double     kth  = 0.0;
+    if (soft) {
+        sorted_ = z;
+        std::nth_element(sorted_.begin(), sorted_.begin() + n_used_ - 1, sorted_.end(), std::greater<double>());
+        kth = sorted_[size_t(n_used_ - 1)];
+    }
+    const double rate = soft ? SOFT_RATE : SCORE_RATE, width = SOFT_WIDTH * (hi - lo);
     for (size_t e = 0; e < z.size(); e++) {
-        const double normalised = std::isfinite(z[e]) ? (z[e] - lo) / (hi - lo) : 0.0;
-        score_[e] += SCORE_RATE * (normalised - score_[e]);
+        double value = 0.0;
+        if (std::isfinite(z[e])) value = soft ? 1.0 / (1.0 + std::exp((kth - z[e]) / width)) : (z[e] - lo) / (hi - lo);
+        score_[e] += rate * (value - score_[e]);
     }
 }
 
@@ -46,7 +58,7 @@ void ExpertCache::touch(int32_t expert) {
 
 bool ExpertCache::goes_before(int32_t a, int32_t b, bool by_recency) const {
     if (eviction_ == Eviction::belady && next_use_[a] != next_use_[b]) return next_use_[a] > next_use_[b];
-    if (!by_recency && eviction_ == Eviction::score && score_[a] != score_[b]) return score_[a] < score_[b];
+    if (!by_recency && goes_by_score() && score_[a] != score_[b]) return score_[a] < score_[b];
     if (!by_recency && eviction_ == Eviction::lfu && n_uses_[a] != n_uses_[b]) return n_uses_[a] < n_uses_[b];
     return last_use_[a] < last_use_[b]; // distinct: every touch has its own time
 }

@@ -11,14 +11,17 @@ enum class Eviction : int32_t {
     lfu   = 1, // least often used, older use first among equals
     score = 2, // least running mean of the normalised router score (method.md, 'Beyond the paper')
     belady = 3, // needed last: offline only, somebody must foresee()
+    soft_lfu = 4, // least often used of late, a near miss counting almost as a use
 };
 
 // One layer's cache of at most `capacity` experts. Not thread-safe.
 class ExpertCache {
   public:
-    ExpertCache(int n_expert, int capacity, Eviction eviction);
+    // `n_used`: K of the router whose scores are observed.
+    ExpertCache(int n_expert, int n_used, int capacity, Eviction eviction);
 
-    // Every token passes here once: s_e += a * ((z_e - min z) / (max z - min z) - s_e), over all experts.
+    // Every token passes here once: s_e += a * (v_e - s_e) over all experts, with
+    // score: v_e = (z_e - min z) / (max z - min z); soft_lfu: v_e = sigmoid((z_e - z_(K)) / (w * (max z - min z))).
     void observe(const std::vector<double> & z);
 
     // belady: when the expert is needed next, in any unit; the latest goes first.
@@ -37,16 +40,17 @@ class ExpertCache {
     int size() const { return size_; }
     int capacity() const { return capacity_; }
     Eviction eviction() const { return eviction_; }
+    bool goes_by_score() const { return eviction_ == Eviction::score || eviction_ == Eviction::soft_lfu; }
 
   private:
     bool goes_before(int32_t a, int32_t b, bool by_recency) const;
 
-    const int      capacity_;
+    const int      n_used_, capacity_;
     const Eviction eviction_;
     std::vector<uint8_t>  resident_;
     std::vector<uint64_t> last_use_;
     std::vector<uint64_t> n_uses_;
-    std::vector<double>   score_;
+    std::vector<double>   score_, sorted_;
     std::vector<int32_t>  next_use_;
     uint64_t clock_ = 0;
     int      size_  = 0;

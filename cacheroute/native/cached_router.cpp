@@ -5,7 +5,7 @@
 namespace cacheroute {
 
 CachedRouter::CachedRouter(int n_expert, int n_used, int capacity, const Routing & routing, Eviction eviction)
-    : n_used_(n_used), router_(n_expert, n_used, routing), cache_(n_expert, capacity, eviction) {}
+    : n_used_(n_used), router_(n_expert, n_used, routing), cache_(n_expert, n_used, capacity, eviction) {}
 
 void CachedRouter::reset() {
     router_.reset();

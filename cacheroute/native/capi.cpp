@@ -32,7 +32,7 @@ std::vector<CachedRouter> make_routers(const cr_shape & s, const cr_routing * ro
         throw std::runtime_error("a cache of " + std::to_string(s.capacity) + " experts per layer is not within " +
                                  std::to_string(s.n_used) + ".." + std::to_string(s.n_expert));
     }
-    if (s.eviction < 0 || s.eviction > int32_t(Eviction::belady)) throw std::runtime_error("there is no such eviction");
+    if (s.eviction < 0 || s.eviction > int32_t(Eviction::soft_lfu)) throw std::runtime_error("there is no such eviction");
     std::vector<CachedRouter> layers;
     layers.reserve(size_t(s.n_layers));
     for (int32_t l = 0; l < s.n_layers; l++) {

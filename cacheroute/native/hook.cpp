@@ -60,7 +60,7 @@ void Hook::select(const ExpertEvent & ev) {
         if (trace_) {
             before_ = routers_[layer].cache().resident();
         }
-        if (trace_ || routers_[layer].cache().eviction() == Eviction::score) {
+        if (trace_ || routers_[layer].cache().goes_by_score()) {
             scores_.round_for_trace(ev.n_used, ev.scores ? nullptr : ids);
         }
         const Event & event = routers_[layer].step(scores_, phase_, ev.scores ? nullptr : ids);
