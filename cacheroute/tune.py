@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cacheroute.evals import paired
-from cacheroute.evals.scorer import Cell, Scorer, miss_rate, read_mib_per_token
+from cacheroute.evals.scorer import Ask, Cell, Scorer, miss_rate, read_mib_per_token
 from cacheroute.experts import ExpertLayout
 from cacheroute.routing import Routing
 
@@ -120,9 +120,11 @@ class Search:
         base: list[Cell] = []
         cells: list[Cell] = []
         forecast: bool | None = None
+        pair = (Routing("original"), routing)
+        self.scorer.ahead([Ask(r, self.budget, self.eviction, i) for i in chunks for r in pair])
         for i in chunks:
-            base.append(self._cell(Routing("original"), i))
-            cells.append(self._cell(routing, i))
+            for scores, r in zip((base, cells), pair, strict=True):
+                scores.append(self.scorer.cell(r, self.budget, self.eviction, i))
             forecast = self._forecast(base, cells, len(chunks)) if early else None
             if forecast is not None:
                 break
@@ -148,9 +150,6 @@ class Search:
         if upper - doubt > self.limit:
             return False
         return True if upper + doubt < self.limit else None
-
-    def _cell(self, routing: Routing, chunk: int) -> Cell:
-        return self.scorer.cell(routing, self.budget, self.eviction, chunk)
 
 
 def split(n_chunks: int, seed: int, share: float = 1 / 3) -> tuple[list[int], list[int]]:

@@ -18,9 +18,9 @@ import numpy as np
 
 from cacheroute import models, tune
 from cacheroute.cli import options, table
-from cacheroute.cli.models import available_memory
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, paired, pricing, scorer
+from cacheroute.eviction import DEFAULT
 
 UNSEEN = 1 / 3
 
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-f", "--file", type=Path, help="the text (default: the held-out text of the package)")
     parser.add_argument("--budget", default="50%")
     parser.add_argument("--max-ppl-increase", type=float, default=1.0, help="in %%")
-    parser.add_argument("--eviction", default="score")
+    parser.add_argument("--eviction", default=DEFAULT)
     parser.add_argument("--uniform", action="store_true", help="one lambda instead of one per layer")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--chunk", type=int, default=512)
@@ -39,17 +39,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--price-tokens", type=int, default=1024)
     parser.add_argument("--price-groups", type=int, default=15)
     parser.add_argument("-t", "--threads", type=int)
+    parser.add_argument("--workers", type=int, help="processes that score (default: one a thread, best for a small model)")
     return parser.parse_args()
 
 
 def main() -> None:
     a = parse_arguments()
-    path = models.resolve(a.model)
-    llm = loading.load(path, a.chunk, options.threads(a.threads))
-    chunks = loading.chunks(llm, loading.Source(a.file, chunk=a.chunk, limit=a.limit))
-    llm.configure(budget=a.budget, io="none")
-    capacity = llm.budget.capacity
-    scores = scorer.opened(llm, path, chunks, loading.default_io(llm.layout, available_memory()))
+    source = loading.Source(a.file, chunk=a.chunk, limit=a.limit)
+    n_threads = options.threads(a.threads)
+    with scorer.session(models.resolve(a.model), source, n_threads, n_workers=a.workers or n_threads, budget=a.budget) as scores:
+        kept = check(scores, a)
+    sys.exit(0 if kept >= 0.95 * a.trials else 1)
+
+
+def check(scores: scorer.Scorer, a: argparse.Namespace) -> int:
+    """Prints the trials as a table; returns in how many the limit held."""
+    llm, chunks, capacity = scores.llm, scores.chunks, scores.llm.budget.capacity
     order = [int(i) for i in np.random.default_rng(1000).permutation(len(chunks))]
     n_priced = max(math.ceil(a.price_tokens / chunks[0].n_scored), 1)
     priced, rest = order[:n_priced], order[n_priced:]
@@ -82,10 +87,9 @@ def main() -> None:
             [str(trial), name, str(d.n_tokens), change, f"{t.read_mib_per_token:.2f}", saved, "yes" if t.passed else "no"]
         )
         print(" | ".join(cells[-1]), file=sys.stderr, flush=True)
-    llm.close()
     print(table.as_markdown(cells))
     print(f"\n{kept} of {a.trials} within {a.max_ppl_increase:g}% on text that took no part")
-    sys.exit(0 if kept >= 0.95 * a.trials else 1)
+    return kept
 
 
 if __name__ == "__main__":

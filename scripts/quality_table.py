@@ -5,8 +5,8 @@
 
 Every point is tuned as `cacheroute tune` does it (fit on two thirds of the chunks, figures from the third that took no part).
 Scores are kept in the user's cache, so it can be stopped and started. Before the table: `original` against a batched pass of the
-unhooked engine, scored by llama-perplexity's definition. After it: bytes at the same perplexity, per layer with `score` against
-one lambda with LRU.
+unhooked engine, scored by llama-perplexity's definition. After it: bytes at the same perplexity, per layer with the default
+eviction against one lambda with LRU.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 
 from cacheroute import models, tune
 from cacheroute.cli import options, table
-from cacheroute.cli.models import available_memory
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, paired, pricing, scorer
 from cacheroute.evals.text import Chunk
+from cacheroute.eviction import DEFAULT
 from cacheroute.routing import Routing
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 # strategy, eviction, one value per layer
 WAYS = (
-    *((s, "lru", False) for s in ("pruning", "drop-cold", "cumsum", "max-rank", "cache-prior")),
-    ("cache-prior", "score", False),
-    ("cache-prior", "score", True),
+    ("cache-prior", "lru", False),
+    *((s, DEFAULT, False) for s in ("pruning", "drop-cold", "cumsum", "max-rank", "cache-prior")),
+    ("cache-prior", DEFAULT, True),
 )
 MATCHED_LAMBDAS = (0.02, 0.05, 0.1, 0.14, 0.2, 0.3, 0.4)
 
@@ -54,17 +54,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-table", action="store_true", help="leave out the table")
     parser.add_argument("--no-match", action="store_true", help="leave out the bytes at the same perplexity")
     parser.add_argument("-t", "--threads", type=int)
+    parser.add_argument("--workers", type=int, help="processes that score (default: one a thread, best for a small model)")
     return parser.parse_args()
 
 
 def main() -> None:
     a = parse_arguments()
     path = models.resolve(a.model)
-    llm = loading.load(path, a.chunk, options.threads(a.threads))
-    chunks = loading.chunks(llm, loading.Source(a.file, chunk=a.chunk, limit=a.limit))
+    source = loading.Source(a.file, chunk=a.chunk, limit=a.limit)
+    n_threads = options.threads(a.threads)
+    with scorer.session(path, source, n_threads, n_workers=a.workers or n_threads) as scores:
+        scores.after = say
+        show(path, scores, a)
+
+
+def show(path: Path, scores: scorer.Scorer, a: argparse.Namespace) -> None:
+    """Prints all that was asked for."""
+    llm, chunks = scores.llm, scores.chunks
     n_tokens = sum(c.n_scored for c in chunks)
     print(f"{llm.layout.model}, {len(chunks)} chunks of {a.chunk}, {n_tokens} scored tokens\n", flush=True)
-    scores = scorer.opened(llm, path, chunks, loading.default_io(llm.layout, available_memory()), say)
     if not a.no_batch:
         compare_with_batch(path, scores, a.threads)
     fit, held_out = tune.split(len(chunks), seed=0)
@@ -73,7 +81,7 @@ def main() -> None:
     for budget in options.names(a.budget) if not a.no_table else ():
         llm.configure(budget=budget, io="none")
         capacity = llm.budget.capacity
-        base = [scores.cell(Routing("original"), capacity, "lru", i) for i in held_out]
+        base = scores.cells(Routing("original"), capacity, "lru", held_out)
         lru = scorer.read_mib_per_token(base)
         cells.append([budget, "", "original", "lru", "", "0", f"{lru:.2f}", "100%"])
         for strategy, eviction, per_layer in WAYS:
@@ -89,7 +97,6 @@ def main() -> None:
         for budget in options.names(a.budget):
             llm.configure(budget=budget, io="none")
             match(scores, llm.budget.capacity, budget, fit, held_out, a)
-    llm.close()
 
 
 def say(cell: scorer.Cell) -> None:
@@ -131,7 +138,7 @@ def compare_with_batch(path: Path, scores: scorer.Scorer, threads: int | None) -
     )
     sums = [batch_nll(batched, chunk) for chunk in scores.chunks]
     batched.close()
-    stepped = [scores.cell(Routing("original"), scores.llm.layout.n_expert, "lru", c.index) for c in scores.chunks]
+    stepped = scores.cells(Routing("original"), scores.llm.layout.n_expert, "lru", range(len(scores.chunks)))
     d = paired.compare(sums, [c.nll for c in stepped], [c.n for c in stepped])
     ppl = math.exp(sum(sums) / d.n_tokens)
     low, high = table.signed(d.ppl_increase_low, 3), table.signed(d.ppl_increase_high, 3)
@@ -157,16 +164,16 @@ def match(
 
     The curve of one lambda is interpolated between MATCHED_LAMBDAS, in each of 2000 resamples of the chunks anew.
     """
-    rungs, costs = ladder(scores, capacity, "cache-prior", "score", True, fit, a)
-    search = tune.Search(scores, capacity, "score", paired.nats(1.0), fit, held_out)
+    rungs, costs = ladder(scores, capacity, "cache-prior", DEFAULT, True, fit, a)
+    search = tune.Search(scores, capacity, DEFAULT, paired.nats(1.0), fit, held_out)
     outcome = search.run(rungs, tune.start_rung(costs, search.limit))
     if not outcome.chosen:
         print(f"\n{budget}: no per-layer point within 1%, so there is nothing to match")
         return
     indices = range(len(scores.chunks))
-    ours = [scores.cell(outcome.chosen.routing, capacity, "score", i) for i in indices]
+    ours = scores.cells(outcome.chosen.routing, capacity, DEFAULT, indices)
     curve = [Routing("original"), *(Routing("cache-prior", {"lambda": x}) for x in MATCHED_LAMBDAS)]
-    theirs = [[scores.cell(r, capacity, "lru", i) for i in indices] for r in curve]
+    theirs = [scores.cells(r, capacity, "lru", indices) for r in curve]
     nll = np.array([[c.nll for c in row] for row in [*theirs, ours]])
     reads = np.array([[c.read_bytes for c in row] for row in [*theirs, ours]], dtype=np.float64)
     pick = np.random.default_rng(0).integers(0, len(indices), (2000, len(indices)))
@@ -174,7 +181,7 @@ def match(
     low, high = np.quantile(ratios[1:], [0.025, 0.975])
     change = f"{100 * (ratios[0] - 1):+.1f}% [{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}]"
     print(
-        f"\n{budget}: bytes read by cache-prior per layer with score, against one lambda with LRU at the same perplexity: "
+        f"\n{budget}: bytes read by cache-prior per layer with {DEFAULT}, against one lambda with LRU at the same perplexity: "
         f"{change}% on {sum(c.n for c in ours)} tokens"
     )
 

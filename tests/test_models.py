@@ -12,7 +12,7 @@ import gguf
 import pytest
 import tiny_models
 
-from cacheroute import demo_model, models
+from cacheroute import demo_model, models, stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.models import ModelEntry
 
@@ -278,11 +278,11 @@ def test_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
     group = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 600\nfile 50\n"}
     for name, text in group.items():
         put(tmp_path / name, text.encode())
-    assert command._container_room(tmp_path) == 350
+    assert stats._container_room(tmp_path) == 350
     put(tmp_path / "memory.max", b"max\n")
-    assert command._container_room(tmp_path) is None
-    assert command._container_room(tmp_path / "none") is None
-    assert (command.available_memory() or 0) > 0
+    assert stats._container_room(tmp_path) is None
+    assert stats._container_room(tmp_path / "none") is None
+    assert (stats.available_memory() or 0) > 0
 
 
 def test_an_unknown_output_lists_what_there_is() -> None:

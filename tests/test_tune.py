@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.evals import loading, paired, pricing
 from cacheroute.evals.results import ResultsFile
-from cacheroute.evals.scorer import Cell, Scorer, key
+from cacheroute.evals.scorer import Ask, Cell, Runner, Scorer, key, workers
+from cacheroute.eviction import DEFAULT
 from cacheroute.routing import Routing
 
 N = 100  # tokens of a chunk
@@ -31,6 +33,9 @@ class CurveScorer:
 
     def __init__(self, slope: float, noise: float, seed: int = 0) -> None:
         self.slope, self.noise, self.seed, self.asked = slope, noise, seed, set[tuple[str, int]]()
+
+    def ahead(self, asks: list[Ask]) -> None:
+        pass
 
     def cell(self, routing: Routing, budget: int, eviction: str, chunk: int) -> Cell:
         self.asked.add((str(routing), chunk))
@@ -187,9 +192,19 @@ def test_measured_prices(scorer: Scorer) -> None:
 
 
 def test_kl_of_original_is_nothing(scorer: Scorer) -> None:
-    reference = scorer.reference(0)
-    assert scorer.cell(Routing("original"), 8, "lru", 0, reference=reference).kl == pytest.approx(0, abs=1e-4)
-    assert (scorer.cell(Routing("pruning", {"k": 1}), 8, "lru", 0, reference=reference).kl or 0) > 0.1
+    assert scorer.cell(Routing("original"), 8, "lru", 0, kl=True).kl == pytest.approx(0, abs=1e-4)
+    assert (scorer.cell(Routing("pruning", {"k": 1}), 8, "lru", 0, kl=True).kl or 0) > 0.1
+
+
+def test_a_pool_scores_what_one_process_scores(scorer: Scorer, tiny: Path) -> None:
+    asks = [Ask(r, 8, "lru", i, kl) for i in (0, 1) for r in (Routing("original"), RUNGS[6]) for kl in (False, True)]
+    alone = [scorer.cell(*ask[:4], kl=ask.kl) for ask in asks]
+    with workers(2, tiny, scorer.chunks, 1, "none") as pool:
+        pooled = Scorer(scorer.llm, scorer.chunks, "none", pool=pool)
+        pooled.ahead([Ask(RUNGS[7], 8, "lru", i) for i in (0, 1)])  # nobody asks for those in the end
+        pooled.ahead(asks[:-1])
+        for ask, cell in zip(asks, alone, strict=True):
+            assert replace(pooled.cell(*ask[:4], kl=ask.kl), seconds=cell.seconds) == cell
 
 
 def test_a_score_is_computed_once(scorer: Scorer, tmp_path: Path) -> None:
@@ -240,7 +255,7 @@ def test_tuned_is_picked_up(cache: Path, tiny: Path, prose: Path, form: tuple[ob
     last = report["trials"][-1]
     assert last["part"] == "held out" and last["ppl_increase"] <= 40
     saved = profile.load(Path(report["profile"]))
-    assert saved.notes["eviction"] == "score" and len(saved.parameters) == 2
+    assert saved.notes["eviction"] == DEFAULT and len(saved.parameters) == 2
     used = run("generate", "-m", tiny, "-p", "the", "-n", 3, "--routing", "tuned", "--budget", "25%", "--raw", "-o", "json")
     assert used.exit_code == 0, used.output
     assert "profile:" in used.stderr
@@ -249,7 +264,8 @@ def test_tuned_is_picked_up(cache: Path, tiny: Path, prose: Path, form: tuple[ob
     assert bench.exit_code == 0, bench.output
     assert [(r["eviction"], r["routing"][:8]) for r in json.loads(bench.stdout) if r["n_gen"]] == [
         ("lru", "original"),
-        ("score", "profile:"),
+        (DEFAULT, "original"),
+        (DEFAULT, "profile:"),
     ]
     other_budget = run("generate", "-m", tiny, "-p", "the", "-n", 1, "--routing", "tuned", "--budget", "50%", "--raw")
     assert other_budget.exit_code == 2 and "Nothing is tuned for tiny qwen3moe" in other_budget.stderr
@@ -275,7 +291,14 @@ def test_an_interrupted_search_goes_on(cache: Path, tiny: Path, prose: Path, mon
     assert json.loads(resumed.stdout) | {"profile": ""} == whole | {"profile": ""}
 
 
-def test_it_says_when_nothing_fits(cache: Path, tiny: Path, prose: Path) -> None:
+def test_it_says_when_nothing_fits(cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_one = Runner.run
+
+    def worse(self: Runner, ask: Ask) -> Cell:  # a random model may gain by a loss
+        cell = run_one(self, ask)
+        return replace(cell, nll=cell.nll + (cell.n if ask.routing.lossy else 0))
+
+    monkeypatch.setattr(Runner, "run", worse)
     result = run(*settings(tiny, prose, "--uniform", "--strategy", "max-rank", "--limit", 90, "--max-ppl-increase", "0.01%"))
     assert result.exit_code == 1
     assert "Nothing fits 0.01%: max-rank:m=" in result.stderr and json.loads(result.stdout)["profile"] is None

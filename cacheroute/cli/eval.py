@@ -67,14 +67,13 @@ def perplexity(
     """
     table.check(output)
     from cacheroute import models
-    from cacheroute.cli.models import available_memory
     from cacheroute.evals import loading
     from cacheroute.evals.perplexity import score
 
     path = models.resolve(model)
     source = loading.Source(file, column, chunk, stride, limit)
     with closing(loading.load(path, chunk, options.threads(threads))) as llm:
-        io = io or loading.default_io(llm.layout, available_memory())
+        io = io or loading.default_io(llm.layout)
         arms = [
             (b, r, e) for b, e in itertools.product(options.names(budget), options.names(eviction)) for r in _routings(routing)
         ]
@@ -187,7 +186,6 @@ def task(
     table.check(output)
     parsed = [str(r) for r in routings.parse_list(routing)]
     from cacheroute import models
-    from cacheroute.cli.models import available_memory
     from cacheroute.evals import harness, loading
 
     names = options.names(name)
@@ -196,7 +194,7 @@ def task(
     rows: list[TaskRow] = []
     whole: list[dict[str, Any]] = []
     with closing(loading.load(path, ctx_size, options.threads(threads))) as llm:
-        io = io or loading.default_io(llm.layout, available_memory())
+        io = io or loading.default_io(llm.layout)
         for b, r, e in itertools.product(options.names(budget), parsed, options.names(eviction)):
             llm.configure(budget=b, routing=r, eviction=e, io=io)
             added, results = _task_rows(llm, manager, names, shots, limit, (b, r, e), path.name)

@@ -49,7 +49,6 @@ def frontier(
         raise UsageError("Give --workers or --scheduler; a cluster has its own workers.")
     from cacheroute import experts, gguf_file, models
     from cacheroute import frontier as frontiers
-    from cacheroute.cli.models import available_memory
     from cacheroute.evals import loading
     from cacheroute.evals.results import ResultsFile
 
@@ -59,12 +58,11 @@ def frontier(
     cells = frontiers.arms(layout, names, options.names(eviction), options.names(budget))
     if not cells:
         raise UsageError("There is nothing to score; give at least one budget and eviction.")
-    free = available_memory()
     job = frontiers.Job(
         model=path,
         source=loading.Source(file.resolve() if file else None, column, chunk, stride, limit),
         threads=max(options.threads(threads) // (1 if threads else workers), 1),
-        io=io or loading.default_io(layout, free // workers if free else None),
+        io=io or loading.default_io(layout),
         flash_mbps=flash_mbps,
     )
     kept = ResultsFile(results, frontiers.header(job))

@@ -33,6 +33,9 @@ ProfileOption = Annotated[
 ]
 EvictionOption = Annotated[str, typer.Option("--eviction", help=f"Which expert leaves: {', '.join(ONLINE)}.")]
 EvictionsOption = Annotated[str, typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ONLINE)}.")]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", min=1, help="Processes that score at a time, each with the model; they share the threads.")
+]
 FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
 
 

@@ -6,8 +6,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,7 @@ from cacheroute.eviction import DEFAULT
 if TYPE_CHECKING:
     from cacheroute.engine import Llama
     from cacheroute.evals.scorer import Scorer
+    from cacheroute.evals.text import Chunk
     from cacheroute.profile import RoutingProfile
     from cacheroute.routing import Routing
     from cacheroute.tune import Outcome, Trial
@@ -82,6 +83,7 @@ def tune(
     price_tokens: Annotated[int, typer.Option("--price-tokens", min=1, help="Tokens that price the layers.")] = 512,
     price_groups: Annotated[int, typer.Option("--price-groups", min=1, help="Neighbouring layers share a price: groups.")] = 15,
     seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the split and of the bootstrap.")] = 0,
+    workers: options.WorkersOption = 1,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md or json.")] = "md",
@@ -99,17 +101,16 @@ def tune(
         raise UsageError(f"{strategy} is fitted with --uniform only; per layer there is cache-prior.")
     from cacheroute import models, tuned
     from cacheroute import tune as tuning
-    from cacheroute.cli.models import available_memory
     from cacheroute.evals import loading
     from cacheroute.evals import scorer as scoring
 
     path = models.resolve(model)
     source = loading.Source(file, column, chunk, None, limit)
-    with closing(loading.load(path, chunk, options.threads(threads))) as llm:
+    n_threads = options.threads(threads)
+    with scoring.session(path, source, n_threads, n_workers=workers, io=io, budget=budget, eviction=eviction) as scorer:
+        llm, chunks = scorer.llm, scorer.chunks
         if uniform and not tuning.ladder(strategy, llm.layout):
             raise UsageError(f"{strategy!r} has nothing to tune; there are cache-prior, max-rank, cumsum, drop-cold, pruning.")
-        llm.configure(budget=budget, eviction=eviction, io=io or loading.default_io(llm.layout, available_memory()))
-        chunks = loading.chunks(llm, source)
         fit, held_out = tuning.split(len(chunks), seed)
         if len(held_out) < 2 or len(fit) < 2:
             raise UsageError(f"{len(chunks)} chunks of {chunk} tokens are too few to fit and to validate; give more text.")
@@ -118,9 +119,7 @@ def tune(
         priced = fit[: max(math.ceil(price_tokens / chunks[0].n_scored), 1)]
         total = _work(chunks, len(fit), len(held_out), 0 if uniform else len(priced), price_groups)
         with progress.bar("tuning", total) as advance, _resumable():
-            scorer = scoring.opened(
-                llm, path, chunks, llm.io, lambda cell: advance(cell.n + _PROMPT_COST * chunks[0].first, _label(cell.routing))
-            )
+            scorer.after = lambda cell: advance(cell.n + _PROMPT_COST * chunks[0].first, _label(cell.routing))
             if scorer.n_kept:
                 print(f"{scorer.n_kept} scores of an earlier run are used again", file=sys.stderr)
             search = tuning.Search(
@@ -153,7 +152,7 @@ def _label(key: str) -> str:
     return name + " per layer" if per_layer else name
 
 
-def _work(chunks: list[Any], n_fit: int, n_held_out: int, n_priced: int, n_groups: int) -> float:
+def _work(chunks: Sequence[Chunk], n_fit: int, n_held_out: int, n_priced: int, n_groups: int) -> float:
     """Decoded tokens of a search, about: `original` and four rungs on the fit part, two on the held-out one, the prices."""
     from cacheroute.evals import pricing
 

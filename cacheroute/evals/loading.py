@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cacheroute import experts, gguf_file
 from cacheroute.evals import text
 from cacheroute.experts import ExpertLayout
+from cacheroute.stats import available_memory
 
 if TYPE_CHECKING:
     from cacheroute.engine import Llama
@@ -45,8 +46,9 @@ def load(path: Path, n_ctx: int, n_threads: int) -> Llama:
     )
 
 
-def default_io(layout: ExpertLayout, free: int | None) -> str:
-    """ "none" where all experts fit `free` bytes of memory: scores and misses are the same and come sooner; else "mmap"."""
+def default_io(layout: ExpertLayout) -> str:
+    """ "none" where all experts fit free memory (once for all processes): scores and misses are the same, sooner; else "mmap"."""
+    free = available_memory()
     return "none" if free is not None and layout.all_expert_bytes < 0.8 * free else "mmap"
 
 

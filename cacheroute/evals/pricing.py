@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute.evals.scorer import Scorer
+from cacheroute.evals.scorer import Ask, Scorer
 from cacheroute.routing import Routing
 from cacheroute.stats import MIB
 
@@ -77,6 +77,15 @@ def measure(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n
     everywhere = [Routing("original"), *(_only(range(n_layers), n_layers, x) for x in LEVELS)]
     misses, swapped = np.zeros((n_layers, len(everywhere))), np.zeros((n_layers, len(everywhere)))
     kl, swaps = np.zeros((len(parts), len(PROBES))), np.zeros((len(parts), len(PROBES)))
+    probes = {(g, p): _only(part, n_layers, x) for g, part in enumerate(parts) for p, x in enumerate(PROBES)}
+    scorer.ahead(
+        [
+            Ask(routing, budget, eviction, chunk, kl)
+            for chunk in chunks
+            for routings, kl in ((everywhere, False), (probes.values(), True))
+            for routing in routings
+        ]
+    )
     n_tokens = 0
     for chunk in chunks:
         for i, routing in enumerate(everywhere):
@@ -84,12 +93,10 @@ def measure(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n
             misses[:, i] += cell.misses
             swapped[:, i] += cell.swapped
         n_tokens += cell.n
-        reference = scorer.reference(chunk)
-        for g, part in enumerate(parts):
-            for p, x in enumerate(PROBES):
-                cell = scorer.cell(_only(part, n_layers, x), budget, eviction, chunk, reference=reference)
-                kl[g, p] += cell.kl or 0.0
-                swaps[g, p] += sum(cell.swapped[i] for i in part)
+        for (g, p), routing in probes.items():
+            cell = scorer.cell(routing, budget, eviction, chunk, kl=True)
+            kl[g, p] += cell.kl or 0.0
+            swaps[g, p] += sum(cell.swapped[i] for i in parts[g])
     return Prices(
         misses=np.minimum.accumulate(misses, axis=1) / n_tokens,  # more lambda never reads more; what says so is noise
         swapped=np.maximum.accumulate(swapped, axis=1) / n_tokens,

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,6 +24,7 @@ from cacheroute.evals import loading
 from cacheroute.evals.perplexity import Row, score
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.text import Chunk
+from cacheroute.eviction import DEFAULT
 from cacheroute.routing import Routing
 from cacheroute.stats import MIB
 
@@ -55,77 +60,61 @@ def key(routing: Routing) -> str:
     return routing.name + json.dumps([r.parameters for r in routing.layers], sort_keys=True)
 
 
-class Scorer:
-    """Scores chunks of one text with one model. `after` is called with each cell that was not in `results`, `n_kept` were."""
+class Ask(NamedTuple):
+    """One cell: a routing, the experts of each layer in memory, an eviction, a chunk's index, and whether the KL is wanted."""
 
-    def __init__(
-        self,
-        llm: Llama,
-        chunks: Sequence[Chunk],
-        io: str,
-        results: ResultsFile | None = None,
-        after: Callable[[Cell], None] = lambda cell: None,
-    ) -> None:
-        self.llm, self.chunks, self._io, self._results, self._after = llm, chunks, io, results, after
-        self._cells: dict[tuple[str, int, str, int], Cell] = {}
-        self.n_kept = len(results.lines) if results else 0
+    routing: Routing
+    budget: int
+    eviction: str
+    chunk: int
+    kl: bool = False
+
+
+class Runner:
+    """Computes cells with a loaded model."""
+
+    def __init__(self, llm: Llama, chunks: Sequence[Chunk], io: str) -> None:
+        self.llm, self.chunks, self._io = llm, chunks, io
         self._configured: tuple[str, int, str] | None = None
-        for line in results.lines if results else ():
-            cell = Cell(**{**line, "misses": tuple(line["misses"]), "swapped": tuple(line["swapped"])})
-            self._cells[cell.routing, cell.budget, cell.eviction, cell.chunk] = cell
+        self._reference: tuple[int, list[Row]] | None = None  # of the chunk asked for last: a chunk's are many MB
 
-    def cell(
-        self,
-        routing: Routing,
-        budget: int,
-        eviction: str,
-        chunk: int,
-        *,
-        reference: Sequence[Row] | None = None,
-    ) -> Cell:
-        """The score of a chunk at a budget of so many experts per layer; with `reference` (log_probabilities()), its KL, too."""
-        cell = self._cells.get((key(routing), budget, eviction, chunk))
-        if cell and (reference is None or cell.kl is not None):
-            return cell
+    def run(self, ask: Ask) -> Cell:
+        reference = self._rows(ask.chunk) if ask.kl else []
         kl = 0.0
         position = 0
 
         def watch(log_p: Row) -> None:
             nonlocal kl, position
-            assert reference is not None
             ref = reference[position]
             kl += float(np.dot(np.exp(ref), ref - log_p))
             position += 1
 
-        self._configure(routing, budget, eviction)
-        s = next(iter(score(self.llm, [self.chunks[chunk]], watch=watch if reference is not None else None)))
-        cell = Cell(
-            routing=key(routing),
-            budget=budget,
-            eviction=eviction,
-            chunk=chunk,
+        self._configure(ask.routing, ask.budget, ask.eviction)
+        s = next(iter(score(self.llm, [self.chunks[ask.chunk]], watch=watch if ask.kl else None)))
+        return Cell(
+            routing=key(ask.routing),
+            budget=ask.budget,
+            eviction=ask.eviction,
+            chunk=ask.chunk,
             n=len(s.nll),
             nll=float(s.nll.sum()),
-            kl=kl if reference is not None else None,
+            kl=kl if ask.kl else None,
             selected=s.counters.hits + s.counters.misses,
             misses=tuple(misses for misses, _ in s.layers),
             swapped=tuple(swapped for _, swapped in s.layers),
             read_bytes=s.read_bytes,
             seconds=s.seconds,
         )
-        self._cells[key(routing), budget, eviction, chunk] = cell
-        if self._results:
-            self._results.append(asdict(cell))
-        self._after(cell)
-        return cell
 
-    def reference(self, chunk: int) -> list[Row]:
+    def _rows(self, chunk: int) -> list[Row]:
         """log_probabilities() of every scored position of a chunk, routed by `original`; float32."""
-        rows: list[Row] = []
-        self._configure(Routing("original"), self.llm.layout.n_expert, "lru")
-        for _ in score(self.llm, [self.chunks[chunk]], watch=lambda log_p: rows.append(log_p)):
-            pass
-        return rows
+        if self._reference is None or self._reference[0] != chunk:
+            rows: list[Row] = []
+            self._configure(Routing("original"), self.llm.layout.n_expert, DEFAULT)
+            for _ in score(self.llm, [self.chunks[chunk]], watch=lambda log_p: rows.append(log_p)):
+                pass
+            self._reference = chunk, rows
+        return self._reference[1]
 
     def _configure(self, routing: Routing, budget: int, eviction: str) -> None:
         settings = (key(routing), budget, eviction)
@@ -134,18 +123,125 @@ class Scorer:
             self._configured = settings
 
 
-def opened(llm: Llama, path: Path, chunks: Sequence[Chunk], io: str, after: Callable[[Cell], None] = lambda cell: None) -> Scorer:
-    """A scorer with all scores that this version has ever computed for a model file and these chunks, in the user's cache."""
+class Scorer:
+    """Scores chunks of one text with one model, here or in the processes of a `pool`.
+
+    `after` is called with each cell that was not in `results`, of which `n_kept` were.
+    """
+
+    def __init__(
+        self,
+        llm: Llama,
+        chunks: Sequence[Chunk],
+        io: str,
+        results: ResultsFile | None = None,
+        after: Callable[[Cell], None] = lambda cell: None,
+        pool: Executor | None = None,
+    ) -> None:
+        self.llm, self.chunks, self.after, self._results, self._pool = llm, chunks, after, results, pool
+        self._runner = Runner(llm, chunks, io)
+        self._cells: dict[tuple[str, int, str, int], Cell] = {}
+        self._pending: dict[tuple[str, int, str, int, bool], Future[Cell]] = {}
+        self.n_kept = len(results.lines) if results else 0
+        for line in results.lines if results else ():
+            cell = Cell(**{**line, "misses": tuple(line["misses"]), "swapped": tuple(line["swapped"])})
+            self._cells[cell.routing, cell.budget, cell.eviction, cell.chunk] = cell
+
+    def cell(self, routing: Routing, budget: int, eviction: str, chunk: int, *, kl: bool = False) -> Cell:
+        """The score of a chunk at a budget of so many experts per layer."""
+        ask = Ask(routing, budget, eviction, chunk, kl)
+        known = self._known(ask)
+        if known:
+            return known
+        future = self._pending.pop((key(routing), *ask[1:]), None)
+        cell = future.result() if future else self._pool.submit(_run, ask).result() if self._pool else self._runner.run(ask)
+        self._cells[cell.routing, cell.budget, cell.eviction, cell.chunk] = cell
+        if self._results:
+            self._results.append(asdict(cell))
+        self.after(cell)
+        return cell
+
+    def cells(self, routing: Routing, budget: int, eviction: str, chunks: Sequence[int]) -> list[Cell]:
+        """The scores of several chunks."""
+        self.ahead([Ask(routing, budget, eviction, i) for i in chunks])
+        return [self.cell(routing, budget, eviction, i) for i in chunks]
+
+    def ahead(self, asks: Sequence[Ask]) -> None:
+        """What will be asked for next, in that order: a pool begins with it, and leaves what was announced before."""
+        if self._pool is None:
+            return
+        for old, future in list(self._pending.items()):
+            if future.cancel():
+                del self._pending[old]
+        for ask in asks:
+            name = (key(ask.routing), *ask[1:])
+            if not self._known(ask) and name not in self._pending:
+                self._pending[name] = self._pool.submit(_run, ask)
+
+    def _known(self, ask: Ask) -> Cell | None:
+        cell = self._cells.get((key(ask.routing), ask.budget, ask.eviction, ask.chunk))
+        return cell if cell and (cell.kl is not None or not ask.kl) else None
+
+
+_runner: Runner | None = None  # of a worker process
+
+
+def _load(model: Path, chunks: Sequence[Chunk], n_threads: int, io: str) -> None:
+    global _runner
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _runner = Runner(loading.load(model, max(len(c.tokens) for c in chunks), n_threads), chunks, io)
+
+
+def _run(ask: Ask) -> Cell:
+    assert _runner
+    return _runner.run(ask)
+
+
+@contextmanager
+def workers(n: int, model: Path, chunks: Sequence[Chunk], n_threads: int, io: str) -> Iterator[Executor | None]:
+    """A pool of `n` processes, each with the model and so many threads; None for one, which is this process."""
+    if n < 2:
+        yield None
+        return
+    pool = ProcessPoolExecutor(n, get_context("spawn"), _load, (model, chunks, n_threads, io))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def session(
+    path: Path,
+    source: loading.Source,
+    n_threads: int,
+    *,
+    n_workers: int = 1,
+    io: str | None = None,
+    budget: str | int = "50%",
+    eviction: str = DEFAULT,
+) -> Iterator[Scorer]:
+    """A scorer of a model and a text, with all scores that this version has ever computed for them, in the user's cache.
+
+    The threads are shared out among the workers. `budget` and `eviction` are checked before the text is read.
+    """
     from cacheroute.build_tools import cache_dir
 
-    header = {
-        "format": "cacheroute-scores",
-        "version": __version__,
-        "model": loading.fingerprint(path),
-        "text": loading.text_fingerprint(chunks),
-    }
-    name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
-    return Scorer(llm, chunks, io, ResultsFile(cache_dir() / "scores" / f"{name}.jsonl", header), after)
+    n_threads = max(n_threads // n_workers, 1)
+    with closing(loading.load(path, source.chunk, n_threads)) as llm:
+        io = io or loading.default_io(llm.layout)
+        llm.configure(budget=budget, eviction=eviction, io=io)
+        chunks = loading.chunks(llm, source)
+        header = {
+            "format": "cacheroute-scores",
+            "version": __version__,
+            "model": loading.fingerprint(path),
+            "text": loading.text_fingerprint(chunks),
+        }
+        name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
+        results = ResultsFile(cache_dir() / "scores" / f"{name}.jsonl", header)
+        with workers(n_workers, path, chunks, n_threads, io) as pool:
+            yield Scorer(llm, chunks, io, results, pool=pool)
 
 
 def read_mib_per_token(cells: Sequence[Cell]) -> float:
