@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".svg")
 KINDS = {
     "frontier": "quality, or lost router mass, against MiB read per token",
+    "speed": "quality against tok/s, and what each strategy loses at the same speed (of `frontier --io mmap`)",
     "misses": "miss rate against the budget",
     "residency": "which experts of one layer are in the cache, token by token (of a trace)",
     "layers": "how often each expert of each layer runs (of a trace)",
 }
 _MARKERS = "osD^vP*X"
+_SPEEDUPS = (1.25, 1.5, 2.0)  # over `original` at the same budget: where strategies are compared
 # What may stand on the quality axis, the best known first: field, label, how to read it off.
 _QUALITY: tuple[tuple[str, str, Callable[[float], float]], ...] = (
     ("delta_nll", "perplexity increase, %", lambda d: 100 * math.expm1(d)),
@@ -56,6 +58,7 @@ class Row:
     delta_nll: float | None = None
     ppl: float | None = None
     lost_mass: float | None = None
+    ts: float | None = None
     shuffled: bool = False
 
     @property
@@ -83,7 +86,7 @@ def chart(files: Sequence[Path], kind: str = "", layer: int | None = None) -> Ch
     if any(are_traces):
         if len(files) > 1:
             raise UsageError("A trace is plotted alone; give one file.")
-        if kind in ("frontier", "misses"):
+        if kind in ("frontier", "speed", "misses"):
             raise UsageError(f"A trace has no {kind} of its own; `cacheroute simulate` makes the rows of one.")
         trace = traces.read(files[0])
         return _layers(trace) if kind == "layers" else _residency(trace, layer)
@@ -92,7 +95,7 @@ def chart(files: Sequence[Path], kind: str = "", layer: int | None = None) -> Ch
     rows = [row for path in files for row in read_rows(path)]
     if kind == "misses" or (not kind and not any(_value(row, field) is not None for row in rows for field, _, _ in _QUALITY)):
         return _misses(rows)
-    return _frontier(rows)
+    return _speed(rows) if kind == "speed" else _frontier(rows)
 
 
 def save(chart: Chart, path: Path, *, force: bool = False) -> None:
@@ -156,7 +159,7 @@ def _raw_rows(text: str) -> list[dict[str, Any]]:
 def _row(raw: dict[str, Any]) -> Row | None:
     if not {"routing", "read_mib_per_token"} <= raw.keys() or raw.get("layer") is not None or raw.get("n_gen") in (0, "0"):
         return None  # a header, one layer, a prompt
-    values = {field: float(raw[field]) for field, _, _ in _QUALITY if raw.get(field) is not None}
+    values = {field: float(raw[field]) for field in (*(f for f, _, _ in _QUALITY), "ts") if raw.get(field) is not None}
     return Row(
         model=str(raw.get("model", "")),
         routing=str(raw["routing"]),
@@ -178,40 +181,80 @@ def _value(row: Row, field: str) -> float | None:
 # ---- rows -----------------------------------------------------------------------------------------
 
 
-def _frontier(rows: Sequence[Row]) -> Chart:
+def _qualities(rows: Sequence[Row]) -> tuple[list[tuple[Row, float]], str, str]:
+    """(rows with their quality, its label, what to say of rows that are left out)."""
     known = [(f, label, read) for f, label, read in _QUALITY if any(_value(row, f) is not None for row in rows)]
     if not known:
         raise UsageError("These rows have no quality; rows of simulate or eval have one, and --kind misses shows these.")
     field, label, read = known[0]
     points = [(row, read(value)) for row in rows if (value := _value(row, field)) is not None]
+    left = len(rows) - len(points)
+    return points, label, f"{left} rows without {field} are left out." if left else ""
+
+
+def _frontier(rows: Sequence[Row]) -> Chart:
+    points, label, note = _qualities(rows)
     points.sort(key=lambda p: (p[0].read_mib_per_token, p[1]))
     # nothing reads less and loses less
     best = {id(row) for i, (row, y) in enumerate(points) if all(y < before for _, before in points[:i])}
     cells = [["budget", "routing", "eviction", "MiB/token", label, "best"]]
     for row, y in points:
         cells.append([row.budget, _name(row), row.eviction, f"{row.read_mib_per_token:.3f}", f"{y:.3f}", "*" * (id(row) in best)])
+    return Chart(cells, _curves([(row, row.read_mib_per_token, y) for row, y in points], "MiB read per token", label), note)
+
+
+def _speed(rows: Sequence[Row]) -> Chart:
+    found, label, _ = _qualities(rows)
+    points = [(row, row.ts, y) for row, y in found if row.ts is not None]
+    if not points:
+        raise UsageError("These rows have no tok/s; `cacheroute frontier --io mmap` with one worker measures it.")
+    points.sort(key=lambda p: p[1])
+    cells = [["budget", "strategy", "eviction", *(f"{label} at {s:g} x original's tok/s" for s in _SPEEDUPS)]]
+    groups = sorted({(r.budget_experts, r.budget, r.strategy, r.eviction) for r, _, _ in points if r.strategy != "original"})
+    for experts, budget, strategy, eviction in groups:
+        same = [p for p in points if (p[0].budget_experts, p[0].eviction) == (experts, eviction)]
+        base = next((p for p in same if p[0].strategy == "original"), None)
+        own = [p for p in same if p[0].strategy == strategy]
+        losses = [_at(s, base, own) if base else None for s in _SPEEDUPS]
+        cells.append([budget, strategy, eviction, *("-" if loss is None else f"{loss:.3f}" for loss in losses)])
+    left = len(rows) - len(points)
+    return Chart(cells, _curves(points, "tok/s", label), f"{left} rows without tok/s are left out." if left else "")
+
+
+def _at(speedup: float, base: tuple[Row, float, float], own: Sequence[tuple[Row, float, float]]) -> float | None:
+    """The least quality loss at a speed-up over `base`, between points by interpolation; None where no point is as fast."""
+    wanted = speedup * base[1]
+    curve = [base, *own]
+    reached = [y for _, ts, y in own if ts >= wanted]
+    for (_, slow, a), (_, fast, b) in itertools.permutations(curve, 2):
+        if slow < wanted < fast:
+            reached.append(a + (b - a) * (wanted - slow) / (fast - slow))
+    return min(reached, default=None)
+
+
+def _curves(points: Sequence[tuple[Row, float, float]], x_label: str, y_label: str) -> Callable[[Figure], None]:
+    """Draws (row, x, y), a line for each strategy, eviction and budget, that begins at `original`."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        budgets = sorted({(row.budget_experts, row.budget) for row, _ in points})
-        series = sorted({(row.strategy, row.eviction, row.shuffled) for row, _ in points})
+        budgets = sorted({(row.budget_experts, row.budget) for row, _, _ in points})
+        series = sorted({(row.strategy, row.eviction, row.shuffled) for row, _, _ in points})
         pairs = itertools.product(enumerate(series), enumerate(budgets))
         for (colour, (strategy, eviction, shuffled)), (mark, (_, budget)) in pairs:
-            group = [(r, y) for r, y in points if (r.eviction, r.shuffled, r.budget) == (eviction, shuffled, budget)]
-            own = [(r, y) for r, y in group if r.strategy == strategy]
-            line = [(r.read_mib_per_token, y) for r, y in group if r.strategy in (strategy, "original")]
+            group = [p for p in points if (p[0].eviction, p[0].shuffled, p[0].budget) == (eviction, shuffled, budget)]
+            own = [p for p in group if p[0].strategy == strategy]
             if not own:
                 continue
+            line = [(x, y) for r, x, y in group if r.strategy in (strategy, "original")]
             axes.plot(*zip(*line, strict=True), "-", color=f"C{colour}", linewidth=1)  # from `original` on
             name = f"{strategy} {eviction} {budget}" + " shuffled" * shuffled
-            x, y = zip(*((r.read_mib_per_token, y) for r, y in own), strict=True)
-            axes.plot(x, y, _MARKERS[mark % len(_MARKERS)], color=f"C{colour}", markersize=5, label=name)
-            for row, height in own:
-                axes.annotate(row.routing.partition(":")[2], (row.read_mib_per_token, height), fontsize=5, alpha=0.7)
-        _finish(axes, "MiB read per token", label, rows[0].model)
+            xs, ys = zip(*((x, y) for _, x, y in own), strict=True)
+            axes.plot(xs, ys, _MARKERS[mark % len(_MARKERS)], color=f"C{colour}", markersize=5, label=name)
+            for row, x, y in own:
+                axes.annotate(row.routing.partition(":")[2], (x, y), fontsize=5, alpha=0.7)
+        _finish(axes, x_label, y_label, points[0][0].model)
 
-    left = len(rows) - len(points)
-    return Chart(cells, draw, f"{left} rows without {field} are left out." if left else "")
+    return draw
 
 
 def _misses(rows: Sequence[Row]) -> Chart:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from cacheroute import plot, simulate, trace
 from cacheroute.cli import app
+from cacheroute.errors import UsageError
 from cacheroute.routing import parse_list
 
 PNG, SVG = b"\x89PNG", b"<?xml"
@@ -86,6 +88,23 @@ def test_quality_is_the_best_measure_there_is(tmp_path: Path) -> None:
     assert plot.chart([tmp_path / "b.json"]).cells[0] == ["routing", "eviction", "8 experts"]
 
 
+def test_strategies_are_compared_at_the_same_speed(tmp_path: Path) -> None:
+    base = {"eviction": "lru", "budget": "50%", "budget_experts": 8, "miss_rate": 0.1, "read_mib_per_token": 1.0}
+    points = [("original", 10, 0.0), ("pruning:k=7", 20, 0.04), ("pruning:k=8", 14, 0.01), ("max-rank:m=9", 13, 0.02)]
+    rows = [{**base, "routing": routing, "ts": ts, "delta_nll": d} for routing, ts, d in points]
+    (tmp_path / "r.json").write_text(json.dumps([*rows, {**rows[1], "ts": None}]))
+    chart = plot.chart([tmp_path / "r.json"], "speed")
+    assert "1 rows without tok/s" in chart.note
+    seven, eight, nine = (100 * math.expm1(d) for _, _, d in points[1:])
+    assert {cells[1]: [float(x) if x != "-" else None for x in cells[3:]] for cells in chart.cells[1:]} == {
+        "pruning": pytest.approx([eight * 2.5 / 4, eight + (seven - eight) / 6, seven], abs=1e-3),
+        "max-rank": [pytest.approx(nine * 2.5 / 3, abs=1e-3), None, None],
+    }
+    (tmp_path / "n.json").write_text(json.dumps([{**rows[0], "ts": None}]))
+    with pytest.raises(UsageError, match="have no tok/s"):
+        plot.chart([tmp_path / "n.json"], "speed")
+
+
 def test_states_by_hand() -> None:
     t = fed(False)
     own = t.records[:3].copy()
@@ -114,9 +133,7 @@ def test_figures_are_drawn_and_never_overwritten(rows: list[simulate.Row], tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, out.name] + ["r.json"] * (source.name == "t"))
 
 
-def test_without_matplotlib_there_is_a_table(
-    rows: list[simulate.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib_there_is_a_table(rows: list[simulate.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
     result = run(write(rows, tmp_path / "r.csv"), "-o", tmp_path / "f.png")
@@ -137,7 +154,7 @@ def test_a_trace_has_a_table_too(tmp_path: Path) -> None:
         (["prose"], "does not hold rows of bench, simulate or eval"),
         (["broken.json"], "does not hold rows of bench, simulate or eval"),
         (["other.json"], "does not hold rows of bench, simulate or eval"),
-        (["r.json", "--kind", "pie"], "There is no plot 'pie'; there are frontier, misses, residency, layers"),
+        (["r.json", "--kind", "pie"], "There is no plot 'pie'; there are frontier, speed, misses, residency, layers"),
         (["r.json", "--kind", "layers"], "is not a trace"),
         (["r.json", "-o", "f.pdf"], "is neither a .png nor a .svg"),
         (["t", "--kind", "misses"], "A trace has no misses of its own"),
