@@ -85,6 +85,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_hook_restore": (c_int32, [c_void_p]),
     "cr_hook_set_policy": (None, [c_void_p, POLICY, c_void_p]),
     "cr_hook_warm": (None, [c_void_p, c_int32, _I32P, c_int32]),
+    "cr_hook_set_position": (None, [c_void_p, c_int64]),
+    "cr_hook_force": (None, [c_void_p, c_int32, c_int64, c_void_p, c_void_p]),
     "cr_hook_trace": (None, [c_void_p, c_int32]),
     "cr_hook_trace_take": (c_uint64, [c_void_p, c_void_p, c_uint64]),
     "cr_hook_counters": (None, [c_void_p, c_int32, c_int32, POINTER(Counters)]),

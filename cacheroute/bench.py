@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from cacheroute import control, floor
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.replay import ForcedScores
 from cacheroute.runs import Run, both_phases, warm_up
 from cacheroute.stats import MIB
 
@@ -52,6 +53,9 @@ class Row:
     Of a control nobody counts hits or reads: what only the hook knows is null. `memory_limit_mib` is the memory it had.
     `floor_ts` is the mean tok/s of max(compute with everything resident, bytes missed / bandwidth), `floor_share` the mean of
     tok/s against it, paired as `vs_lru`; null when not measured.
+
+    `replay` is where the routing came from (replay.py) when it was not the model's own: a trace as it was typed, or
+    `synthetic` with all its parameters; null for the model's own, and for a control, on which none can be forced.
     """
 
     model: str
@@ -85,6 +89,7 @@ class Row:
     memory_limit_mib: float | None
     floor_ts: float | None
     floor_share: float | None
+    replay: str | None
 
 
 def run_arms(
@@ -97,17 +102,20 @@ def run_arms(
     progress: Callable[[str], None] = lambda text: None,
     *,
     against_floor: bool = False,
+    replay: ForcedScores | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Runs every arm `repetitions` times over the same `tokens` (n_prompt as one prompt, n_gen decoded one by one).
 
-    The order of the arms turns by one each repetition; the floor is measured in each of them. A control that cannot be
-    run has no row, and `say` is given the reason. Raises UsageError when there are too few tokens.
+    The order of the arms turns by one each repetition; the floor is measured in each of them. `replay` is forced on all but the
+    controls. A control that cannot be run has no row, and `say` is given the reason. Raises UsageError when there are too few
+    tokens.
     """
     if len(tokens) < n_prompt + n_gen:
         raise UsageError(f"{n_prompt} + {n_gen} tokens are needed and the text has {len(tokens)}; give a longer one with -f.")
     _configure(llm, arms[0])
     warm_up(llm, tokens)
+    llm.force(replay)
     limits = {}
     floors: list[floor.Floor] = []
     runs: dict[Arm, list[tuple[Run | None, Run | None]]] = {arm: [] for arm in arms}
@@ -213,6 +221,7 @@ def _row(
         memory_limit_mib=limit / MIB if limit else None,
         floor_ts=statistics.fmean(at_floor) if at_floor else None,
         floor_share=statistics.fmean(ts / most for ts, most in zip(samples, at_floor, strict=True)) if at_floor else None,
+        replay=llm.forced.name if llm.forced and hooked else None,
     )
 
 

@@ -17,6 +17,7 @@ from cacheroute import budget as budgets
 from cacheroute import eviction as evictions
 from cacheroute import routing as routings
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.replay import ForcedScores
 from cacheroute.stats import UNKNOWN_BYTES, Counters, Stats
 from cacheroute.task_profile import TaskProfile
 
@@ -70,6 +71,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._hook: int | None = None
         self._policy: custom_policy.Policy | None = None  # alive as long as the hook calls it
         self._task: TaskProfile | None = None
+        self.forced: ForcedScores | None = None  # force() sets it
         self._untouched = False  # no token since the last reset: resetting once more would read a warm cache twice
         self._trace_sink: Callable[[bytes], None] | None = None
         self._fallback_said = False
@@ -134,6 +136,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             _native.lib.cr_hook_set_policy(self._hook, policy.callback, None)
         _api.llama_set_expert_hook(self._ctx.ctx, _native.lib.cr_hook_address(self._hook))
         self.flash_mbps = self._flash_mbps
+        if self.forced:
+            masses = self.forced.mass or (None,) * n
+            for i, (z, mass) in enumerate(zip(self.forced.z, masses, strict=True)):
+                _native.lib.cr_hook_force(self._hook, i, len(z), z.ctypes.data, None if mass is None else mass.ctypes.data)
 
     def _open_store(self) -> int | None:
         if self.io == "none":
@@ -212,6 +218,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                 f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; give a larger one (-c, n_ctx=)."
             )
         self._untouched = False
+        if self._hook is not None:
+            _native.lib.cr_hook_set_position(self._hook, self.n_tokens)
         try:
             super().eval(tokens)
         finally:
@@ -276,6 +284,18 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             for layer in range(len(self.layout.layers)):
                 self.load_experts(layer, self._task.best(layer, self.budget.capacity))
         self._untouched = True
+
+    def force(self, scores: ForcedScores | None) -> None:
+        """From now on layers rank these scores, a row for each token of a sequence, and not their own; None: their own again.
+
+        What is generated says nothing then; gate weights stay the model's. Forgets what configure() forgets. Raises UsageError
+        for scores of another E or number of layers; eval() raises CacherouteError for a token that they do not have.
+        """
+        layout = self.layout
+        if scores and (len(scores.z), scores.z[0].shape[1]) != (len(layout.layers), layout.n_expert):
+            raise UsageError(f"{scores.name} does not fit {len(layout.layers)} layers of {layout.n_expert} experts.")
+        self.forced = scores
+        self.configure(budget=self.budget.capacity, routing=self.routing, eviction=self.eviction, io=self.io)
 
     @contextlib.contextmanager
     def tracing(self, sink: Callable[[bytes], None]) -> Iterator[None]:

@@ -151,7 +151,27 @@ def parameters(strategy: Strategy) -> tuple[Parameter, ...]:
 
 def usage(strategy: Strategy) -> str:
     """The form to type: `cache-prior:lambda=[:j=][:max-loss=]`."""
-    return strategy.name + "".join(f":{p.name}=" if p.required else f"[:{p.name}=]" for p in parameters(strategy))
+    return form(strategy.name, parameters(strategy))
+
+
+def form(name: str, known: Sequence[Parameter]) -> str:
+    """A name and its parameters as they are typed, those in brackets that may be left out."""
+    return name + "".join(f":{p.name}=" if p.required else f"[:{p.name}=]" for p in known)
+
+
+def parse_parameters(name: str, known: Sequence[Parameter], pairs: Sequence[str]) -> dict[str, float]:
+    """What stands behind a name as key=value. Raises UsageError for unknown, missing or wrong ones."""
+    by_name = {p.name: p for p in known}
+    values: dict[str, float] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in by_name:
+            raise UsageError(f"{name} has no parameter {key!r}; its form is {form(name, known)}.")
+        values[key] = _value(name, by_name[key], value)
+    missing = [p.name for p in known if p.required and p.name not in values]
+    if missing:
+        raise UsageError(f"{name} needs {', '.join(missing)}; its form is {form(name, known)}.")
+    return values
 
 
 def parse(text: str) -> Routing:
@@ -168,17 +188,7 @@ def parse(text: str) -> Routing:
     if strategy is None:
         forms = [*(usage(s) for s in STRATEGIES.values()), *OTHER_FORMS]
         raise UsageError(f"There is no routing {name!r}; there are {', '.join(forms)}.")
-    known = {p.name: p for p in parameters(strategy)}
-    values: dict[str, float] = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        if key not in known:
-            raise UsageError(f"{name} has no parameter {key!r}; its form is {usage(strategy)}.")
-        values[key] = _value(name, known[key], value)
-    missing = [p.name for p in known.values() if p.required and p.name not in values]
-    if missing:
-        raise UsageError(f"{name} needs {', '.join(missing)}; its form is {usage(strategy)}.")
-    return Routing(name, values)
+    return Routing(name, parse_parameters(name, parameters(strategy), pairs))
 
 
 def from_profile(path: Path) -> Routing:

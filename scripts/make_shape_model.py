@@ -2,7 +2,8 @@
 
 `python scripts/make_shape_model.py qwen3-30b-a3b --layers 12 --out shape.gguf` writes 4 GB and holds one expert in memory.
 Experts, their number and their size are those of models.toml; heads and vocabulary are written here. Random weights choose
-their experts more evenly than trained ones do: hit rates are not those of the real model.
+their experts more evenly than trained ones do: hit rates are not those of the real model, unless `cacheroute bench --replay`
+forces its routing.
 """
 
 from __future__ import annotations

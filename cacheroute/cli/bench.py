@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from cacheroute import replay as replays
 from cacheroute import routing as routings
 from cacheroute import task_profile
 from cacheroute.bench import Arm, Row, control_arm, run_arms
@@ -50,6 +51,12 @@ def bench(
         bool,
         typer.Option("--floor", help="Measure max(compute with everything resident, bytes missed / bandwidth), and the share."),
     ] = False,
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            "--replay", metavar=replays.FORM, help=f"Rank a trace's scores, or random ones, not the model's. {replays.HELP}"
+        ),
+    ] = None,
     file: Annotated[
         Path | None, typer.Option("-f", "--file", help="Text whose tokens are run. [default: the held-out text of the package]")
     ] = None,
@@ -73,6 +80,7 @@ def bench(
     if not all(settings):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     task = task_profile.load(profile) if profile else None
+    source = replays.parse(replay) if replay else None
     from cacheroute import models, tuned
     from cacheroute.engine import Llama
 
@@ -93,15 +101,20 @@ def bench(
     with closing(llm):
         if task:
             llm.warm(task)
+        forced = replays.bind(source, llm.layout, n_prompt, n_gen) if source else None
         for arm in arms:  # all settings are checked before the first run
             llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io)
         tokens = llm.tokenize(options.text(file).encode(), add_bos=True)
         if control:
             arms += [control_arm(b, repack=r == "on") for b, r in itertools.product(dict.fromkeys(settings[0]), repacks)]
+            if source:
+                _say("the control chooses its own experts: a replay cannot be forced on it")
             if flash_mbps:
                 _say("the control reads as fast as the device goes: the kernel's own reads are not paced")
         with _progress((len(arms) + floor) * repetitions) as progress:
-            rows = run_arms(llm, arms, tokens, n_prompt, n_gen, repetitions, progress, against_floor=floor, say=_say)
+            rows = run_arms(
+                llm, arms, tokens, n_prompt, n_gen, repetitions, progress, against_floor=floor, replay=forced, say=_say
+            )
     _write(rows, output)
 
 
@@ -144,6 +157,8 @@ def _markdown(rows: list[Row]) -> str:
     head += ["resident/budget MiB"]
     floors = any(r.floor_share is not None for r in rows)
     head += ["floor tok/s", "of floor"] if floors else []
+    replayed = any(r.replay for r in rows)
+    head += ["replay"] if replayed else []
     table = [head, ["---"] * len(head)]
     for r in rows:
         paced = f" @ {r.flash_mbps:g} MB/s" if r.flash_mbps else ""
@@ -164,6 +179,7 @@ def _markdown(rows: list[Row]) -> str:
             f"{_number(r.resident_mib, digits=1)}/{r.budget_mib:.1f}",
         ]
         cells += [_number(r.floor_ts), _number(r.floor_share, 100, 0, "%")] if floors else []
+        cells += [r.replay or ""] if replayed else []
         table.append(cells)
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     return "\n".join(

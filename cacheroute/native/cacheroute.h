@@ -122,6 +122,12 @@ CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
 CR_API void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n);
 CR_API void cr_hook_save(cr_hook * hook); /* keeps cache and running means until the next cr_hook_reset() */
 CR_API int32_t cr_hook_restore(cr_hook * hook); /* brings them back; counters go on. 0: nothing was kept */
+/* Before each llama_decode() that does not go on where the last one ended: which token of the sequence it begins with. */
+CR_API void cr_hook_set_position(cr_hook * hook, int64_t token);
+/* From now on the layer chooses by these scores and not by the model's own: z [n_tokens][E], mass likewise or NULL, as in
+ * cr_router_replay, one row for each token of a sequence; a row that starts with NaN is not known, and asking for it is an error.
+ * Copied. n_tokens 0: the model's own again. Gate weights are always the model's. */
+CR_API void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass);
 CR_API void cr_hook_trace(cr_hook * hook, int32_t on); /* both ways it forgets the sequence, as cr_hook_reset() */
 /* Bytes of the records that wait (trace.h); moved to `out` where it has room for all of them. */
 CR_API uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size);

@@ -4,7 +4,6 @@
 #include "hook.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <exception>
 #include <stdexcept>
@@ -122,11 +121,8 @@ void cr_router_replay(cr_router * router, int32_t layer, int64_t n_events, const
     CachedRouter & r = router->layers[size_t(layer)];
     const size_t   n = r.cache().resident().size(), k = size_t(r.n_used());
     Scores &       s = router->scores;
-    s.z.resize(n);
-    s.mass.resize(n);
     for (int64_t i = 0; i < n_events; i++) {
-        for (size_t e = 0; e < n; e++) s.z[e] = from_half(z[size_t(i) * n + e]);
-        for (size_t e = 0; e < n; e++) s.mass[e] = mass ? from_half(mass[size_t(i) * n + e]) : std::exp(s.z[e]);
+        s.read_back(z + size_t(i) * n, mass ? mass + size_t(i) * n : nullptr, int(n));
         const int32_t * told = dictated && dictated[size_t(i) * k] >= 0 ? dictated + size_t(i) * k : nullptr;
         for (size_t j = 0; told && next_use && j < k; j++) r.cache().foresee(told[j], next_use[size_t(i) * k + j]);
         if (out_resident) {
@@ -207,8 +203,17 @@ void         cr_hook_finish(cr_hook * hook) { hook->hook.finish(); }
 void         cr_hook_reset(cr_hook * hook) { hook->hook.reset(); }
 void         cr_hook_save(cr_hook * hook) { hook->hook.save(); }
 int32_t      cr_hook_restore(cr_hook * hook) { return hook->hook.restore() ? 1 : 0; }
+void         cr_hook_set_position(cr_hook * hook, int64_t token) { hook->hook.set_position(uint32_t(token)); }
 void         cr_hook_trace(cr_hook * hook, int32_t on) { hook->hook.trace(on != 0); }
 void         cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user) { set_policies(hook->hook.routers(), policy, user); }
+
+void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass) {
+    const size_t n = size_t(n_tokens) * hook->hook.routers()[size_t(layer)].cache().resident().size();
+    ForcedScores forced;
+    if (n) forced.z.assign(z, z + n);
+    if (n && mass) forced.mass.assign(mass, mass + n);
+    hook->hook.force(layer, std::move(forced));
+}
 
 uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size) {
     TraceBuffer * trace = hook->hook.trace_buffer();

@@ -1,6 +1,7 @@
 #include "hook.h"
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
 #include <limits>
 
@@ -13,6 +14,7 @@ static constexpr int32_t GATING_SOFTMAX_WEIGHT = 3; // softmax over the logits o
 Hook::Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, std::unique_ptr<Store> store, bool reweights)
     : layer_of_(std::move(layer_of)), routers_(std::move(routers)), store_(std::move(store)) {
     for (const auto & r : routers_) in_memory_.emplace_back(r.cache().resident().size(), 0);
+    forced_.resize(routers_.size());
     hook_.user_data = this;
     hook_.select    = [](void * self, const ExpertEvent * event) { static_cast<Hook *>(self)->select(*event); };
     hook_.reweight  = nullptr;
@@ -57,19 +59,22 @@ void Hook::select(const ExpertEvent & ev) {
             std::copy(top.ids.begin(), top.ids.end(), ids);
             continue;
         }
+        const uint32_t  token    = batch_first_ + batch_size_ - uint32_t(ev.n_tokens - t);
+        const bool      forced   = !forced_[layer].z.empty() && read_forced(layer, token);
+        const int32_t * dictated = ev.scores || forced ? nullptr : ids;
         if (trace_) {
             before_ = routers_[layer].cache().resident();
         }
         if (trace_ || routers_[layer].cache().goes_by_score()) {
-            scores_.round_for_trace(ev.n_used, ev.scores ? nullptr : ids);
+            scores_.round_for_trace(ev.n_used, dictated);
         }
-        const Event & event = routers_[layer].step(scores_, phase_, ev.scores ? nullptr : ids);
+        const Event & event = routers_[layer].step(scores_, phase_, dictated);
         if (trace_) {
-            uint8_t flags = phase_ == Phase::decode ? TRACE_DECODE : 0;
-            if (!ev.scores) flags |= TRACE_DICTATED;
-            if (scores == probs && (ev.gating == GATING_SOFTMAX || ev.gating == GATING_SOFTMAX_WEIGHT)) flags |= TRACE_SOFTMAX_MASS;
-            trace_->add(sequence_, batch_first_ + batch_size_ - uint32_t(ev.n_tokens - t), layer, flags, scores_, before_,
-                        event.selection);
+            const bool softmax = scores == probs && (ev.gating == GATING_SOFTMAX || ev.gating == GATING_SOFTMAX_WEIGHT);
+            uint8_t    flags   = phase_ == Phase::decode ? TRACE_DECODE : 0;
+            if (dictated) flags |= TRACE_DICTATED;
+            if (forced ? forced_[layer].mass.empty() : softmax) flags |= TRACE_SOFTMAX_MASS;
+            trace_->add(sequence_, token, layer, flags, scores_, before_, event.selection);
         }
         std::copy(event.selection.ids.begin(), event.selection.ids.end(), ids);
         n_run_[t] = uint8_t(event.selection.n_run);
@@ -91,6 +96,19 @@ void Hook::select(const ExpertEvent & ev) {
         in_memory[e] = needed_[e] || cached[e];
     }
     exchange_counted(layer);
+}
+
+bool Hook::read_forced(int layer, uint32_t token) {
+    const ForcedScores & forced = forced_[layer];
+    const size_t         n = in_memory_[layer].size(), row = size_t(token) * n;
+    if (row >= forced.z.size() || std::isnan(from_half(forced.z[row]))) {
+        if (error_.empty()) {
+            error_ = "the scores to replay have no token " + std::to_string(token + 1) + " in layer " + std::to_string(layer);
+        }
+        return false;
+    }
+    scores_.read_back(&forced.z[row], forced.mass.empty() ? nullptr : &forced.mass[row], int(n));
+    return true;
 }
 
 void Hook::exchange_counted(int layer) {
@@ -181,7 +199,7 @@ bool Hook::restore() {
 
 void Hook::reset() {
     saved_.reset();
-    sequence_ += batch_size_ > 0;
+    sequence_ += batch_first_ + batch_size_ > 0;
     batch_first_ = batch_size_ = 0;
     for (auto & r : routers_) r.reset();
     for (auto & m : in_memory_) std::fill(m.begin(), m.end(), 0);

@@ -32,6 +32,11 @@ struct ExpertHook {
     void * user_data;
 };
 
+// Scores that stand for a model's own, half precision, one row of E for each token of a sequence; none: the model's are used.
+struct ForcedScores {
+    std::vector<uint16_t> z, mass; // mass empty: softmax(z)
+};
+
 class Hook {
   public:
     // layer_of[il]: index into `routers` and the store's layers, -1 for a layer without experts of ours.
@@ -44,6 +49,15 @@ class Hook {
     ExpertHook * address() { return &hook_; }
 
     void set_phase(Phase phase) { phase_ = phase; }
+
+    // The next batch begins with that token of the sequence; without a word it goes on where the last one ended.
+    void set_position(uint32_t token) {
+        batch_first_ = token;
+        batch_size_  = 0;
+    }
+
+    // What a layer ranks from now on, in place of the model's own scores. Gate weights stay the model's.
+    void force(int layer, ForcedScores scores) { forced_[layer] = std::move(scores); }
 
     // After the last layer of a batch: brings its layer back into the budget.
     void finish();
@@ -71,6 +85,7 @@ class Hook {
   private:
     void select(const ExpertEvent & event);
     void reweight(const ExpertEvent & event);
+    bool read_forced(int layer, uint32_t token); // fills scores_; false: there is no such row
     void exchange(int layer); // load_ and evict_
     void exchange_counted(int layer);
     void follow_cache(int layer); // memory holds what the cache says
@@ -80,6 +95,7 @@ class Hook {
     std::vector<CachedRouter>         routers_;
     std::unique_ptr<Store>            store_;
     std::vector<std::vector<uint8_t>> in_memory_; // [layer][E] what the store holds: the cache, and a batch's overflow
+    std::vector<ForcedScores>         forced_;    // [layer]
     std::vector<uint8_t>              n_run_;     // of the last event, per token: slots that run
     Phase                             phase_      = Phase::prefill;
     int                               over_layer_ = -1; // layer whose batch needed more experts than its budget

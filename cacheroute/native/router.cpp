@@ -32,6 +32,15 @@ void Scores::fill(const float * scores, const float * probs, int n_expert, bool 
     }
 }
 
+void Scores::read_back(const uint16_t * recorded_z, const uint16_t * recorded_mass, int n_expert) {
+    z.resize(n_expert);
+    mass.resize(n_expert);
+    for (int e = 0; e < n_expert; e++) {
+        z[e]    = from_half(recorded_z[e]);
+        mass[e] = recorded_mass ? from_half(recorded_mass[e]) : std::exp(z[e]);
+    }
+}
+
 // Lowers values until order[0], order[1], ... are ranked so, ties to the lower index, and, if asked, all others behind them.
 static void keep_order(std::vector<double> & values, const std::vector<int32_t> & order, bool others_behind) {
     auto at_most = [&](int32_t e, int32_t ahead) {

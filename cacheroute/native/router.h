@@ -47,6 +47,10 @@ struct Scores {
     // `mass_from_logits`: probs are logits of which the chosen ones go through a softmax (gpt-oss).
     void fill(const float * scores, const float * probs, int n_expert, bool log_space, bool mass_from_logits);
 
+    // Fills z and mass from what a trace kept, half precision, [E] each. `recorded_mass` null: softmax(z), which is exp(z) up to
+    // a factor that nothing depends on.
+    void read_back(const uint16_t * recorded_z, const uint16_t * recorded_mass, int n_expert);
+
     // traced = z - max(z), traced_mass = mass, rounded to half precision. Rounding makes ties, which go to the lower index:
     // where that would change the K best of z, their order, or the order of their masses, values are lowered by the
     // few units in the last place that keep it. `dictated`: the ids [K] that stand for the K best, or null.
