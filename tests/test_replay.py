@@ -14,6 +14,7 @@ from cli import cacheroute, sentence
 from test_simulate import header, made_up
 
 from cacheroute import Llama, _native, replay, simulate, trace
+from cacheroute import eviction as evictions
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.experts import ExpertLayout
 from cacheroute.replay import ForcedScores
@@ -78,7 +79,7 @@ def bound(llm: Llama, path: Path) -> ForcedScores:
 # ---- a trace --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eviction", _native.EVICTIONS)
+@pytest.mark.parametrize("eviction", evictions.ONLINE)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_models_own_trace_misses_as_it_ran(models: dict[str, Llama], tmp_path: Path, arch: str, eviction: str) -> None:
     llm = models[arch]
@@ -88,7 +89,7 @@ def test_a_models_own_trace_misses_as_it_ran(models: dict[str, Llama], tmp_path:
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("eviction", _native.EVICTIONS)
+@pytest.mark.parametrize("eviction", evictions.ONLINE)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_routing_acts_on_the_recorded_scores(
     models: dict[str, Llama], tmp_path: Path, arch: str, eviction: str, routing: str
@@ -256,7 +257,7 @@ def test_wrong_parameters_are_one_sentence(text: str, expected: str) -> None:
 
 
 def bench(path: Path, *arguments: object) -> tuple[list[dict[str, Any]], str]:
-    run = ("bench", "-m", path, "-p", 8, "-n", 16, "-r", 2, "-t", 1, "-o", "json", *arguments)
+    run = ("bench", "-m", path, "--eviction", "lru", "-p", 8, "-n", 16, "-r", 2, "-t", 1, "-o", "json", *arguments)
     done = cacheroute(*run)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
@@ -272,7 +273,7 @@ def test_rows_say_what_was_replayed_and_repeat(paths: dict[str, Path]) -> None:
     for row, same, other in zip(table, again, own, strict=True):
         assert row["miss_rate"] == same["miss_rate"] and (row["n_prompt"] or row["miss_rate"] < other["miss_rate"])
     shown = cacheroute("bench", "-m", paths["qwen3moe"], "-p", 0, "-n", 4, "-r", 1, "-t", 1, "--replay", "synthetic")
-    assert "| replay" in shown.stdout and shown.stdout.count("synthetic:rho=0.3:skew=0.35:seed=0") == 2
+    assert "| replay" in shown.stdout and shown.stdout.count("synthetic:rho=0.3:skew=0.35:seed=0") == 3
 
 
 def test_the_control_cannot_be_forced(paths: dict[str, Path]) -> None:
