@@ -162,7 +162,7 @@ def match(
 ) -> None:
     """Bytes of the per-layer point for 1% against what one lambda with LRU reads at the same perplexity, on all chunks.
 
-    The curve of one lambda is interpolated between MATCHED_LAMBDAS, in each of 2000 resamples of the chunks anew.
+    The curve of one lambda is interpolated between MATCHED_LAMBDAS, up to twice the loss, in each of 2000 resamples of the chunks anew.
     """
     rungs, costs = ladder(scores, capacity, "cache-prior", DEFAULT, True, fit, a)
     search = tune.Search(scores, capacity, DEFAULT, paired.nats(1.0), fit, held_out)
@@ -172,8 +172,12 @@ def match(
         return
     indices = range(len(scores.chunks))
     ours = scores.cells(outcome.chosen.routing, capacity, DEFAULT, indices)
-    curve = [Routing("original"), *(Routing("cache-prior", {"lambda": x}) for x in MATCHED_LAMBDAS)]
-    theirs = [scores.cells(r, capacity, "lru", indices) for r in curve]
+    theirs = [scores.cells(Routing("original"), capacity, "lru", indices)]
+    lossless = sum(c.nll for c in theirs[0])
+    for x in MATCHED_LAMBDAS:
+        theirs.append(scores.cells(Routing("cache-prior", {"lambda": x}), capacity, "lru", indices))
+        if sum(c.nll for c in theirs[-1]) - lossless > 2 * (sum(c.nll for c in ours) - lossless):
+            break  # so far beyond that no resample needs more
     nll = np.array([[c.nll for c in row] for row in [*theirs, ours]])
     reads = np.array([[c.read_bytes for c in row] for row in [*theirs, ours]], dtype=np.float64)
     pick = np.random.default_rng(0).integers(0, len(indices), (2000, len(indices)))
