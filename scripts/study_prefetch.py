@@ -2,11 +2,11 @@
 
     python scripts/study_prefetch.py TRACE --compute-ms 2.3 [--model demo] [--shape qwen3-30b-a3b]
 
-Predictors are fitted on the first half of the trace and judged on the second; the cache runs through both. With --model (the one
-that was traced, on the held-out text) the next layer's router is also asked for its opinion of a layer's hidden state. TRACE must
-hold decoded tokens only (`cacheroute trace` without -n and --n-prompt).
+Predictors are fitted on the first half of the trace and judged on the second; the cache starts where a sequence does. With
+--model (the one that was traced, on the held-out text) the next layer's router is also asked for its opinion of a layer's hidden
+state. TRACE must hold decoded tokens only (`cacheroute trace` without -n and --n-prompt).
 
-The time of a token is explicit and kind to prefetch. A layer computes for c = --compute-ms once its experts are there; a miss is
+The time of a token is simple and kind to prefetch. A layer computes for c = --compute-ms once its experts are there; a miss is
 read before that, at the device's bandwidth. From there to the next router's choice, which is c again, the device is idle, and
 reads the likeliest missing experts of the next layer, one after the other. They have a place outside the cache until they are
 chosen. An expert in flight counts as resident for the choice, and the rest of it is waited for. Two ratios are printed: in the
@@ -110,7 +110,8 @@ def run(s: Scores, capacity: int, lambda_: float, guess: Floats | None = None, a
     resident, last = np.zeros((n_layers, n_expert), bool), np.zeros((n_layers, n_expert))
     mean_range, credit, clock, seen = np.zeros(n_layers), np.zeros(n_layers), 0, 0
     sums, rows = Sums(), np.arange(n_layers)[:, None]
-    for t in range(n):
+    first = int(np.flatnonzero(s.starts[: int(np.argmax(s.judged)) + 1])[-1])  # nothing is left of sequences before it
+    for t in range(first, n):
         if s.starts[t]:
             resident[:], last[:], mean_range[:], credit[:], seen = False, 0, 0, 0, 0
         z = s.z[t]
