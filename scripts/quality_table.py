@@ -162,7 +162,8 @@ def match(
 ) -> None:
     """Bytes of the per-layer point for 1% against what one lambda with LRU reads at the same perplexity, on all chunks.
 
-    The curve of one lambda is interpolated between MATCHED_LAMBDAS, up to twice the loss, in each of 2000 resamples of the chunks anew.
+    The curve of one lambda is interpolated between MATCHED_LAMBDAS, up to twice the loss, in each of 2000 resamples of the
+    chunks anew.
     """
     rungs, costs = ladder(scores, capacity, "cache-prior", DEFAULT, True, fit, a)
     search = tune.Search(scores, capacity, DEFAULT, paired.nats(1.0), fit, held_out)
