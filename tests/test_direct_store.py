@@ -20,7 +20,7 @@ import pytest
 import tiny_models
 from cli import cacheroute
 from native_router import native_store
-from test_store import LIB, ODD, PAGE, Model, model, on_a_disk
+from test_store import LIB, ODD, PAGE, model, on_a_disk
 
 from cacheroute import Llama, engine
 from cacheroute.errors import CacherouteError
@@ -170,6 +170,18 @@ def test_logits_are_those_of_mmap(path: Path, routing: str) -> None:
         assert (a.hits, a.misses, a.reads) == (b.hits, b.misses, b.reads)
         assert a.read_bytes >= b.read_bytes  # neighbours do not share a page
         assert a.misses > 0
+
+
+@pytest.mark.parametrize("io", ["mmap", "direct"])
+def test_reads_beside_compute_change_no_bit(path: Path, io: str) -> None:
+    """Whatever is read late, and by whomever it is computed on; a prompt too, whose batches need more experts than the budget."""
+    with contextlib.closing(Llama(str(path), io="none", **SIZES)) as llm:
+        unread = run(llm)
+    for n_threads in (1, 2):
+        threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
+        with contextlib.closing(Llama(str(path), budget="25%", io=io, flash_mbps=20, **(SIZES | threads))) as llm:
+            np.testing.assert_array_equal(run(llm), unread, err_msg=f"{n_threads} threads")
+            assert llm.stats().decode.misses > 0
 
 
 def test_io_can_be_changed_and_changed_back(small: Path) -> None:

@@ -126,16 +126,11 @@ void Hook::finish() {
     count();
 }
 
-// llama.cpp is C on the way up: no exception may pass through it.
 void Hook::exchange(int layer) {
-    if (load_.empty() && evict_.empty()) return;
-    try {
-        store_->exchange(layer, load_, evict_);
-    } catch (const std::exception & e) {
-        if (error_.empty()) error_ = e.what();
-    }
+    if (!load_.empty() || !evict_.empty()) store_->exchange(layer, load_, evict_);
 }
 
+// llama.cpp is C on the way up: no exception may pass through it.
 void Hook::wait() {
     try {
         store_->finish();

@@ -25,12 +25,12 @@ void Readers::add(const PageRun & run, uint64_t piece_bytes, Left & left) {
     }
 }
 
-void Readers::start() {
+void Readers::start(Clock::time_point since) {
     if (added_.empty()) return;
     {
         std::lock_guard<std::mutex> lock(mutex_);
         // Against a deadline that goes on, so that a late wake-up is not paid for twice.
-        deadline_ = std::max(deadline_, Clock::now());
+        deadline_ = std::max(deadline_, since);
         for (Piece & piece : added_) {
             if (pace_ > 0) {
                 deadline_ += std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(double(piece.run.bytes) / pace_));

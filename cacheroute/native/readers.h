@@ -35,7 +35,7 @@ class Readers {
 
     // Queues the run in pieces of at most `piece_bytes`; `left` counts them down.
     void add(const PageRun & run, uint64_t piece_bytes, Left & left);
-    void start();
+    void start(Clock::time_point since); // what was added; the pace counts from `since`
 
     void wait_for(const Left & left); // any thread
     void wait_for_all() const;        // any thread

@@ -61,10 +61,10 @@ void ReadingStore::exchange(int layer, const std::vector<int32_t> & load, const 
     late_.clear();
     const std::vector<size_t> & tensors = layers_[size_t(layer)];
     begin(tensors, load, evict);
-    readers_->start();
     const auto dropping = Clock::now();
     drop(tensors, evict);
     counters_.evict_ns += ns_since(dropping);
+    readers_->start(start);
     counters_.reads += load.size();
     counters_.read_ns += ns_since(start);
 }

@@ -23,7 +23,8 @@ class ReadingStore : public Store {
   protected:
     // Before the reads: brings the experts into the books and calls read() for what is missing of them.
     virtual void begin(const std::vector<size_t> & tensors, const std::vector<int32_t> & load, const std::vector<int32_t> & evict) = 0;
-    // While the device works: gives back what nobody holds any more.
+    // Gives back what nobody holds any more. The threads have not begun: a fault of theirs maps what the page cache has around
+    // it, and what is mapped in that moment cannot be dropped. A device that was told in begin() is at work.
     virtual void drop(const std::vector<size_t> & tensors, const std::vector<int32_t> & evict) = 0;
     virtual void         drop_all()                               = 0;
     virtual const void * address(size_t tensor, int32_t e) const  = 0;
