@@ -69,6 +69,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_store_new_direct": (c_void_p, _STORE_NEW),
     "cr_store_free": (None, [c_void_p]),
     "cr_store_exchange": (None, [c_void_p, c_int32, _I32P, c_int32, _I32P, c_int32]),
+    "cr_store_find": (c_void_p, [c_void_p, c_void_p]),
     "cr_store_clear": (None, [c_void_p]),
     "cr_store_set_pace": (None, [c_void_p, c_double]),
     "cr_store_resident_bytes": (c_uint64, [c_void_p]),

@@ -85,7 +85,7 @@ SELECT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(Experts))
 class Hook(ctypes.Structure):
     """struct llama_expert_hook of patches/0001"""
 
-    _fields_ = [("select", SELECT), ("reweight", ctypes.c_void_p), ("user_data", ctypes.c_void_p)]
+    _fields_ = [("select", SELECT), *((n, ctypes.c_void_p) for n in ("reweight", "user_data", "find", "store"))]
 
 
 @dataclass
@@ -108,7 +108,7 @@ def overheard(llm: Llama) -> Iterator[list[Seen]]:
         seen[e.il].probs += np.ctypeslib.as_array(e.probs, (e.n_tokens, e.n_expert)).tolist()
         seen[e.il].ids += np.ctypeslib.as_array(e.ids, (e.n_tokens, e.n_used)).tolist()
 
-    ours = Hook(SELECT(select), native.reweight, native.user_data)
+    ours = Hook(SELECT(select), native.reweight, native.user_data, native.find, native.store)
     _api.llama_set_expert_hook(llm._ctx.ctx, ctypes.addressof(ours))
     try:
         yield seen

@@ -96,10 +96,19 @@ class CEvent(ctypes.Structure):
 CCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(CEvent))
 
 
+FIND = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool)
+
+
+class CSource(ctypes.Structure):
+    """struct ggml_expert_source of patches/0005"""
+
+    _fields_ = [("find", FIND), ("user_data", ctypes.c_void_p)]
+
+
 class CHook(ctypes.Structure):
     """struct llama_expert_hook of patches/0001"""
 
-    _fields_ = [("select", CCallback), ("reweight", CCallback), ("user_data", ctypes.c_void_p)]
+    _fields_ = [("select", CCallback), ("reweight", CCallback), ("user_data", ctypes.c_void_p), ("source", CSource)]
 
 
 @dataclass
@@ -126,7 +135,7 @@ class PythonHook:
         self._choose = choose
         # ctypes structures do not keep the callbacks alive that they point to
         self._callbacks = CCallback(self._select), CCallback(self._reweight) if reweight else CCallback(0)
-        self.struct = CHook(*self._callbacks, None)
+        self.struct = CHook(*self._callbacks)
 
     def _select(self, _user_data: int, event: Any) -> None:
         e = event.contents

@@ -5,7 +5,7 @@
  * the memory of the expert tensors belong to llama.cpp and must outlive the hook.
  *
  * Threads: a handle is used by one thread at a time. The hook's select() is called by llama.cpp from a compute thread while
- * llama_decode() runs, and blocks until the experts are read; no cr_hook_* call may run at the same time, but for
+ * llama_decode() runs; it returns when the reads have begun, and the compute threads wait for each expert; no cr_hook_* call may run at the same time, but for
  * cr_hook_measure_resident() and cr_hook_resident_bytes(), which any thread may call at any time.
  *
  * Errors: constructors return NULL and write one sentence into `error`. */
@@ -95,8 +95,11 @@ CR_API cr_store * cr_store_new(const char * const * files, int32_t n_files, cons
 CR_API cr_store * cr_store_new_direct(const char * const * files, int32_t n_files, const struct cr_tensor * tensors,
                                       int32_t n_tensors, int32_t n_layers, int32_t n_expert, char * error, int32_t error_size);
 CR_API void cr_store_free(cr_store * store);
+/* Returns when everything has been read. */
 CR_API void cr_store_exchange(cr_store * store, int32_t layer, const int32_t * load, int32_t n_load, const int32_t * evict,
                               int32_t n_evict);
+/* Where the bytes of an expert are, given its place in the mapping; waits for them. */
+CR_API const void * cr_store_find(cr_store * store, const void * expert);
 CR_API void cr_store_clear(cr_store * store);
 CR_API void cr_store_set_pace(cr_store * store, double bytes_per_second);
 CR_API uint64_t cr_store_resident_bytes(const cr_store * store);

@@ -172,6 +172,12 @@ void cr_store_free(cr_store * store) { delete store; }
 void cr_store_exchange(cr_store * store, int32_t layer, const int32_t * load, int32_t n_load, const int32_t * evict,
                        int32_t n_evict) {
     store->store->exchange(layer, ids(load, n_load), ids(evict, n_evict));
+    store->store->finish();
+}
+
+const void * cr_store_find(cr_store * store, const void * expert) {
+    const void * there = store->store->find(expert, false);
+    return there ? there : store->store->find(expert, true);
 }
 
 void     cr_store_clear(cr_store * store) { store->store->clear(); }

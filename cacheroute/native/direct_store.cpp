@@ -1,15 +1,12 @@
-// Experts in anonymous memory at the very addresses of the mapping, read past the page cache.
-#include "paged_store.h"
+// Experts in slots of our own memory, read past the page cache. A slot is faulted in once and then handed from the evicted
+// expert to the loaded one, so that a miss costs the read and nothing else.
+#include "reading_store.h"
 
 #include <algorithm>
 #include <cerrno>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <mutex>
 #include <stdexcept>
-#include <thread>
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -25,79 +22,101 @@ namespace {
 
 constexpr int      N_READERS = 4;         // 2 to 4 saturate a flash; io_uring would save processor time only
 constexpr uint64_t PIECE     = 256 << 10; // of one read: small enough to share an expert among the readers
+constexpr int32_t  NOWHERE   = -1;
 
-class DirectStore final : public PagedStore {
+// The slots of one tensor: room for all of its experts, memory for those that it has at a time.
+struct Slots {
+    uint8_t *            base;
+    uint64_t             slot_bytes; // whole pages, enough for any expert wherever it begins in its first page
+    std::vector<int32_t> of;         // [E] slot, or NOWHERE
+    std::vector<int32_t> free;       // in memory, and nobody's
+    std::vector<int32_t> empty;      // not in memory, the first one last
+};
+
+class DirectStore final : public ReadingStore {
   public:
     DirectStore(const std::vector<std::string> & files, int n_layers, int n_expert, const std::vector<ExpertTensor> & tensors)
-        : PagedStore(files, n_layers, n_expert, tensors) {
-        for (const auto & name : files) {
-            const int fd = O_DIRECT ? open(name.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT) : -1;
-            struct stat s {};
-            if (fd < 0 || !reads(fd) || fstat(fd, &s) != 0) {
-                if (fd >= 0) close(fd);
-                close_files();
-                throw std::runtime_error("the filesystem of " + name + " has no direct reads");
-            }
-            direct_.push_back(fd);
-            sizes_.push_back(uint64_t(s.st_size));
+        : ReadingStore(files, n_layers, n_expert, tensors) {
+        try {
+            for (const auto & name : files) open_direct(name);
+            for (size_t t = 0; t < tensors.size(); t++) reserve(t);
+        } catch (...) {
+            release();
+            throw;
         }
-        for (const PageRun & r : all_pages()) {
-            // NORESERVE: most of it is never touched. No huge pages: they would reach into neighbours and past the budget.
-            if (mmap(r.address, r.bytes, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) ==
-                MAP_FAILED) {
-                const std::string why = std::strerror(errno);
-                restore();
-                close_files();
-                throw std::runtime_error("no address space for direct reads: " + why);
-            }
-#ifdef MADV_NOHUGEPAGE
-            madvise(r.address, r.bytes, MADV_NOHUGEPAGE);
-#endif
-        }
-        for (int i = 0; i < N_READERS; i++) readers_.emplace_back([this] { read_loop(); });
+        start_readers(N_READERS, PIECE, [this](const PageRun & r) { return read_piece(r); });
     }
 
     ~DirectStore() override {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stop_ = true;
-        }
-        wake_.notify_all();
-        for (auto & reader : readers_) reader.join();
-        restore();
-        close_files();
+        stop_readers();
+        release();
     }
 
   protected:
-    void start_reading(const std::vector<PageRun> & runs) override {
-        if (runs.empty()) return;
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            for (const PageRun & r : runs) {
-                for (uint64_t at = 0; at < r.bytes; at += PIECE) {
-                    queue_.push_back({r.file, r.offset + at, r.address + at, std::min(PIECE, r.bytes - at)});
-                    pending_++;
-                }
+    void begin(const std::vector<size_t> & tensors, const std::vector<int32_t> & load, const std::vector<int32_t> & evict) override {
+        for (size_t t : tensors) {
+            Slots & slots = slots_[t];
+            for (int32_t e : evict) {
+                if (slots.of[size_t(e)] == NOWHERE) continue;
+                slots.free.push_back(slots.of[size_t(e)]);
+                slots.of[size_t(e)] = NOWHERE;
+            }
+            for (int32_t e : load) {
+                slots.of[size_t(e)] = take(slots);
+                PageRun run         = pages(t, e, 1);
+                run.address         = slot(slots, slots.of[size_t(e)]);
+                read(t, e, run);
             }
         }
-        wake_.notify_all();
     }
 
-    void finish_reading(const std::vector<PageRun> &) override {
-        std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return pending_ == 0; });
-        if (error_) {
-            const int error = error_;
-            error_          = 0;
-            throw std::runtime_error(std::string("reading experts failed: ") + std::strerror(error));
+    void drop(const std::vector<size_t> & tensors, const std::vector<int32_t> &) override {
+        for (size_t t : tensors) {
+            Slots & slots = slots_[t];
+            for (int32_t s : slots.free) {
+                madvise(slot(slots, s), slots.slot_bytes, MADV_DONTNEED);
+                slots.empty.push_back(s);
+                resident_bytes_ -= slots.slot_bytes;
+            }
+            slots.free.clear();
         }
     }
 
-    void drop(const PageRun & r) override { madvise(r.address, r.bytes, MADV_DONTNEED); }
+    void drop_all() override {
+        for (Slots & slots : slots_) {
+            madvise(slots.base, reserved(slots), MADV_DONTNEED);
+            all_empty(slots);
+        }
+    }
 
-    bool mincore_tells() const override { return true; } // anonymous memory is ours
+    const void * address(size_t tensor, int32_t e) const override {
+        const ExpertTensor & t      = tensors()[tensor];
+        const uint8_t *      mapped = t.address + uint64_t(e) * t.expert_bytes;
+        const Slots &        slots  = slots_[tensor];
+        const int32_t        s      = slots.of[size_t(e)];
+        if (s == NOWHERE) return mapped; // nobody has asked for it: the mapping has it too
+        return slot(slots, s) + reinterpret_cast<uintptr_t>(mapped) % page_bytes();
+    }
+
+    uint64_t measure() const override { // anonymous memory is ours: the kernel tells
+        uint64_t bytes = 0;
+        for (const Slots & slots : slots_) {
+            const uint64_t n = in_memory(slots.base, reserved(slots), page_bytes());
+            if (n == UNKNOWN_BYTES) return n;
+            bytes += n;
+        }
+        return bytes;
+    }
 
   private:
+    void open_direct(const std::string & name) {
+        const int fd = O_DIRECT ? open(name.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT) : -1;
+        if (fd >= 0) direct_.push_back(fd);
+        struct stat s {};
+        if (fd < 0 || !reads(fd) || fstat(fd, &s) != 0) throw std::runtime_error("the filesystem of " + name + " has no direct reads");
+        sizes_.push_back(uint64_t(s.st_size));
+    }
+
     bool reads(int fd) const {
         void * page = nullptr;
         if (posix_memalign(&page, page_bytes(), page_bytes()) != 0) return false;
@@ -106,19 +125,41 @@ class DirectStore final : public PagedStore {
         return ok;
     }
 
-    void read_loop() {
-        std::unique_lock<std::mutex> lock(mutex_);
-        while (true) {
-            wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
-            if (stop_) return;
-            const PageRun piece = queue_.front();
-            queue_.pop_front();
-            lock.unlock();
-            const int error = read_piece(piece);
-            lock.lock();
-            if (error) error_ = error;
-            if (--pending_ == 0) done_.notify_all();
+    void reserve(size_t tensor) {
+        Slots slots{};
+        for (int e = 0; e < n_expert(); e++) slots.slot_bytes = std::max(slots.slot_bytes, pages(tensor, e, 1).bytes);
+        slots.of.resize(size_t(n_expert()));
+        // NORESERVE: most of it is never touched. No huge pages: they would reach past the budget.
+        void * base = mmap(nullptr, reserved(slots), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (base == MAP_FAILED) throw std::runtime_error(std::string("no address space for direct reads: ") + std::strerror(errno));
+#ifdef MADV_NOHUGEPAGE
+        madvise(base, reserved(slots), MADV_NOHUGEPAGE);
+#endif
+        slots.base = static_cast<uint8_t *>(base);
+        all_empty(slots);
+        slots_.push_back(std::move(slots));
+    }
+
+    void all_empty(Slots & slots) const {
+        std::fill(slots.of.begin(), slots.of.end(), NOWHERE);
+        slots.free.clear();
+        slots.empty.clear();
+        for (int s = n_expert(); s-- > 0;) slots.empty.push_back(s);
+    }
+
+    uint64_t  reserved(const Slots & slots) const { return uint64_t(n_expert()) * slots.slot_bytes; }
+    uint8_t * slot(const Slots & slots, int32_t s) const { return slots.base + uint64_t(s) * slots.slot_bytes; }
+
+    int32_t take(Slots & slots) {
+        auto &        from = slots.free.empty() ? slots.empty : slots.free;
+        const int32_t s    = from.back();
+        if (slots.free.empty()) {
+            resident_bytes_ += slots.slot_bytes;
+            // this expert may end a page earlier than the slot does, the next one not: a slot is in memory as a whole
+            *static_cast<volatile uint8_t *>(slot(slots, s) + slots.slot_bytes - 1) = 0;
         }
+        from.pop_back();
+        return s;
     }
 
     int read_piece(const PageRun & piece) const {
@@ -134,27 +175,14 @@ class DirectStore final : public PagedStore {
         return 0;
     }
 
-    // The file's mapping again, as llama.cpp had made it.
-    void restore() {
-        for (const PageRun & r : all_pages()) {
-            if (mmap(r.address, r.bytes, PROT_READ, MAP_FIXED | MAP_SHARED, file(r), off_t(r.offset)) == MAP_FAILED) std::abort();
-        }
-    }
-
-    void close_files() {
+    void release() {
+        for (const Slots & slots : slots_) munmap(slots.base, reserved(slots));
         for (int fd : direct_) close(fd);
-        direct_.clear();
     }
 
-    std::vector<int>         direct_;
-    std::vector<uint64_t>    sizes_; // of the files, bytes
-    std::vector<std::thread> readers_;
-    std::mutex               mutex_;
-    std::condition_variable  wake_, done_;
-    std::deque<PageRun>      queue_;
-    uint64_t                 pending_ = 0;
-    int                      error_   = 0;
-    bool                     stop_    = false;
+    std::vector<int>      direct_;
+    std::vector<uint64_t> sizes_; // of the files, bytes
+    std::vector<Slots>    slots_; // [tensor]
 };
 
 } // namespace

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <exception>
 #include <limits>
+#include <utility>
 
 namespace cacheroute {
 
@@ -18,6 +19,10 @@ Hook::Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, std::un
     hook_.user_data = this;
     hook_.select    = [](void * self, const ExpertEvent * event) { static_cast<Hook *>(self)->select(*event); };
     hook_.reweight  = nullptr;
+    hook_.source    = {nullptr, store_.get()};
+    if (store_) {
+        hook_.source.find = [](void * store, const void * expert, bool late) { return static_cast<Store *>(store)->find(expert, late); };
+    }
     if (reweights) {
         hook_.reweight = [](void * self, const ExpertEvent * event) { static_cast<Hook *>(self)->reweight(*event); };
     }
@@ -95,7 +100,8 @@ void Hook::select(const ExpertEvent & ev) {
         if (needed_[e] && !cached[e]) over_layer_ = layer;
         in_memory[e] = needed_[e] || cached[e];
     }
-    exchange_counted(layer);
+    exchange(layer);
+    count();
 }
 
 bool Hook::read_forced(int layer, uint32_t token) {
@@ -111,16 +117,14 @@ bool Hook::read_forced(int layer, uint32_t token) {
     return true;
 }
 
-void Hook::exchange_counted(int layer) {
-    if (load_.empty() && evict_.empty()) return;
-    const StoreCounters before = store_->counters();
-    exchange(layer);
-    const StoreCounters after = store_->counters();
-    StoreCounters &     sum   = reads_[int(phase_)];
-    sum.read_bytes += after.read_bytes - before.read_bytes;
-    sum.reads      += after.reads - before.reads;
-    sum.read_ns    += after.read_ns - before.read_ns;
-    sum.evict_ns   += after.evict_ns - before.evict_ns;
+void Hook::count() {
+    const StoreCounters now = store_->counters();
+    StoreCounters &     sum = reads_[int(phase_)];
+    sum.read_bytes += now.read_bytes - seen_.read_bytes;
+    sum.reads      += now.reads - seen_.reads;
+    sum.read_ns    += now.read_ns - seen_.read_ns;
+    sum.evict_ns   += now.evict_ns - seen_.evict_ns;
+    seen_ = now;
 }
 
 void Hook::reweight(const ExpertEvent & ev) {
@@ -131,26 +135,23 @@ void Hook::reweight(const ExpertEvent & ev) {
 }
 
 void Hook::finish() {
-    if (over_layer_ < 0) return;
-    auto &       in_memory = in_memory_[over_layer_];
-    const auto & cached    = routers_[over_layer_].cache().resident();
-    evict_.clear();
-    for (int32_t e = 0; e < int32_t(in_memory.size()); e++) {
-        if (in_memory[e] && !cached[e]) {
-            evict_.push_back(e);
-            in_memory[e] = 0;
-        }
+    if (!store_) return;
+    wait();
+    if (over_layer_ >= 0) {
+        const int layer = std::exchange(over_layer_, -1);
+        follow_cache(layer);
     }
-    const int layer = over_layer_;
-    over_layer_     = -1;
-    load_.clear();
-    exchange(layer);
+    count();
+}
+
+void Hook::exchange(int layer) {
+    if (!load_.empty() || !evict_.empty()) store_->exchange(layer, load_, evict_);
 }
 
 // llama.cpp is C on the way up: no exception may pass through it.
-void Hook::exchange(int layer) {
+void Hook::wait() {
     try {
-        store_->exchange(layer, load_, evict_);
+        store_->finish();
     } catch (const std::exception & e) {
         if (error_.empty()) error_ = e.what();
     }
@@ -177,7 +178,10 @@ void Hook::follow_cache(int layer) {
         if (!cached[e] && in_memory[e]) evict_.push_back(e);
         in_memory[e] = cached[e];
     }
-    if (store_) exchange_counted(layer);
+    if (!store_) return;
+    exchange(layer);
+    wait();
+    count();
 }
 
 void Hook::save() {

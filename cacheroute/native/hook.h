@@ -1,5 +1,5 @@
-// The hook: what llama.cpp calls where a MoE layer chooses its experts. Asks the router, has the store make the
-// chosen experts resident, returns the ids. Holds no policy of its own.
+// The hook: what llama.cpp calls where a MoE layer chooses its experts. Asks the router, has the store begin to make the
+// chosen experts resident, returns the ids; the layer's matmuls then ask the store itself. Holds no policy of its own.
 #pragma once
 
 #include "cached_router.h"
@@ -25,11 +25,18 @@ struct ExpertEvent {
     float       * weights;
 };
 
+// Mirrors ggml_expert_source of patches/0005-wait-for-experts.patch.
+struct ExpertSource {
+    const void * (*find)(void * user_data, const void * expert, bool late);
+    void * user_data;
+};
+
 // Mirrors llama_expert_hook.
 struct ExpertHook {
     void (*select)(void * user_data, const ExpertEvent * event);
     void (*reweight)(void * user_data, const ExpertEvent * event);
     void * user_data;
+    ExpertSource source;
 };
 
 // Scores that stand for a model's own, half precision, one row of E for each token of a sequence; none: the model's are used.
@@ -59,7 +66,7 @@ class Hook {
     // What a layer ranks from now on, in place of the model's own scores. Gate weights stay the model's.
     void force(int layer, ForcedScores scores) { forced_[layer] = std::move(scores); }
 
-    // After the last layer of a batch: brings its layer back into the budget.
+    // After the last layer of a batch: waits for reads, and brings the layer back into the budget.
     void finish();
 
     // Forgets the sequence and drops every expert; counters stay.
@@ -87,7 +94,8 @@ class Hook {
     void reweight(const ExpertEvent & event);
     bool read_forced(int layer, uint32_t token); // fills scores_; false: there is no such row
     void exchange(int layer); // load_ and evict_
-    void exchange_counted(int layer);
+    void wait();
+    void count();             // what the store did since the last call, for the phase
     void follow_cache(int layer); // memory holds what the cache says
 
     ExpertHook                        hook_;
@@ -99,7 +107,7 @@ class Hook {
     std::vector<uint8_t>              n_run_;     // of the last event, per token: slots that run
     Phase                             phase_      = Phase::prefill;
     int                               over_layer_ = -1; // layer whose batch needed more experts than its budget
-    StoreCounters                     reads_[2];
+    StoreCounters                     reads_[2], seen_;
     std::string                       error_;
 
     Scores               scores_;
