@@ -5,8 +5,9 @@
  * the memory of the expert tensors belong to llama.cpp and must outlive the hook.
  *
  * Threads: a handle is used by one thread at a time. The hook's select() is called by llama.cpp from a compute thread while
- * llama_decode() runs; it returns when the reads have begun, and the compute threads wait for each expert; no cr_hook_* call may run at the same time, but for
- * cr_hook_measure_resident() and cr_hook_resident_bytes(), which any thread may call at any time.
+ * llama_decode() runs; it returns when the reads have begun, and the compute threads wait for each expert. No cr_hook_* call
+ * may run at the same time, but for cr_hook_measure_resident() and cr_hook_resident_bytes(), which any thread may call at any
+ * time.
  *
  * Errors: constructors return NULL and write one sentence into `error`. */
 #ifndef CACHEROUTE_H
