@@ -22,7 +22,7 @@ from cacheroute import routing as routings
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import loading, paired, text
 from cacheroute.evals.loading import Source
-from cacheroute.evals.rows import Arm, PerplexityRow, perplexity_row
+from cacheroute.evals.rows import Arm, PerplexityRow, differences, perplexity_row
 from cacheroute.experts import ExpertLayout
 
 if TYPE_CHECKING:
@@ -106,16 +106,7 @@ def compute(job: Job, arm: Arm) -> FrontierRow:
 def compared(row: FrontierRow, base: FrontierRow) -> FrontierRow:
     """With its differences to `base`."""
     tokens = [row.n_tokens // row.n_chunks] * row.n_chunks
-    d = paired.compare(base.chunk_nll, row.chunk_nll, tokens)
-    return replace(
-        row,
-        delta_nll=d.delta_nll,
-        delta_nll_low=d.low,
-        delta_nll_high=d.high,
-        ppl_increase=d.ppl_increase,
-        ppl_increase_low=d.ppl_increase_low,
-        ppl_increase_high=d.ppl_increase_high,
-    )
+    return replace(row, **differences(paired.compare(base.chunk_nll, row.chunk_nll, tokens)))
 
 
 Map = Callable[[Job, Sequence[Arm]], Iterable[FrontierRow]]

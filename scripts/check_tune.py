@@ -10,7 +10,6 @@ user's cache and shared by the trials, so it can be stopped and started.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -56,13 +55,12 @@ def check(scores: scorer.Scorer, a: argparse.Namespace) -> int:
     """Prints the trials as a table; returns in how many the limit held."""
     llm, chunks, capacity = scores.llm, scores.chunks, scores.llm.budget.capacity
     order = [int(i) for i in np.random.default_rng(1000).permutation(len(chunks))]
-    n_priced = max(math.ceil(a.price_tokens / chunks[0].n_scored), 1)
+    n_priced = pricing.n_chunks(a.price_tokens, chunks)
     priced, rest = order[:n_priced], order[n_priced:]
     costs: list[float] = []
     rungs = tune.ladder("cache-prior", llm.layout)
     if not a.uniform:
-        candidates = pricing.ladder(pricing.measure(scores, capacity, a.eviction, priced, a.price_groups))
-        rungs, costs = [c.routing() for c in candidates], [c.cost for c in candidates]
+        rungs, costs = pricing.rungs(scores, capacity, a.eviction, priced, a.price_groups)
     limit = paired.nats(a.max_ppl_increase)
     cells = [["trial", "chosen", "unseen tokens", "ppl change % [95%]", "MiB/token", "saved", f"within {a.max_ppl_increase:g}%"]]
     kept = 0

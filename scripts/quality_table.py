@@ -109,9 +109,8 @@ def ladder(
 ) -> tuple[list[Routing], list[float]]:
     if not per_layer:
         return tune.ladder(strategy, scores.llm.layout), []
-    n = max(math.ceil(a.price_tokens / scores.chunks[0].n_scored), 1)
-    candidates = pricing.ladder(pricing.measure(scores, capacity, eviction, fit[:n], a.price_groups))
-    return [c.routing() for c in candidates], [c.cost for c in candidates]
+    priced = fit[: pricing.n_chunks(a.price_tokens, scores.chunks)]
+    return pricing.rungs(scores, capacity, eviction, priced, a.price_groups)
 
 
 def row(outcome: tune.Outcome, strategy: str, eviction: str, per_layer: bool, lru: float) -> list[str]:

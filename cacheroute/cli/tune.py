@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -101,7 +100,7 @@ def tune(
         raise UsageError(f"{strategy} is fitted with --uniform only; per layer there is cache-prior.")
     from cacheroute import models, tuned
     from cacheroute import tune as tuning
-    from cacheroute.evals import loading
+    from cacheroute.evals import loading, pricing
     from cacheroute.evals import scorer as scoring
 
     path = models.resolve(model)
@@ -116,7 +115,7 @@ def tune(
             raise UsageError(f"{len(chunks)} chunks of {chunk} tokens are too few to fit and to validate; give more text.")
         if len(held_out) < paired.FEW_BLOCKS:
             print(f"{len(chunks)} chunks are few: intervals will be wide, and little may fit", file=sys.stderr)
-        priced = fit[: max(math.ceil(price_tokens / chunks[0].n_scored), 1)]
+        priced = fit[: pricing.n_chunks(price_tokens, chunks)]
         total = _work(chunks, len(fit), len(held_out), 0 if uniform else len(priced), price_groups)
         with progress.bar("tuning", total) as advance, _resumable():
             scorer.after = lambda cell: advance(cell.n + _PROMPT_COST * chunks[0].first, _label(cell.routing))
@@ -177,8 +176,8 @@ def _rungs(
 
     if uniform:
         return tuning.ladder(strategy, scorer.llm.layout), None
-    candidates = pricing.ladder(pricing.measure(scorer, capacity, eviction, priced, n_groups))
-    return [c.routing() for c in candidates], tuning.start_rung([c.cost for c in candidates], limit)
+    rungs, costs = pricing.rungs(scorer, capacity, eviction, priced, n_groups)
+    return rungs, tuning.start_rung(costs, limit)
 
 
 def _announce(trial: Trial) -> None:

@@ -12,6 +12,7 @@ perplexity.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheroute.evals.scorer import Ask, Scorer
+from cacheroute.evals.text import Chunk
 from cacheroute.routing import Routing
 from cacheroute.stats import MIB
 
@@ -62,6 +64,11 @@ class Candidate:
 def groups(n_layers: int, n_groups: int) -> tuple[tuple[int, ...], ...]:
     """Neighbouring layers that are priced together, at most `n_groups` of them, sizes as equal as can be."""
     return tuple(tuple(int(i) for i in part) for part in np.array_split(np.arange(n_layers), min(n_groups, n_layers)))
+
+
+def n_chunks(n_tokens: int, chunks: Sequence[Chunk]) -> int:
+    """How many chunks have so many scored tokens, at least one."""
+    return max(math.ceil(n_tokens / chunks[0].n_scored), 1)
 
 
 def n_runs(n_groups: int) -> int:
@@ -128,6 +135,12 @@ def ladder(prices: Prices, n_rungs: int = 32) -> list[Candidate]:
             rungs[tuple(pick)] = Candidate(lambdas, float(cost[rows, pick].sum()), float(read[rows, pick].sum()))
     ordered = sorted(rungs.values(), key=lambda c: (c.cost, -c.read_mib))
     return _thin(ordered, n_rungs)
+
+
+def rungs(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n_groups: int) -> tuple[list[Routing], list[float]]:
+    """The ladder of what measure() finds on these chunks: routings, cheapest first, and their costs in nats of KL per token."""
+    candidates = ladder(measure(scorer, budget, eviction, chunks, n_groups))
+    return [c.routing() for c in candidates], [c.cost for c in candidates]
 
 
 def curves(prices: Prices) -> tuple[Array, Array]:

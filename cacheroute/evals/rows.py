@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cacheroute.evals import paired
 from cacheroute.evals.loading import Source
@@ -55,6 +55,18 @@ class PerplexityRow:
     seconds: float
 
 
+def differences(d: paired.Difference) -> dict[str, Any]:
+    """The fields of a PerplexityRow that compare it."""
+    return {
+        "delta_nll": d.delta_nll,
+        "delta_nll_low": d.low,
+        "delta_nll_high": d.high,
+        "ppl_increase": d.ppl_increase,
+        "ppl_increase_low": d.ppl_increase_low,
+        "ppl_increase_high": d.ppl_increase_high,
+    }
+
+
 def perplexity_row(
     model: str,
     source: Source,
@@ -77,12 +89,7 @@ def perplexity_row(
         stride=source.stride or source.chunk,
         carry=carry,
         n_chunks=len(scores),
-        delta_nll=d.delta_nll,
-        delta_nll_low=d.low,
-        delta_nll_high=d.high,
-        ppl_increase=d.ppl_increase,
-        ppl_increase_low=d.ppl_increase_low,
-        ppl_increase_high=d.ppl_increase_high,
+        **differences(d),
         **asdict(arm),
         **asdict(summary(scores)),
     )

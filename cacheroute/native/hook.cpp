@@ -87,7 +87,7 @@ void Hook::select(const ExpertEvent & ev) {
     }
     if (!ours || !store_) return;
 
-    if (over_layer_ != layer) finish();
+    if (over_layer_ >= 0 && over_layer_ != layer) finish();
     over_layer_ = -1;
 
     auto &       in_memory = in_memory_[layer];
@@ -136,11 +136,8 @@ void Hook::reweight(const ExpertEvent & ev) {
 
 void Hook::finish() {
     if (!store_) return;
+    if (over_layer_ >= 0) return follow_cache(std::exchange(over_layer_, -1));
     wait();
-    if (over_layer_ >= 0) {
-        const int layer = std::exchange(over_layer_, -1);
-        follow_cache(layer);
-    }
     count();
 }
 
