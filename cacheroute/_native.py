@@ -33,13 +33,19 @@ class Shape(ctypes.Structure):
     _fields_ = [(n, c_int32) for n in ("n_layers", "n_expert", "n_used", "capacity", "eviction")]
 
 
+class RouterWeights(ctypes.Structure):
+    """struct cr_router_weights"""
+
+    _fields_ = [(n, c_void_p) for n in ("weight", "bias", "norm")]
+
+
 class Counters(ctypes.Structure):
     """struct cr_counters"""
 
     _fields_ = [
         *((n, c_uint64) for n in ("tokens", "examined", "hits", "misses", "swapped", "dropped", "evictions", "held")),
         ("lost_mass", c_double),
-        *((n, c_uint64) for n in ("read_bytes", "reads", "read_ns", "evict_ns")),
+        *((n, c_uint64) for n in ("read_bytes", "reads", "read_ns", "evict_ns", "prefetched", "prefetch_used")),
     ]
 
 
@@ -82,12 +88,14 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_hook_set_pace": (None, [c_void_p, c_double]),
     "cr_hook_finish": (None, [c_void_p]),
     "cr_hook_reset": (None, [c_void_p]),
-    "cr_hook_save": (None, [c_void_p]),
-    "cr_hook_restore": (c_int32, [c_void_p]),
+    "cr_hook_save": (c_void_p, [c_void_p]),
+    "cr_hook_resume": (c_int32, [c_void_p, c_void_p]),
+    "cr_checkpoint_free": (None, [c_void_p]),
     "cr_hook_set_policy": (None, [c_void_p, POLICY, c_void_p]),
     "cr_hook_warm": (None, [c_void_p, c_int32, _I32P, c_int32]),
     "cr_hook_set_position": (None, [c_void_p, c_int64]),
-    "cr_hook_force": (None, [c_void_p, c_int32, c_int64, c_void_p, c_void_p]),
+    "cr_hook_force": (None, [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p]),
+    "cr_hook_prefetch": (None, [c_void_p, c_int32, c_int32, POINTER(RouterWeights)]),
     "cr_hook_trace": (None, [c_void_p, c_int32]),
     "cr_hook_trace_take": (c_uint64, [c_void_p, c_void_p, c_uint64]),
     "cr_hook_counters": (None, [c_void_p, c_int32, c_int32, POINTER(Counters)]),

@@ -32,6 +32,7 @@ class Arm:
     routing: str
     eviction: str
     io: str
+    prefetch: int = 0
     control: bool = False
     repack: bool = False
 
@@ -54,6 +55,9 @@ class Row:
     `floor_ts` is the mean tok/s of max(compute with everything resident, bytes missed / bandwidth), `floor_share` the mean of
     tok/s against it, paired as `vs_lru`; null when not measured.
 
+    `prefetch` is the most experts of a layer that were read ahead, `prefetch_used` the share of all those read that was then
+    chosen; null where none was.
+
     `replay` is where the routing came from (replay.py) when it was not the model's own: a trace as it was typed, or
     `synthetic` with all its parameters; null for the model's own, and for a control, on which none can be forced.
     """
@@ -67,6 +71,8 @@ class Row:
     routing: str
     eviction: str
     io: str
+    prefetch: int
+    prefetch_used: float | None
     flash_mbps: float | None
     budget: str
     budget_experts: int
@@ -155,7 +161,7 @@ def _configure(llm: Llama, arm: Arm) -> None:
     if arm.control:
         llm.configure(budget=arm.budget, routing=None)
     else:
-        llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io)
+        llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io, prefetch=arm.prefetch)
 
 
 def _baseline(arm: Arm, arms: Sequence[Arm]) -> Arm:
@@ -199,6 +205,8 @@ def _row(
         routing=arm.routing,
         eviction=arm.eviction,
         io=llm.io if hooked else arm.io,
+        prefetch=arm.prefetch,
+        prefetch_used=sum(x.prefetch_used for x in c) / ahead if (ahead := sum(x.prefetched for x in c)) else None,
         flash_mbps=llm.flash_mbps if hooked else None,
         budget=arm.budget,
         budget_experts=llm.budget.capacity,

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cacheroute import _llama, _native, custom_policy, experts, gguf_file
+from cacheroute import _llama, _native, custom_policy, experts, gguf_file, stores
 from cacheroute import budget as budgets
 from cacheroute import eviction as evictions
 from cacheroute import routing as routings
+from cacheroute.checkpoint import Checkpoint, load_sequence, save_sequence
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.replay import ForcedScores
 from cacheroute.stats import UNKNOWN_BYTES, Counters, Stats
@@ -23,8 +23,6 @@ from cacheroute.task_profile import TaskProfile
 
 _llama_cpp = _llama.module()
 _LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
-
-_STORES = {"mmap": _native.lib.cr_store_new, "direct": _native.lib.cr_store_new_direct}
 
 _api = _llama_cpp.llama_cpp._lib
 _api.llama_set_expert_hook.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -43,9 +41,11 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             mapped and left to the kernel, and the budget is nobody's.
         eviction: "lru", "lfu", "score" or "soft-lfu".
         io: how misses are read; "mmap" (through the page cache) or "direct" (past it, where the filesystem can), "auto"
-            (direct, or where that is not possible mmap, saying so on stderr), "none" (misses are counted, memory is left to
+            (the faster one, measured once for each filesystem and said on stderr), "none" (misses are counted, memory is left to
             the kernel: scores and counts are the same, sooner, where the model fits).
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
+        prefetch: while a layer computes on a decoded token, up to so many experts are read that the next layer would miss if its
+            router were given this layer's hidden state. They take memory beside the budget; what is chosen stays the same.
         Everything else: as llama_cpp.Llama.
 
     Policies act on decoded tokens; prompts are routed by `original`. Tokens of generate() and everything above it are told
@@ -66,6 +66,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         eviction: str = evictions.DEFAULT,
         io: str = "mmap",
         flash_mbps: float | None = None,
+        prefetch: int = 0,
         **kwargs: Any,
     ) -> None:
         self._hook: int | None = None
@@ -74,11 +75,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self.forced: ForcedScores | None = None  # force() sets it
         self._untouched = False  # no token since the last reset: resetting once more would read a warm cache twice
         self._trace_sink: Callable[[bytes], None] | None = None
-        self._fallback_said = False
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
         self._flash_mbps = flash_mbps
         self.layout = experts.layout(gguf_file.read(model_path))
-        settings = self._settings(budget, routing, eviction, io)
+        settings = self._settings(budget, routing, eviction, io, prefetch)
         for name in ("use_mmap", "use_mlock", "lazy_mode"):
             if name in kwargs:
                 raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
@@ -95,29 +95,32 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         routing: str | routings.Routing | None = "original",
         eviction: str = evictions.DEFAULT,
         io: str = "mmap",
+        prefetch: int = 0,
     ) -> None:
         """Changes the settings of a loaded model: no expert is resident, the sequence is forgotten, counters start at 0."""
-        settings = self._settings(budget, routing, eviction, io)
+        settings = self._settings(budget, routing, eviction, io, prefetch)
         self._detach()
         self._attach(*settings)
         super().reset()
         self._warm()
 
     def _settings(
-        self, budget: str | int, routing: str | routings.Routing | None, eviction: str, io: str
-    ) -> tuple[budgets.Budget, routings.Routing | None, str, str]:
+        self, budget: str | int, routing: str | routings.Routing | None, eviction: str, io: str, prefetch: int
+    ) -> tuple[budgets.Budget, routings.Routing | None, str, str, int]:
         """Checks settings against the model before anything is changed."""
         parsed = routings.parse(routing) if isinstance(routing, str) else routing
         if parsed:
             parsed.check(self.layout.n_expert, self.layout.n_used, self.layout.indices, self.layout.model)
         if eviction not in evictions.ONLINE:
             raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(evictions.ONLINE)}.")
-        if io not in (*_STORES, "auto", "none"):
-            raise UsageError(f"There is no io {io!r}; there are {', '.join(_STORES)}, auto and none.")
-        return budgets.parse(budget, self.layout), parsed, eviction, io
+        if io not in stores.ALL:
+            raise UsageError(f"There is no io {io!r}; there are {', '.join(stores.ALL[:-1])} and {stores.ALL[-1]}.")
+        if prefetch and not any(layer.router for layer in self.layout.layers[1:]):
+            raise UsageError("Experts cannot be read ahead: the model keeps its routers in another type than F32.")
+        return budgets.parse(budget, self.layout), parsed, eviction, io, prefetch
 
-    def _attach(self, budget: budgets.Budget, routing: routings.Routing | None, eviction: str, io: str) -> None:
-        self.budget, self.routing, self.eviction, self.io = budget, routing, eviction, io
+    def _attach(self, budget: budgets.Budget, routing: routings.Routing | None, eviction: str, io: str, prefetch: int) -> None:
+        self.budget, self.routing, self.eviction, self.io, self.prefetch = budget, routing, eviction, io, prefetch
         if not routing:
             return
         layout = self.layout
@@ -129,7 +132,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         for i, layer in enumerate(layout.layers):
             ids[layer.index] = i
         layer_of = (ctypes.c_int32 * len(ids))(*ids)
-        self._hook = _native.checked(_native.lib.cr_hook_new, shape, per_layer, layer_of, len(ids), self._open_store())
+        store, self.io = stores.open_store(io, layout, self._address)
+        self._hook = _native.checked(_native.lib.cr_hook_new, shape, per_layer, layer_of, len(ids), store)
         _native.lib.cr_hook_reset(self._hook)  # what the page cache holds of the experts is not ours to count on
         if policy:
             self._policy = policy
@@ -137,40 +141,28 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         _api.llama_set_expert_hook(self._ctx.ctx, _native.lib.cr_hook_address(self._hook))
         self.flash_mbps = self._flash_mbps
         if self.forced:
-            masses = self.forced.mass or (None,) * n
-            for i, (z, mass) in enumerate(zip(self.forced.z, masses, strict=True)):
-                _native.lib.cr_hook_force(self._hook, i, len(z), z.ctypes.data, None if mass is None else mass.ctypes.data)
+            none = (None,) * n
+            for i, (z, *others) in enumerate(
+                zip(self.forced.z, self.forced.mass or none, self.forced.guess or none, strict=True)
+            ):
+                mass, guess = (None if x is None else x.ctypes.data for x in others)
+                _native.lib.cr_hook_force(self._hook, i, len(z), z.ctypes.data, mass, guess)
+        if prefetch:
+            self._prefetch()
 
-    def _open_store(self) -> int | None:
-        if self.io == "none":
-            return None
-        tensors = []
-        for i, layer in enumerate(self.layout.layers):
-            for t in layer.tensors:
-                address = _api.llama_model_tensor_data(self._model.model, t.name.encode())
-                if not address:
-                    raise CacherouteError(f"llama.cpp did not map {t.name}; it must stay on the CPU (n_gpu_layers=0).")
-                tensors.append(_native.Tensor(i, t.file, t.offset, t.expert_bytes, address))
-        paths = [str(p).encode() for p in self.layout.paths]
-        arguments = (
-            (ctypes.c_char_p * len(paths))(*paths),
-            len(paths),
-            (_native.Tensor * len(tensors))(*tensors),
-            len(tensors),
-            len(self.layout.layers),
-            self.layout.n_expert,
-        )
-        if self.io == "auto":
-            try:
-                store = _native.checked(_STORES["direct"], *arguments)
-                self.io = "direct"
-                return store
-            except CacherouteError as e:
-                self.io = "mmap"
-                if not self._fallback_said:
-                    print(f"cacheroute: --io auto reads through the page cache: {e}", file=sys.stderr)
-                self._fallback_said = True
-        return _native.checked(_STORES[self.io], *arguments)
+    def _prefetch(self) -> None:
+        routers = [layer.router for layer in self.layout.layers]
+        weights = (_native.RouterWeights * len(routers))()
+        for own, router in zip(weights, routers, strict=True):
+            if router:
+                own.weight, own.bias, own.norm = (self._address(name) for name in (router.weight, router.bias, router.norm))
+        width = next(router.width for router in routers if router)
+        _native.lib.cr_hook_prefetch(self._hook, self.prefetch, width, weights)
+
+    def _address(self, tensor: str) -> int | None:
+        """Of its data in memory; None where llama.cpp has no such tensor on the CPU."""
+        address: int | None = _api.llama_model_tensor_data(self._model.model, tensor.encode()) if tensor else None
+        return address
 
     def _detach(self) -> None:
         if self._hook is not None:
@@ -247,20 +239,23 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Forgets the tokens; experts stay in memory."""
         super().reset()
 
-    def checkpoint(self) -> int:
-        """Keeps the routing state until the next reset(); returns the number of tokens, for return_to()."""
-        if self._hook is not None:
-            _native.lib.cr_hook_save(self._hook)
-        return self.n_tokens
+    def checkpoint(self, *, sequence: bool = False) -> Checkpoint:
+        """Keeps the routing state, for return_to(); with `sequence` also the model's, so that it outlives this sequence."""
+        state = save_sequence(self._ctx.ctx) if sequence else None
+        return Checkpoint(self._hook, [int(t) for t in self.input_ids[: self.n_tokens]], state)
 
-    def return_to(self, n_tokens: int) -> None:
-        """Forgets the tokens from `n_tokens` on; cache and running means are as they were at checkpoint(). Counters go on.
+    def return_to(self, mark: Checkpoint) -> None:
+        """Goes on after the tokens of a checkpoint of the same budget and eviction; the routing may be another. Counters go on.
 
-        Not for recurrent models, whose state has no past, nor for a policy in Python, whose state is its own.
+        Without its `sequence`, those tokens must still be the first ones here, and the model must not be recurrent, as its state
+        has no past. Not for a policy in Python, whose state is its own. Raises CacherouteError for what does not fit.
         """
-        if self._hook is not None:
-            _native.lib.cr_hook_restore(self._hook)
-        self.n_tokens = n_tokens
+        mark.resume(self._hook)
+        self._untouched = False
+        if mark.sequence is not None:
+            load_sequence(self._ctx.ctx, mark.sequence)
+            self.input_ids[: len(mark.tokens)] = mark.tokens
+        self.n_tokens = len(mark.tokens)
 
     def load_experts(self, layer: int, ids: Sequence[int]) -> None:
         """Brings experts of a layer (by its place in `layout`) into memory; they count as used, the last as the most recent."""
@@ -295,7 +290,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if scores and (len(scores.z), scores.z[0].shape[1]) != (len(layout.layers), layout.n_expert):
             raise UsageError(f"{scores.name} does not fit {len(layout.layers)} layers of {layout.n_expert} experts.")
         self.forced = scores
-        self.configure(budget=self.budget.capacity, routing=self.routing, eviction=self.eviction, io=self.io)
+        self.configure(
+            budget=self.budget.capacity, routing=self.routing, eviction=self.eviction, io=self.io, prefetch=self.prefetch
+        )
 
     @contextlib.contextmanager
     def tracing(self, sink: Callable[[bytes], None]) -> Iterator[None]:
@@ -392,4 +389,6 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             read_bytes=c.read_bytes,
             read_seconds=c.read_ns / 1e9,
             evict_seconds=c.evict_ns / 1e9,
+            prefetched=c.prefetched,
+            prefetch_used=c.prefetch_used,
         )

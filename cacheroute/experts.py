@@ -32,11 +32,22 @@ class ExpertTensor:
 
 
 @dataclass(frozen=True)
+class RouterTensors:
+    """Names of a router's tensors, all F32; "" for what the layer does not have. `width`: of the hidden state."""
+
+    weight: str
+    bias: str
+    norm: str
+    width: int
+
+
+@dataclass(frozen=True)
 class ExpertLayer:
-    """One MoE layer; `index` is llama.cpp's layer number."""
+    """One MoE layer; `index` is llama.cpp's layer number, `router` None where it is not in F32."""
 
     index: int
     tensors: tuple[ExpertTensor, ...]
+    router: RouterTensors | None = None
 
     @property
     def expert_bytes(self) -> int:
@@ -92,5 +103,19 @@ def layout(gguf: GgufFile) -> ExpertLayout:
     n_used = gguf.metadata.get(f"{arch}.expert_used_count")
     if not isinstance(n_used, int) or isinstance(n_used, bool) or not 0 < n_used <= n_expert:
         raise UsageError(f"{path} does not give one number of experts used by all layers; this is not supported.")
-    layers = tuple(ExpertLayer(i, tuple(ts)) for i, ts in sorted(tensors.items()))
+    floats = {t.name: t.shape[0] for t in gguf.tensors if t.type == "f32"}
+    layers = tuple(ExpertLayer(i, tuple(ts), _router(i, floats)) for i, ts in sorted(tensors.items()))
     return ExpertLayout(gguf.paths, arch, n_expert, n_used, layers, str(gguf.metadata.get("general.name", "")))
+
+
+def _router(index: int, floats: dict[str, int]) -> RouterTensors | None:
+    """Of a layer, among the tensors in F32 and the first of their dimensions."""
+
+    def named(*parts: str) -> str:
+        return next((name for part in parts if (name := f"blk.{index}.{part}") in floats), "")
+
+    weight = named("ffn_gate_inp.weight")
+    if not weight:
+        return None
+    norm = named("ffn_norm.weight", "post_attention_norm.weight")  # gpt-oss and others have the second only
+    return RouterTensors(weight, named("ffn_gate_inp.bias"), norm, floats[weight])

@@ -6,7 +6,8 @@ routing and eviction acts on these scores. Expert e of a layer is expert e of th
 layers of the model are spread evenly over the recorded ones (layer i of n takes recorded layer i * m // n of m). The first
 sequence that is long enough is taken, its first tokens as the prompt, however they were recorded.
 
-`synthetic:rho=0.3:skew=0.35:seed=0` needs no trace. Each expert's score is its popularity plus a first-order autoregression,
+`synthetic:rho=0.3:skew=0.35:foresight=0.87:seed=0` needs no trace. Each expert's score is its popularity plus a first-order
+autoregression,
 
     z[t, e] = skew * b[e] + x[t, e],    x[t, e] = rho * x[t-1, e] + sqrt(1 - rho^2) * noise,    b, x, noise ~ N(0, 1)
 
@@ -14,6 +15,9 @@ so `rho` is the correlation of a score from one token to the next, and `skew` ho
 in standard deviations of x. Layers are independent. The defaults are those of the demo model on held-out text (means over its
 layers: 0.29 and 0.36), and with its E and K they miss as it does: at 25/50/75% of the experts lru misses .58/.35/.15 of those
 chosen, and .57/.32/.13 on its trace.
+
+Where experts are read ahead, the next layer's router has no opinion of such scores; a guess that correlates with them by
+`foresight` stands for it. On the demo model that correlation is 0.87, the mean over its layers. A trace has no guesses.
 
 Knows traces and a model's layout, no model; engine.Llama.force() takes the scores.
 """
@@ -37,12 +41,14 @@ SYNTHETIC = "synthetic"
 PARAMETERS = (
     Parameter("rho", "correlation of an expert's score from one token to the next", 0, 1, required=False),
     Parameter("skew", "spread of the experts' popularity, in standard deviations of their scores", 0, None, required=False),
+    Parameter("foresight", "correlation of the guesses by which experts are read ahead", 0, 1, required=False),
     Parameter("seed", "of the random numbers", 0, None, integer=True, required=False),
 )
-DEFAULTS = {"rho": 0.3, "skew": 0.35, "seed": 0}
+DEFAULTS = {"rho": 0.3, "skew": 0.35, "foresight": 0.87, "seed": 0}
 FORM = f"TRACE|{routings.form(SYNTHETIC, PARAMETERS)}"
 HELP = "; ".join(f"{p.name}: {p.meaning} ({DEFAULTS[p.name]:g})" for p in PARAMETERS) + "."
 
+Floats = npt.NDArray[np.float64]
 Halves = npt.NDArray[np.float16]
 
 
@@ -61,12 +67,14 @@ class Source:
 class ForcedScores:
     """`z`: one array [n_tokens, E] for each MoE layer of a model, as a trace keeps them; a row that starts with NaN is not known.
 
-    `mass` likewise, empty where it is softmax(z). `name` says where they came from.
+    `mass` likewise, empty where it is softmax(z). `guess`: what stands for the next router's opinion of z, by which experts are
+    read ahead; empty: none are. `name` says where they came from.
     """
 
     name: str
     z: tuple[Halves, ...]
     mass: tuple[Halves, ...] = ()
+    guess: tuple[Halves, ...] = ()
 
 
 def parse(text: str) -> Source:
@@ -85,14 +93,16 @@ def bind(source: Source, layout: ExpertLayout, n_prompt: int, n_gen: int) -> For
     if source.trace:
         return _recorded(source.trace, layout, n_prompt, n_gen)
     seed = int(source.parameters["seed"])
+    n_layers = len(layout.layers)
     layers = [
         _autoregression(np.random.default_rng([seed, i]), n_prompt + n_gen, layout.n_expert, source.parameters)
-        for i in range(len(layout.layers))
+        for i in range(n_layers)
     ]
-    return ForcedScores(str(source), tuple(layers))
+    guesses = [_guess(np.random.default_rng([seed, i, 1]), z, source.parameters["foresight"]) for i, z in enumerate(layers)]
+    return ForcedScores(str(source), tuple(map(_halves, layers)), guess=tuple(map(_halves, guesses)))
 
 
-def _autoregression(rng: np.random.Generator, n_tokens: int, n_expert: int, parameters: dict[str, float]) -> Halves:
+def _autoregression(rng: np.random.Generator, n_tokens: int, n_expert: int, parameters: dict[str, float]) -> Floats:
     rho = parameters["rho"]
     popularity = parameters["skew"] * rng.standard_normal(n_expert)
     x = rng.standard_normal(n_expert)
@@ -100,6 +110,16 @@ def _autoregression(rng: np.random.Generator, n_tokens: int, n_expert: int, para
     for t in range(n_tokens):
         z[t] = popularity + x
         x = rho * x + np.sqrt(1 - rho * rho) * rng.standard_normal(n_expert)
+    return z
+
+
+def _guess(rng: np.random.Generator, z: Floats, foresight: float) -> Floats:
+    noise = z.std() * rng.standard_normal(z.shape)
+    guess: Floats = foresight * (z - z.mean()) + np.sqrt(1 - foresight * foresight) * noise
+    return guess
+
+
+def _halves(z: Floats) -> Halves:
     halves: Halves = (z - z.max(axis=1, keepdims=True)).astype(np.float16)
     return halves
 

@@ -17,6 +17,7 @@ class Counters:
 
     `tokens` are model tokens; `examined` slots = K x layers x tokens. A slot is a hit or a miss by the cache before its token,
     and `swapped` when it went to an expert outside the router's top-K. `read_bytes` are whole pages asked of the device.
+    `prefetched` experts were read ahead, wholly or in part, and `prefetch_used` of them then chosen: misses all the same.
     """
 
     tokens: int = 0
@@ -31,6 +32,8 @@ class Counters:
     read_bytes: int = 0
     read_seconds: float = 0.0
     evict_seconds: float = 0.0
+    prefetched: int = 0
+    prefetch_used: int = 0
 
     @property
     def miss_rate(self) -> float:

@@ -6,6 +6,7 @@ Pages and counts of single exchanges are in test_store.py, for both stores.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import sys
@@ -22,7 +23,7 @@ from cli import cacheroute
 from native_router import native_store
 from test_store import LIB, ODD, PAGE, model, on_a_disk
 
-from cacheroute import Llama, engine
+from cacheroute import Llama, stores
 from cacheroute.errors import CacherouteError
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="counts pages as Linux does")
@@ -200,17 +201,52 @@ def test_a_file_that_becomes_shorter_is_an_error(small: Path) -> None:
             llm.eval([5, 6, 7])
 
 
-def test_auto_is_direct_where_it_can_be(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing measured yet, nothing said; the file of what was."""
+    monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(stores, "_said", set())
+    return tmp_path / "cache" / "io.json"
+
+
+def test_auto_measures_once_and_remembers(fresh: Path, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
-        assert llm.io == llm.stats().io == "direct"
-    assert capsys.readouterr().err == ""
+        measured = llm.io
+        assert measured in ("mmap", "direct") and llm.stats().io == measured
+        said = capsys.readouterr().err
+        assert said.startswith(f"cacheroute: --io auto reads {measured}: an expert takes ") and said.count("\n") == 1
+        [(key, kept)] = json.loads(fresh.read_text()).items()
+        assert kept == measured
+        other = "mmap" if measured == "direct" else "direct"
+        fresh.write_text(json.dumps({key: other, "another": "mmap"}))  # what is written there is taken
+        llm.configure(io="auto")
+        assert llm.io == other and capsys.readouterr().err == ""
+        fresh.write_text("not json")
+        llm.configure(io="auto")
+        assert len(json.loads(fresh.read_text())) == 1
 
 
-def test_auto_says_once_why_it_is_not(small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_takes_the_faster_one(fresh: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for slow, fast in (("mmap", "direct"), ("direct", "mmap")):
+        fresh.unlink(missing_ok=True)
+        monkeypatch.setattr(stores, "_measure", lambda *_, slow=slow, fast=fast: {slow: 2.0, fast: 1.0})
+        with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
+            assert llm.io == fast
+
+
+def test_auto_works_where_nothing_can_be_kept(fresh: Path, small: Path) -> None:
+    fresh.parent.write_text("in the way")
+    with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
+        assert llm.io in ("mmap", "direct")
+
+
+def test_auto_says_once_why_it_is_not(
+    fresh: Path, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def none_here(*arguments: Any) -> None:
         arguments[-2].value = b"the filesystem of m.gguf has no direct reads"
 
-    monkeypatch.setitem(engine._STORES, "direct", none_here)
+    monkeypatch.setitem(stores._NEW, "direct", none_here)
     with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
         assert llm.io == "mmap"
         llm.configure(io="auto")

@@ -90,6 +90,8 @@ class CEvent(ctypes.Structure):
         *((n, ctypes.POINTER(ctypes.c_float)) for n in ("scores", "probs")),
         ("ids", ctypes.POINTER(ctypes.c_int32)),
         ("weights", ctypes.POINTER(ctypes.c_float)),
+        ("hidden", ctypes.POINTER(ctypes.c_float)),
+        ("n_embd", ctypes.c_int32),
     ]
 
 

@@ -5,100 +5,18 @@ Paced, so that a read takes as long as the test says; the threads are those of t
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from test_identity import CEvent, CHook
+from live_hook import EXPERT, HEADER, LIB, N_TENSORS, PACE, SLOW, Live, hooked
 from test_store import on_a_disk
 
-from cacheroute import _native, routing
-from cacheroute import eviction as evictions
-from cacheroute.errors import CacherouteError
-
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
-
-LIB = _native.lib
-N_LAYERS, N_TENSORS, N_EXPERT, N_USED = 2, 3, 8, 2
-EXPERT = 50_016  # bytes; 0.05 s at PACE, a little more in whole pages
-PACE = 1e6
-SLOW = 1.5e5  # where something must be over before the reads are: they take 2 s, and a busy machine is allowed for
-HEADER = 1312
-
-
-@dataclass
-class Live:
-    """A hook over expert tensors of random bytes, called as llama.cpp calls it."""
-
-    handle: int
-    path: Path
-    address: int  # of the mapping
-
-    def select(self, layer: int, *experts: int) -> None:
-        """One decoded token whose best experts are these."""
-        scores = np.zeros(N_EXPERT, np.float32)
-        scores[list(experts)] = 5 - np.arange(len(experts))
-        ids = np.zeros(N_USED, np.int32)
-        pointer = scores.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        event = CEvent(layer, 1, N_EXPERT, N_USED, 1, pointer, pointer, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), None)
-        LIB.cr_hook_set_phase(self.handle, 1)
-        self._native.select(self._native.user_data, ctypes.byref(event))
-        assert set(ids) == set(experts)
-
-    def find(self, layer: int, tensor: int, expert: int, late: bool) -> int | None:
-        place = self.address + HEADER + ((layer * N_TENSORS + tensor) * N_EXPERT + expert) * EXPERT
-        source = self._native.source
-        found: int | None = source.find(source.user_data, place, late)
-        return found
-
-    def has(self, layer: int, tensor: int, expert: int, late: bool) -> bool:
-        """Whether it is found in this round; if so, the bytes must be those of the file."""
-        found = self.find(layer, tensor, expert, late)
-        with open(self.path, "rb") as file:
-            want = os.pread(file.fileno(), EXPERT, HEADER + ((layer * N_TENSORS + tensor) * N_EXPERT + expert) * EXPERT)
-        assert found is None or ctypes.string_at(found, EXPERT) == want
-        return found is not None
-
-    @property
-    def _native(self) -> Any:
-        return CHook.from_address(LIB.cr_hook_address(self.handle))
-
-    def error(self) -> str:
-        return str(LIB.cr_hook_error(self.handle).decode())
-
-
-@contextmanager
-def hooked(path: Path, io: str) -> Iterator[Live]:
-    make = {"mmap": LIB.cr_store_new, "direct": LIB.cr_store_new_direct}[io]
-    path.write_bytes(np.random.default_rng(0).bytes(HEADER + N_LAYERS * N_TENSORS * N_EXPERT * EXPERT))
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
-        address = int(np.frombuffer(view, np.uint8).ctypes.data)
-        starts = [HEADER + t * N_EXPERT * EXPERT for t in range(N_LAYERS * N_TENSORS)]
-        tensors = [_native.Tensor(t // N_TENSORS, 0, at, EXPERT, address + at) for t, at in enumerate(starts)]
-        files = (ctypes.c_char_p * 1)(os.fspath(path).encode())
-        try:
-            store = _native.checked(make, files, 1, (_native.Tensor * len(tensors))(*tensors), len(tensors), N_LAYERS, N_EXPERT)
-        except CacherouteError as e:
-            pytest.skip(str(e))
-        shape = _native.Shape(N_LAYERS, N_EXPERT, N_USED, 4, evictions.ONLINE["lru"])
-        per_layer = routing.to_native(routing.parse("original"), N_USED, N_LAYERS)
-        hook = _native.checked(LIB.cr_hook_new, shape, per_layer, (ctypes.c_int32 * 2)(0, 1), 2, store)
-        try:
-            LIB.cr_hook_reset(hook)
-            LIB.cr_hook_set_pace(hook, PACE)
-            yield Live(hook, path, address)
-        finally:
-            LIB.cr_hook_free(hook)
 
 
 @pytest.fixture(params=["mmap", "direct"])
@@ -163,15 +81,20 @@ def test_many_threads_wait_at_the_same_time(live: Live) -> None:
                 assert found.count(True) == 3 * N_TENSORS  # in one of the rounds, or where the mapping is
 
 
-@pytest.mark.parametrize("when", ["finish", "reset", "restore", "measure", "free"])
+@pytest.mark.parametrize("when", ["finish", "reset", "save", "resume", "measure", "free"])
 def test_what_needs_quiet_waits_for_the_reads(live: Live, when: str) -> None:
     start = time.monotonic()
-    LIB.cr_hook_save(live.handle)
+    saved = LIB.cr_hook_save(live.handle)
     live.select(0, 2, 5)
     if when == "measure":
         assert LIB.cr_hook_measure_resident(live.handle) == LIB.cr_hook_resident_bytes(live.handle) > 0
+    elif when == "save":
+        LIB.cr_checkpoint_free(LIB.cr_hook_save(live.handle))
+    elif when == "resume":
+        assert LIB.cr_hook_resume(live.handle, saved)
     elif when != "free":
         getattr(LIB, f"cr_hook_{when}")(live.handle)
+    LIB.cr_checkpoint_free(saved)
     if when != "free":  # or nothing touches the memory of a store that is gone
         assert time.monotonic() - start >= 6 * EXPERT / PACE
 

@@ -236,7 +236,16 @@ def test_a_seed_repeats_and_layers_differ() -> None:
     np.testing.assert_array_equal(one.z, again.z)
     assert not np.array_equal(one.z[0], one.z[1]) and not np.array_equal(one.z[0], other.z[0])
     np.testing.assert_array_equal(one.z[0], synthetic("synthetic", 90, fits(5)).z[0][:50])  # of more layers, of more tokens
-    assert one.name == again.name == "synthetic:rho=0.3:skew=0.35:seed=0"
+    assert one.name == again.name == "synthetic:rho=0.3:skew=0.35:foresight=0.87:seed=0"
+
+
+def test_guesses_correlate_as_asked() -> None:
+    for foresight in (0.0, 0.5, 1.0):
+        forced = synthetic(f"synthetic:foresight={foresight}", 400)
+        for z, guess in zip(forced.z, forced.guess, strict=True):
+            z, guess = (x.astype(float) - x.mean(axis=1, keepdims=True, dtype=float) for x in (z, guess))
+            assert np.corrcoef(z.ravel(), guess.ravel())[0, 1] == pytest.approx(foresight, abs=0.06)
+    np.testing.assert_array_equal(forced.z, synthetic("synthetic", 400).z)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +254,7 @@ def test_a_seed_repeats_and_layers_differ() -> None:
         ("synthetic:rho=2", "rho is at least 0 and at most 1, not 2"),
         ("synthetic:skew=-1", "skew is at least 0, not -1"),
         ("synthetic:seed=x", "seed='x' is not a number"),
-        ("synthetic:mu=1", r"synthetic has no parameter 'mu'; its form is synthetic\[:rho=\]\[:skew=\]\[:seed=\]"),
+        ("synthetic:mu=1", r"has no parameter 'mu'; its form is synthetic\[:rho=\]\[:skew=\]\[:foresight=\]\[:seed=\]"),
     ],
 )
 def test_wrong_parameters_are_one_sentence(text: str, expected: str) -> None:
@@ -266,14 +275,14 @@ def bench(path: Path, *arguments: object) -> tuple[list[dict[str, Any]], str]:
 def test_rows_say_what_was_replayed_and_repeat(paths: dict[str, Path]) -> None:
     table, said = bench(paths["qwen3moe"], "--replay", "synthetic:rho=0.8", "--floor")
     assert said == "" and len(table) == 4
-    assert {row["replay"] for row in table} == {"synthetic:rho=0.8:skew=0.35:seed=0"}
+    assert {row["replay"] for row in table} == {"synthetic:rho=0.8:skew=0.35:foresight=0.87:seed=0"}
     again, _ = bench(paths["qwen3moe"], "--replay", "synthetic:rho=0.8")
     own, _ = bench(paths["qwen3moe"])
     assert {row["replay"] for row in own} == {None}
     for row, same, other in zip(table, again, own, strict=True):
         assert row["miss_rate"] == same["miss_rate"] and (row["n_prompt"] or row["miss_rate"] < other["miss_rate"])
     shown = cacheroute("bench", "-m", paths["qwen3moe"], "-p", 0, "-n", 4, "-r", 1, "-t", 1, "--replay", "synthetic")
-    assert "| replay" in shown.stdout and shown.stdout.count("synthetic:rho=0.3:skew=0.35:seed=0") == 3
+    assert "| replay" in shown.stdout and shown.stdout.count("synthetic:rho=0.3:skew=0.35:foresight=0.87:seed=0") == 3
 
 
 def test_the_control_cannot_be_forced(paths: dict[str, Path]) -> None:

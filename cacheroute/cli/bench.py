@@ -62,6 +62,9 @@ def bench(
     ] = None,
     threads: options.ThreadsOption = None,
     flash_mbps: options.FlashOption = None,
+    prefetch: Annotated[
+        str, typer.Option("--prefetch", help="Experts of the next layer to read ahead, at most; numbers separated by commas.")
+    ] = "0",
     profile: options.ProfileOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
 ) -> None:
@@ -76,7 +79,9 @@ def bench(
     parsed = {r: routings.parse(r) for r in options.names(routing) if r != "tuned"}
     options.say_slow(parsed.values())
     typed = [str(parsed.get(r, r)) for r in options.names(routing)]
-    settings = (options.names(budget), typed, options.names(DEFAULT if eviction is None else eviction), options.names(io))
+    aheads = _counts(prefetch)
+    evictions = options.names(DEFAULT if eviction is None else eviction)
+    settings = (options.names(budget), typed, evictions, options.names(io), aheads)
     if not all(settings):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     task = task_profile.load(profile) if profile else None
@@ -85,7 +90,7 @@ def bench(
     from cacheroute.engine import Llama
 
     path = models.resolve(model)
-    arms = [Arm(b, *tuned.resolve(path, b, r, e), i) for b, r, e, i in itertools.product(*settings)]
+    arms = [Arm(b, *tuned.resolve(path, b, r, e), i, n) for b, r, e, i, n in itertools.product(*settings)]
     if eviction is None:
         arms = [*(Arm(b, "original", "lru", i) for b, i in itertools.product(settings[0], settings[3])), *arms]
     arms = list(dict.fromkeys(arms))
@@ -103,7 +108,7 @@ def bench(
             llm.warm(task)
         forced = replays.bind(source, llm.layout, n_prompt, n_gen) if source else None
         for arm in arms:  # all settings are checked before the first run
-            llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io)
+            llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io, prefetch=arm.prefetch)
         tokens = llm.tokenize(options.text(file).encode(), add_bos=True)
         if control:
             arms += [control_arm(b, repack=r == "on") for b, r in itertools.product(dict.fromkeys(settings[0]), repacks)]
@@ -116,6 +121,17 @@ def bench(
                 llm, arms, tokens, n_prompt, n_gen, repetitions, progress, against_floor=floor, replay=forced, say=_say
             )
     _write(rows, output)
+
+
+def _counts(text: str) -> list[int]:
+    """Numbers between commas. Raises UsageError for anything else."""
+    try:
+        counts = [int(n) for n in options.names(text)]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 0:
+        raise UsageError(f"--prefetch is a number of experts, or some separated by commas, not {text!r}.")
+    return counts
 
 
 def _say(text: str) -> None:
@@ -157,6 +173,8 @@ def _markdown(rows: list[Row]) -> str:
     head += ["resident/budget MiB"]
     floors = any(r.floor_share is not None for r in rows)
     head += ["floor tok/s", "of floor"] if floors else []
+    ahead = any(r.prefetch for r in rows)
+    head += ["prefetch", "chosen"] if ahead else []
     replayed = any(r.replay for r in rows)
     head += ["replay"] if replayed else []
     table = [head, ["---"] * len(head)]
@@ -179,6 +197,7 @@ def _markdown(rows: list[Row]) -> str:
             f"{_number(r.resident_mib, digits=1)}/{r.budget_mib:.1f}",
         ]
         cells += [_number(r.floor_ts), _number(r.floor_share, 100, 0, "%")] if floors else []
+        cells += [str(r.prefetch), "" if r.prefetch_used is None else f"{100 * r.prefetch_used:.0f}%"] if ahead else []
         cells += [r.replay or ""] if replayed else []
         table.append(cells)
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]

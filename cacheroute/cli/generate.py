@@ -46,6 +46,7 @@ def generate(
     eviction: options.EvictionOption = DEFAULT,
     io: options.IoOption = "mmap",
     flash_mbps: options.FlashOption = None,
+    prefetch: options.PrefetchOption = 0,
     profile: options.ProfileOption = None,
     output: Annotated[
         str, typer.Option("-o", "--output", help="text, json (one object at the end) or jsonl (one a piece).")
@@ -69,6 +70,7 @@ def generate(
         eviction=eviction,
         io=io,
         flash_mbps=flash_mbps,
+        prefetch=prefetch,
         n_ctx=ctx_size,
         n_threads=options.threads(threads),
         n_threads_batch=options.threads(threads),

@@ -24,9 +24,12 @@ ModelOption = Annotated[
 ThreadsOption = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Compute threads. [default: all cores]")]
 IoOption = Annotated[
     str,
-    typer.Option("--io", help="How misses are read: mmap (page cache), direct (past it), auto (direct where the disk can)."),
+    typer.Option("--io", help="How misses are read: mmap (page cache), direct (past it), auto (the faster one, measured once)."),
 ]
 FlashOption = Annotated[float | None, typer.Option("--flash-mbps", min=0.001, help="Pace reads to a flash of that many MB/s.")]
+PrefetchOption = Annotated[
+    int, typer.Option("--prefetch", min=0, help="Experts of the next layer to read ahead while a layer computes, at most.")
+]
 ProfileOption = Annotated[
     Path | None,
     typer.Option("--profile", help="Start with the experts of a task in memory; `cacheroute trace --save-profile` writes it."),

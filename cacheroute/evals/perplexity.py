@@ -73,12 +73,14 @@ def score(
     *,
     carry: bool = False,
     watch: Callable[[Row], None] | None = None,
+    prompt: Callable[[Chunk], None] | None = None,
 ) -> Iterator[ChunkScore]:
     """Scores chunks with the settings that `llm` has, one after the other.
 
     Every chunk starts with an empty cache and fresh running ranges, so its score depends on nothing but its tokens and the
     settings; with `carry` they are kept from chunk to chunk (the sequence is not). `watch` gets the log-probabilities of
-    each scored position. Raises UsageError when a chunk does not fit the context of the model.
+    each scored position. `prompt` brings the model to where the tokens before the scored ones are evaluated, in place of
+    evaluating them. Raises UsageError when a chunk does not fit the context of the model.
     """
     if chunks and max(len(c.tokens) for c in chunks) - 1 > llm.n_ctx():  # the last token is not evaluated
         raise UsageError(f"A chunk of {len(chunks[0].tokens)} tokens does not fit the context of {llm.n_ctx()}.")
@@ -88,12 +90,15 @@ def score(
             _llama.module().Llama.reset(llm)  # the sequence only; ours empties the cache, too
         else:
             llm.reset()
+        if chunk.first:
+            if prompt:
+                prompt(chunk)
+            else:
+                llm.eval(chunk.tokens[: chunk.first])
         yield _score(llm, chunk, watch)
 
 
 def _score(llm: Llama, chunk: Chunk, watch: Callable[[Row], None] | None) -> ChunkScore:
-    if chunk.first:
-        llm.eval(chunk.tokens[: chunk.first])
     before, layers_before = llm.stats().decode, llm.decoded_by_layer()
     nll = np.empty(chunk.n_scored)
     start = time.perf_counter()

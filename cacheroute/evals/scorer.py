@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,9 +28,10 @@ from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.text import Chunk
 from cacheroute.eviction import DEFAULT
 from cacheroute.routing import Routing
-from cacheroute.stats import MIB
+from cacheroute.stats import MIB, available_memory
 
 if TYPE_CHECKING:
+    from cacheroute.checkpoint import Checkpoint
     from cacheroute.engine import Llama
 
 
@@ -71,10 +74,16 @@ class Ask(NamedTuple):
 
 
 class Runner:
-    """Computes cells with a loaded model."""
+    """Computes cells with a loaded model.
 
-    def __init__(self, llm: Llama, chunks: Sequence[Chunk], io: str) -> None:
-        self.llm, self.chunks, self._io = llm, chunks, io
+    Prompts are routed by `original`, so what a chunk's leaves behind is the same for every routing of one budget and eviction: it
+    is kept, as far as `room` bytes go, and not evaluated again.
+    """
+
+    def __init__(self, llm: Llama, chunks: Sequence[Chunk], io: str, room: int) -> None:
+        self.llm, self.chunks, self._io, self._room = llm, chunks, io, room
+        self._prompts: dict[tuple[int, int, str], Checkpoint] = {}
+        self._sequences: dict[int, bytes] = {}  # by chunk: the same at every budget
         self._configured: tuple[str, int, str] | None = None
         self._reference: tuple[int, list[Row]] | None = None  # of the chunk asked for last: a chunk's are many MB
 
@@ -90,7 +99,7 @@ class Runner:
             position += 1
 
         self._configure(ask.routing, ask.budget, ask.eviction)
-        s = next(iter(score(self.llm, [self.chunks[ask.chunk]], watch=watch if ask.kl else None)))
+        s = next(iter(score(self.llm, [self.chunks[ask.chunk]], watch=watch if ask.kl else None, prompt=self._prompt)))
         return Cell(
             routing=key(ask.routing),
             budget=ask.budget,
@@ -111,10 +120,27 @@ class Runner:
         if self._reference is None or self._reference[0] != chunk:
             rows: list[Row] = []
             self._configure(Routing("original"), self.llm.layout.n_expert, DEFAULT)
-            for _ in score(self.llm, [self.chunks[chunk]], watch=lambda log_p: rows.append(log_p)):
+            for _ in score(self.llm, [self.chunks[chunk]], watch=lambda log_p: rows.append(log_p), prompt=self._prompt):
                 pass
             self._reference = chunk, rows
         return self._reference[1]
+
+    def _prompt(self, chunk: Chunk) -> None:
+        assert self._configured
+        at = (chunk.index, *self._configured[1:])
+        kept = self._prompts.get(at)
+        if kept:
+            self.llm.return_to(kept)
+            return
+        self.llm.eval(chunk.tokens[: chunk.first])
+        if self._room <= 0:
+            return
+        mark = self.llm.checkpoint(sequence=chunk.index not in self._sequences)
+        if mark.sequence is not None:
+            self._sequences[chunk.index] = mark.sequence
+            self._room -= len(mark.sequence)
+        mark.sequence = self._sequences[chunk.index]
+        self._prompts[at] = mark
 
     def _configure(self, routing: Routing, budget: int, eviction: str) -> None:
         settings = (key(routing), budget, eviction)
@@ -139,7 +165,7 @@ class Scorer:
         pool: Executor | None = None,
     ) -> None:
         self.llm, self.chunks, self.after, self._results, self._pool = llm, chunks, after, results, pool
-        self._runner = Runner(llm, chunks, io)
+        self._runner = Runner(llm, chunks, io, _room(1))
         self._cells: dict[tuple[str, int, str, int], Cell] = {}
         self._pending: dict[tuple[str, int, str, int, bool], Future[Cell]] = {}
         self.n_kept = len(results.lines) if results else 0
@@ -183,13 +209,27 @@ class Scorer:
         return cell if cell and (cell.kl is not None or not ask.kl) else None
 
 
+def _room(n_runners: int) -> int:
+    """Bytes that each of them may keep."""
+    return (available_memory() or 0) // (8 * n_runners)
+
+
 _runner: Runner | None = None  # of a worker process
 
 
-def _load(model: Path, chunks: Sequence[Chunk], n_threads: int, io: str) -> None:
+def _load(model: Path, chunks: Sequence[Chunk], n_threads: int, io: str, room: int) -> None:
     global _runner
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    _runner = Runner(loading.load(model, max(len(c.tokens) for c in chunks), n_threads), chunks, io)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _runner = Runner(loading.load(model, max(len(c.tokens) for c in chunks), n_threads), chunks, io, room)
+
+
+def _end_with_parent() -> None:
+    """A pool's processes wait for work for ever when their parent was killed."""
+    parent = parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _run(ask: Ask) -> Cell:
@@ -203,7 +243,7 @@ def workers(n: int, model: Path, chunks: Sequence[Chunk], n_threads: int, io: st
     if n < 2:
         yield None
         return
-    pool = ProcessPoolExecutor(n, get_context("spawn"), _load, (model, chunks, n_threads, io))
+    pool = ProcessPoolExecutor(n, get_context("spawn"), _load, (model, chunks, n_threads, io, _room(n)))
     try:
         yield pool
     finally:

@@ -17,6 +17,7 @@ from cacheroute.errors import UsageError
 from cacheroute.evals.perplexity import Row, log_probabilities
 
 if TYPE_CHECKING:
+    from cacheroute.checkpoint import Checkpoint
     from cacheroute.engine import Llama
 
 
@@ -26,7 +27,7 @@ class TaskScorer:
     def __init__(self, llm: Llama) -> None:
         self.llm = llm
         self.truncated = 0
-        self._kept: list[int] | None = None  # the head whose state can be brought back
+        self._kept: Checkpoint | None = None  # after the head that came last
         self._last: tuple[list[int], Row] | None = None  # tokens and what the model says follows them
         policy = llm.routing.policy if llm.routing else ""
         self._rewinds = not (policy or llm._is_recurrent or llm._is_hybrid)
@@ -146,16 +147,15 @@ class TaskScorer:
 
     def _start(self, tokens: list[int], head: int, *, decode: bool = True) -> None:
         """Evaluates tokens[:head] as a prompt, or brings back the state after them, and then the others, decoded or not."""
-        if self._kept is not None and self._kept == tokens[:head]:
-            self.llm.return_to(head)
+        if self._kept and self._kept.tokens == tokens[:head]:
+            self.llm.return_to(self._kept)
         else:
             self.llm.reset()
             self._kept = None
             if head:
                 self.llm.eval(tokens[:head])
             if head and self._rewinds:
-                self.llm.checkpoint()
-                self._kept = tokens[:head]
+                self._kept = self.llm.checkpoint()
         if not decode:
             self.llm.eval(tokens[head:])
             return

@@ -45,8 +45,8 @@ class ExpertCache {
   private:
     bool goes_before(int32_t a, int32_t b, bool by_recency) const;
 
-    const int      n_used_, capacity_;
-    const Eviction eviction_;
+    int      n_used_, capacity_;
+    Eviction eviction_;
     std::vector<uint8_t>  resident_;
     std::vector<uint64_t> last_use_;
     std::vector<uint64_t> n_uses_;

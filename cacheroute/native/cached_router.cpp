@@ -12,6 +12,27 @@ void CachedRouter::reset() {
     cache_.reset();
 }
 
+const std::vector<int32_t> & CachedRouter::foresee(const Scores & scores) {
+    Selection & sel = event_.selection;
+    router_.select(scores, cache_.resident(), router_.custom(), sel);
+    event_.missed.clear();
+    for (int32_t i = 0; i < sel.n_run; i++) {
+        if (!cache_.resident()[sel.ids[i]]) event_.missed.push_back(sel.ids[i]);
+    }
+    return event_.missed;
+}
+
+bool CachedRouter::resume(const CachedRouter & other) {
+    const ExpertCache & theirs = other.cache_;
+    if (theirs.capacity() != cache_.capacity() || theirs.eviction() != cache_.eviction() ||
+        theirs.resident().size() != cache_.resident().size()) {
+        return false;
+    }
+    router_.resume(other.router_);
+    cache_ = theirs;
+    return true;
+}
+
 void CachedRouter::warm(const std::vector<int32_t> & ids) {
     for (int32_t e : ids) cache_.touch(e);
     event_.evicted.clear();

@@ -41,11 +41,18 @@ class CachedRouter {
     // ids [K] that the model itself prescribes.
     const Event & step(const Scores & scores, Phase phase, const int32_t * dictated = nullptr);
 
+    // What a decoded token of these scores would miss, best first. Changes nothing: a custom policy is not asked, `original` is.
+    const std::vector<int32_t> & foresee(const Scores & scores);
+
     // Puts experts into the cache, the last of them most recent: what a sequence starts with. At most `capacity` of them.
     void warm(const std::vector<int32_t> & ids);
 
     // Forgets the sequence: cache, running means. Counters stay.
     void reset();
+
+    // Goes on where another was: its cache and running means, under this one's routing. Counters stay.
+    // false, and nothing has changed: its cache is not of this size and eviction.
+    bool resume(const CachedRouter & other);
 
     const ExpertCache & cache() const { return cache_; }
     ExpertCache &       cache() { return cache_; }

@@ -41,11 +41,20 @@ struct cr_shape {
     int32_t eviction; /* 0 lru, 1 lfu, 2 score, 3 belady (replay of dictated ids only) */
 };
 
+/* The router of a MoE layer, in the model's memory: weight [E][n_embd] (NULL: nothing is read ahead for the layer), bias [E] or
+ * NULL, norm [n_embd] of what it is given, or NULL. */
+struct cr_router_weights {
+    const float * weight;
+    const float * bias;
+    const float * norm;
+};
+
 struct cr_counters { /* sums over layers and tokens; see Counters in cached_router.h */
     uint64_t tokens, examined, hits, misses, swapped, dropped, evictions, held;
     double   lost_mass;
     /* of the store; 0 for a bare router */
     uint64_t read_bytes, reads, read_ns, evict_ns;
+    uint64_t prefetched, prefetch_used; /* experts read ahead; of those, chosen */
 };
 
 /* strategy custom: fills ids[K], distinct, 0..E-1, and returns 0; anything else: no choice, `original` runs. z, mass: double[E],
@@ -110,6 +119,7 @@ CR_API uint64_t cr_store_read_bytes(const cr_store * store);
 /* ---- the hook ---- */
 
 typedef struct cr_hook cr_hook;
+typedef struct cr_checkpoint cr_checkpoint;
 
 /* layer_of[n_il]: llama.cpp's layer -> 0..n_layers-1, or -1. Takes the store over, also when it fails; store NULL: the hook
  * routes and moves no bytes. */
@@ -124,14 +134,22 @@ CR_API void cr_hook_reset(cr_hook * hook);  /* forget the sequence, drop every e
 CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
 /* Brings experts of a layer (n <= capacity) into memory before a sequence; the last is the most recent. */
 CR_API void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n);
-CR_API void cr_hook_save(cr_hook * hook); /* keeps cache and running means until the next cr_hook_reset() */
-CR_API int32_t cr_hook_restore(cr_hook * hook); /* brings them back; counters go on. 0: nothing was kept */
+/* Caches and running means as they are now, the caller's to free. */
+CR_API cr_checkpoint * cr_hook_save(cr_hook * hook);
+/* Brings them back, also into another hook, under its own routing; counters go on. 0: the caches are of another size or
+ * eviction. */
+CR_API int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint);
+CR_API void cr_checkpoint_free(cr_checkpoint * checkpoint);
 /* Before each llama_decode() that does not go on where the last one ended: which token of the sequence it begins with. */
 CR_API void cr_hook_set_position(cr_hook * hook, int64_t token);
 /* From now on the layer chooses by these scores and not by the model's own: z [n_tokens][E], mass likewise or NULL, as in
  * cr_router_replay, one row for each token of a sequence; a row that starts with NaN is not known, and asking for it is an error.
  * Copied. n_tokens 0: the model's own again. Gate weights are always the model's. */
-CR_API void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass);
+CR_API void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass,
+                          const uint16_t * guess /* of z, for cr_hook_prefetch(); or NULL: the layer is not read ahead */);
+/* From now on, while a layer computes on a decoded token, up to n experts are read that the next layer would miss if its router
+ * were given this layer's hidden state. What is chosen stays the same. layers: [n_layers]. */
+CR_API void cr_hook_prefetch(cr_hook * hook, int32_t n, int32_t n_embd, const struct cr_router_weights * layers);
 CR_API void cr_hook_trace(cr_hook * hook, int32_t on); /* both ways it forgets the sequence, as cr_hook_reset() */
 /* Bytes of the records that wait (trace.h); moved to `out` where it has room for all of them. */
 CR_API uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size);

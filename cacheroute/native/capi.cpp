@@ -23,6 +23,10 @@ struct cr_hook {
     Hook hook;
 };
 
+struct cr_checkpoint {
+    std::vector<CachedRouter> routers;
+};
+
 namespace {
 
 std::vector<CachedRouter> make_routers(const cr_shape & s, const cr_routing * routing) {
@@ -207,18 +211,31 @@ const void * cr_hook_address(cr_hook * hook) { return hook->hook.address(); }
 void         cr_hook_set_phase(cr_hook * hook, int32_t decode) { hook->hook.set_phase(decode ? Phase::decode : Phase::prefill); }
 void         cr_hook_finish(cr_hook * hook) { hook->hook.finish(); }
 void         cr_hook_reset(cr_hook * hook) { hook->hook.reset(); }
-void         cr_hook_save(cr_hook * hook) { hook->hook.save(); }
-int32_t      cr_hook_restore(cr_hook * hook) { return hook->hook.restore() ? 1 : 0; }
 void         cr_hook_set_position(cr_hook * hook, int64_t token) { hook->hook.set_position(uint32_t(token)); }
 void         cr_hook_trace(cr_hook * hook, int32_t on) { hook->hook.trace(on != 0); }
 void         cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user) { set_policies(hook->hook.routers(), policy, user); }
 
-void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass) {
+cr_checkpoint * cr_hook_save(cr_hook * hook) { return new cr_checkpoint{hook->hook.save()}; }
+
+int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint) { return hook->hook.resume(checkpoint->routers) ? 1 : 0; }
+
+void cr_checkpoint_free(cr_checkpoint * checkpoint) { delete checkpoint; }
+
+void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass,
+                   const uint16_t * guess) {
     const size_t n = size_t(n_tokens) * hook->hook.routers()[size_t(layer)].cache().resident().size();
     ForcedScores forced;
     if (n) forced.z.assign(z, z + n);
     if (n && mass) forced.mass.assign(mass, mass + n);
+    if (n && guess) forced.guess.assign(guess, guess + n);
     hook->hook.force(layer, std::move(forced));
+}
+
+void cr_hook_prefetch(cr_hook * hook, int32_t n, int32_t n_embd, const cr_router_weights * layers) {
+    const auto &               routers = hook->hook.routers();
+    std::vector<RouterWeights> weights;
+    for (size_t l = 0; l < routers.size(); l++) weights.push_back({layers[l].weight, layers[l].bias, layers[l].norm});
+    hook->hook.prefetch(n, NextRouter(int(routers[0].cache().resident().size()), n_embd, std::move(weights)));
 }
 
 uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size) {
@@ -248,6 +265,8 @@ void cr_hook_counters(cr_hook * hook, int32_t layer, int32_t prefill, cr_counter
     out->reads      = s.reads;
     out->read_ns    = s.read_ns;
     out->evict_ns   = s.evict_ns;
+    out->prefetched    = s.ahead;
+    out->prefetch_used = s.ahead_used;
 }
 
 void cr_hook_resident(cr_hook * hook, int32_t layer, uint8_t * mask) {

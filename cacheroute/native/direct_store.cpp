@@ -22,24 +22,27 @@ namespace {
 
 constexpr int      N_READERS = 4;         // 2 to 4 saturate a flash; io_uring would save processor time only
 constexpr uint64_t PIECE     = 256 << 10; // of one read: small enough to share an expert among the readers
-constexpr int32_t  NOWHERE   = -1;
 
-// The slots of one tensor: room for all of its experts, memory for those that it has at a time.
-struct Slots {
-    uint8_t *            base;
-    uint64_t             slot_bytes; // whole pages, enough for any expert wherever it begins in its first page
-    std::vector<int32_t> of;         // [E] slot, or NOWHERE
-    std::vector<int32_t> free;       // in memory, and nobody's
-    std::vector<int32_t> empty;      // not in memory, the first one last
+// Slots of one size, for all tensors whose experts have it: room for every expert, memory for those that are there.
+struct Pool {
+    uint64_t               slot_bytes = 0; // whole pages, enough for any expert wherever it begins in its first page
+    uint64_t               n_slots    = 0;
+    uint8_t *              base       = nullptr;
+    std::vector<uint8_t *> free;      // in memory, and nobody's
+    std::vector<uint8_t *> empty;     // not in memory, the first one last
+    size_t                 spare = 0; // most slots that were ever read into ahead: so many stay free, and in memory
+
+    uint64_t bytes() const { return n_slots * slot_bytes; }
 };
 
 class DirectStore final : public ReadingStore {
   public:
     DirectStore(const std::vector<std::string> & files, int n_layers, int n_expert, const std::vector<ExpertTensor> & tensors)
-        : ReadingStore(files, n_layers, n_expert, tensors) {
+        : ReadingStore(files, n_layers, n_expert, tensors), slot_(tensors.size() * size_t(n_expert)) {
         try {
             for (const auto & name : files) open_direct(name);
-            for (size_t t = 0; t < tensors.size(); t++) reserve(t);
+            for (size_t t = 0; t < tensors.size(); t++) pool_of_.push_back(find_pool(t));
+            for (Pool & pool : pools_) reserve(pool);
         } catch (...) {
             release();
             throw;
@@ -55,53 +58,60 @@ class DirectStore final : public ReadingStore {
   protected:
     void begin(const std::vector<size_t> & tensors, const std::vector<int32_t> & load, const std::vector<int32_t> & evict) override {
         for (size_t t : tensors) {
-            Slots & slots = slots_[t];
+            Pool & pool = pools_[pool_of_[t]];
             for (int32_t e : evict) {
-                if (slots.of[size_t(e)] == NOWHERE) continue;
-                slots.free.push_back(slots.of[size_t(e)]);
-                slots.of[size_t(e)] = NOWHERE;
+                if (!slot(t, e)) continue;
+                pool.free.push_back(slot(t, e));
+                slot(t, e) = nullptr;
             }
             for (int32_t e : load) {
-                slots.of[size_t(e)] = take(slots);
-                PageRun run         = pages(t, e, 1);
-                run.address         = slot(slots, slots.of[size_t(e)]);
+                slot(t, e)  = take(pool);
+                PageRun run = pages(t, e, 1);
+                run.address = slot(t, e);
                 read(t, e, run);
             }
+        }
+        if (!ahead()) return;
+        for (Pool & pool : pools_) {
+            size_t n = 0;
+            for (size_t t : tensors) n += pools_[pool_of_[t]].base == pool.base ? load.size() : 0;
+            pool.spare = std::max(pool.spare, n);
         }
     }
 
     void drop(const std::vector<size_t> & tensors, const std::vector<int32_t> &) override {
         for (size_t t : tensors) {
-            Slots & slots = slots_[t];
-            for (int32_t s : slots.free) {
-                madvise(slot(slots, s), slots.slot_bytes, MADV_DONTNEED);
-                slots.empty.push_back(s);
-                resident_bytes_ -= slots.slot_bytes;
+            Pool & pool = pools_[pool_of_[t]];
+            for (; pool.free.size() > pool.spare; pool.free.pop_back()) {
+                madvise(pool.free.back(), pool.slot_bytes, MADV_DONTNEED);
+                pool.empty.push_back(pool.free.back());
+                resident_bytes_ -= pool.slot_bytes;
             }
-            slots.free.clear();
         }
     }
 
+    bool drops_in_quiet() const override { return false; }
+
     void drop_all() override {
-        for (Slots & slots : slots_) {
-            madvise(slots.base, reserved(slots), MADV_DONTNEED);
-            all_empty(slots);
+        std::fill(slot_.begin(), slot_.end(), nullptr);
+        for (Pool & pool : pools_) {
+            madvise(pool.base, pool.bytes(), MADV_DONTNEED);
+            all_empty(pool);
         }
     }
 
     const void * address(size_t tensor, int32_t e) const override {
         const ExpertTensor & t      = tensors()[tensor];
         const uint8_t *      mapped = t.address + uint64_t(e) * t.expert_bytes;
-        const Slots &        slots  = slots_[tensor];
-        const int32_t        s      = slots.of[size_t(e)];
-        if (s == NOWHERE) return mapped; // nobody has asked for it: the mapping has it too
-        return slot(slots, s) + reinterpret_cast<uintptr_t>(mapped) % page_bytes();
+        const uint8_t *      own    = slot_[tensor * size_t(n_expert()) + size_t(e)];
+        if (!own) return mapped; // nobody has asked for it: the mapping has it too
+        return own + reinterpret_cast<uintptr_t>(mapped) % page_bytes();
     }
 
     uint64_t measure() const override { // anonymous memory is ours: the kernel tells
         uint64_t bytes = 0;
-        for (const Slots & slots : slots_) {
-            const uint64_t n = in_memory(slots.base, reserved(slots), page_bytes());
+        for (const Pool & pool : pools_) {
+            const uint64_t n = in_memory(pool.base, pool.bytes(), page_bytes());
             if (n == UNKNOWN_BYTES) return n;
             bytes += n;
         }
@@ -125,41 +135,48 @@ class DirectStore final : public ReadingStore {
         return ok;
     }
 
-    void reserve(size_t tensor) {
-        Slots slots{};
-        for (int e = 0; e < n_expert(); e++) slots.slot_bytes = std::max(slots.slot_bytes, pages(tensor, e, 1).bytes);
-        slots.of.resize(size_t(n_expert()));
+    size_t find_pool(size_t tensor) {
+        uint64_t bytes = 0;
+        for (int e = 0; e < n_expert(); e++) bytes = std::max(bytes, pages(tensor, e, 1).bytes);
+        size_t i = 0;
+        while (i < pools_.size() && pools_[i].slot_bytes != bytes) i++;
+        if (i == pools_.size()) pools_.emplace_back();
+        pools_[i].slot_bytes = bytes;
+        pools_[i].n_slots += uint64_t(n_expert());
+        return i;
+    }
+
+    void reserve(Pool & pool) {
         // NORESERVE: most of it is never touched. No huge pages: they would reach past the budget.
-        void * base = mmap(nullptr, reserved(slots), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void * base = mmap(nullptr, pool.bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (base == MAP_FAILED) throw std::runtime_error(std::string("no address space for direct reads: ") + std::strerror(errno));
 #ifdef MADV_NOHUGEPAGE
-        madvise(base, reserved(slots), MADV_NOHUGEPAGE);
+        madvise(base, pool.bytes(), MADV_NOHUGEPAGE);
 #endif
-        slots.base = static_cast<uint8_t *>(base);
-        all_empty(slots);
-        slots_.push_back(std::move(slots));
+        pool.base = static_cast<uint8_t *>(base);
+        all_empty(pool);
     }
 
-    void all_empty(Slots & slots) const {
-        std::fill(slots.of.begin(), slots.of.end(), NOWHERE);
-        slots.free.clear();
-        slots.empty.clear();
-        for (int s = n_expert(); s-- > 0;) slots.empty.push_back(s);
+    void all_empty(Pool & pool) const {
+        pool.free.clear();
+        pool.empty.clear();
+        for (uint64_t i = pool.n_slots; i-- > 0;) pool.empty.push_back(pool.base + i * pool.slot_bytes);
     }
 
-    uint64_t  reserved(const Slots & slots) const { return uint64_t(n_expert()) * slots.slot_bytes; }
-    uint8_t * slot(const Slots & slots, int32_t s) const { return slots.base + uint64_t(s) * slots.slot_bytes; }
+    uint8_t *& slot(size_t tensor, int32_t e) { return slot_[tensor * size_t(n_expert()) + size_t(e)]; }
 
-    int32_t take(Slots & slots) {
-        auto &        from = slots.free.empty() ? slots.empty : slots.free;
-        const int32_t s    = from.back();
-        if (slots.free.empty()) {
-            resident_bytes_ += slots.slot_bytes;
-            // this expert may end a page earlier than the slot does, the next one not: a slot is in memory as a whole
-            *static_cast<volatile uint8_t *>(slot(slots, s) + slots.slot_bytes - 1) = 0;
+    uint8_t * take(Pool & pool) {
+        auto &    from = pool.free.empty() ? pool.empty : pool.free;
+        uint8_t * slot = from.back();
+        if (pool.free.empty()) {
+            resident_bytes_ += pool.slot_bytes;
+            // this expert may end a page earlier than the slot does, the next one not: a slot is in memory as a whole, and one
+            // that is read ahead even if it is not read to its end
+            const uint64_t last = pool.slot_bytes - page_bytes();
+            for (uint64_t at = ahead() ? 0 : last; at <= last; at += page_bytes()) *static_cast<volatile uint8_t *>(slot + at) = 0;
         }
         from.pop_back();
-        return s;
+        return slot;
     }
 
     int read_piece(const PageRun & piece) const {
@@ -176,13 +193,17 @@ class DirectStore final : public ReadingStore {
     }
 
     void release() {
-        for (const Slots & slots : slots_) munmap(slots.base, reserved(slots));
+        for (const Pool & pool : pools_) {
+            if (pool.base) munmap(pool.base, pool.bytes());
+        }
         for (int fd : direct_) close(fd);
     }
 
-    std::vector<int>      direct_;
-    std::vector<uint64_t> sizes_; // of the files, bytes
-    std::vector<Slots>    slots_; // [tensor]
+    std::vector<int>       direct_;
+    std::vector<uint64_t>  sizes_; // of the files, bytes
+    std::vector<Pool>      pools_;
+    std::vector<size_t>    pool_of_; // [tensor]
+    std::vector<uint8_t *> slot_;    // [tensor][E] where the expert is, or null
 };
 
 } // namespace

@@ -100,8 +100,33 @@ void Hook::select(const ExpertEvent & ev) {
         if (needed_[e] && !cached[e]) over_layer_ = layer;
         in_memory[e] = needed_[e] || cached[e];
     }
-    exchange(layer);
+    const bool guessed = std::exchange(ahead_layer_, -1) == layer;
+    if (guessed || !load_.empty() || !evict_.empty()) store_->exchange(layer, load_, evict_);
+    if (n_ahead_ && phase_ == Phase::decode && ev.n_tokens == 1) look_ahead(layer, batch_first_, ev);
     count();
+}
+
+void Hook::look_ahead(int layer, uint32_t token, const ExpertEvent & ev) {
+    const size_t next = size_t(layer) + 1;
+    if (next >= routers_.size() || ev.n_embd != next_->n_embd()) return;
+    const ForcedScores & forced = forced_[next];
+    const size_t         n = in_memory_[next].size(), row = size_t(token) * n;
+    if (!forced.z.empty()) {
+        if (row + n > forced.guess.size()) return;
+        guess_.read_back(&forced.guess[row], nullptr, int(n));
+    } else if (const auto * scores = next_->scores(layer, ev.hidden)) {
+        guess_.fill(scores->data(), scores->data(), int(n), false, true);
+    } else {
+        return;
+    }
+    load_.clear();
+    for (int32_t e : routers_[next].foresee(guess_)) {
+        if (int(load_.size()) < n_ahead_) load_.push_back(e);
+    }
+    if (load_.empty()) return;
+    ahead_layer_ = int(next);
+    for (int32_t e : load_) in_memory_[next][e] = 1;
+    store_->prefetch(int(next), load_);
 }
 
 bool Hook::read_forced(int layer, uint32_t token) {
@@ -124,6 +149,8 @@ void Hook::count() {
     sum.reads      += now.reads - seen_.reads;
     sum.read_ns    += now.read_ns - seen_.read_ns;
     sum.evict_ns   += now.evict_ns - seen_.evict_ns;
+    sum.ahead      += now.ahead - seen_.ahead;
+    sum.ahead_used += now.ahead_used - seen_.ahead_used;
     seen_ = now;
 }
 
@@ -139,10 +166,6 @@ void Hook::finish() {
     if (over_layer_ >= 0) return follow_cache(std::exchange(over_layer_, -1));
     wait();
     count();
-}
-
-void Hook::exchange(int layer) {
-    if (!load_.empty() || !evict_.empty()) store_->exchange(layer, load_, evict_);
 }
 
 // llama.cpp is C on the way up: no exception may pass through it.
@@ -176,35 +199,32 @@ void Hook::follow_cache(int layer) {
         in_memory[e] = cached[e];
     }
     if (!store_) return;
-    exchange(layer);
+    if (!load_.empty() || !evict_.empty()) store_->exchange(layer, load_, evict_);
     wait();
     count();
 }
 
-void Hook::save() {
+std::vector<CachedRouter> Hook::save() {
     finish();
-    saved_ = std::make_unique<std::vector<CachedRouter>>(routers_);
+    return routers_;
 }
 
-bool Hook::restore() {
-    if (!saved_) return false;
+bool Hook::resume(const std::vector<CachedRouter> & saved) {
+    if (saved.size() != routers_.size()) return false;
     finish();
-    std::vector<CachedRouter> routers(*saved_);
-    for (size_t i = 0; i < routers.size(); i++) {
-        for (Phase phase : {Phase::prefill, Phase::decode}) routers[i].counters(phase) = routers_[i].counters(phase);
+    for (size_t i = 0; i < routers_.size(); i++) {
+        if (!routers_[i].resume(saved[i])) return false;
     }
-    routers_.swap(routers);
     for (size_t i = 0; i < routers_.size(); i++) follow_cache(int(i));
     return true;
 }
 
 void Hook::reset() {
-    saved_.reset();
     sequence_ += batch_first_ + batch_size_ > 0;
     batch_first_ = batch_size_ = 0;
     for (auto & r : routers_) r.reset();
     for (auto & m : in_memory_) std::fill(m.begin(), m.end(), 0);
-    over_layer_ = -1;
+    over_layer_ = ahead_layer_ = -1;
     if (store_) store_->clear();
 }
 

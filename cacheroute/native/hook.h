@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cached_router.h"
+#include "next_router.h"
 #include "store.h"
 #include "trace.h"
 
@@ -23,6 +24,8 @@ struct ExpertEvent {
     const float * probs;
     int32_t     * ids;
     float       * weights;
+    const float * hidden;
+    int32_t       n_embd;
 };
 
 // Mirrors ggml_expert_source of patches/0005-wait-for-experts.patch.
@@ -42,6 +45,7 @@ struct ExpertHook {
 // Scores that stand for a model's own, half precision, one row of E for each token of a sequence; none: the model's are used.
 struct ForcedScores {
     std::vector<uint16_t> z, mass; // mass empty: softmax(z)
+    std::vector<uint16_t> guess;   // what stands for the next router's opinion of them; empty: nothing is read ahead
 };
 
 class Hook {
@@ -72,14 +76,21 @@ class Hook {
     // Forgets the sequence and drops every expert; counters stay.
     void reset();
 
-    // Keeps the cache and the running means as they are now, until the next reset(); restore() brings them back, as often as
-    // one likes, and memory after them. Counters go on. False: nothing was kept.
-    void save();
-    bool restore();
+    // The caches and the running means as they are now; resume() brings them back, and memory after them, also into another
+    // hook. Counters go on. False: the caches are of another size or eviction.
+    std::vector<CachedRouter> save();
+    bool                      resume(const std::vector<CachedRouter> & saved);
 
     // Starts (or ends) a trace, from an empty cache. Records are the caller's to take from trace_buffer().
     void          trace(bool on);
     TraceBuffer * trace_buffer() { return trace_.get(); }
+
+    // From now on, while a layer computes on a decoded token, up to n experts are read that the next layer would miss if its
+    // router were given this layer's hidden state. What is chosen is the same with and without. n = 0: none.
+    void prefetch(int n, NextRouter routers) {
+        n_ahead_ = n;
+        next_    = std::make_unique<NextRouter>(std::move(routers));
+    }
 
     // Brings experts of a layer, at most its capacity, into memory before a sequence starts; the last is the most recent.
     void warm(int layer, const std::vector<int32_t> & ids);
@@ -93,7 +104,7 @@ class Hook {
     void select(const ExpertEvent & event);
     void reweight(const ExpertEvent & event);
     bool read_forced(int layer, uint32_t token); // fills scores_; false: there is no such row
-    void exchange(int layer); // load_ and evict_
+    void look_ahead(int layer, uint32_t token, const ExpertEvent & event);
     void wait();
     void count();             // what the store did since the last call, for the phase
     void follow_cache(int layer); // memory holds what the cache says
@@ -113,12 +124,15 @@ class Hook {
     Scores               scores_;
     std::vector<uint8_t> needed_, before_;
 
-    std::unique_ptr<std::vector<CachedRouter>> saved_; // null: nothing kept
-
     std::unique_ptr<TraceBuffer> trace_; // null: nobody traces
     uint32_t sequence_    = 0;
     uint32_t batch_first_ = 0, batch_size_ = 0; // tokens of the sequence before this micro-batch, and in it
     std::vector<int32_t> load_, evict_;
+
+    int                         n_ahead_     = 0;
+    int                         ahead_layer_ = -1; // whose experts are being read ahead
+    std::unique_ptr<NextRouter> next_;
+    Scores                      guess_;
 };
 
 } // namespace cacheroute

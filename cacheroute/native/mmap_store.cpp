@@ -55,6 +55,8 @@ class MmapStore final : public ReadingStore {
         }
     }
 
+    bool drops_in_quiet() const override { return true; }
+
     void drop_all() override {
         shared_.clear();
         for (const PageRun & r : all_pages()) drop(r);
@@ -85,7 +87,8 @@ class MmapStore final : public ReadingStore {
         });
         if (!unread.bytes) return;
         resident_bytes_ += unread.bytes;
-        for (uint64_t at = 0; at < unread.bytes; at += PIECE) {
+        // but not of what may be cancelled: nothing stops a device that has been told
+        for (uint64_t at = 0; !ahead() && at < unread.bytes; at += PIECE) {
             madvise(unread.address + at, std::min(PIECE, unread.bytes - at), MADV_WILLNEED);
         }
         read(tensor, e, unread);
@@ -129,6 +132,7 @@ class MmapStore final : public ReadingStore {
 
     int populate(const PageRun & r) const {
 #ifdef __linux__
+        madvise(r.address, r.bytes, MADV_WILLNEED); // in one piece what nobody has told the device yet
         if (madvise(r.address, r.bytes, MADV_POPULATE_READ) == 0) return 0;
 #endif
         for (uint64_t at = 0; at < r.bytes; at += page_bytes()) {

@@ -29,13 +29,8 @@ void Readers::start(Clock::time_point since) {
     if (added_.empty()) return;
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        // Against a deadline that goes on, so that a late wake-up is not paid for twice.
-        deadline_ = std::max(deadline_, since);
         for (Piece & piece : added_) {
-            if (pace_ > 0) {
-                deadline_ += std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(double(piece.run.bytes) / pace_));
-                piece.not_before = deadline_;
-            }
+            piece.since = since;
             queue_.push_back(piece);
         }
         pending_ += added_.size();
@@ -44,22 +39,64 @@ void Readers::start(Clock::time_point since) {
     wake_.notify_all();
 }
 
+uint64_t Readers::cancel(Left & left) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    uint64_t bytes = 0;
+    const auto begun = std::remove_if(queue_.begin(), queue_.end(), [&](const Piece & piece) {
+        if (piece.left != &left) return false;
+        bytes += piece.run.bytes;
+        left.fetch_sub(1, std::memory_order_relaxed);
+        return true;
+    });
+    pending_ -= uint64_t(queue_.end() - begun);
+    queue_.erase(begun, queue_.end());
+    if (bytes) done_.notify_all();
+    return bytes;
+}
+
 void Readers::loop() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-        wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+        wake_.wait(lock, [this] { return stop_ || (!queue_.empty() && !paused_); });
         if (stop_) return;
         const Piece piece = queue_.front();
         queue_.pop_front();
+        // When a flash of the given pace would deliver it. The deadline goes on, so that a late wake-up is not paid for twice.
+        const bool paced = pace_ > 0;
+        if (paced) {
+            const std::chrono::duration<double> takes(double(piece.run.bytes) / pace_);
+            deadline_ = std::max(deadline_, piece.since) + std::chrono::duration_cast<Clock::duration>(takes);
+        }
+        const auto not_before = deadline_;
+        reading_++;
         lock.unlock();
         const int error = read_(piece.run);
-        if (piece.not_before != Clock::time_point{}) std::this_thread::sleep_until(piece.not_before);
         lock.lock();
+        if (--reading_ == 0 && paused_) done_.notify_all();
+        if (paced) {
+            lock.unlock();
+            std::this_thread::sleep_until(not_before);
+            lock.lock();
+        }
         if (error) error_ = error;
         const bool last = piece.left->fetch_sub(1, std::memory_order_release) == 1;
         pending_--;
         if (last || !pending_) done_.notify_all();
     }
+}
+
+void Readers::pause() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    paused_ = true;
+    done_.wait(lock, [this] { return reading_ == 0; });
+}
+
+void Readers::go_on() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        paused_ = false;
+    }
+    wake_.notify_all();
 }
 
 void Readers::wait_for(const Left & left) {

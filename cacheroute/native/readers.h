@@ -37,6 +37,13 @@ class Readers {
     void add(const PageRun & run, uint64_t piece_bytes, Left & left);
     void start(Clock::time_point since); // what was added; the pace counts from `since`
 
+    // Takes back what has not begun of those pieces, and returns its bytes. What has begun goes on.
+    uint64_t cancel(Left & left);
+
+    // Between the two no piece is being read; what has begun is read to its end first.
+    void pause();
+    void go_on();
+
     void wait_for(const Left & left); // any thread
     void wait_for_all() const;        // any thread
     int  take_error();                // of any read since the last call: 0 or an errno
@@ -48,7 +55,7 @@ class Readers {
     struct Piece {
         PageRun           run;
         Left *            left;
-        Clock::time_point not_before; // when a flash of the given pace would have delivered it
+        Clock::time_point since; // when it was asked for
     };
 
     void loop();
@@ -59,7 +66,9 @@ class Readers {
     std::condition_variable         wake_;
     std::vector<Piece>              added_; // by the one thread that adds
     std::deque<Piece>               queue_;
-    uint64_t                        pending_ = 0;
+    uint64_t                        pending_ = 0; // pieces that nobody has been told of
+    int                             reading_ = 0;
+    bool                            paused_  = false;
     double                          pace_    = 0;
     Clock::time_point               deadline_{};
     int                             error_   = 0;

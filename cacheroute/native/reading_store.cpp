@@ -56,23 +56,90 @@ void ReadingStore::start_readers(int n_threads, uint64_t piece_bytes, Readers::R
 
 void ReadingStore::exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evict) {
     const auto start = Clock::now();
-    readers_->wait_for_all(); // an error of theirs is finish()'s to tell
-    for (Expert * e : late_) e->late = false;
+    for (Expert * e : late_) {
+        readers_->wait_for(e->left); // an error of theirs is finish()'s to tell
+        e->late = false;
+    }
     late_.clear();
+    leaving_ = evict;
+    keep_guesses(layer, leaving_);
+    bury(layer, load); // before the loads: a page that is shared with a guess which nobody has read is theirs to read
     const std::vector<size_t> & tensors = layers_[size_t(layer)];
-    begin(tensors, load, evict);
-    const auto dropping = Clock::now();
-    drop(tensors, evict);
-    counters_.evict_ns += ns_since(dropping);
+    begin(tensors, load, leaving_);
+    let_go(tensors, leaving_);
     readers_->start(start);
     counters_.reads += load.size();
     counters_.read_ns += ns_since(start);
 }
 
+void ReadingStore::let_go(const std::vector<size_t> & tensors, const std::vector<int32_t> & evict) {
+    if (evict.empty()) return;
+    const auto start = Clock::now();
+    if (drops_in_quiet()) readers_->pause();
+    drop(tensors, evict);
+    if (drops_in_quiet()) readers_->go_on();
+    counters_.evict_ns += ns_since(start);
+}
+
+void ReadingStore::prefetch(int layer, const std::vector<int32_t> & experts) {
+    bury(layer, experts);
+    reading_ahead_ = true;
+    begin(layers_[size_t(layer)], experts, {});
+    reading_ahead_ = false;
+    for (int32_t e : experts) guesses_.push_back({layer, e});
+    readers_->start(Clock::now());
+    counters_.reads += experts.size();
+    counters_.ahead += experts.size();
+}
+
+// Of the experts read ahead for this layer: those that stay are waited for like the others; the rest is bury()'s and not of
+// `evict` any more, and what of it has not begun is never read.
+void ReadingStore::keep_guesses(int layer, std::vector<int32_t> & evict) {
+    if (guesses_.empty()) return;
+    const auto other = std::partition(guesses_.begin(), guesses_.end(), [&](const Guess & g) { return g.layer != layer; });
+    for (auto guess = other; guess != guesses_.end(); ++guess) {
+        const auto at    = std::find(evict.begin(), evict.end(), guess->expert);
+        const bool stays = at == evict.end();
+        for (size_t t : layers_[size_t(layer)]) {
+            Expert & expert = state(t, guess->expert);
+            if (!stays) counters_.read_bytes -= readers_->cancel(expert.left);
+            if (!stays || expert.left.load(std::memory_order_acquire) == 0) continue;
+            expert.late = true;
+            late_.push_back(&expert);
+        }
+        counters_.ahead_used += stays;
+        if (stays) continue;
+        evict.erase(at);
+        cancelled_.push_back(*guess);
+    }
+    guesses_.erase(other, guesses_.end());
+}
+
+// Drops the cancelled experts whose reads have ended; those that are wanted again are waited for.
+void ReadingStore::bury(int layer, const std::vector<int32_t> & wanted) {
+    for (size_t i = cancelled_.size(); i-- > 0;) {
+        const Guess                 guess   = cancelled_[i];
+        const std::vector<size_t> & tensors = layers_[size_t(guess.layer)];
+        const bool wait  = guess.layer == layer && std::find(wanted.begin(), wanted.end(), guess.expert) != wanted.end();
+        bool       ended = true;
+        for (size_t t : tensors) {
+            Expert & expert = state(t, guess.expert);
+            if (wait) readers_->wait_for(expert.left);
+            ended = ended && expert.left.load(std::memory_order_acquire) == 0;
+        }
+        if (!ended) continue;
+        begin(tensors, {}, {guess.expert});
+        let_go(tensors, {guess.expert});
+        cancelled_.erase(cancelled_.begin() + std::ptrdiff_t(i));
+    }
+}
+
 void ReadingStore::read(size_t tensor, int32_t e, const PageRun & run) {
     Expert & expert = state(tensor, e);
-    expert.late     = true;
-    late_.push_back(&expert);
+    if (!reading_ahead_) {
+        expert.late = true;
+        late_.push_back(&expert);
+    }
     readers_->add(run, piece_bytes_, expert.left);
     counters_.read_bytes += run.bytes;
 }
@@ -80,6 +147,7 @@ void ReadingStore::read(size_t tensor, int32_t e, const PageRun & run) {
 void ReadingStore::finish() {
     const auto start = Clock::now();
     readers_->wait_for_all();
+    bury(0, {});
     counters_.read_ns += ns_since(start);
     if (const int error = readers_->take_error()) {
         throw std::runtime_error(std::string("reading experts failed: ") + std::strerror(error));
@@ -106,6 +174,8 @@ const void * ReadingStore::find(const void * expert, bool late) {
 void ReadingStore::clear() {
     readers_->wait_for_all();
     readers_->take_error(); // of a sequence that is forgotten
+    guesses_.clear();
+    cancelled_.clear();
     drop_all();
     resident_bytes_ = 0;
 #ifdef __linux__

@@ -12,6 +12,7 @@ class ReadingStore : public Store {
     ~ReadingStore() override;
 
     void          exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evict) override;
+    void          prefetch(int layer, const std::vector<int32_t> & experts) override;
     void          finish() override;
     const void *  find(const void * expert, bool late) override;
     void          clear() override;
@@ -23,9 +24,11 @@ class ReadingStore : public Store {
   protected:
     // Before the reads: brings the experts into the books and calls read() for what is missing of them.
     virtual void begin(const std::vector<size_t> & tensors, const std::vector<int32_t> & load, const std::vector<int32_t> & evict) = 0;
-    // Gives back what nobody holds any more. The threads have not begun: a fault of theirs maps what the page cache has around
-    // it, and what is mapped in that moment cannot be dropped. A device that was told in begin() is at work.
+    // Gives back what nobody holds any more. A device that was told in begin() is at work.
     virtual void drop(const std::vector<size_t> & tensors, const std::vector<int32_t> & evict) = 0;
+    // Whether drop() wants no thread at work: a fault of theirs maps what the page cache has around it, and what is mapped in that
+    // moment cannot be dropped.
+    virtual bool         drops_in_quiet() const                   = 0;
     virtual void         drop_all()                               = 0;
     virtual const void * address(size_t tensor, int32_t e) const  = 0;
     virtual uint64_t     measure() const                          = 0; // after all reads
@@ -34,6 +37,7 @@ class ReadingStore : public Store {
     void start_readers(int n_threads, uint64_t piece_bytes, Readers::Read read);
     void stop_readers() { readers_.reset(); }
     void read(size_t tensor, int32_t e, const PageRun & run);
+    bool ahead() const { return reading_ahead_; } // begin() is for a prefetch, which may be cancelled
 
     PageRun                            pages(size_t tensor, int first, int n) const; // that these experts touch in the mapping
     int                                n_expert() const { return n_expert_; }
@@ -49,9 +53,16 @@ class ReadingStore : public Store {
   private:
     struct Expert {
         Left left{0};
-        bool late = false; // loaded by the last exchange
+        bool late = false; // on its way at the last exchange
+    };
+    struct Guess {
+        int     layer;
+        int32_t expert;
     };
     Expert & state(size_t tensor, int32_t e) { return experts_[tensor * size_t(n_expert_) + size_t(e)]; }
+    void     keep_guesses(int layer, std::vector<int32_t> & evict);
+    void     bury(int layer, const std::vector<int32_t> & wanted);
+    void     let_go(const std::vector<size_t> & tensors, const std::vector<int32_t> & evict);
 
     const int                        n_expert_;
     const uint64_t                   page_;
@@ -62,6 +73,10 @@ class ReadingStore : public Store {
     std::vector<PageRun>             all_;
     std::vector<Expert>              experts_;    // [tensor][E]
     std::vector<Expert *>            late_;
+    std::vector<Guess>               guesses_;    // prefetched, and no exchange of their layer since
+    std::vector<Guess>               cancelled_;  // evicted while a part of them is being read
+    bool                             reading_ahead_ = false;
+    std::vector<int32_t>             leaving_;
     std::unique_ptr<Readers>         readers_;
     uint64_t                         piece_bytes_ = 0;
     StoreCounters                    counters_;

@@ -83,6 +83,16 @@ class Router {
     void set_policy(Policy policy) { policy_ = std::move(policy); }
 
     void reset();
+
+    // Whether choosing is a Policy's, which may remember what it was asked.
+    bool custom() const { return routing_.strategy == Strategy::custom; }
+
+    // Goes on with the running mean of another router.
+    void resume(const Router & other) {
+        mean_range_ = other.mean_range_;
+        n_seen_     = other.n_seen_;
+    }
+
     double mean_range() const { return mean_range_; }
 
   private:

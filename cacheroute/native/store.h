@@ -23,6 +23,8 @@ struct StoreCounters {
     uint64_t reads      = 0; // experts made resident
     uint64_t read_ns    = 0; // time that callers waited: for an exchange to begin, for an expert, for the last read
     uint64_t evict_ns   = 0; // of that, spent on evicting
+    uint64_t ahead      = 0; // experts that prefetch() was asked for
+    uint64_t ahead_used = 0; // of those, kept by the exchange that followed
 };
 
 constexpr uint64_t UNKNOWN_BYTES = UINT64_MAX;
@@ -36,12 +38,16 @@ class Store {
     // from one thread at a time, and not while others are in find().
     virtual void exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evict) = 0;
 
+    // Begins to read experts of a layer before its next exchange(), behind whatever is being read. They take memory until that
+    // exchange, which neither loads those that are wanted nor waits for those that it evicts. Called as exchange() is.
+    virtual void prefetch(int layer, const std::vector<int32_t> & experts) = 0;
+
     // Blocks until all reads have ended. Throws std::runtime_error when one has failed.
     virtual void finish() = 0;
 
     // Where the bytes of an expert are; `expert`: its place in the mapping. Any thread that computes, after exchange() and
-    // before the next one, asks twice: with late = false for the experts that were resident before the exchange, with
-    // late = true for those that it loads. Null: the answer comes in the other round. Blocks, in the second, until the
+    // before the next one, asks twice: with late = false for the experts that were resident at the exchange, with
+    // late = true for those that are on their way. Null: the answer comes in the other round. Blocks, in the second, until the
     // bytes are there; after a read that failed they are not, and finish() says so.
     virtual const void * find(const void * expert, bool late) = 0;
 

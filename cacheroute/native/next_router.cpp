@@ -1,0 +1,40 @@
+#include "next_router.h"
+
+#include <cstddef>
+#include <utility>
+
+namespace cacheroute {
+
+NextRouter::NextRouter(int n_expert, int n_embd, std::vector<RouterWeights> layers)
+    : n_embd_(n_embd), layers_(std::move(layers)), hidden_(size_t(n_embd)), scores_(size_t(n_expert)) {}
+
+// In as many partial sums as a compiler puts into vectors without being told to reorder.
+static float dot(const float * a, const float * b, int n) {
+    constexpr int LANES = 16;
+    float         sums[LANES] = {};
+    int           i           = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (int j = 0; j < LANES; j++) sums[j] += a[i + j] * b[i + j];
+    }
+    float sum = 0.0f;
+    for (float s : sums) sum += s;
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+const std::vector<float> * NextRouter::scores(int layer, const float * hidden) {
+    const size_t next = size_t(layer) + 1;
+    if (next >= layers_.size() || !layers_[next].weight) return nullptr;
+    const RouterWeights & own = layers_[next - 1];
+    const RouterWeights & its = layers_[next];
+    if (own.norm && its.norm) { // normed for the next layer
+        for (int i = 0; i < n_embd_; i++) hidden_[size_t(i)] = own.norm[i] == 0.0f ? 0.0f : hidden[i] / own.norm[i] * its.norm[i];
+        hidden = hidden_.data();
+    }
+    for (size_t e = 0; e < scores_.size(); e++) {
+        scores_[e] = dot(its.weight + e * size_t(n_embd_), hidden, n_embd_) + (its.bias ? its.bias[e] : 0.0f);
+    }
+    return &scores_;
+}
+
+} // namespace cacheroute

@@ -1,0 +1,274 @@
+"""Experts read ahead: which ones, what becomes of right and wrong guesses, and that no choice and no bit depends on it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+from live_hook import EXPERT, LIB, N_EXPERT, N_LAYERS, N_TENSORS, PACE, SLOW, Live, hooked
+from test_store import on_a_disk
+from typer.testing import CliRunner
+
+from cacheroute import Llama, _native, experts
+from cacheroute.cli import app
+from cacheroute.errors import UsageError
+from cacheroute.evals.perplexity import log_probabilities
+
+pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
+
+WIDTH = 21  # of the hidden state: no multiple of anything
+
+
+@pytest.fixture(params=["mmap", "direct"])
+def live(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Live]:
+    """Nothing resident, no token yet."""
+    with hooked(on_a_disk(tmp_path) / "experts.bin", request.param) as hook:
+        yield hook
+
+
+class Ahead:
+    """Reads ahead on a Live hook, with a router of random weights in layer 1."""
+
+    def __init__(self, live: Live, n: int, *, norms: bool = True, bias: bool = True) -> None:
+        rng = np.random.default_rng(3)
+        self.weight = rng.standard_normal((N_EXPERT, WIDTH)).astype(np.float32)
+        self.bias = rng.standard_normal(N_EXPERT).astype(np.float32) * bias
+        self.norms = rng.uniform(0.5, 2, (N_LAYERS, WIDTH)).astype(np.float32) if norms else np.ones((2, WIDTH), np.float32)
+        layers = (_native.RouterWeights * N_LAYERS)()
+        layers[1].weight = self.weight.ctypes.data
+        layers[1].bias = self.bias.ctypes.data if bias else None
+        for layer, norm in zip(layers, self.norms, strict=True):
+            layer.norm = norm.ctypes.data if norms else None
+        LIB.cr_hook_prefetch(live.handle, n, WIDTH, layers)
+
+    def hidden(self, *wanted: int) -> list[float]:
+        """A state of layer 0 by which layer 1 would choose these experts, best first."""
+        scores = np.full(N_EXPERT, -5.0)
+        scores[list(wanted)] = 5 - np.arange(len(wanted))
+        x, *_ = np.linalg.lstsq(self.weight.astype(float), scores - self.bias, rcond=None)
+        return [float(v) for v in x / self.norms[1] * self.norms[0]]
+
+
+def counters(live: Live) -> _native.Counters:
+    c = _native.Counters()
+    LIB.cr_hook_counters(live.handle, -1, 0, c)
+    return c
+
+
+def compute(live: Live, layer: int, *needed: int) -> None:
+    """What the matmuls of a layer do: each expert is found in one of the rounds, with the bytes of the file."""
+    for tensor in range(N_TENSORS):
+        for expert in needed:
+            assert live.has(layer, tensor, expert, late=False) != live.has(layer, tensor, expert, late=True)
+
+
+def settled(live: Live) -> None:
+    """After a token: no error, and memory holds what the store has counted."""
+    LIB.cr_hook_finish(live.handle)
+    assert live.error() == ""
+    assert LIB.cr_hook_measure_resident(live.handle) == LIB.cr_hook_resident_bytes(live.handle) > 0
+
+
+N_NEW = {(3, 6): 2, (6, 1): 1, (0, 4): 2, (7, 2): 2, (5, 3): 2}  # that a cache of four experts has not kept
+
+
+@pytest.mark.parametrize(("norms", "bias"), [(True, True), (False, False)])
+def test_it_reads_what_the_next_router_says_of_the_state(live: Live, norms: bool, bias: bool) -> None:
+    LIB.cr_hook_set_pace(live.handle, 0)
+    ahead = Ahead(live, 2, norms=norms, bias=bias)
+    for wanted in N_NEW:
+        before = counters(live)
+        live.select(0, 2, 5, hidden=ahead.hidden(*wanted))
+        compute(live, 0, 2, 5)
+        live.select(1, *wanted)
+        compute(live, 1, *wanted)
+        settled(live)
+        now = counters(live)
+        assert now.prefetched - before.prefetched == now.prefetch_used - before.prefetch_used == N_NEW[wanted]
+
+
+def test_a_right_guess_is_there_without_waiting(live: Live) -> None:
+    ahead = Ahead(live, 2)
+    live.select(0, 2, 5, hidden=ahead.hidden(3, 6))
+    compute(live, 0, 2, 5)
+    time.sleep(8 * EXPERT / PACE)  # the device is idle, or would be
+    live.select(1, 3, 6)
+    for tensor in range(N_TENSORS):
+        assert live.has(1, tensor, 3, late=False) and live.has(1, tensor, 6, late=False)
+    settled(live)
+
+
+def test_an_unfinished_right_guess_is_waited_for(live: Live) -> None:
+    ahead = Ahead(live, 1)
+    start = time.monotonic()
+    live.select(0, 2, 5, hidden=ahead.hidden(3, 6))
+    compute(live, 0, 2, 5)
+    live.select(1, 3, 6)
+    compute(live, 1, 3, 6)
+    assert time.monotonic() - start >= 4 * N_TENSORS * EXPERT / PACE
+    settled(live)
+    assert (counters(live).prefetched, counters(live).prefetch_used, counters(live).reads) == (1, 1, 4)
+
+
+def test_a_wrong_guess_is_dropped_and_most_of_it_never_read(live: Live) -> None:
+    ahead = Ahead(live, 2)
+    live.select(0, 2, 5, hidden=ahead.hidden(3, 6))
+    compute(live, 0, 2, 5)
+    live.select(1, 0, 1)
+    compute(live, 1, 0, 1)
+    settled(live)
+    c = counters(live)
+    assert (c.prefetched, c.prefetch_used) == (2, 0)
+    assert 4 * N_TENSORS * EXPERT <= c.read_bytes < 6 * N_TENSORS * EXPERT
+    live.select(0, 2, 5)
+    live.select(1, 0, 3)  # really gone
+    compute(live, 1, 0, 3)
+    settled(live)
+    assert counters(live).misses == 5
+
+
+def test_a_wrong_guess_may_be_right_the_next_time(live: Live) -> None:
+    LIB.cr_hook_set_pace(live.handle, SLOW)
+    ahead = Ahead(live, 1)
+    live.select(0, 2, 5, hidden=ahead.hidden(3, 6))
+    compute(live, 0, 2, 5)
+    live.select(1, 0, 1)  # 3 is being read
+    LIB.cr_hook_set_pace(live.handle, 0)
+    for wanted in ((3, 6), (3, 7)):
+        live.select(0, 2, 5, hidden=ahead.hidden(*wanted))
+        live.select(1, *wanted)
+        compute(live, 1, *wanted)
+    settled(live)
+
+
+def test_a_new_sequence_knows_no_guess(live: Live) -> None:
+    ahead = Ahead(live, 2)
+    live.select(0, 2, 5, hidden=ahead.hidden(3, 6))
+    LIB.cr_hook_reset(live.handle)
+    assert LIB.cr_hook_measure_resident(live.handle) == LIB.cr_hook_resident_bytes(live.handle) == 0
+    live.select(1, 3, 6)
+    compute(live, 1, 3, 6)
+    settled(live)
+    assert counters(live).prefetch_used == 0
+
+
+def test_random_guesses_leave_memory_and_cache_as_they_would_be(live: Live) -> None:
+    LIB.cr_hook_set_pace(live.handle, 20e6)
+    ahead = Ahead(live, 2)
+    rng = np.random.default_rng(0)
+    most = 0
+    for _ in range(60):
+        for layer in range(N_LAYERS):
+            chosen, guess = (rng.choice(N_EXPERT, 2, replace=False).tolist() for _ in range(2))
+            live.select(layer, *chosen, hidden=ahead.hidden(*guess))
+            compute(live, layer, *chosen)
+        settled(live)
+        most = max(most, LIB.cr_hook_resident_bytes(live.handle))
+    c = counters(live)
+    assert c.prefetched > c.prefetch_used > 0
+    whole_pages = EXPERT + 2 * 4096
+    assert most <= N_TENSORS * whole_pages * (4 * N_LAYERS + 2)  # the budget, and room for two guesses
+
+
+# ---- models -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", "deepseek2", "gpt-oss", "granitemoe", "llama"])
+def test_no_bit_depends_on_it(architecture: str, tmp_path: Path) -> None:
+    path = tiny_models.write(architecture, tmp_path / "m.gguf")
+    tokens = np.random.default_rng(1).integers(3, 300, 40).tolist()
+    llm = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+
+    def run(**settings: Any) -> tuple[list[Any], list[int]]:
+        llm.configure(budget=max(llm.layout.n_expert // 2, llm.layout.n_used), **settings)
+        llm.eval(tokens[:12])
+        rows = []
+        with llm.decoding():
+            for token in tokens[12:]:
+                llm.eval([token])
+                rows.append(log_probabilities(llm))
+        return rows, [c.misses for c in llm.decoded_by_layer()]
+
+    for routing in ("original", "cache-prior:lambda=0.3"):
+        for io in ("mmap", "auto", "none"):
+            expected, misses = run(routing=routing, io=io)
+            for n in (1, 3):
+                found, missed = run(routing=routing, io=io, prefetch=n)
+                np.testing.assert_array_equal(expected, found)
+                assert missed == misses
+                c = llm.stats().decode
+                assert io == "none" or c.prefetched >= c.prefetch_used > 0
+                assert llm.stats().prefill.prefetched == 0
+    llm.close()
+
+
+def test_its_guesses_are_better_than_chance(demo_model: Path) -> None:
+    llm = Llama(str(demo_model), n_ctx=64, n_threads=1, budget="50%", prefetch=1, verbose=False)
+    tokens = llm.tokenize(b"The sea was calm, and the old man rowed out before the sun had risen over the hills of the bay.")
+    with llm.decoding():
+        for token in tokens:
+            llm.eval([token])
+    c = llm.stats().decode
+    llm.close()
+    assert c.prefetch_used / c.prefetched > 0.5  # 8 of 32 are chosen, most of them resident
+
+
+# ---- commands ---------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "m.gguf")
+
+
+def test_bench_compares_and_says_how_often_it_was_right(tiny: Path) -> None:
+    few = ("bench", "-m", tiny, "-p", 8, "-n", 12, "-r", 1, "-t", 1, "--budget", "50%", "--routing", "original")
+    rows = json.loads(run(*few, "--prefetch", "0,2", "-o", "json").stdout)
+    assert [row["prefetch"] for row in rows if row["n_gen"]] == [0, 0, 2]
+    assert [row["prefetch_used"] is None for row in rows if row["n_gen"]] == [True, True, False]
+    assert all(row["prefetch_used"] is None for row in rows if row["n_prompt"])
+    shown = run(*few, "--prefetch", "1", "--replay", "synthetic:foresight=1").stdout
+    assert "| prefetch | chosen" in shown and "100%" in shown
+    assert "prefetch" not in run(*few).stdout
+
+
+def test_generate_takes_it(tiny: Path) -> None:
+    result = run("generate", "-m", tiny, "-p", "the cat", "-n", 12, "--raw", "--temp", 0, "--prefetch", 2, "-o", "json")
+    assert result.exit_code == 0, result.output
+    decode = json.loads(result.stdout)["stats"]["decode"]
+    assert decode["prefetched"] >= decode["prefetch_used"] > 0
+
+
+@pytest.mark.parametrize("value", ["-1", "x", "", "1,-1"])
+def test_bad_numbers_are_one_sentence(tiny: Path, value: str) -> None:
+    result = run("bench", "-m", tiny, "--prefetch", value)
+    assert result.exit_code == 2 and f"not {value!r}" in result.stderr
+
+
+def test_a_model_whose_routers_it_cannot_ask(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "_router", lambda index, floats: None)
+    with pytest.raises(UsageError, match="keeps its routers in another type than F32"):
+        Llama(str(tiny), prefetch=1, verbose=False)
+    result = run("generate", "-m", tiny, "-p", "the", "--prefetch", 1)
+    assert result.exit_code == 2 and "read ahead" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_names_of_routers_and_norms() -> None:
+    floats = {"blk.1.ffn_gate_inp.weight": 64, "blk.1.ffn_gate_inp.bias": 8, "blk.1.post_attention_norm.weight": 64}
+    assert experts._router(1, floats) == experts.RouterTensors(
+        "blk.1.ffn_gate_inp.weight", "blk.1.ffn_gate_inp.bias", "blk.1.post_attention_norm.weight", 64
+    )
+    assert experts._router(2, floats) is None
+    assert ctypes.sizeof(_native.RouterWeights) == 3 * ctypes.sizeof(ctypes.c_void_p)
