@@ -140,7 +140,8 @@ void ReadingStore::read(size_t tensor, int32_t e, const PageRun & run) {
         expert.late = true;
         late_.push_back(&expert);
     }
-    readers_->add(run, piece_bytes_, expert.left);
+    // small pieces of what may be cancelled: those that have begun are in the way of what is needed
+    readers_->add(run, reading_ahead_ ? piece_bytes_ / 4 : piece_bytes_, expert.left);
     counters_.read_bytes += run.bytes;
 }
 
