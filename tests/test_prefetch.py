@@ -249,6 +249,12 @@ def test_generate_takes_it(tiny: Path) -> None:
     assert result.exit_code == 0, result.output
     decode = json.loads(result.stdout)["stats"]["decode"]
     assert decode["prefetched"] >= decode["prefetch_used"] > 0
+    assert f"read ahead {decode['prefetched']}, {decode['prefetch_used']} of them chosen" in result.stderr
+
+
+def test_a_trace_has_no_guesses(tiny: Path) -> None:
+    result = run("bench", "-m", tiny, "--replay", "some.trace", "--prefetch", "0,1")
+    assert result.exit_code == 2 and "A trace has no guesses to read ahead by" in result.stderr
 
 
 @pytest.mark.parametrize("value", ["-1", "x", "", "1,-1"])

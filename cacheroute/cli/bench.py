@@ -86,6 +86,8 @@ def bench(
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     task = task_profile.load(profile) if profile else None
     source = replays.parse(replay) if replay else None
+    if source and source.trace and any(aheads):
+        raise UsageError("A trace has no guesses to read ahead by; replay synthetic scores, or leave --prefetch out.")
     from cacheroute import models, tuned
     from cacheroute.engine import Llama
 

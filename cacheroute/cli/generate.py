@@ -203,6 +203,7 @@ class _Run:
             f"read {d.read_mib_per_token:.2f} MiB/token",
             f"swapped {d.swapped}/{d.examined}",
             *([f"dropped {d.dropped}/{d.examined}"] if d.dropped else []),
+            *([f"read ahead {d.prefetched}, {d.prefetch_used} of them chosen"] if self.llm.prefetch else []),
             f"resident {s.resident_bytes / MIB:.1f} of {s.budget_bytes / MIB:.1f} MiB",
         ]
         return " | ".join(parts)
