@@ -24,6 +24,7 @@ from cacheroute import models, tune
 from cacheroute.cli import options, table
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, paired, pricing, scorer
+from cacheroute.evals.scorer import Ask
 from cacheroute.evals.text import Chunk
 from cacheroute.eviction import DEFAULT
 from cacheroute.routing import Routing
@@ -37,7 +38,7 @@ WAYS = (
     *((s, DEFAULT, False) for s in ("pruning", "drop-cold", "cumsum", "max-rank", "cache-prior")),
     ("cache-prior", DEFAULT, True),
 )
-MATCHED_LAMBDAS = (0.02, 0.05, 0.1, 0.14, 0.2, 0.3, 0.4)
+MATCHED_LAMBDAS = (0.02, 0.05, 0.1, 0.14, 0.17, 0.2, 0.3, 0.4)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,6 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-batch", action="store_true", help="leave out the comparison with a batched pass")
     parser.add_argument("--no-table", action="store_true", help="leave out the table")
     parser.add_argument("--no-match", action="store_true", help="leave out the bytes at the same perplexity")
+    parser.add_argument(
+        "--kl", action="store_true", help="bytes at the same KL, too: the same cells again, with all of `original`"
+    )
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--workers", type=int, help="processes that score (default: one a thread, best for a small model)")
     return parser.parse_args()
@@ -161,8 +165,8 @@ def match(
 ) -> None:
     """Bytes of the per-layer point for 1% against what one lambda with LRU reads at the same perplexity, on all chunks.
 
-    The curve of one lambda is interpolated between MATCHED_LAMBDAS, up to twice the loss, in each of 2000 resamples of the
-    chunks anew.
+    With --kl, also at the same KL(original || routed): what the perplexity estimates, with far less noise. The curve of one lambda
+    is interpolated between MATCHED_LAMBDAS, up to twice the loss, in each of 2000 resamples of the chunks anew.
     """
     rungs, costs = ladder(scores, capacity, "cache-prior", DEFAULT, True, fit, a)
     search = tune.Search(scores, capacity, DEFAULT, paired.nats(1.0), fit, held_out)
@@ -180,19 +184,39 @@ def match(
             break  # so far beyond that no resample needs more
     nll = np.array([[c.nll for c in row] for row in [*theirs, ours]])
     reads = np.array([[c.read_bytes for c in row] for row in [*theirs, ours]], dtype=np.float64)
-    pick = np.random.default_rng(0).integers(0, len(indices), (2000, len(indices)))
-    ratios = [matched_ratio(nll, reads, np.arange(len(indices))), *(matched_ratio(nll, reads, p) for p in pick)]
+    tell(budget, "perplexity", nll, reads, sum(c.n for c in ours))
+    if a.kl:
+        arms = [*((Routing("cache-prior", {"lambda": x}), "lru") for x in MATCHED_LAMBDAS[: len(theirs) - 1])]
+        arms += [(outcome.chosen.routing, DEFAULT)]
+        near = [i for i, arm in enumerate(arms) if 0.8 < reads[1 + i].sum() / reads[-1].sum() < 1.8]
+        # chunk by chunk, so that the rows of `original` are computed once for all arms
+        scores.ahead([Ask(*_settings(arms[i], capacity), chunk, kl=True) for chunk in indices for i in near])
+        cells = [[scores.cell(*_settings(arms[i], capacity), chunk, kl=True) for chunk in indices] for i in near]
+        kl = np.array([np.zeros(len(indices)), *([c.kl for c in row] for row in cells)])
+        tell(budget, "KL from original", kl, reads[[0, *(1 + i for i in near)]], sum(c.n for c in ours))
+
+
+def _settings(arm: tuple[Routing, str], capacity: int) -> tuple[Routing, int, str]:
+    return arm[0], capacity, arm[1]
+
+
+def tell(budget: str, what: str, loss: np.ndarray, reads: np.ndarray, n_tokens: int) -> None:
+    """Reads of the last row against those of the curve, with a 95% interval by a bootstrap over chunks."""
+    n = loss.shape[1]
+    pick = np.random.default_rng(0).integers(0, n, (2000, n))
+    ratios = [matched_ratio(loss, reads, np.arange(n)), *(matched_ratio(loss, reads, p) for p in pick)]
     low, high = np.quantile(ratios[1:], [0.025, 0.975])
     change = f"{100 * (ratios[0] - 1):+.1f}% [{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}]"
     print(
-        f"\n{budget}: bytes read by cache-prior per layer with {DEFAULT}, against one lambda with LRU at the same perplexity: "
-        f"{change}% on {sum(c.n for c in ours)} tokens"
+        f"\n{budget}: bytes read by cache-prior per layer with {DEFAULT}, against one lambda with LRU at the same {what}: "
+        f"{change}% on {n_tokens} tokens",
+        flush=True,
     )
 
 
-def matched_ratio(nll: np.ndarray, reads: np.ndarray, pick: np.ndarray) -> float:
-    """Reads of the last row over those of the curve (the rows before it, lossless first) where its nll is the same."""
-    loss, read = nll[:, pick].sum(axis=1), reads[:, pick].sum(axis=1)
+def matched_ratio(loss: np.ndarray, reads: np.ndarray, pick: np.ndarray) -> float:
+    """Reads of the last row over those of the curve (the rows before it, lossless first) where its loss is the same."""
+    loss, read = loss[:, pick].sum(axis=1), reads[:, pick].sum(axis=1)
     curve = np.maximum.accumulate(loss[:-1])
     return float(read[-1] / np.interp(loss[-1], curve, read[:-1]))
 
