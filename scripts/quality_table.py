@@ -38,7 +38,7 @@ WAYS = (
     *((s, DEFAULT, False) for s in ("pruning", "drop-cold", "cumsum", "max-rank", "cache-prior")),
     ("cache-prior", DEFAULT, True),
 )
-MATCHED_LAMBDAS = (0.02, 0.05, 0.1, 0.14, 0.17, 0.2, 0.3, 0.4)
+MATCHED_LAMBDAS = (0.02, 0.05, 0.1, 0.14, 0.2, 0.3, 0.4)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,9 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-batch", action="store_true", help="leave out the comparison with a batched pass")
     parser.add_argument("--no-table", action="store_true", help="leave out the table")
     parser.add_argument("--no-match", action="store_true", help="leave out the bytes at the same perplexity")
-    parser.add_argument(
-        "--kl", action="store_true", help="bytes at the same KL, too: the same cells again, with all of `original`"
-    )
+    parser.add_argument("--kl", action="store_true", help="bytes at the same KL, too, which scores the cells again")
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--workers", type=int, help="processes that score (default: one a thread, best for a small model)")
     return parser.parse_args()
@@ -165,8 +163,8 @@ def match(
 ) -> None:
     """Bytes of the per-layer point for 1% against what one lambda with LRU reads at the same perplexity, on all chunks.
 
-    With --kl, also at the same KL(original || routed): what the perplexity estimates, with far less noise. The curve of one lambda
-    is interpolated between MATCHED_LAMBDAS, up to twice the loss, in each of 2000 resamples of the chunks anew.
+    With --kl, also at the same KL(original || routed), which has far less noise than the perplexity has. The curve of one
+    lambda is interpolated between MATCHED_LAMBDAS, up to twice the loss, in each of 2000 resamples of the chunks anew.
     """
     rungs, costs = ladder(scores, capacity, "cache-prior", DEFAULT, True, fit, a)
     search = tune.Search(scores, capacity, DEFAULT, paired.nats(1.0), fit, held_out)
@@ -188,7 +186,7 @@ def match(
     if a.kl:
         arms = [*((Routing("cache-prior", {"lambda": x}), "lru") for x in MATCHED_LAMBDAS[: len(theirs) - 1])]
         arms += [(outcome.chosen.routing, DEFAULT)]
-        near = [i for i, arm in enumerate(arms) if 0.8 < reads[1 + i].sum() / reads[-1].sum() < 1.8]
+        near = [i for i, arm in enumerate(arms) if 0.8 < reads[1 + i].sum() / reads[-1].sum() < 1.45]
         # chunk by chunk, so that the rows of `original` are computed once for all arms
         scores.ahead([Ask(*_settings(arms[i], capacity), chunk, kl=True) for chunk in indices for i in near])
         cells = [[scores.cell(*_settings(arms[i], capacity), chunk, kl=True) for chunk in indices] for i in near]
