@@ -189,8 +189,8 @@ def match(
         near = [i for i, arm in enumerate(arms) if 0.8 < reads[1 + i].sum() / reads[-1].sum() < 1.45]
         # chunk by chunk, so that the rows of `original` are computed once for all arms
         scores.ahead([Ask(*_settings(arms[i], capacity), chunk, kl=True) for chunk in indices for i in near])
-        cells = [[scores.cell(*_settings(arms[i], capacity), chunk, kl=True) for chunk in indices] for i in near]
-        kl = np.array([np.zeros(len(indices)), *([c.kl for c in row] for row in cells)])
+        cells = [[scores.cell(*_settings(arms[i], capacity), chunk, kl=True) for i in near] for chunk in indices]
+        kl = np.array([[0.0, *(c.kl for c in row)] for row in cells]).T
         tell(budget, "KL from original", kl, reads[[0, *(1 + i for i in near)]], sum(c.n for c in ours))
 
 
