@@ -119,7 +119,7 @@ def run_arms(
     """
     if len(tokens) < n_prompt + n_gen:
         raise UsageError(f"{n_prompt} + {n_gen} tokens are needed and the text has {len(tokens)}; give a longer one with -f.")
-    _configure(llm, arms[0])
+    configure(llm, arms[0])
     warm_up(llm, tokens)
     llm.force(replay)
     limits = {}
@@ -135,7 +135,7 @@ def run_arms(
                 continue
             progress(f"{arm.routing} {arm.budget}, run {repetition + 1} of {repetitions}")
             if not arm.control:
-                _configure(llm, arm)
+                configure(llm, arm)
                 runs[arm].append(both_phases(llm, tokens, n_prompt, n_gen))
                 continue
             try:
@@ -147,7 +147,7 @@ def run_arms(
                 del runs[arm]
     rows = []
     for arm, pairs in runs.items():
-        _configure(llm, arm)
+        configure(llm, arm)
         baseline = runs.get(_baseline(arm, arms))
         limit = limits[arm].nbytes if arm.control else None
         for phase, n in enumerate((n_prompt, n_gen)):
@@ -157,7 +157,8 @@ def run_arms(
     return rows
 
 
-def _configure(llm: Llama, arm: Arm) -> None:
+def configure(llm: Llama, arm: Arm) -> None:
+    """Gives the model the settings of an arm. Raises UsageError where they do not fit."""
     if arm.control:
         llm.configure(budget=arm.budget, routing=None)
     else:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cacheroute.errors import CacherouteError
 from cacheroute.runs import Run, both_phases
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ def measure(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int) -> Flo
 def measure_bandwidth(llm: Llama, seconds: float = _SAMPLE_SECONDS) -> float:
     """Bytes per second at which experts are read: past the page cache where the filesystem can, layers and experts in random
     order, for `seconds` or until all have been read."""
-    llm.configure(budget="all", io="auto")
+    try:
+        llm.configure(budget="all", io="direct")
+    except CacherouteError:
+        llm.configure(budget="all")
     start = llm.stats().prefill
     order = random.Random(0)
     for layer in order.sample(range(len(llm.layout.layers)), len(llm.layout.layers)):

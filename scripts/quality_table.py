@@ -24,7 +24,6 @@ from cacheroute import models, tune
 from cacheroute.cli import options, table
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, paired, pricing, scorer
-from cacheroute.evals.scorer import Ask
 from cacheroute.evals.text import Chunk
 from cacheroute.eviction import DEFAULT
 from cacheroute.routing import Routing
@@ -184,18 +183,14 @@ def match(
     reads = np.array([[c.read_bytes for c in row] for row in [*theirs, ours]], dtype=np.float64)
     tell(budget, "perplexity", nll, reads, sum(c.n for c in ours))
     if a.kl:
-        arms = [*((Routing("cache-prior", {"lambda": x}), "lru") for x in MATCHED_LAMBDAS[: len(theirs) - 1])]
-        arms += [(outcome.chosen.routing, DEFAULT)]
-        near = [i for i, arm in enumerate(arms) if 0.8 < reads[1 + i].sum() / reads[-1].sum() < 1.45]
+        arms = [(Routing("cache-prior", {"lambda": x}), capacity, "lru") for x in MATCHED_LAMBDAS[: len(theirs) - 1]]
+        arms.append((outcome.chosen.routing, capacity, DEFAULT))
+        near = [i for i in range(len(arms)) if 0.8 < reads[1 + i].sum() / reads[-1].sum() < 1.45]
         # chunk by chunk, so that the rows of `original` are computed once for all arms
-        scores.ahead([Ask(*_settings(arms[i], capacity), chunk, kl=True) for chunk in indices for i in near])
-        cells = [[scores.cell(*_settings(arms[i], capacity), chunk, kl=True) for i in near] for chunk in indices]
+        scores.ahead([scorer.Ask(*arms[i], chunk, kl=True) for chunk in indices for i in near])
+        cells = [[scores.cell(*arms[i], chunk, kl=True) for i in near] for chunk in indices]
         kl = np.array([[0.0, *(c.kl for c in row)] for row in cells]).T
         tell(budget, "KL from original", kl, reads[[0, *(1 + i for i in near)]], sum(c.n for c in ours))
-
-
-def _settings(arm: tuple[Routing, str], capacity: int) -> tuple[Routing, int, str]:
-    return arm[0], capacity, arm[1]
 
 
 def tell(budget: str, what: str, loss: np.ndarray, reads: np.ndarray, n_tokens: int) -> None:

@@ -17,7 +17,7 @@ import typer
 from cacheroute import replay as replays
 from cacheroute import routing as routings
 from cacheroute import task_profile
-from cacheroute.bench import Arm, Row, control_arm, run_arms
+from cacheroute.bench import Arm, Row, configure, control_arm, run_arms
 from cacheroute.cli import options
 from cacheroute.errors import UsageError
 from cacheroute.eviction import DEFAULT
@@ -110,7 +110,7 @@ def bench(
             llm.warm(task)
         forced = replays.bind(source, llm.layout, n_prompt, n_gen) if source else None
         for arm in arms:  # all settings are checked before the first run
-            llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io, prefetch=arm.prefetch)
+            configure(llm, arm)
         tokens = llm.tokenize(options.text(file).encode(), add_bos=True)
         if control:
             arms += [control_arm(b, repack=r == "on") for b, r in itertools.product(dict.fromkeys(settings[0]), repacks)]

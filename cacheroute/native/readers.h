@@ -66,7 +66,7 @@ class Readers {
     std::condition_variable         wake_;
     std::vector<Piece>              added_; // by the one thread that adds
     std::deque<Piece>               queue_;
-    uint64_t                        pending_ = 0; // pieces that nobody has been told of
+    uint64_t                        pending_ = 0; // pieces that are queued or on their way
     int                             reading_ = 0;
     bool                            paused_  = false;
     double                          pace_    = 0;
