@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -16,6 +17,7 @@ from cacheroute import _native
 from cacheroute.build_tools import cache_dir
 from cacheroute.errors import CacherouteError
 from cacheroute.experts import ExpertLayout
+from cacheroute.profile import write_json
 
 MMAP, DIRECT, AUTO, NONE = "mmap", "direct", "auto", "none"
 ALL = (MMAP, DIRECT, AUTO, NONE)
@@ -129,10 +131,6 @@ def _known(file: Path) -> dict[str, Any]:
 
 def _remember(file: Path, known: dict[str, Any]) -> None:
     """A cache that cannot be written is measured again the next time."""
-    try:
+    with contextlib.suppress(OSError, CacherouteError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        part.replace(file)
-    except OSError:
-        pass
+        write_json(file, known, force=True)
