@@ -45,7 +45,7 @@ class Counters(ctypes.Structure):
     _fields_ = [
         *((n, c_uint64) for n in ("tokens", "examined", "hits", "misses", "swapped", "dropped", "evictions", "held")),
         ("lost_mass", c_double),
-        *((n, c_uint64) for n in ("read_bytes", "reads", "read_ns", "evict_ns", "prefetched", "prefetch_used")),
+        *((n, c_uint64) for n in ("read_bytes", "reads", "read_ns", "evict_ns", "prefetched", "prefetch_used", "hook_ns")),
     ]
 
 

@@ -47,9 +47,9 @@ class Row:
 
     `resident_mib` is the most that the kernel said was in memory of the experts after a run (mincore; null for a file of
     somebody else, of which it does not tell), `counted_mib` what the store had counted; `read_mib_per_token` is what was asked
-    of the device, `device_mib_per_token` what the kernel says was fetched. `vs_lru` is the mean over repetitions of tok/s
-    against `original` with lru at the same budget and io (a control: at the same budget, with the first io), paired within each
-    repetition, `vs_lru_sd` its standard deviation; null when that arm was not in the run.
+    of the device, `device_mib_per_token` what the kernel says was fetched. `hook_ms_per_token` is what routing took. `vs_lru` is
+    the mean over repetitions of tok/s against `original` with lru at the same budget and io (a control: at the same budget, with
+    the first io), paired within each repetition, `vs_lru_sd` its standard deviation; null when that arm was not in the run.
 
     Of a control nobody counts hits or reads: what only the hook knows is null. `memory_limit_mib` is the memory it had.
     `floor_ts` is the mean tok/s of max(compute with everything resident, bytes missed / bandwidth), `floor_share` the mean of
@@ -84,6 +84,7 @@ class Row:
     drop_rate: float | None
     read_mib_per_token: float | None
     device_mib_per_token: float | None
+    hook_ms_per_token: float | None
     major_faults: float
     avg_ts: float
     stddev_ts: float
@@ -219,6 +220,7 @@ def _row(
         drop_rate=sum(x.dropped for x in c) / examined if hooked else None,
         read_mib_per_token=sum(x.read_bytes for x in c) / MIB / tokens if hooked else None,
         device_mib_per_token=sum(device) / MIB / tokens if device else None,
+        hook_ms_per_token=1000 * sum(x.hook_seconds for x in c) / tokens if hooked else None,
         major_faults=statistics.fmean(run.major_faults for run in runs),
         avg_ts=statistics.fmean(samples),
         stddev_ts=_sd(samples),

@@ -391,4 +391,5 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             evict_seconds=c.evict_ns / 1e9,
             prefetched=c.prefetched,
             prefetch_used=c.prefetch_used,
+            hook_seconds=c.hook_ns / 1e9,
         )

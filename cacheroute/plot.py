@@ -9,7 +9,6 @@ import csv
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from cacheroute import plot_bench
 from cacheroute import trace as traces
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.chart import Chart
+from cacheroute.errors import UsageError
 from cacheroute.trace import DECODE, FORMAT, Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ENDINGS = (".png", ".svg")
 KINDS = {
     "frontier": "quality, or lost router mass, against MiB read per token",
     "speed": "quality against tok/s, and what each strategy loses at the same speed (of `frontier --io mmap`)",
+    "bench": "tok/s of every arm with its spread and its floor, in groups of the same model, budget and reading (of bench)",
     "misses": "miss rate against the budget",
     "residency": "which experts of one layer are in the cache, token by token (of a trace)",
     "layers": "how often each expert of each layer runs (of a trace)",
@@ -66,15 +67,6 @@ class Row:
         return self.routing.partition(":")[0]
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A figure not yet drawn, and the same as cells of a table whose first row is the head."""
-
-    cells: list[list[str]]
-    draw: Callable[[Figure], None]
-    note: str = ""
-
-
 def chart(files: Sequence[Path], kind: str = "", layer: int | None = None) -> Chart:
     """The figure of some files: rows together, or one trace. `kind` "": the first of KINDS that the files can show.
 
@@ -86,42 +78,19 @@ def chart(files: Sequence[Path], kind: str = "", layer: int | None = None) -> Ch
     if any(are_traces):
         if len(files) > 1:
             raise UsageError("A trace is plotted alone; give one file.")
-        if kind in ("frontier", "speed", "misses"):
+        if kind in ("frontier", "speed", "bench", "misses"):
             raise UsageError(f"A trace has no {kind} of its own; `cacheroute simulate` makes the rows of one.")
         trace = traces.read(files[0])
         return _layers(trace) if kind == "layers" else _residency(trace, layer)
     if kind in ("residency", "layers"):
         raise UsageError(f"{files[0]} is not a trace, which {kind} is of.")
+    raws = [raw for path in files for raw in _read(path)]
+    if kind == "bench" or (not kind and raws and all(plot_bench.is_row(raw) for raw in raws)):
+        return plot_bench.bars(raws)
     rows = [row for path in files for row in read_rows(path)]
     if kind == "misses" or (not kind and not any(_value(row, field) is not None for row in rows for field, _, _ in _QUALITY)):
         return _misses(rows)
     return _speed(rows) if kind == "speed" else _frontier(rows)
-
-
-def save(chart: Chart, path: Path, *, force: bool = False) -> None:
-    """Draws a PNG or SVG file. Raises UsageError for another ending or a file that exists, CacherouteError when it cannot."""
-    check_path(path, force=force)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    chart.draw(figure)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # no date in it: the same rows make the same bytes
-        figure.savefig(part, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        os.replace(part, path)
-    except OSError as e:
-        raise CacherouteError(f"{path} cannot be written ({e.strerror}).") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def check_path(path: Path, *, force: bool) -> None:
-    """Raises UsageError for an ending that is no picture's, or a file that exists."""
-    if path.suffix not in ENDINGS:
-        raise UsageError(f"{path} is neither a .png nor a .svg file.")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists; --force replaces it.")
 
 
 # ---- reading --------------------------------------------------------------------------------------
@@ -138,12 +107,27 @@ def _is_trace(path: Path) -> bool:
 def read_rows(path: Path) -> list[Row]:
     """Rows of decoded tokens in a json, jsonl or csv file, all layers together. Raises UsageError when there are none."""
     try:
-        found = [row for raw in _raw_rows(path.read_text(encoding="utf-8")) if (row := _row(raw))]
-    except (ValueError, TypeError, AttributeError, csv.Error) as e:
-        raise UsageError(f"{path} does not hold rows of bench, simulate or eval ({e}).") from None
+        found = [row for raw in _read(path) if (row := _row(raw))]
+    except (ValueError, TypeError) as e:
+        raise _strange(path, e) from None
     if not found:
         raise UsageError(f"{path} does not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them.")
     return found
+
+
+def _strange(path: Path, e: Exception) -> UsageError:
+    return UsageError(f"{path} does not hold rows of bench, simulate or eval ({e}).")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """What a json, jsonl or csv file holds: rows, and perhaps a header. Raises UsageError when it is none of them."""
+    try:
+        raws = _raw_rows(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, csv.Error) as e:
+        raise _strange(path, e) from None
+    if not all(isinstance(raw, dict) for raw in raws):
+        raise _strange(path, TypeError("no names of fields"))
+    return raws
 
 
 def _raw_rows(text: str) -> list[dict[str, Any]]:
@@ -157,8 +141,9 @@ def _raw_rows(text: str) -> list[dict[str, Any]]:
 
 
 def _row(raw: dict[str, Any]) -> Row | None:
-    if not {"routing", "read_mib_per_token"} <= raw.keys() or raw.get("layer") is not None or raw.get("n_gen") in (0, "0"):
-        return None  # a header, one layer, a prompt
+    known = raw.get("routing") is not None and raw.get("read_mib_per_token") is not None
+    if not known or raw.get("layer") is not None or raw.get("n_gen") in (0, "0"):
+        return None  # a header, a control of bench, one layer, a prompt
     values = {field: float(raw[field]) for field in (*(f for f, _, _ in _QUALITY), "ts") if raw.get(field) is not None}
     return Row(
         model=str(raw.get("model", "")),

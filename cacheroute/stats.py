@@ -18,6 +18,7 @@ class Counters:
     `tokens` are model tokens; `examined` slots = K x layers x tokens. A slot is a hit or a miss by the cache before its token,
     and `swapped` when it went to an expert outside the router's top-K. `read_bytes` are whole pages asked of the device.
     `prefetched` experts were read ahead, wholly or in part, and `prefetch_used` of them then chosen: misses all the same.
+    `hook_seconds` is what routing took, without `read_seconds`, of which `evict_seconds` are a part.
     """
 
     tokens: int = 0
@@ -34,6 +35,7 @@ class Counters:
     evict_seconds: float = 0.0
     prefetched: int = 0
     prefetch_used: int = 0
+    hook_seconds: float = 0.0
 
     @property
     def miss_rate(self) -> float:

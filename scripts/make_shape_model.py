@@ -36,6 +36,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss-20b": ("gpt-oss", dict(n_head=64, n_head_kv=8, head_dim=64, window=128, n_vocab=201088)),
 }
 TYPES = ("q4_0", "q8_0")
+BLOCK = 32  # of both types
 
 # Random layers that write strongly into the residual stream make all tokens alike, and alike tokens choose the same few
 # experts: at 1.0 the misses of a 50% cache fell from .44 in the first to .36 in the last of 16 layers of qwen3-30b-a3b (n_ff
@@ -43,10 +44,11 @@ TYPES = ("q4_0", "q8_0")
 OUTPUT_GAIN = 0.2
 
 
-def shape(name: str, layers: int | None = None, quant: str = "q4_0") -> dict[str, Any]:
+def shape(name: str, layers: int | None = None, quant: str = "q4_0", experts: int | None = None) -> dict[str, Any]:
     """Fields of random_model.Shape. `layers`: all layers, dense ones included; None: as many as the model has.
 
-    Raises UsageError for a number of layers that the model does not have.
+    `experts`: another number of experts that have as many bytes together. Raises UsageError for a number of layers that the
+    model does not have, and of experts that do not divide its bytes or are fewer than a token uses.
     """
     entry = models.load_catalogue()[name]
     _, own = SHAPES[name]
@@ -54,13 +56,19 @@ def shape(name: str, layers: int | None = None, quant: str = "q4_0") -> dict[str
     whole = entry.layers + dense
     if layers is not None and not dense < layers <= whole:
         raise UsageError(f"{name} has {whole} layers, so give --layers {dense + 1} to {whole}.")
+    n_expert = experts or entry.experts
+    n_ff, left = divmod(entry.experts * entry.n_ff, n_expert)
+    if n_expert < entry.used or left or n_ff % BLOCK:
+        raise UsageError(
+            f"{name} cannot have {n_expert} experts: a multiple of {BLOCK} has to be left for n_ff, and {entry.used} are used."
+        )
     return own | dict(
         name=f"{name} (random weights)",
         n_layer=layers or whole,
         n_embd=entry.n_embd,
-        n_expert=entry.experts,
+        n_expert=n_expert,
         n_used=entry.used,
-        n_ff=entry.n_ff,
+        n_ff=n_ff,
         n_shared=int(entry.shared),
         quant=quant.upper(),
         dense_quant=quant.upper(),
@@ -76,15 +84,25 @@ def frequent_words() -> tuple[str, ...]:
     return tuple(word for word, _ in Counter(re.findall(r"\w+", text)).most_common())
 
 
-def write(name: str, out: Path, *, layers: int | None = None, quant: str = "q4_0", seed: int = 0, **smaller: Any) -> Path:
+def write(
+    name: str,
+    out: Path,
+    *,
+    layers: int | None = None,
+    quant: str = "q4_0",
+    experts: int | None = None,
+    seed: int = 0,
+    **smaller: Any,
+) -> Path:
     """Writes the model; `smaller` overrides fields of the shape, for tests."""
-    return random_model.write(SHAPES[name][0], out, seed=seed, **(shape(name, layers, quant) | smaller))
+    return random_model.write(SHAPES[name][0], out, seed=seed, **(shape(name, layers, quant, experts) | smaller))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SHAPES, metavar="NAME", help=", ".join(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--experts", type=int, help="another number of experts of as many bytes together")
     parser.add_argument("--type", choices=TYPES, default="q4_0", help="of all matrices but the router")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="overwrite")
@@ -95,7 +113,7 @@ def main() -> int:
         return 2
     unfinished = args.out.with_name(args.out.name + ".part")
     try:
-        write(args.name, unfinished, layers=args.layers, quant=args.type, seed=args.seed)
+        write(args.name, unfinished, layers=args.layers, quant=args.type, experts=args.experts, seed=args.seed)
         unfinished.replace(args.out)
     except CacherouteError as e:
         print(f"make_shape_model: {e}", file=sys.stderr)

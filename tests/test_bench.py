@@ -7,10 +7,12 @@ import io
 import json
 from pathlib import Path
 
+import bench_store
 import pytest
 import tiny_models
 from cli import cacheroute, sentence
 
+from cacheroute import Llama
 from cacheroute.eviction import DEFAULT
 
 ARMS = ("--budget", "25%,50%", "--routing", "original,cache-prior:lambda=0.5", "-p", 24, "-n", 12, "-r", 2)
@@ -35,7 +37,7 @@ def test_every_arm_has_a_prompt_and_a_decode_row(model: Path) -> None:
         assert len(row["samples_ts"]) == 2 and row["avg_ts"] > 0  # type: ignore[arg-type, operator]
         assert row["budget_experts"] == {"25%": 8, "50%": 16}[str(row["budget"])]
         assert row["resident_mib"] == row["counted_mib"]
-        assert row["vs_lru"] is not None
+        assert row["vs_lru"] is not None and row["hook_ms_per_token"] > 0  # type: ignore[operator]
         if row["routing"] == "original":
             assert row["swap_rate"] == 0 and (row["vs_lru"] == 1) == (row["eviction"] == "lru")
     decode = {(r["budget"], r["routing"], r["eviction"]): r for r in table if r["n_gen"]}
@@ -68,6 +70,26 @@ def test_outputs_agree(model: Path) -> None:
     table = list(csv.DictReader(io.StringIO(cacheroute(*one, "-o", "csv").stdout)))
     assert len(table) == 2 and set(table[0]) == names
     assert cacheroute(*one).stdout.count("\n") == 4
+
+
+def test_the_hook_s_own_time_leaves_out_what_it_waits_for(model: Path) -> None:
+    llm = Llama(str(model), budget="25%", n_ctx=64, flash_mbps=1, verbose=False)
+    tokens = llm.tokenize(b"In the beginning was the word")[:6]
+    with llm.decoding():
+        for token in tokens:
+            llm.eval([token])
+    c = llm.stats().decode
+    llm.close()
+    assert 0 < c.hook_seconds < 0.1 * c.read_seconds, "reads are paced to take what they take"
+
+
+def test_processor_time_of_reads_is_that_of_reads(model: Path) -> None:
+    llm = Llama(str(model), budget="25%", eviction="lru", n_ctx=64, verbose=False)
+    row = bench_store.measure(llm, n_misses=2, seconds=0.1, seed=0)
+    stats = llm.stats()
+    llm.close()
+    assert stats.prefill.reads > 2 * stats.capacity and row["cpu_ms_per_100mb"] > 0 and row["mb_per_s"] > 0
+    assert row["resident_mib"] == stats.resident_bytes / 2**20
 
 
 def test_too_little_text_is_a_sentence(model: Path, tmp_path: Path) -> None:

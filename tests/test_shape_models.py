@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cacheroute import Llama, models
+from cacheroute.errors import UsageError
 
 SCRIPT = Path(shapes.__file__)
 # A few hundred KB instead of GBs: everything of the shape that does not change how the file is built.
@@ -55,6 +56,15 @@ def test_experts_are_as_large_as_the_real_ones(name: str) -> None:
     assert (shape["n_embd"], shape["n_ff"]) == (entry.n_embd, entry.n_ff)
     assert shape["n_layer"] - shape.get("n_dense", 0) == entry.layers
     assert len(shapes.shape(name, layers=2)) == len(shape)
+
+
+def test_another_number_of_experts_has_as_many_bytes() -> None:
+    for experts in (32, 64, 256):
+        shape = shapes.shape("qwen3-30b-a3b", experts=experts)
+        assert (shape["n_expert"], shape["n_expert"] * shape["n_ff"]) == (experts, 128 * 768)
+    for experts in (4, 100, 4096):
+        with pytest.raises(UsageError, match=f"cannot have {experts} experts"):
+            shapes.shape("qwen3-30b-a3b", experts=experts)
 
 
 def test_tokens_do_not_all_choose_the_same_experts(tmp_path: Path) -> None:

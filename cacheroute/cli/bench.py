@@ -172,7 +172,7 @@ def _write(rows: list[Row], output: str) -> None:
 
 def _markdown(rows: list[Row]) -> str:
     head = ["test", "budget", "routing", "eviction", "io", "tok/s", "vs lru", "miss", "swapped", "read MiB/tok", "device MiB/tok"]
-    head += ["resident/budget MiB"]
+    head += ["resident/budget MiB", "hook ms/tok"]
     floors = any(r.floor_share is not None for r in rows)
     head += ["floor tok/s", "of floor"] if floors else []
     ahead = any(r.prefetch for r in rows)
@@ -197,6 +197,7 @@ def _markdown(rows: list[Row]) -> str:
             _number(r.read_mib_per_token),
             _number(r.device_mib_per_token),
             f"{_number(r.resident_mib, digits=1)}/{r.budget_mib:.1f}",
+            _number(r.hook_ms_per_token, digits=3),
         ]
         cells += [_number(r.floor_ts), _number(r.floor_share, 100, 0, "%")] if floors else []
         cells += [str(r.prefetch), "" if r.prefetch_used is None else f"{100 * r.prefetch_used:.0f}%"] if ahead else []

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cacheroute import chart as charts
 from cacheroute import plot as plots
 from cacheroute.cli import table
 
@@ -22,17 +23,17 @@ def plot(
     layer: Annotated[int | None, typer.Option("--layer", help="Layer of residency. [default: one in the middle]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Draw a frontier, miss rates against budgets, the cache over time, or a heat map of layers and experts."""
+    """Draw a frontier, arms of bench, miss rates against budgets, the cache over time, or a heat map of layers and experts."""
     if output:
-        plots.check_path(output, force=force)
-    chart = plots.chart(files, kind, layer)
-    if chart.note:
-        print(chart.note, file=sys.stderr)
+        charts.check_path(output, force=force)
+    figure = plots.chart(files, kind, layer)
+    if figure.note:
+        print(figure.note, file=sys.stderr)
     drawable = importlib.util.find_spec("matplotlib") is not None
     if output and drawable:
-        plots.save(chart, output, force=force)
+        charts.save(figure, output, force=force)
         print(f"{output} is drawn.", file=sys.stderr)
         return
     if output:
         print(f"matplotlib is missing (pip install 'cacheroute[plot]'): instead of {output}, a table.", file=sys.stderr)
-    print(table.as_markdown(chart.cells))
+    print(table.as_markdown(figure.cells))

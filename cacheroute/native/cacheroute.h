@@ -55,6 +55,7 @@ struct cr_counters { /* sums over layers and tokens; see Counters in cached_rout
     /* of the store; 0 for a bare router */
     uint64_t read_bytes, reads, read_ns, evict_ns;
     uint64_t prefetched, prefetch_used; /* experts read ahead; of those, chosen */
+    uint64_t hook_ns;                   /* in the hook, without read_ns: what routing costs */
 };
 
 /* strategy custom: fills ids[K], distinct, 0..E-1, and returns 0; anything else: no choice, `original` runs. z, mass: double[E],

@@ -267,6 +267,7 @@ void cr_hook_counters(cr_hook * hook, int32_t layer, int32_t prefill, cr_counter
     out->evict_ns   = s.evict_ns;
     out->prefetched    = s.ahead;
     out->prefetch_used = s.ahead_used;
+    out->hook_ns       = hook->hook.own_ns(prefill ? Phase::prefill : Phase::decode);
 }
 
 void cr_hook_resident(cr_hook * hook, int32_t layer, uint8_t * mask) {

@@ -1,6 +1,7 @@
 #include "hook.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <exception>
 #include <limits>
@@ -17,7 +18,7 @@ Hook::Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, std::un
     for (const auto & r : routers_) in_memory_.emplace_back(r.cache().resident().size(), 0);
     forced_.resize(routers_.size());
     hook_.user_data = this;
-    hook_.select    = [](void * self, const ExpertEvent * event) { static_cast<Hook *>(self)->select(*event); };
+    hook_.select    = [](void * self, const ExpertEvent * event) { static_cast<Hook *>(self)->timed_select(*event); };
     hook_.reweight  = nullptr;
     hook_.source    = {nullptr, store_.get()};
     if (store_) {
@@ -36,6 +37,16 @@ static bool ranks_probabilities(const ExpertEvent & ev, const float * scores, co
         if (scores[e] != probs[e] && scores[e] != -std::numeric_limits<float>::infinity()) return false;
     }
     return true;
+}
+
+void Hook::timed_select(const ExpertEvent & ev) {
+    using clock = std::chrono::steady_clock;
+    const auto waited = [&] { return store_ ? store_->counters().read_ns : 0; };
+    const auto start  = clock::now();
+    const auto before = waited();
+    select(ev);
+    const auto all = std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - start).count();
+    own_ns_[int(phase_)] += uint64_t(all) - std::min(uint64_t(all), waited() - before);
 }
 
 void Hook::select(const ExpertEvent & ev) {

@@ -98,9 +98,11 @@ class Hook {
     std::vector<CachedRouter> & routers() { return routers_; }
     Store *                     store() { return store_.get(); }
     const StoreCounters &       reads(Phase phase) const { return reads_[int(phase)]; }
+    uint64_t                    own_ns(Phase phase) const { return own_ns_[int(phase)]; } // in select(), without waits for the store
     const std::string &         error() const { return error_; }
 
   private:
+    void timed_select(const ExpertEvent & event);
     void select(const ExpertEvent & event);
     void reweight(const ExpertEvent & event);
     bool read_forced(int layer, uint32_t token); // fills scores_; false: there is no such row
@@ -119,6 +121,7 @@ class Hook {
     Phase                             phase_      = Phase::prefill;
     int                               over_layer_ = -1; // layer whose batch needed more experts than its budget
     StoreCounters                     reads_[2], seen_;
+    uint64_t                          own_ns_[2] = {};
     std::string                       error_;
 
     Scores               scores_;

@@ -1,0 +1,53 @@
+"""A figure that is not yet drawn, and how it becomes a file. Knows not what it shows; asks for matplotlib when it draws."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cacheroute.errors import CacherouteError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ENDINGS = (".png", ".svg")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """`draw` fills a figure of `inches`; `cells` say the same as a table, whose first row is the head."""
+
+    cells: list[list[str]]
+    draw: Callable[[Figure], None]
+    note: str = ""
+    inches: tuple[float, float] = (8, 5)
+
+
+def save(chart: Chart, path: Path, *, force: bool = False) -> None:
+    """Draws a PNG or SVG file. Raises UsageError for another ending or a file that exists, CacherouteError when it cannot."""
+    check_path(path, force=force)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with rc_context({"svg.hashsalt": "cacheroute"}):  # and no date in it: the same rows make the same bytes
+            figure = Figure(figsize=chart.inches, layout="constrained")
+            chart.draw(figure)
+            figure.savefig(part, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        os.replace(part, path)
+    except OSError as e:
+        raise CacherouteError(f"{path} cannot be written ({e.strerror}).") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_path(path: Path, *, force: bool) -> None:
+    """Raises UsageError for an ending that is no picture's, or a file that exists."""
+    if path.suffix not in ENDINGS:
+        raise UsageError(f"{path} is neither a .png nor a .svg file.")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; --force replaces it.")
