@@ -34,7 +34,8 @@ def save(chart: Chart, path: Path, *, force: bool = False) -> None:
 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with rc_context({"svg.hashsalt": "cacheroute"}):  # and no date in it: the same rows make the same bytes
+        # no date and no random names in it: the same rows make the same bytes
+        with rc_context({"svg.hashsalt": "cacheroute", "svg.fonttype": "none"}):
             figure = Figure(figsize=chart.inches, layout="constrained")
             chart.draw(figure)
             figure.savefig(part, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

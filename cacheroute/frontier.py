@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacheroute import __version__, tune
+from cacheroute import __version__, processes, tune
 from cacheroute import budget as budgets
 from cacheroute import routing as routings
 from cacheroute.errors import CacherouteError, UsageError
@@ -122,7 +121,7 @@ def here(job: Job, cells: Sequence[Arm]) -> Iterator[FrontierRow]:
 @contextmanager
 def workers(n: int) -> Iterator[Map]:
     """`n` processes of this machine."""
-    with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
+    with processes.pool(n) as pool:
 
         def run(job: Job, cells: Sequence[Arm]) -> Iterator[FrontierRow]:
             futures = [pool.submit(compute, job, arm) for arm in cells]

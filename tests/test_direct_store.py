@@ -159,6 +159,7 @@ def run(llm: Llama) -> Floats:
     return np.array(rows)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0.5"])
 def test_logits_are_those_of_mmap(path: Path, routing: str) -> None:
     with contextlib.closing(Llama(str(path), routing=routing, **SIZES)) as llm:
@@ -173,6 +174,7 @@ def test_logits_are_those_of_mmap(path: Path, routing: str) -> None:
         assert a.misses > 0
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("io", ["mmap", "direct"])
 def test_reads_beside_compute_change_no_bit(path: Path, io: str) -> None:
     """Whatever is read late, and by whomever it is computed on; a prompt too, whose batches need more experts than the budget."""
@@ -185,6 +187,7 @@ def test_reads_beside_compute_change_no_bit(path: Path, io: str) -> None:
             assert llm.stats().decode.misses > 0
 
 
+@pytest.mark.engine
 def test_io_can_be_changed_and_changed_back(small: Path) -> None:
     with contextlib.closing(Llama(str(small), budget="25%", **SIZES)) as llm:
         first = run(llm)
@@ -194,6 +197,7 @@ def test_io_can_be_changed_and_changed_back(small: Path) -> None:
             np.testing.assert_array_equal(run(llm), first, err_msg=io)
 
 
+@pytest.mark.engine
 def test_a_file_that_becomes_shorter_is_an_error(small: Path) -> None:
     with contextlib.closing(Llama(str(small), io="direct", **SIZES)) as llm:
         os.truncate(small, small.stat().st_size // 2)
@@ -209,6 +213,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "io.json"
 
 
+@pytest.mark.engine
 def test_auto_measures_once_and_remembers(fresh: Path, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
         measured = llm.io
@@ -226,6 +231,7 @@ def test_auto_measures_once_and_remembers(fresh: Path, small: Path, capsys: pyte
         assert len(json.loads(fresh.read_text())) == 1
 
 
+@pytest.mark.engine
 def test_auto_takes_the_faster_one(fresh: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for slow, fast in (("mmap", "direct"), ("direct", "mmap")):
         fresh.unlink(missing_ok=True)
@@ -234,12 +240,14 @@ def test_auto_takes_the_faster_one(fresh: Path, small: Path, monkeypatch: pytest
             assert llm.io == fast
 
 
+@pytest.mark.engine
 def test_auto_works_where_nothing_can_be_kept(fresh: Path, small: Path) -> None:
     fresh.parent.write_text("in the way")
     with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
         assert llm.io in ("mmap", "direct")
 
 
+@pytest.mark.engine
 def test_auto_says_once_why_it_is_not(
     fresh: Path, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +265,7 @@ def test_auto_says_once_why_it_is_not(
             llm.configure(io="direct")  # what was asked for by name is not replaced
 
 
+@pytest.mark.engine
 def test_the_commands_take_it(small: Path) -> None:
     texts = []
     for io in ("mmap", "direct"):

@@ -181,6 +181,7 @@ def test_random_guesses_leave_memory_and_cache_as_they_would_be(live: Live) -> N
 # ---- models -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("architecture", ["qwen3moe", "deepseek2", "gpt-oss", "granitemoe", "llama"])
 def test_no_bit_depends_on_it(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path))  # what "auto" measures of a tiny model is not for the user's
@@ -211,6 +212,7 @@ def test_no_bit_depends_on_it(architecture: str, tmp_path: Path, monkeypatch: py
     llm.close()
 
 
+@pytest.mark.engine
 def test_its_guesses_are_better_than_chance(demo_model: Path) -> None:
     llm = Llama(str(demo_model), n_ctx=64, n_threads=1, budget="50%", prefetch=1, verbose=False)
     tokens = llm.tokenize(b"The sea was calm, and the old man rowed out before the sun had risen over the hills of the bay.")
@@ -234,6 +236,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "m.gguf")
 
 
+@pytest.mark.engine
 def test_bench_compares_and_says_how_often_it_was_right(tiny: Path) -> None:
     few = ("bench", "-m", tiny, "-p", 8, "-n", 12, "-r", 1, "-t", 1, "--budget", "50%", "--routing", "original")
     rows = json.loads(run(*few, "--prefetch", "0,2", "-o", "json").stdout)
@@ -245,6 +248,7 @@ def test_bench_compares_and_says_how_often_it_was_right(tiny: Path) -> None:
     assert "prefetch" not in run(*few).stdout
 
 
+@pytest.mark.engine
 def test_generate_takes_it(tiny: Path) -> None:
     result = run("generate", "-m", tiny, "-p", "the cat", "-n", 12, "--raw", "--temp", 0, "--prefetch", 2, "-o", "json")
     assert result.exit_code == 0, result.output
@@ -258,12 +262,14 @@ def test_a_trace_has_no_guesses(tiny: Path) -> None:
     assert result.exit_code == 2 and "A trace has no guesses to read ahead by" in result.stderr
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("value", ["-1", "x", "", "1,-1"])
 def test_bad_numbers_are_one_sentence(tiny: Path, value: str) -> None:
     result = run("bench", "-m", tiny, "--prefetch", value)
     assert result.exit_code == 2 and f"not {value!r}" in result.stderr
 
 
+@pytest.mark.engine
 def test_a_model_whose_routers_it_cannot_ask(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "_router", lambda index, floats: None)
     with pytest.raises(UsageError, match="keeps its routers in another type than F32"):

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cacheroute import __version__
+from cacheroute import __version__, processes
 from cacheroute.evals import loading
 from cacheroute.evals.perplexity import Row, score
 from cacheroute.evals.results import ResultsFile
@@ -219,17 +215,7 @@ _runner: Runner | None = None  # of a worker process
 
 def _load(model: Path, chunks: Sequence[Chunk], n_threads: int, io: str, room: int) -> None:
     global _runner
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _runner = Runner(loading.load(model, max(len(c.tokens) for c in chunks), n_threads), chunks, io, room)
-
-
-def _end_with_parent() -> None:
-    """A pool's processes wait for work for ever when their parent was killed."""
-    parent = parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
 
 
 def _run(ask: Ask) -> Cell:
@@ -243,11 +229,8 @@ def workers(n: int, model: Path, chunks: Sequence[Chunk], n_threads: int, io: st
     if n < 2:
         yield None
         return
-    pool = ProcessPoolExecutor(n, get_context("spawn"), _load, (model, chunks, n_threads, io, _room(n)))
-    try:
+    with processes.pool(n, _load, model, chunks, n_threads, io, _room(n)) as pool:
         yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

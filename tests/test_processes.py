@@ -1,0 +1,75 @@
+"""Processes that compute cells: they begin as asked, and none is left when nobody waits for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cacheroute import processes
+
+# A parent that is busy with nothing, and says which process it has.
+PARENT = """
+import os, time
+from cacheroute import processes
+if __name__ == "__main__":
+    with processes.pool(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(600)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")  # a zombie that nobody has asked for has ended, too
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def begun(path: Path) -> None:
+    with path.open("a") as f:
+        f.write("begun\n")
+
+
+def test_each_begins_once(tmp_path: Path) -> None:
+    with processes.pool(2, begun, tmp_path / "log") as pool:
+        assert [pool.submit(abs, -i).result() for i in range(4)] == [0, 1, 2, 3]
+    assert 1 <= len((tmp_path / "log").read_text().split()) <= 2
+
+
+def test_work_that_has_not_begun_is_left() -> None:
+    with processes.pool(1) as pool:
+        futures = [pool.submit(time.sleep, 0.5) for _ in range(20)]
+        futures[0].result()
+    assert futures[-1].cancelled()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_they_end_with_their_parent(tmp_path: Path, how: signal.Signals) -> None:
+    script = tmp_path / "parent.py"  # a file: fresh processes import the main module again
+    script.write_text(PARENT)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.send_signal(how)
+    for _ in range(300):
+        if not alive(pid):
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail(f"process {pid} outlived its parent")
+
+
+def test_ctrl_c_is_the_parent_s() -> None:
+    with processes.pool(1) as pool:
+        pid = pool.submit(os.getpid).result()
+        os.kill(pid, signal.SIGINT)
+        assert pool.submit(os.getpid).result() == pid
