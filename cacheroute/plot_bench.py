@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INCHES_PER_BAR = 0.16
+_INCHES_PER_BAR = 0.22  # with its part of the gap between groups
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def is_row(raw: dict[str, Any]) -> bool:
 def bars(raws: Sequence[dict[str, Any]]) -> Chart:
     """The decoded tokens of every arm; of prompts when nothing else was run. Raises UsageError for rows that are not bench's."""
     own = [raw for raw in raws if is_row(raw)]
-    own = [raw for raw in own if str(raw["n_gen"]) != "0"] or own
+    own = [raw for raw in own if str(raw.get("n_gen")) != "0"] or own
     if not own:
         raise UsageError("These are not rows of bench, which `cacheroute bench -o jsonl` writes.")
     try:
@@ -60,7 +59,7 @@ def bars(raws: Sequence[dict[str, Any]]) -> Chart:
         cells.append([bar.model, bar.group, bar.arm, f"{bar.ts:.2f} ± {bar.sd:.2f}", bar.gain, floor, share])
     models = list(dict.fromkeys(bar.model for bar in found))
     most = max(sum(bar.model == model for bar in found) for model in models)
-    return Chart(cells, _drawing(found, models), inches=(5.5 * len(models), 1.5 + _INCHES_PER_BAR * 1.35 * most))
+    return Chart(cells, _drawing(found, models), inches=(5.5 * len(models), 1.5 + _INCHES_PER_BAR * most))
 
 
 def _bar(raw: dict[str, Any]) -> Bar:
@@ -109,10 +108,9 @@ def _panel(axes: Axes, found: Sequence[Bar], colours: dict[str, str]) -> None:
     """Bars from the top down, a gap between the groups, the floor of each as a stroke."""
     y, named = 0.0, set[str]()
     ticks: list[tuple[float, str]] = []
-    by_group = sorted(found, key=lambda bar: list(dict.fromkeys(b.group for b in found)).index(bar.group))
-    for group, members in itertools.groupby(by_group, key=lambda bar: bar.group):
+    for group in dict.fromkeys(bar.group for bar in found):
         first = y
-        for bar in members:
+        for bar in (bar for bar in found if bar.group == group):
             label = "_" if bar.arm in named else bar.arm  # no entry in the legend
             named.add(bar.arm)
             axes.barh(y, bar.ts, xerr=bar.sd, height=0.9, color=colours[bar.arm], label=label, error_kw={"elinewidth": 0.8})
