@@ -47,4 +47,4 @@ def test_the_table_has_every_arm(capsys: pytest.CaptureFixture[str], monkeypatch
     assert len(lines) == 2 + 2 * 2 * 2 * 2
     for line in lines[2:]:
         shares = [int(cell.strip(" %")) for cell in line.split("|")[-5:-1]]
-        assert shares == sorted(shares) and 0 < shares[0] and shares[-1] <= 100
+        assert shares == sorted(shares) and shares[0] > 0 and shares[-1] <= 100
