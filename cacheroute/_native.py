@@ -24,6 +24,7 @@ class Routing(ctypes.Structure):
         ("lambda_", c_double),
         ("f", c_double),
         ("max_loss", c_double),
+        ("experts", c_int32),
     ]
 
 

@@ -117,7 +117,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             raise UsageError(f"There is no io {io!r}; there are {', '.join(stores.ALL[:-1])} and {stores.ALL[-1]}.")
         if prefetch and not any(layer.router for layer in self.layout.layers[1:]):
             raise UsageError("Experts cannot be read ahead: the model keeps its routers in another type than F32.")
-        return budgets.parse(budget, self.layout), parsed, eviction, io, prefetch
+        resolved = budgets.parse(budget, self.layout)
+        routings.capacities(parsed, resolved, self.layout)
+        return resolved, parsed, eviction, io, prefetch
 
     def _attach(self, budget: budgets.Budget, routing: routings.Routing | None, eviction: str, io: str, prefetch: int) -> None:
         self.budget, self.routing, self.eviction, self.io, self.prefetch = budget, routing, eviction, io, prefetch
@@ -276,8 +278,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def _warm(self) -> None:
         if self._task and self._hook is not None:
-            for layer in range(len(self.layout.layers)):
-                self.load_experts(layer, self._task.best(layer, self.budget.capacity))
+            for layer, capacity in enumerate(routings.capacities(self.routing, self.budget, self.layout)):
+                self.load_experts(layer, self._task.best(layer, capacity))
         self._untouched = True
 
     def force(self, scores: ForcedScores | None) -> None:

@@ -11,9 +11,11 @@ The file is JSON:
       "n_used": 8,                                 K
       "layers": [0, 1, 2],                         llama.cpp's numbers of the layers that have experts
       "strategy": "cache-prior",                   a name of `cacheroute routing`
-      "parameters": [{"lambda": 0.1}, {"lambda": 0.4, "j": 2}, {"lambda": 0}],       one of each layer
+      "parameters": [{"lambda": 0.1}, {"lambda": 0.4, "j": 2, "experts": 12}, {"lambda": 0, "experts": 20}],    one of each layer
       "notes": {}                                  anything; who made it, from what, at what price
     }
+
+`experts`: how many of a layer's are in memory, in place of the budget's number; all layers together keep within the budget.
 
 Knows no model but by its numbers, and no policy but by its name.
 """
@@ -34,7 +36,7 @@ FORMAT, VERSION = "cacheroute-routing-profile", 1
 
 @dataclass(frozen=True)
 class RoutingProfile:
-    """`parameters[i]` are those of the MoE layer `layers[i]`, by the names that the grammar of routings has."""
+    """`parameters[i]` are those of the MoE layer `layers[i]`, by the names that the grammar of routings has, and `experts`."""
 
     model: str
     architecture: str

@@ -6,12 +6,18 @@ The strategies themselves are in native/router.cpp.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cacheroute import profile as profiles
 from cacheroute.errors import UsageError
+
+if TYPE_CHECKING:
+    from cacheroute.budget import Budget
+    from cacheroute.experts import ExpertLayout
+
+MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ OTHER_FORMS = {
     "profile:PATH": "a strategy with parameters of its own for each layer, from a file (`tune` writes them)",
     "python:package.module:ClassName": "a policy of one's own (cacheroute/custom_policy.py has an example); slower",
 }
+EXPERTS = "experts"  # a parameter that only layers of a profile have: how many of the layer's are in memory
 _CUSTOM = 6  # Strategy::custom of native/router.h
 
 
@@ -133,6 +140,8 @@ class Routing:
                 raise UsageError(f"{self} is for the model {p.model!r}, and this one is {model!r}.")
         for layer in self.layers:
             layer.check(n_expert, n_used)
+            if not n_used <= layer.parameters.get(EXPERTS, n_used) <= n_expert:
+                raise UsageError(f"{self}: a layer holds {n_used} to {n_expert} experts, not {layer.parameters[EXPERTS]:g}.")
         if self.policy:
             from cacheroute import custom_policy
 
@@ -142,6 +151,24 @@ class Routing:
                 raise UsageError(f"{self}: {name} is at most {limit} for this model.")
         if "m" in self.parameters and self.parameters["m"] < n_used:
             raise UsageError(f"{self}: m is at least {n_used}, the experts that this model uses.")
+
+
+def capacities(routing: Routing | None, budget: Budget, layout: ExpertLayout) -> tuple[int, ...]:
+    """Experts of each layer in memory: the budget's, unless a profile shares the same bytes out in another way.
+
+    Raises UsageError when it needs more than the budget.
+    """
+    alike = (budget.capacity,) * len(layout.layers)
+    if routing is None or not routing.layers:
+        return alike
+    own = tuple(int(r.parameters.get(EXPERTS, budget.capacity)) for r in routing.layers)
+    nbytes = sum(n * layer.expert_bytes for n, layer in zip(own, layout.layers, strict=True))
+    if nbytes > budget.nbytes:
+        raise UsageError(
+            f"{routing} keeps {nbytes / MIB:.1f} MiB of experts in memory, and the budget has {budget.nbytes / MIB:.1f}; "
+            "give the budget that it was made for, or tune for this one."
+        )
+    return own
 
 
 def parameters(strategy: Strategy) -> tuple[Parameter, ...]:
@@ -196,10 +223,14 @@ def from_profile(path: Path) -> Routing:
     profile = profiles.load(path)
     layers = []
     for layer, parameters in zip(profile.layers, profile.parameters, strict=True):
+        held = {k: v for k, v in parameters.items() if k == EXPERTS}
         try:
-            layers.append(parse(profile.strategy + "".join(f":{k}={v!r}" for k, v in parameters.items())))
+            own = parse(profile.strategy + "".join(f":{k}={v!r}" for k, v in parameters.items() if k not in held))
         except UsageError as e:
             raise UsageError(f"{path}, layer {layer}: {e}") from None
+        if any(v != int(v) for v in held.values()):
+            raise UsageError(f"{path}, layer {layer}: {EXPERTS} is a whole number, not {held[EXPERTS]:g}.")
+        layers.append(replace(own, parameters=own.parameters | held))
     return Routing(profile.strategy, layers=tuple(layers), profile=profile, text=f"profile:{path}")
 
 
@@ -243,4 +274,5 @@ def _one_to_native(routing: Routing, n_used: int) -> Any:
         lambda_=value.get("lambda", 0.0),
         f=value.get("f", 0.0),
         max_loss=value.get("max-loss", -1.0),
+        experts=int(value.get(EXPERTS, 0)),
     )

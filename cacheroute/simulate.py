@@ -94,6 +94,7 @@ class Replay:
         h = self.header
         budget = budgets.parse(arm.budget, h.layout)
         arm.routing.check(h.n_expert, h.n_used, h.layers, h.model)
+        routings.capacities(arm.routing, budget, h.layout)
         if arm.eviction not in evictions.ALL:
             raise UsageError(f"There is no eviction {arm.eviction!r}; there are {', '.join(evictions.ALL)}.")
         if arm.eviction == BELADY and arm.routing.lossy:

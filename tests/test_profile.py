@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,54 @@ def test_each_layer_has_its_own_parameters(model: Path, tmp_path: Path) -> None:
     for layer, counters in enumerate(by_layer):
         _native.lib.cr_hook_counters(llm._hook, layer, 0, counters)
     assert by_layer[0].swapped == 0 < by_layer[1].swapped
+
+
+HELD = replace(TINY, parameters=({"lambda": 0.2, "experts": 5}, {"lambda": 0.2, "experts": 11}))
+
+
+def test_layers_share_a_budget_in_their_own_way(model: Path, tmp_path: Path) -> None:
+    profile.save(HELD, tmp_path / "p.json")
+    llm = Llama(str(model), routing=f"profile:{tmp_path}/p.json", budget=8, n_ctx=64, n_threads=1, verbose=False)
+    llm.eval(list(range(3, 20)))
+    with llm.decoding():
+        for token in range(3, 30):
+            llm.eval([token])
+            counts = []
+            for layer in range(2):
+                mask = (ctypes.c_uint8 * 32)()
+                _native.lib.cr_hook_resident(llm._hook, layer, mask)
+                counts.append(sum(mask))
+            assert counts[0] == 5 and counts[1] <= 11
+    assert counts == [5, 11]
+    assert llm.stats().resident_bytes == llm.measure_resident()
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    "experts, budget, sentence",
+    [
+        ((5, 11), 7, "MiB of experts in memory, and the budget has"),
+        ((3, 11), 8, "a layer holds 4 to 32 experts, not 3"),
+        ((4, 33), "all", "a layer holds 4 to 32 experts, not 33"),
+        ((4.5, 8), 8, "layer 0: experts is a whole number, not 4.5"),
+    ],
+)
+def test_experts_that_cannot_be_held(model: Path, tmp_path: Path, experts: tuple[float, ...], budget: str, sentence: str) -> None:
+    profile.save(replace(HELD, parameters=tuple({"lambda": 0.2, "experts": n} for n in experts)), tmp_path / "p.json")
+    with pytest.raises(UsageError, match=sentence):
+        Llama(str(model), routing=f"profile:{tmp_path}/p.json", budget=budget, verbose=False)
+
+
+def test_a_simulation_gives_each_layer_its_experts(tmp_path: Path) -> None:
+    own = ({"lambda": 0.2, "experts": 6}, {"lambda": 0.2, "experts": 12})
+    profile.save(replace(TINY, model="made up", n_expert=24, parameters=own), tmp_path / "p.json")
+    replay = simulate.Replay(fed(False))
+    mixed = replay.run(Arm("9", routing.parse(f"profile:{tmp_path}/p.json"), "lru"), per_layer=True)
+    for layer, capacity in ((0, "6"), (1, "12")):
+        alike = replay.run(Arm(capacity, routing.parse("cache-prior:lambda=0.2"), "lru"), per_layer=True)
+        assert mixed[1 + layer].misses == alike[1 + layer].misses
+    with pytest.raises(UsageError, match="the budget has"):
+        replay.run(Arm("8", routing.parse(f"profile:{tmp_path}/p.json"), "lru"))
 
 
 def test_a_simulation_takes_it_too(tmp_path: Path) -> None:

@@ -30,12 +30,13 @@ def chunks(llm: Llama) -> list[Chunk]:
     return [Chunk(i, tuple(row), 24) for i, row in enumerate(rows)]
 
 
+HELD = Routing("cache-prior", layers=tuple(Routing("cache-prior", {"lambda": 0.4, "experts": float(n)}) for n in (5, 11)))
 ASKS = [
     Ask(parse(routing), budget, eviction, chunk, kl)
     for chunk in (0, 1, 0, 2)
     for budget, eviction in ((8, "lru"), (8, "soft-lfu"), (12, "soft-lfu"))
     for routing, kl in (("original", False), ("cache-prior:lambda=0.4", True), ("pruning:k=2", False), ("drop-cold:f=0.5", False))
-]
+] + [Ask(HELD, budget, "lru", 0) for budget in (8, 12)]
 
 
 @pytest.mark.parametrize("io", ["none", "mmap"])

@@ -11,9 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import quality_table
 import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cacheroute import profile, tune, tuned
@@ -23,7 +26,10 @@ from cacheroute.evals import loading, paired, pricing
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.scorer import Ask, Cell, Runner, Scorer, key, workers
 from cacheroute.eviction import DEFAULT
+from cacheroute.experts import ExpertLayout
 from cacheroute.routing import Routing
+
+Array = npt.NDArray[np.float64]
 
 N = 100  # tokens of a chunk
 
@@ -132,12 +138,17 @@ def test_bytes_are_compared_at_the_same_perplexity() -> None:
 # ---- prices ----------------------------------------------------------------------------------------
 
 
+def alike(misses: Array, swapped: Array, price: Array, expert_mib: Array, groups: tuple[tuple[int, ...], ...]) -> pricing.Prices:
+    """Prices where every layer must hold 16 experts."""
+    return pricing.Prices(misses[..., None], swapped[..., None], price, expert_mib, groups, (16,), 16)
+
+
 def test_a_dear_layer_gets_less_lambda() -> None:
     n = 4
     misses = np.tile([3.0, 2.5, 2.0, 1.5, 1.0, 0.8], (n, 1))
     swapped = np.tile([0.0, 0.5, 1.0, 1.6, 2.4, 3.0], (n, 1))
     price = np.array([[0.001, 0.001], [0.01, 0.01]])
-    rungs = pricing.ladder(pricing.Prices(misses, swapped, price, np.full(n, 0.5), ((0, 1), (2, 3))))
+    rungs = pricing.ladder(alike(misses, swapped, price, np.full(n, 0.5), ((0, 1), (2, 3))))
     assert 8 <= len(rungs) <= 32
     for rung in rungs:
         assert rung.lambdas[0] == rung.lambdas[1] >= rung.lambdas[2] == rung.lambdas[3]
@@ -150,13 +161,55 @@ def test_a_dear_layer_gets_less_lambda() -> None:
 def test_equal_layers_get_equal_lambdas() -> None:
     misses = np.tile([3.0, 2.5, 2.0, 1.5, 1.0, 0.8], (3, 1))
     swapped = np.tile([0.0, 0.5, 1.0, 1.6, 2.4, 3.0], (3, 1))
-    rungs = pricing.ladder(pricing.Prices(misses, swapped, np.full((3, 2), 0.01), np.ones(3), ((0,), (1,), (2,))))
+    rungs = pricing.ladder(alike(misses, swapped, np.full((3, 2), 0.01), np.ones(3), ((0,), (1,), (2,))))
     assert all(len(set(r.lambdas)) == 1 for r in rungs)
 
 
 def test_a_budget_of_all_experts_leaves_nothing_to_price() -> None:
-    nothing = pricing.Prices(np.zeros((2, 6)), np.zeros((2, 6)), np.zeros((2, 2)), np.ones(2), ((0,), (1,)))
+    nothing = alike(np.zeros((2, 6)), np.zeros((2, 6)), np.zeros((2, 2)), np.ones(2), ((0,), (1,)))
     assert pricing.ladder(nothing) == []
+
+
+def test_a_dear_layer_holds_more_experts() -> None:
+    capacities = (8, 12, 16, 20, 24)
+    by_lambda, by_capacity = np.array([1.0, 0.8, 0.6, 0.4, 0.3, 0.25]), np.array([4.0, 2.6, 1.7, 1.0, 0.5])
+    misses = np.tile(np.outer(by_lambda, by_capacity), (4, 1, 1))
+    swapped = np.tile(np.outer([0.0, 0.5, 1.0, 1.6, 2.4, 3.0], [1.0, 0.8, 0.6, 0.4, 0.2]), (4, 1, 1))
+    price = np.array([[0.001, 0.001], [0.02, 0.02]])
+    sizes = np.array([0.5, 1.0, 0.5, 1.0])
+    rungs = pricing.ladder(pricing.Prices(misses, swapped, price, sizes, ((0, 1), (2, 3)), capacities, 16))
+    assert len(rungs) >= 8
+    for rung in rungs:
+        assert np.dot(rung.experts, sizes) <= 16 * sizes.sum()
+        assert rung.routing().layers[0].parameters == {"lambda": rung.lambdas[0], "experts": rung.experts[0]}
+    assert any(r.experts[2] > r.experts[0] and r.experts[3] > r.experts[1] and r.lambdas[0] > r.lambdas[2] for r in rungs)
+
+
+@given(seed=st.integers(0, 2**32 - 1), room=st.floats(8, 30))
+def test_memory_goes_where_it_is_worth_most(seed: int, room: float) -> None:
+    rng = np.random.default_rng(seed)
+    counts = np.array([2, 3, 5, 6])
+    sizes = np.outer(rng.choice([1.0, 1.5], 3), counts)
+    priced = -np.cumsum(rng.random((3, 4)), axis=1)
+    room = max(room, sizes[:, 0].sum())
+    held = pricing._share_out(priced, sizes, room)
+    rows = np.arange(3)
+    assert sizes[rows, held].sum() <= room + 1e-6
+    every = list(itertools.product(range(4), repeat=3))
+    best = min(priced[rows, pick].sum() for pick in every if sizes[rows, pick].sum() <= room)
+    # one price for all memory leaves at most what one layer can gain
+    assert priced[rows, held].sum() <= best + (priced[:, 0] - priced[:, -1]).max()
+    for layer, c in itertools.product(rows, range(4)):
+        other = held.copy()
+        other[layer] = c
+        assert sizes[rows, other].sum() > room + 1e-6 or priced[rows, other].sum() >= priced[rows, held].sum()
+
+
+def test_capacities_reach_from_k_to_e_and_have_the_budget() -> None:
+    for n_expert, n_used, budget in ((32, 8, 16), (128, 8, 77), (8, 2, 3), (60, 4, 30)):
+        layout = ExpertLayout((), "", n_expert, n_used, (), "")
+        found = pricing.capacities(budget, layout)
+        assert (found[0], found[-1]) == (n_used, n_expert) and budget in found and len(found) <= 26
 
 
 def test_groups_cover_all_layers() -> None:
@@ -185,8 +238,13 @@ def scorer(tiny: Path, prose: Path, tmp_path: Path) -> Iterator[Scorer]:
 
 def test_measured_prices(scorer: Scorer) -> None:
     prices = pricing.measure(scorer, 8, "score", [0, 1], n_groups=2)
-    assert prices.misses.shape == prices.swapped.shape == (2, 6) and prices.price.shape == (2, 2)
-    assert (prices.misses[:, 0] > prices.misses[:, -1]).all() and (prices.swapped[:, 0] == 0).all()
+    held = len(prices.capacities)
+    assert prices.misses.shape == prices.swapped.shape == (2, 6, held) and prices.price.shape == (2, 2)
+    own = prices.capacities.index(8)
+    assert (prices.misses[:, 0, own] > prices.misses[:, -1, own]).all() and (prices.swapped[:, 0] == 0).all()
+    assert (prices.misses[:, :, 0] > prices.misses[:, :, -1]).all() and held > 4
+    base = [scorer.cell(Routing("original"), 8, "score", i) for i in (0, 1)]  # live misses of `original` are those of a replay
+    assert prices.misses[:, 0, own] * sum(c.n for c in base) == pytest.approx(np.sum([c.misses for c in base], axis=0))
     assert (prices.price > 0).all()
     assert pricing.ladder(prices)
 

@@ -19,6 +19,7 @@ from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, TextOption
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import paired
 from cacheroute.eviction import DEFAULT
+from cacheroute.routing import EXPERTS
 
 if TYPE_CHECKING:
     from cacheroute.engine import Llama
@@ -89,6 +90,7 @@ def tune(
 ) -> None:
     """Find the routing that reads least while the perplexity rises by no more than a limit, on your text.
 
+    Each layer gets a lambda of its own and its share of the budget: what is dear to swap is held. --uniform: all the same.
     Scores are stepped and paired with `original`. Two thirds of the chunks fit, one third is held out and has the last word.
     The result is a profile that `--routing tuned` takes for this model and budget. Stop it when you like: the same
     command goes on from there.
@@ -289,6 +291,8 @@ def _print(report: Report, output: str) -> None:
     if report.parameters and len(report.parameters) > 1:
         values = " ".join(f"{p['lambda']:g}" for p in report.parameters)
         print(f"\nlambda by layer: {values}")
+        if all(EXPERTS in p for p in report.parameters):
+            print(f"experts in memory by layer: {' '.join(f'{p[EXPERTS]:g}' for p in report.parameters)}")
 
 
 def _why_not(outcome: Outcome, allowed: float) -> str:

@@ -1,13 +1,15 @@
-"""What each layer asks for its experts: the price of cache-prior per layer, and the per-layer lambdas of equal marginal price.
+"""What each layer asks for its experts: the price of cache-prior per layer, and what lambda and how much memory each should have.
 
-Measured on a few chunks, stepped. The cost of a layer is KL(original || routed) when only this layer (or its group of neighbours)
-is routed: like the loss of likelihood it stands for, but always positive and far less noisy, as every position's whole
+Measured on a few chunks. The cost of a layer is KL(original || routed) when only this layer (or its group of neighbours) is
+routed, stepped: like the loss of likelihood it stands for, but always positive and far less noisy, as every position's whole
 distribution speaks. For small changes KL is quadratic in the change, and changes of different layers are nearly independent, so
-costs add up. What a layer reads at each lambda comes from runs with one lambda everywhere: it needs few tokens.
+costs add up. What a layer misses and swaps with each lambda and each number of experts in memory comes from a replay of what its
+router saw.
 
-Minimising sum_l cost_l(lambda_l) + mu * read_l(lambda_l) for one multiplier mu at a time gives every layer the same marginal
-price (Lagrange); a sweep of mu is a ladder of candidates from lossless to lossy, of which `tune` finds the rung by stepped
-perplexity.
+Minimising sum_l cost_l(lambda_l, C_l) + mu * read_l(lambda_l, C_l) + nu * bytes_l(C_l) gives every layer the same marginal price
+of a read and of a byte of memory (Lagrange): layers that are dear to swap in hold more experts, the others fewer. nu is such that
+all of them together keep within the budget; a sweep of mu is a ladder of candidates from lossless to lossy, of which `tune` finds
+the rung by stepped perplexity.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cacheroute import simulate
 from cacheroute.evals.scorer import Ask, Scorer
 from cacheroute.evals.text import Chunk
-from cacheroute.routing import Routing
+from cacheroute.experts import ExpertLayout
+from cacheroute.routing import EXPERTS, Routing
 from cacheroute.stats import MIB
 
 LEVELS = (0.05, 0.1, 0.2, 0.4, 0.8)  # lambda everywhere: misses and swaps of each layer
+_CAPACITIES = 14  # numbers of experts in memory that are tried, about
 PROBES = (0.1, 0.4)  # lambda in one group of layers only: its price
 _TRUST = 0.75  # in a group's own price against the mean of all
 _GRID = np.concatenate([[0.0], np.geomspace(0.01, 1.0, 60)])
@@ -34,10 +39,11 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Prices:
-    """Per token, for each MoE layer and each of LEVELS: `misses` and `swapped` [layer, 1 + level] (lambda = 0 first).
+    """Per token, for each MoE layer, each of LEVELS and each of `capacities`: `misses` and `swapped` [layer, 1 + level, capacity]
+    (lambda = 0 first).
 
     `price` [group, probe]: nats of KL per swapped slot, of each group at each of PROBES. `expert_mib` [layer]. `groups`: the
-    layers of each group, counted from 0 over the MoE layers.
+    layers of each group, counted from 0 over the MoE layers. `budget`: experts of a layer, on average by bytes.
     """
 
     misses: Array
@@ -45,20 +51,25 @@ class Prices:
     price: Array
     expert_mib: Array
     groups: tuple[tuple[int, ...], ...]
+    capacities: tuple[int, ...]
+    budget: int
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Lambdas per layer, with the prediction: nats of KL and MiB read per token."""
+    """Lambdas and experts in memory per layer, with the prediction: nats of KL and MiB read per token."""
 
     lambdas: tuple[float, ...]
+    experts: tuple[int, ...]
     cost: float
     read_mib: float
 
     def routing(self) -> Routing:
-        layers = tuple(Routing("cache-prior", {"lambda": x}) for x in self.lambdas)
+        each = zip(self.lambdas, self.experts, strict=True)
+        layers = tuple(Routing("cache-prior", {"lambda": x, EXPERTS: float(n)}) for x, n in each)
         mean = sum(self.lambdas) / len(self.lambdas)
-        return Routing("cache-prior", layers=layers, text=f"cache-prior per layer, lambda {mean:.3f} on average")
+        held = f"{min(self.experts)}..{max(self.experts)} experts"
+        return Routing("cache-prior", layers=layers, text=f"cache-prior per layer, lambda {mean:.3f} on average, {held}")
 
 
 def groups(n_layers: int, n_groups: int) -> tuple[tuple[int, ...], ...]:
@@ -73,7 +84,13 @@ def n_chunks(n_tokens: int, chunks: Sequence[Chunk]) -> int:
 
 def n_runs(n_groups: int) -> int:
     """How often measure() scores each chunk."""
-    return 2 + len(LEVELS) + len(PROBES) * n_groups
+    return 2 + len(PROBES) * n_groups
+
+
+def capacities(budget: int, layout: ExpertLayout) -> tuple[int, ...]:
+    """Numbers of experts from K to E that a layer may be given, the budget's own among them."""
+    step = max((layout.n_expert - layout.n_used) // (_CAPACITIES - 2), 1)
+    return tuple(sorted({*range(layout.n_used, layout.n_expert + 1, step), budget, layout.n_expert}))
 
 
 def measure(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n_groups: int) -> Prices:
@@ -81,36 +98,38 @@ def measure(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n
     layout = scorer.llm.layout
     n_layers = len(layout.layers)
     parts = groups(n_layers, n_groups)
-    everywhere = [Routing("original"), *(_only(range(n_layers), n_layers, x) for x in LEVELS)]
-    misses, swapped = np.zeros((n_layers, len(everywhere))), np.zeros((n_layers, len(everywhere)))
-    kl, swaps = np.zeros((len(parts), len(PROBES))), np.zeros((len(parts), len(PROBES)))
     probes = {(g, p): _only(part, n_layers, x) for g, part in enumerate(parts) for p, x in enumerate(PROBES)}
-    scorer.ahead(
-        [
-            Ask(routing, budget, eviction, chunk, kl)
-            for chunk in chunks
-            for routings, kl in ((everywhere, False), (probes.values(), True))
-            for routing in routings
-        ]
-    )
-    n_tokens = 0
+    scorer.ahead([Ask(routing, budget, eviction, chunk, True) for chunk in chunks for routing in probes.values()])
+    held = capacities(budget, layout)
+    misses, swapped = _replayed(simulate.Replay(scorer.trace(chunks)), eviction, held)
+    kl, swaps = np.zeros((len(parts), len(PROBES))), np.zeros((len(parts), len(PROBES)))
     for chunk in chunks:
-        for i, routing in enumerate(everywhere):
-            cell = scorer.cell(routing, budget, eviction, chunk)
-            misses[:, i] += cell.misses
-            swapped[:, i] += cell.swapped
-        n_tokens += cell.n
         for (g, p), routing in probes.items():
             cell = scorer.cell(routing, budget, eviction, chunk, kl=True)
             kl[g, p] += cell.kl or 0.0
             swaps[g, p] += sum(cell.swapped[i] for i in parts[g])
     return Prices(
-        misses=np.minimum.accumulate(misses, axis=1) / n_tokens,  # more lambda never reads more; what says so is noise
-        swapped=np.maximum.accumulate(swapped, axis=1) / n_tokens,
+        misses=np.minimum.accumulate(misses, axis=1),  # more lambda never reads more; what says so is noise
+        swapped=np.maximum.accumulate(swapped, axis=1),
         price=np.maximum(kl, 0) / np.maximum(swaps, 1),
         expert_mib=np.array([layer.expert_bytes / MIB for layer in layout.layers]),
         groups=parts,
+        capacities=held,
+        budget=budget,
     )
+
+
+def _replayed(replay: simulate.Replay, eviction: str, held: Sequence[int]) -> tuple[Array, Array]:
+    """(misses, swapped) per token, [layer, 1 + level, capacity]."""
+    shape = (len(replay.header.layers), 1 + len(LEVELS), len(held))
+    misses, swapped = np.empty(shape), np.empty(shape)
+    for i, x in enumerate((0.0, *LEVELS)):
+        routing = Routing("cache-prior", {"lambda": x}) if x else Routing("original")
+        for c, n in enumerate(held):
+            _, *layers = replay.run(simulate.Arm(str(n), routing, eviction), per_layer=True)
+            misses[:, i, c] = [row.misses / row.tokens for row in layers]
+            swapped[:, i, c] = [row.swapped / row.tokens for row in layers]
+    return misses, swapped
 
 
 def _only(layers: Sequence[int], n_layers: int, value: float) -> Routing:
@@ -122,19 +141,55 @@ def _only(layers: Sequence[int], n_layers: int, value: float) -> Routing:
 def ladder(prices: Prices, n_rungs: int = 32) -> list[Candidate]:
     """Candidates of equal marginal price, cheapest first, every one costing more and reading less than the one before."""
     cost, read = curves(prices)
-    rungs: dict[tuple[int, ...], Candidate] = {}
+    found: dict[tuple[tuple[float, ...], tuple[int, ...]], Candidate] = {}
     steps = np.diff(cost, axis=1)[np.diff(cost, axis=1) > 0]
     reads = -np.diff(read, axis=1)[np.diff(read, axis=1) < 0]
     if not len(steps) or not len(reads):
         return []
+    sizes = np.outer(prices.expert_mib, prices.capacities)
+    room = prices.budget * prices.expert_mib.sum()
+    rows = np.arange(len(cost))
     for mu in np.geomspace(steps.min() / reads.max() / 10, steps.max() / reads.min() * 10, 600):
-        pick = np.argmin(cost + mu * read, axis=1)
-        if pick.any() and tuple(pick) not in rungs:
-            rows = np.arange(len(pick))
-            lambdas = tuple(round(float(_GRID[g]), 4) for g in pick)
-            rungs[tuple(pick)] = Candidate(lambdas, float(cost[rows, pick].sum()), float(read[rows, pick].sum()))
-    ordered = sorted(rungs.values(), key=lambda c: (c.cost, -c.read_mib))
+        priced = cost + mu * read
+        held = _share_out(priced.min(axis=1), sizes, room)
+        pick = priced[rows, :, held].argmin(axis=1)
+        lambdas = tuple(round(float(_GRID[g]), 4) for g in pick)
+        experts = tuple(prices.capacities[c] for c in held)
+        candidate = Candidate(lambdas, experts, float(cost[rows, pick, held].sum()), float(read[rows, pick, held].sum()))
+        if pick.any():
+            found.setdefault((lambdas, experts), candidate)
+    ordered: list[Candidate] = []
+    for candidate in sorted(found.values(), key=lambda c: (c.cost, c.read_mib)):
+        if not ordered or (candidate.cost > ordered[-1].cost and candidate.read_mib < ordered[-1].read_mib):
+            ordered.append(candidate)
     return _thin(ordered, n_rungs)
+
+
+def _share_out(priced: Array, sizes: Array, room: float) -> npt.NDArray[np.intp]:
+    """The capacity of each layer, as an index: least `priced` [layer, capacity] where `sizes` [layer, capacity] fit `room`.
+
+    By one price for all memory, and what that leaves over to the layers that gain most by a step.
+    """
+    rows = np.arange(len(priced))
+    room += 1e-6
+    low, high = 0.0, 1.0
+    while sizes[rows, (priced + high * sizes).argmin(axis=1)].sum() > room:
+        high *= 4
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = sizes[rows, (priced + middle * sizes).argmin(axis=1)].sum() <= room
+        low, high = (low, middle) if fits else (middle, high)
+    held: npt.NDArray[np.intp] = (priced + high * sizes).argmin(axis=1)
+    while True:
+        left = room - sizes[rows, held].sum()
+        dearer = sizes - sizes[rows, held][:, None]
+        gain = (priced[rows, held][:, None] - priced) / np.where(dearer > 0, dearer, np.inf)
+        gain[(dearer <= 0) | (dearer > left)] = 0.0
+        layer, c = np.unravel_index(int(gain.argmax()), gain.shape)
+        if gain[layer, c] <= 0:
+            break
+        held[layer] = c
+    return held
 
 
 def rungs(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n_groups: int) -> tuple[list[Routing], list[float]]:
@@ -144,16 +199,17 @@ def rungs(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n_g
 
 
 def curves(prices: Prices) -> tuple[Array, Array]:
-    """(cost in nats of KL per token, MiB read per token) of each layer at each lambda of the grid, [layer, lambda]."""
+    """(cost in nats of KL per token, MiB read per token) at each lambda of the grid, [layer, lambda, capacity]."""
     measured = np.array([0.0, *LEVELS])
-    n_layers = len(prices.misses)
-    cost, read = np.empty((n_layers, len(_GRID))), np.empty((n_layers, len(_GRID)))
+    n_layers, _, n_capacities = prices.misses.shape
+    cost, read = np.empty((2, n_layers, len(_GRID), n_capacities))
     level, rising = _prices_by_lambda(prices.price)
     for g, part in enumerate(prices.groups):
         price = level[g] * rising
         for layer in part:
-            cost[layer] = np.maximum.accumulate(price * np.interp(_GRID, measured, prices.swapped[layer]))
-            read[layer] = np.interp(_GRID, measured, prices.misses[layer]) * prices.expert_mib[layer]
+            for c in range(n_capacities):
+                cost[layer, :, c] = np.maximum.accumulate(price * np.interp(_GRID, measured, prices.swapped[layer, :, c]))
+                read[layer, :, c] = np.interp(_GRID, measured, prices.misses[layer, :, c]) * prices.expert_mib[layer]
     return cost, read
 
 

@@ -23,8 +23,9 @@ from cacheroute.evals.perplexity import Row, score
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.text import Chunk
 from cacheroute.eviction import DEFAULT
-from cacheroute.routing import Routing
+from cacheroute.routing import EXPERTS, Routing
 from cacheroute.stats import MIB, available_memory
+from cacheroute.trace import Header, Trace, record_dtype
 
 if TYPE_CHECKING:
     from cacheroute.checkpoint import Checkpoint
@@ -78,7 +79,7 @@ class Runner:
 
     def __init__(self, llm: Llama, chunks: Sequence[Chunk], io: str, room: int) -> None:
         self.llm, self.chunks, self._io, self._room = llm, chunks, io, room
-        self._prompts: dict[tuple[int, int, str], Checkpoint] = {}
+        self._prompts: dict[tuple[int, int, str, tuple[float, ...]], Checkpoint] = {}
         self._sequences: dict[int, bytes] = {}  # by chunk: the same at every budget
         self._configured: tuple[str, int, str] | None = None
         self._reference: tuple[int, list[Row]] | None = None  # of the chunk asked for last: a chunk's are many MB
@@ -111,6 +112,17 @@ class Runner:
             seconds=s.seconds,
         )
 
+    def trace(self, chunks: Sequence[int]) -> Trace:
+        """What the routers see in those chunks, a sequence each, when `original` decodes their scored tokens one by one."""
+        records: list[bytes] = []
+        self._configure(Routing("original"), self.llm.layout.n_expert, DEFAULT)
+        with self.llm.tracing(records.append):
+            for _ in score(self.llm, [self.chunks[i] for i in chunks]):
+                pass
+        layout = self.llm.layout
+        header = Header.of(layout, "original", DEFAULT, layout.n_expert)
+        return Trace(header, np.frombuffer(b"".join(records), record_dtype(layout.n_expert, layout.n_used, mass=True)), True)
+
     def _rows(self, chunk: int) -> list[Row]:
         """log_probabilities() of every scored position of a chunk, routed by `original`; float32."""
         if self._reference is None or self._reference[0] != chunk:
@@ -123,7 +135,8 @@ class Runner:
 
     def _prompt(self, chunk: Chunk) -> None:
         assert self._configured
-        at = (chunk.index, *self._configured[1:])
+        own = tuple(r.parameters.get(EXPERTS, 0) for r in self.llm.routing.layers) if self.llm.routing else ()
+        at = (chunk.index, *self._configured[1:], own)
         kept = self._prompts.get(at)
         if kept:
             self.llm.return_to(kept)
@@ -187,6 +200,10 @@ class Scorer:
         """The scores of several chunks."""
         self.ahead([Ask(routing, budget, eviction, i) for i in chunks])
         return [self.cell(routing, budget, eviction, i) for i in chunks]
+
+    def trace(self, chunks: Sequence[int]) -> Trace:
+        """As Runner.trace, in this process."""
+        return self._runner.trace(chunks)
 
     def ahead(self, asks: Sequence[Ask]) -> None:
         """What will be asked for next, in that order: a pool begins with it, and leaves what was announced before."""

@@ -31,13 +31,14 @@ struct cr_routing {
     double  lambda;
     double  f;
     double  max_loss; /* < 0: no guard */
+    int32_t experts;  /* of this layer in memory, n_used..n_expert; 0: the capacity of the shape */
 };
 
 struct cr_shape {
     int32_t n_layers;
     int32_t n_expert;
     int32_t n_used;
-    int32_t capacity; /* experts per layer, n_used..n_expert */
+    int32_t capacity; /* experts per layer, n_used..n_expert, where a layer has no number of its own */
     int32_t eviction; /* 0 lru, 1 lfu, 2 score, 3 belady (replay of dictated ids only) */
 };
 

@@ -31,10 +31,6 @@ namespace {
 
 std::vector<CachedRouter> make_routers(const cr_shape & s, const cr_routing * routing) {
     if (s.n_layers < 1 || s.n_used < 1 || s.n_used > s.n_expert) throw std::runtime_error("the model's expert counts make no sense");
-    if (s.capacity < s.n_used || s.capacity > s.n_expert) {
-        throw std::runtime_error("a cache of " + std::to_string(s.capacity) + " experts per layer is not within " +
-                                 std::to_string(s.n_used) + ".." + std::to_string(s.n_expert));
-    }
     if (s.eviction < 0 || s.eviction > int32_t(Eviction::soft_lfu)) throw std::runtime_error("there is no such eviction");
     std::vector<CachedRouter> layers;
     layers.reserve(size_t(s.n_layers));
@@ -42,7 +38,12 @@ std::vector<CachedRouter> make_routers(const cr_shape & s, const cr_routing * ro
         const cr_routing & r = routing[l];
         if (r.strategy < 0 || r.strategy > int32_t(Strategy::custom)) throw std::runtime_error("there is no such routing");
         const Routing as{Strategy(r.strategy), r.k, r.m, std::max(r.j, 0), r.p, r.lambda, r.f, r.max_loss};
-        layers.emplace_back(s.n_expert, s.n_used, s.capacity, as, Eviction(s.eviction));
+        const int32_t capacity = r.experts ? r.experts : s.capacity;
+        if (capacity < s.n_used || capacity > s.n_expert) {
+            throw std::runtime_error("a cache of " + std::to_string(capacity) + " experts per layer is not within " +
+                                     std::to_string(s.n_used) + ".." + std::to_string(s.n_expert));
+        }
+        layers.emplace_back(s.n_expert, s.n_used, capacity, as, Eviction(s.eviction));
     }
     return layers;
 }
