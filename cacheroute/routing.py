@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from cacheroute import profile as profiles
 from cacheroute.errors import UsageError
+from cacheroute.stats import MIB
 
 if TYPE_CHECKING:
     from cacheroute.budget import Budget
     from cacheroute.experts import ExpertLayout
-
-MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 # Routings that are not written as name:key=value: the form, what it means.
 OTHER_FORMS = {
-    "profile:PATH": "a strategy with parameters of its own for each layer, from a file (`tune` writes them)",
+    "profile:PATH": "a strategy with parameters and memory of its own for each layer, from a file (`tune` writes them)",
     "python:package.module:ClassName": "a policy of one's own (cacheroute/custom_policy.py has an example); slower",
 }
 EXPERTS = "experts"  # a parameter that only layers of a profile have: how many of the layer's are in memory
@@ -228,7 +227,7 @@ def from_profile(path: Path) -> Routing:
             own = parse(profile.strategy + "".join(f":{k}={v!r}" for k, v in parameters.items() if k not in held))
         except UsageError as e:
             raise UsageError(f"{path}, layer {layer}: {e}") from None
-        if any(v != int(v) for v in held.values()):
+        if not all(v.is_integer() for v in held.values()):
             raise UsageError(f"{path}, layer {layer}: {EXPERTS} is a whole number, not {held[EXPERTS]:g}.")
         layers.append(replace(own, parameters=own.parameters | held))
     return Routing(profile.strategy, layers=tuple(layers), profile=profile, text=f"profile:{path}")

@@ -139,6 +139,7 @@ def test_layers_share_a_budget_in_their_own_way(model: Path, tmp_path: Path) -> 
         ((3, 11), 8, "a layer holds 4 to 32 experts, not 3"),
         ((4, 33), "all", "a layer holds 4 to 32 experts, not 33"),
         ((4.5, 8), 8, "layer 0: experts is a whole number, not 4.5"),
+        ((float("inf"), 8), 8, "layer 0: experts is a whole number, not inf"),
     ],
 )
 def test_experts_that_cannot_be_held(model: Path, tmp_path: Path, experts: tuple[float, ...], budget: str, sentence: str) -> None:
