@@ -84,10 +84,11 @@ def chart(files: Sequence[Path], kind: str = "", layer: int | None = None) -> Ch
         return _layers(trace) if kind == "layers" else _residency(trace, layer)
     if kind in ("residency", "layers"):
         raise UsageError(f"{files[0]} is not a trace, which {kind} is of.")
-    raws = [raw for path in files for raw in _read(path)]
+    contents = [_read(path) for path in files]
+    raws = [raw for content in contents for raw in content]
     if kind == "bench" or (not kind and raws and all(plot_bench.is_row(raw) for raw in raws)):
         return plot_bench.bars(raws)
-    rows = [row for path in files for row in read_rows(path)]
+    rows = [row for path, content in zip(files, contents, strict=True) for row in _rows(path, content)]
     if kind == "misses" or (not kind and not any(_value(row, field) is not None for row in rows for field, _, _ in _QUALITY)):
         return _misses(rows)
     return _speed(rows) if kind == "speed" else _frontier(rows)
@@ -106,8 +107,12 @@ def _is_trace(path: Path) -> bool:
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of decoded tokens in a json, jsonl or csv file, all layers together. Raises UsageError when there are none."""
+    return _rows(path, _read(path))
+
+
+def _rows(path: Path, content: list[dict[str, Any]]) -> list[Row]:
     try:
-        found = [row for raw in _read(path) if (row := _row(raw))]
+        found = [row for raw in content if (row := _row(raw))]
     except (ValueError, TypeError) as e:
         raise _strange(path, e) from None
     if not found:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import statistics
 import sys
 import time
@@ -29,14 +28,14 @@ def measure(llm: Llama, n_misses: int, seconds: float, seed: int) -> dict[str, f
     held = [list(range(llm.budget.capacity)) for _ in range(n_layers)]
     for layer, experts in enumerate(held):
         llm.load_experts(layer, experts)
-    before, cpu, start = llm.stats().prefill, processor_seconds(), time.perf_counter()
+    before, cpu, start = llm.stats().prefill, time.process_time(), time.perf_counter()
     while time.perf_counter() - start < seconds:
         layer = order.randrange(n_layers)
         absent = [e for e in range(llm.layout.n_expert) if e not in held[layer]]
         new = order.sample(absent, min(n_misses, len(absent)))
         llm.load_experts(layer, new)
         held[layer] = [*held[layer][len(new) :], *new]
-    wall, cpu = time.perf_counter() - start, processor_seconds() - cpu
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     megabytes = (llm.stats().prefill - before).read_bytes / 1e6
     resident = llm.measure_resident()
     return {
@@ -44,12 +43,6 @@ def measure(llm: Llama, n_misses: int, seconds: float, seed: int) -> dict[str, f
         "mb_per_s": megabytes / wall,
         "resident_mib": float("nan") if resident is None else resident / 2**20,
     }
-
-
-def processor_seconds() -> float:
-    """User and system time of this process."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def main() -> int:
