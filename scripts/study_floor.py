@@ -25,7 +25,7 @@ from cacheroute.routing import parse_list
 
 AHEAD = (0, 1, 2, 4)
 BUDGETS = ("25%", "50%")
-GB_PER_S = (0.5, 1.0)
+GB_PER_S = (0.5, 1.0, 2.0)
 ARMS = (("original", "lru"), ("cache-prior:lambda=0.2", "soft-lfu"))
 N_TOKENS = 400
 WARM = 100  # tokens that are not judged: caches fill

@@ -30,7 +30,7 @@ struct Pool {
     uint8_t *              base       = nullptr;
     std::vector<uint8_t *> free;      // in memory, and nobody's
     std::vector<uint8_t *> empty;     // not in memory, the first one last
-    size_t                 spare = 0; // most slots that were ever read into ahead: so many stay free, and in memory
+    size_t                 spare = 0; // most slots that prefetches ever held at once: so many stay free, and in memory
 
     uint64_t bytes() const { return n_slots * slot_bytes; }
 };
@@ -74,7 +74,7 @@ class DirectStore final : public ReadingStore {
         if (!ahead()) return;
         for (Pool & pool : pools_) {
             size_t n = 0;
-            for (size_t t : tensors) n += pools_[pool_of_[t]].base == pool.base ? load.size() : 0;
+            for (size_t t : tensors) n += pools_[pool_of_[t]].base == pool.base ? n_ahead() + load.size() : 0;
             pool.spare = std::max(pool.spare, n);
         }
     }

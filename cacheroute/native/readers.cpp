@@ -36,7 +36,7 @@ void Readers::start(Clock::time_point since) {
         pending_ += added_.size();
     }
     added_.clear();
-    wake_.notify_all();
+    wake_.notify_one();
 }
 
 uint64_t Readers::cancel(Left & left) {
@@ -69,7 +69,9 @@ void Readers::loop() {
         }
         const auto not_before = deadline_;
         reading_++;
+        const bool more = !queue_.empty();
         lock.unlock();
+        if (more) wake_.notify_one(); // readers wake each other: whoever starts them has a layer to compute
         const int error = read_(piece.run);
         lock.lock();
         if (--reading_ == 0 && paused_) done_.notify_all();
@@ -96,7 +98,7 @@ void Readers::go_on() {
         std::lock_guard<std::mutex> lock(mutex_);
         paused_ = false;
     }
-    wake_.notify_all();
+    wake_.notify_one();
 }
 
 void Readers::wait_for(const Left & left) {

@@ -38,6 +38,8 @@ class ReadingStore : public Store {
     void stop_readers() { readers_.reset(); }
     void read(size_t tensor, int32_t e, const PageRun & run);
     bool ahead() const { return reading_ahead_; } // begin() is for a prefetch, which may be cancelled
+    // Experts of earlier prefetches that are neither chosen nor gone.
+    size_t n_ahead() const { return guesses_.size() + cancelled_.size(); }
 
     PageRun                            pages(size_t tensor, int first, int n) const; // that these experts touch in the mapping
     int                                n_expert() const { return n_expert_; }
