@@ -1,4 +1,4 @@
-"""What the tests share: the demo model that the set-up has built."""
+"""What the tests share: the demo model that the set-up has built, a tiny model, and a text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import tiny_models
 
 from cacheroute import demo_model as demo
 
@@ -18,4 +19,17 @@ def demo_model() -> Path:
     """The demo model. Missing, it is a fault of the set-up, not a reason to skip."""
     path = demo.default_path()
     assert path.exists(), f"{path} is missing; scripts/make_demo_model.py builds it"
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two MoE layers with 32 experts each, 4 used, random weights. Nobody writes to it."""
+    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    path.write_text("the cat that was on the mat is with this and a hat it had for a while " * 40)
     return path

@@ -7,14 +7,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import pytest
-import tiny_models
 from cli import cacheroute, sentence
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("models") / "tiny.gguf")
 
 
 def generate(model: Path, *arguments: object, code: int = 2) -> str:

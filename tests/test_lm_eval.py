@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 from typer.testing import CliRunner
 
 from cacheroute import Llama
@@ -29,11 +28,6 @@ TASKS = Path(__file__).resolve().parent / "tasks"
 HEAD = "the cat was on the mat\n\na hat is with it\n\n"
 QUESTION = "what is that for"
 ROUTINGS = ["original", "cache-prior:lambda=0.5"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "m.gguf")
 
 
 @pytest.fixture(scope="module")

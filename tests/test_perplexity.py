@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 from typer.testing import CliRunner
 
 from cacheroute import Llama
@@ -20,13 +19,6 @@ from cacheroute.evals.perplexity import ChunkScore, score, summary
 from cacheroute.evals.text import Chunk
 
 CHUNK = 48
-WORDS = "the cat that was on the mat is with this and a hat it had for a while "
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose layers have experts of different sizes would not change these tests; a plain one does."""
-    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "m.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +26,6 @@ def llm(tiny: Path) -> Iterator[Llama]:
     model = loading.load(tiny, 2 * CHUNK, 1)
     yield model
     model.close()
-
-
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "t.txt"
-    path.write_text(WORDS * 12)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -231,11 +231,6 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "m.gguf")
-
-
 @pytest.mark.engine
 def test_bench_compares_and_says_how_often_it_was_right(tiny: Path) -> None:
     few = ("bench", "-m", tiny, "-p", 8, "-n", 12, "-r", 1, "-t", 1, "--budget", "50%", "--routing", "original")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 from test_simulate import fed
 from typer.testing import CliRunner
 
@@ -17,11 +16,6 @@ from cacheroute import Llama, _native, task_profile
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.task_profile import TaskProfile
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "m.gguf")
 
 
 def task(n_used: int = 20) -> TaskProfile:
@@ -47,8 +41,8 @@ def test_a_summary_counts_what_ran() -> None:
 
 
 @pytest.mark.parametrize("io", ["mmap", "none"])
-def test_a_sequence_starts_warm_and_within_the_budget(model: Path, io: str) -> None:
-    llm = Llama(str(model), io=io, budget=8, n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+def test_a_sequence_starts_warm_and_within_the_budget(tiny: Path, io: str) -> None:
+    llm = Llama(str(tiny), io=io, budget=8, n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
     llm.warm(task())
     warm = set(range(12, 20))
     assert resident(llm, 0) == resident(llm, 1) == warm
@@ -71,11 +65,11 @@ def test_a_sequence_starts_warm_and_within_the_budget(model: Path, io: str) -> N
     assert resident(llm, 0) == set()
 
 
-def test_the_first_tokens_hit(model: Path, tmp_path: Path) -> None:
+def test_the_first_tokens_hit(tiny: Path, tmp_path: Path) -> None:
     """The model's answer is the same, its misses are fewer."""
     (tmp_path / "text").write_text("the cat of the sea and the sea of the cat ")
     runner, profile = CliRunner(), tmp_path / "task.json"
-    common = ["-m", str(model), "-t", "1"]
+    common = ["-m", str(tiny), "-t", "1"]
     traced = ["trace", *common, "-f", str(tmp_path / "text"), "-o", str(tmp_path / "t"), "-c", "64"]
     traced += ["--save-profile", str(profile)]
     assert runner.invoke(app, traced).exit_code == 0
@@ -90,8 +84,8 @@ def test_the_first_tokens_hit(model: Path, tmp_path: Path) -> None:
     assert rows[1][0]["miss_rate"] < rows[0][0]["miss_rate"]
 
 
-def test_what_does_not_fit_is_one_sentence(model: Path, tmp_path: Path) -> None:
-    llm = Llama(str(model), io="none", n_ctx=64, verbose=False)
+def test_what_does_not_fit_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    llm = Llama(str(tiny), io="none", n_ctx=64, verbose=False)
     for other in (replace(task(), model="another"), replace(task(), layers=(0, 2))):
         with pytest.raises(UsageError, match=r"^The task profile is of .* and this model is 'tiny qwen3moe'"):
             llm.warm(other)
@@ -105,5 +99,5 @@ def test_what_does_not_fit_is_one_sentence(model: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="is a damaged task profile"):
             task_profile.load(path)
         task_profile.save(task(), path, force=True)
-    result = CliRunner().invoke(app, ["generate", "-m", str(model), "-p", "a", "--profile", str(model)])
+    result = CliRunner().invoke(app, ["generate", "-m", str(tiny), "-p", "a", "--profile", str(tiny)])
     assert result.exit_code == 2 and "is not a cacheroute-task-profile file" in result.stderr

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
@@ -24,11 +23,6 @@ from cacheroute import Llama, task_profile, trace
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.trace import DECODE, DICTATED, Header, TraceWriter
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "m.gguf")
 
 
 def cacheroute(*arguments: object) -> Result:
@@ -186,8 +180,8 @@ def test_dictated_ids_are_marked_and_replayed(tmp_path: Path) -> None:
 # ---- recording ------------------------------------------------------------------------------------
 
 
-def test_a_prompts_tokens_are_told_apart(model: Path, tmp_path: Path) -> None:
-    llm = Llama(str(model), io="none", budget="25%", n_ctx=128, n_ubatch=16, n_threads=1, n_threads_batch=1, verbose=False)
+def test_a_prompts_tokens_are_told_apart(tiny: Path, tmp_path: Path) -> None:
+    llm = Llama(str(tiny), io="none", budget="25%", n_ctx=128, n_ubatch=16, n_threads=1, n_threads_batch=1, verbose=False)
     with TraceWriter(tmp_path / "t", Header.of(llm.layout, "original", "lru", 8)) as writer, llm.tracing(writer.append):
         llm.eval(list(range(3, 44)))
         with llm.decoding():
@@ -205,11 +199,11 @@ def test_a_prompts_tokens_are_told_apart(model: Path, tmp_path: Path) -> None:
     assert len(trace.read(tmp_path / "t").records) == len(records)
 
 
-def test_the_command_records_what_it_says(model: Path, tmp_path: Path) -> None:
+def test_the_command_records_what_it_says(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("the cat of the sea and the sea of the cat " * 8)
     out, task = tmp_path / "t", tmp_path / "task.json"
-    run = ["trace", "-m", model, "-f", text, "-o", out, "-c", 40, "--max-tokens", 100, "--n-prompt", 10, "-t", 1]
+    run = ["trace", "-m", tiny, "-f", text, "-o", out, "-c", 40, "--max-tokens", 100, "--n-prompt", 10, "-t", 1]
     result = cacheroute(*run, "--save-profile", task)
     assert result.exit_code == 0, result.output
     t = trace.read(out)
@@ -227,8 +221,8 @@ def test_the_command_records_what_it_says(model: Path, tmp_path: Path) -> None:
     assert row["budget"] == "50%" and row["tokens"] == 70
 
 
-def test_generated_tokens_are_decoded(model: Path, tmp_path: Path) -> None:
-    run = ("trace", "-m", model, "-p", "the cat", "-n", 5, "-o", tmp_path / "t", "-t", 1)
+def test_generated_tokens_are_decoded(tiny: Path, tmp_path: Path) -> None:
+    run = ("trace", "-m", tiny, "-p", "the cat", "-n", 5, "-o", tmp_path / "t", "-t", 1)
     result = cacheroute(*run, "--routing", "max-rank:m=8")
     assert result.exit_code == 0, result.output
     t = trace.read(tmp_path / "t")
@@ -238,15 +232,15 @@ def test_generated_tokens_are_decoded(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", [["-p", "a", "-f", "b"], ["-f", "nowhere"], ["--routing", "x"], ["--budget", "1"]])
-def test_bad_options_are_one_sentence_and_leave_nothing(model: Path, tmp_path: Path, option: list[str]) -> None:
-    result = cacheroute("trace", "-m", model, "-o", tmp_path / "t", *option)
+def test_bad_options_are_one_sentence_and_leave_nothing(tiny: Path, tmp_path: Path, option: list[str]) -> None:
+    result = cacheroute("trace", "-m", tiny, "-o", tmp_path / "t", *option)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_command_leaves_a_readable_part(model: Path, tmp_path: Path) -> None:
+def test_an_interrupted_command_leaves_a_readable_part(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "t"
-    command = [sys.executable, "-m", "cacheroute", "trace", "-m", str(model), "-o", str(out), "-t", "1", "-c", "128"]
+    command = [sys.executable, "-m", "cacheroute", "trace", "-m", str(tiny), "-o", str(out), "-t", "1", "-c", "128"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         part = tmp_path / "t.part"
         deadline = time.monotonic() + 60
@@ -259,8 +253,8 @@ def test_an_interrupted_command_leaves_a_readable_part(model: Path, tmp_path: Pa
     assert not t.complete and len(t.records) > 50 and not out.exists()
 
 
-def test_an_unwritable_place_is_one_sentence(model: Path, tmp_path: Path) -> None:
-    result = cacheroute("trace", "-m", model, "-o", tmp_path / "no" / "t")
+def test_an_unwritable_place_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    result = cacheroute("trace", "-m", tiny, "-o", tmp_path / "no" / "t")
     assert result.exit_code == 1 and "t.part cannot be written (No such file or directory)." in result.stderr
 
 

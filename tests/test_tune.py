@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import quality_table
-import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -215,18 +214,6 @@ def test_capacities_reach_from_k_to_e_and_have_the_budget() -> None:
 def test_groups_cover_all_layers() -> None:
     assert pricing.groups(5, 2) == ((0, 1, 2), (3, 4))
     assert pricing.groups(2, 15) == ((0,), (1,))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "m.gguf")
-
-
-@pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "t.txt"
-    path.write_text("the cat that was on the mat is with this and a hat it had for a while " * 40)
-    return path
 
 
 @pytest.fixture
