@@ -89,9 +89,7 @@ def compute(job: Job, arm: Arm) -> FrontierRow:
     from cacheroute.evals.perplexity import score
 
     if job not in _loaded:
-        for old in _loaded.values():
-            old.close()
-        _loaded.clear()
+        _unload()
         _loaded[job] = loading.load(job.model, job.source.chunk, job.threads)
     llm = _loaded[job]
     llm.flash_mbps = job.flash_mbps
@@ -100,6 +98,11 @@ def compute(job: Job, arm: Arm) -> FrontierRow:
     row = perplexity_row(llm.layout.model or job.model.name, job.source, arm, scores, scores)
     ts = row.n_tokens / row.seconds if job.io != "none" else None
     return FrontierRow(**asdict(row), ts=ts, chunk_nll=tuple(float(s.nll.sum()) for s in scores))
+
+
+def _unload() -> None:
+    while _loaded:
+        _loaded.popitem()[1].close()
 
 
 def compared(row: FrontierRow, base: FrontierRow) -> FrontierRow:
@@ -112,10 +115,13 @@ Map = Callable[[Job, Sequence[Arm]], Iterable[FrontierRow]]
 """Computes cells and yields them as they come."""
 
 
-def here(job: Job, cells: Sequence[Arm]) -> Iterator[FrontierRow]:
+@contextmanager
+def here() -> Iterator[Map]:
     """One after the other in this process."""
-    for arm in cells:
-        yield compute(job, arm)
+    try:
+        yield lambda job, cells: (compute(job, arm) for arm in cells)
+    finally:
+        _unload()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def demo_model() -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of two MoE layers with 32 experts each, 4 used, random weights. Nobody writes to it."""
     return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of the module's own, for tests of what is in memory: whoever else has mapped a file keeps its pages."""
+    return Path(shutil.copy(tiny, tmp_path_factory.mktemp("alone")))
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,14 @@ from cacheroute.eviction import DEFAULT
 ARMS = ("--budget", "25%,50%", "--routing", "original,cache-prior:lambda=0.5", "-p", 24, "-n", 12, "-r", 2)
 
 
-def rows(tiny: Path, *arguments: object) -> list[dict[str, object]]:
-    done = cacheroute("bench", "-m", tiny, *ARMS, "-o", "json", *arguments)
+def rows(alone: Path, *arguments: object) -> list[dict[str, object]]:
+    done = cacheroute("bench", "-m", alone, *ARMS, "-o", "json", *arguments)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return list(json.loads(done.stdout))
 
 
-def test_every_arm_has_a_prompt_and_a_decode_row(tiny: Path) -> None:
-    table = rows(tiny)
+def test_every_arm_has_a_prompt_and_a_decode_row(alone: Path) -> None:
+    table = rows(alone)
     arms = {("original", "lru"), ("original", DEFAULT), ("cache-prior:lambda=0.5", DEFAULT)}
     assert len(table) == 2 * 2 * len(arms) and {(r["routing"], r["eviction"]) for r in table} == arms
     for row in table:
@@ -43,21 +43,21 @@ def test_every_arm_has_a_prompt_and_a_decode_row(tiny: Path) -> None:
     assert all(r["swap_rate"] == 0 for r in table if r["n_prompt"]), "prompts are routed by original"
 
 
-def test_the_kernel_read_what_was_asked_for(tiny: Path) -> None:
-    for row in rows(tiny):
+def test_the_kernel_read_what_was_asked_for(alone: Path) -> None:
+    for row in rows(alone):
         if row["n_gen"] and row["device_mib_per_token"]:  # None or 0: the kernel does not count (some virtual machines)
             assert row["device_mib_per_token"] == pytest.approx(row["read_mib_per_token"], rel=0.2)
 
 
-def test_a_paced_row_says_so(tiny: Path) -> None:
-    paced = rows(tiny, "--flash-mbps", 50)
+def test_a_paced_row_says_so(alone: Path) -> None:
+    paced = rows(alone, "--flash-mbps", 50)
     assert {row["flash_mbps"] for row in paced} == {50}
-    done = cacheroute("bench", "-m", tiny, *ARMS, "--flash-mbps", 50)
+    done = cacheroute("bench", "-m", alone, *ARMS, "--flash-mbps", 50)
     assert done.stdout.count("mmap @ 50 MB/s") == 12
 
 
-def test_outputs_agree(tiny: Path) -> None:
-    one = ("bench", "-m", tiny, "-p", 8, "-n", 4, "-r", 1, "--routing", "original", "--eviction", "lru")
+def test_outputs_agree(alone: Path) -> None:
+    one = ("bench", "-m", alone, "-p", 8, "-n", 4, "-r", 1, "--routing", "original", "--eviction", "lru")
     names = set(json.loads(cacheroute(*one, "-o", "json").stdout)[0])
     lines = cacheroute(*one, "-o", "jsonl").stdout.splitlines()
     assert len(lines) == 2 and all(set(json.loads(line)) == names for line in lines)
@@ -66,8 +66,8 @@ def test_outputs_agree(tiny: Path) -> None:
     assert cacheroute(*one).stdout.count("\n") == 4
 
 
-def test_the_hook_s_own_time_leaves_out_what_it_waits_for(tiny: Path) -> None:
-    llm = Llama(str(tiny), budget="25%", n_ctx=64, flash_mbps=1, verbose=False)
+def test_the_hook_s_own_time_leaves_out_what_it_waits_for(alone: Path) -> None:
+    llm = Llama(str(alone), budget="25%", n_ctx=64, flash_mbps=1, verbose=False)
     tokens = llm.tokenize(b"In the beginning was the word")[:6]
     with llm.decoding():
         for token in tokens:
@@ -77,8 +77,8 @@ def test_the_hook_s_own_time_leaves_out_what_it_waits_for(tiny: Path) -> None:
     assert 0 < c.hook_seconds < 0.1 * c.read_seconds, "reads are paced to take what they take"
 
 
-def test_processor_time_of_reads_is_that_of_reads(tiny: Path) -> None:
-    llm = Llama(str(tiny), budget="25%", eviction="lru", n_ctx=64, verbose=False)
+def test_processor_time_of_reads_is_that_of_reads(alone: Path) -> None:
+    llm = Llama(str(alone), budget="25%", eviction="lru", n_ctx=64, verbose=False)
     row = bench_store.measure(llm, n_misses=2, seconds=0.1, seed=0)
     stats = llm.stats()
     llm.close()
@@ -86,8 +86,8 @@ def test_processor_time_of_reads_is_that_of_reads(tiny: Path) -> None:
     assert row["resident_mib"] == stats.resident_bytes / 2**20
 
 
-def test_too_little_text_is_a_sentence(tiny: Path, tmp_path: Path) -> None:
+def test_too_little_text_is_a_sentence(alone: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("short")
-    assert "longer" in sentence(cacheroute("bench", "-m", tiny, "-f", text, "-p", 64, "-n", 64), 2)
-    assert "nothing to run" in sentence(cacheroute("bench", "-m", tiny, "-p", 0, "-n", 0), 2)
+    assert "longer" in sentence(cacheroute("bench", "-m", alone, "-f", text, "-p", 64, "-n", 64), 2)
+    assert "nothing to run" in sentence(cacheroute("bench", "-m", alone, "-p", 0, "-n", 0), 2)

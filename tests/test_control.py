@@ -32,9 +32,9 @@ def limit(nbytes: int) -> MemoryLimit:
         pytest.skip(f"no process can be limited here: {e}")
 
 
-def rows(tiny: Path, *arguments: object) -> tuple[list[dict[str, Any]], str]:
+def rows(alone: Path, *arguments: object) -> tuple[list[dict[str, Any]], str]:
     arm = ("--routing", "original", "--eviction", "lru")
-    done = cacheroute("bench", "-m", tiny, "-p", 16, "-n", 8, "-r", 1, "-t", 1, *arm, "-o", "json", *arguments)
+    done = cacheroute("bench", "-m", alone, "-p", 16, "-n", 8, "-r", 1, "-t", 1, *arm, "-o", "json", *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 
@@ -78,9 +78,9 @@ def test_where_nothing_can_limit_the_reason_is_given(monkeypatch: pytest.MonkeyP
 # ---- the arm --------------------------------------------------------------------------------------
 
 
-def test_a_control_runs_the_same_tokens_and_says_what_it_is(tiny: Path) -> None:
+def test_a_control_runs_the_same_tokens_and_says_what_it_is(alone: Path) -> None:
     limit(64 * MIB)
-    table, said = rows(tiny, "--control", "--control-repack", "off,on", "--budget", "25%")
+    table, said = rows(alone, "--control", "--control-repack", "off,on", "--budget", "25%")
     assert said == ""
     controls = [row for row in table if row["control"]]
     assert [(r["test"], r["repack"]) for r in controls] == [(t, k) for k in (False, True) for t in ("pp16", "tg8 @ d16")]
@@ -93,9 +93,9 @@ def test_a_control_runs_the_same_tokens_and_says_what_it_is(tiny: Path) -> None:
     assert len(hooked) == 2 and all(row["memory_limit_mib"] is None for row in hooked)
 
 
-def test_a_control_that_cannot_run_is_one_line(tiny: Path) -> None:
+def test_a_control_that_cannot_run_is_one_line(alone: Path) -> None:
     program = "from cacheroute import memory_limit as m; m._places = list; from cacheroute.cli import main; main()"
-    arguments = ["bench", "-m", str(tiny), "-p", "0", "-n", "4", "-r", "2", "-t", "1", "--control", "--flash-mbps", "500"]
+    arguments = ["bench", "-m", str(alone), "-p", "0", "-n", "4", "-r", "2", "-t", "1", "--control", "--flash-mbps", "500"]
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env={**os.environ, "PATH": "/nowhere"}
     )
@@ -107,9 +107,9 @@ def test_a_control_that_cannot_run_is_one_line(tiny: Path) -> None:
     assert "control" not in done.stdout
 
 
-def test_an_interrupted_control_leaves_no_process_and_no_group(tiny: Path) -> None:
+def test_an_interrupted_control_leaves_no_process_and_no_group(alone: Path) -> None:
     limit(64 * MIB)
-    command = [sys.executable, "-m", "cacheroute", "bench", "-m", str(tiny), "-p", "32", "-n", "64", "-r", "99", "--control"]
+    command = [sys.executable, "-m", "cacheroute", "bench", "-m", str(alone), "-p", "32", "-n", "64", "-r", "99", "--control"]
     command += ["-t", "1", "--routing", "original"]
     bench = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folders = [place.folder / f"cacheroute-{bench.pid}" for place in memory_limit._places()]
@@ -138,13 +138,13 @@ def test_the_floor_is_the_larger_of_both_terms() -> None:
 
 
 @pytest.mark.parametrize("pace", [None, 5])
-def test_rows_are_held_against_the_floor(tiny: Path, pace: float | None) -> None:
-    table, _ = rows(tiny, "--floor", *(["--flash-mbps", pace] if pace else []))
+def test_rows_are_held_against_the_floor(alone: Path, pace: float | None) -> None:
+    table, _ = rows(alone, "--floor", *(["--flash-mbps", pace] if pace else []))
     assert len(table) == 2
     for row in table:
         assert row["floor_ts"] > 0 and row["floor_share"] > 0
         if pace:  # slower than any device: reading is the floor, and no run can read faster than its pace
             assert row["floor_ts"] == pytest.approx(pace * 1e6 / (row["read_mib_per_token"] * MIB), rel=0.01)
             assert row["floor_share"] <= 1
-    table, _ = rows(tiny)
+    table, _ = rows(alone)
     assert all(row["floor_ts"] is row["floor_share"] is None for row in table)

@@ -232,8 +232,8 @@ def run(*arguments: object) -> Any:
 
 
 @pytest.mark.engine
-def test_bench_compares_and_says_how_often_it_was_right(tiny: Path) -> None:
-    few = ("bench", "-m", tiny, "-p", 8, "-n", 12, "-r", 1, "-t", 1, "--budget", "50%", "--routing", "original")
+def test_bench_compares_and_says_how_often_it_was_right(alone: Path) -> None:
+    few = ("bench", "-m", alone, "-p", 8, "-n", 12, "-r", 1, "-t", 1, "--budget", "50%", "--routing", "original")
     rows = json.loads(run(*few, "--prefetch", "0,2", "-o", "json").stdout)
     assert [row["prefetch"] for row in rows if row["n_gen"]] == [0, 0, 2]
     assert [row["prefetch_used"] is None for row in rows if row["n_gen"]] == [True, True, False]
@@ -244,32 +244,32 @@ def test_bench_compares_and_says_how_often_it_was_right(tiny: Path) -> None:
 
 
 @pytest.mark.engine
-def test_generate_takes_it(tiny: Path) -> None:
-    result = run("generate", "-m", tiny, "-p", "the cat", "-n", 12, "--raw", "--temp", 0, "--prefetch", 2, "-o", "json")
+def test_generate_takes_it(alone: Path) -> None:
+    result = run("generate", "-m", alone, "-p", "the cat", "-n", 12, "--raw", "--temp", 0, "--prefetch", 2, "-o", "json")
     assert result.exit_code == 0, result.output
     decode = json.loads(result.stdout)["stats"]["decode"]
     assert decode["prefetched"] >= decode["prefetch_used"] > 0
     assert f"read ahead {decode['prefetched']}, {decode['prefetch_used']} of them chosen" in result.stderr
 
 
-def test_a_trace_has_no_guesses(tiny: Path) -> None:
-    result = run("bench", "-m", tiny, "--replay", "some.trace", "--prefetch", "0,1")
+def test_a_trace_has_no_guesses(alone: Path) -> None:
+    result = run("bench", "-m", alone, "--replay", "some.trace", "--prefetch", "0,1")
     assert result.exit_code == 2 and "A trace has no guesses to read ahead by" in result.stderr
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("value", ["-1", "x", "", "1,-1"])
-def test_bad_numbers_are_one_sentence(tiny: Path, value: str) -> None:
-    result = run("bench", "-m", tiny, "--prefetch", value)
+def test_bad_numbers_are_one_sentence(alone: Path, value: str) -> None:
+    result = run("bench", "-m", alone, "--prefetch", value)
     assert result.exit_code == 2 and f"not {value!r}" in result.stderr
 
 
 @pytest.mark.engine
-def test_a_model_whose_routers_it_cannot_ask(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_routers_it_cannot_ask(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "_router", lambda index, floats: None)
     with pytest.raises(UsageError, match="keeps its routers in another type than F32"):
-        Llama(str(tiny), prefetch=1, verbose=False)
-    result = run("generate", "-m", tiny, "-p", "the", "--prefetch", 1)
+        Llama(str(alone), prefetch=1, verbose=False)
+    result = run("generate", "-m", alone, "-p", "the", "--prefetch", 1)
     assert result.exit_code == 2 and "read ahead" in result.stderr and "Traceback" not in result.stderr
 
 

@@ -86,15 +86,15 @@ def test_no_profile_is_one_sentence(tmp_path: Path) -> None:
         ({"parameters": ({"lambda": 0.1}, {"lambda": 0.1, "j": 9})}, "j is at most 4"),
     ],
 )
-def test_a_profile_of_another_model_is_refused(tiny: Path, tmp_path: Path, other: dict[str, object], sentence: str) -> None:
+def test_a_profile_of_another_model_is_refused(alone: Path, tmp_path: Path, other: dict[str, object], sentence: str) -> None:
     profile.save(replace(TINY, **other), tmp_path / "p.json")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=sentence):
-        Llama(str(tiny), routing=f"profile:{tmp_path}/p.json", verbose=False)
+        Llama(str(alone), routing=f"profile:{tmp_path}/p.json", verbose=False)
 
 
-def test_each_layer_has_its_own_parameters(tiny: Path, tmp_path: Path) -> None:
+def test_each_layer_has_its_own_parameters(alone: Path, tmp_path: Path) -> None:
     profile.save(TINY, tmp_path / "p.json")
-    llm = Llama(str(tiny), routing=f"profile:{tmp_path}/p.json", budget=6, n_ctx=64, n_threads=1, verbose=False)
+    llm = Llama(str(alone), routing=f"profile:{tmp_path}/p.json", budget=6, n_ctx=64, n_threads=1, verbose=False)
     assert llm.stats().routing == f"profile:{tmp_path}/p.json"
     with llm.decoding():
         for token in range(3, 40):
@@ -108,9 +108,9 @@ def test_each_layer_has_its_own_parameters(tiny: Path, tmp_path: Path) -> None:
 HELD = replace(TINY, parameters=({"lambda": 0.2, "experts": 5}, {"lambda": 0.2, "experts": 11}))
 
 
-def test_layers_share_a_budget_in_their_own_way(tiny: Path, tmp_path: Path) -> None:
+def test_layers_share_a_budget_in_their_own_way(alone: Path, tmp_path: Path) -> None:
     profile.save(HELD, tmp_path / "p.json")
-    llm = Llama(str(tiny), routing=f"profile:{tmp_path}/p.json", budget=8, n_ctx=64, n_threads=1, verbose=False)
+    llm = Llama(str(alone), routing=f"profile:{tmp_path}/p.json", budget=8, n_ctx=64, n_threads=1, verbose=False)
     llm.eval(list(range(3, 20)))
     with llm.decoding():
         for token in range(3, 30):
@@ -136,10 +136,10 @@ def test_layers_share_a_budget_in_their_own_way(tiny: Path, tmp_path: Path) -> N
         ((float("inf"), 8), 8, "layer 0: experts is a whole number, not inf"),
     ],
 )
-def test_experts_that_cannot_be_held(tiny: Path, tmp_path: Path, experts: tuple[float, ...], budget: str, sentence: str) -> None:
+def test_experts_that_cannot_be_held(alone: Path, tmp_path: Path, experts: tuple[float, ...], budget: str, sentence: str) -> None:
     profile.save(replace(HELD, parameters=tuple({"lambda": 0.2, "experts": n} for n in experts)), tmp_path / "p.json")
     with pytest.raises(UsageError, match=sentence):
-        Llama(str(tiny), routing=f"profile:{tmp_path}/p.json", budget=budget, verbose=False)
+        Llama(str(alone), routing=f"profile:{tmp_path}/p.json", budget=budget, verbose=False)
 
 
 def test_a_simulation_gives_each_layer_its_experts(tmp_path: Path) -> None:

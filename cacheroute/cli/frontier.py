@@ -69,11 +69,10 @@ def frontier(
     if kept.lines:
         print(f"{results} has {len(kept.lines)} cells of {len(cells)} already", file=sys.stderr)
     with ExitStack() as stack:
-        submit: frontiers.Map = frontiers.here
         if scheduler:
             submit = stack.enter_context(frontiers.cluster(scheduler))
-        elif workers > 1:
-            submit = stack.enter_context(frontiers.workers(workers))
+        else:
+            submit = stack.enter_context(frontiers.workers(workers) if workers > 1 else frontiers.here())
         advance = stack.enter_context(progress.bar("frontier", max(len(cells) - len(kept.lines), 1)))
 
         def keep(row: frontiers.FrontierRow) -> None:
