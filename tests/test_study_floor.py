@@ -44,7 +44,7 @@ def test_the_table_has_every_arm(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr("sys.argv", command.split())
     study_floor.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 * 2 * 2 * 2
+    assert len(lines) == 2 + 2 * 2 * 2 * len(study_floor.GB_PER_S)
     for line in lines[2:]:
         shares = [int(cell.strip(" %")) for cell in line.split("|")[-5:-1]]
         assert shares == sorted(shares) and shares[0] > 0 and shares[-1] <= 100
