@@ -1,20 +1,26 @@
-"""cacheroute: mixture-of-experts models larger than RAM, with experts on flash and cache-conditional routing."""
+"""cacheroute: mixture-of-experts models larger than RAM, with experts on flash and cache-conditional routing.
+
+Public are `Llama`, `CacherouteError`, `UsageError` and `__version__`; everything else may move.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Llama", "__version__"]
+from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import VERSION
+
+__version__ = VERSION
+__all__ = ["CacherouteError", "Llama", "UsageError", "__version__"]
 
 if TYPE_CHECKING:
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
 
 
 def __getattr__(name: str) -> Any:
     # On first use: `cacheroute setup` must work before there is an engine to import.
     if name == "Llama":
-        from cacheroute.engine import Llama
+        from cacheroute.engine.llama import Llama
 
         return Llama
     raise AttributeError(f"module 'cacheroute' has no attribute {name!r}")

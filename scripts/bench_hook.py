@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cacheroute import Llama
+from cacheroute.bench.runs import both_phases
 from cacheroute.cli import options
-from cacheroute.runs import both_phases
 
 
 def tokens_per_second(llm: Llama, routing: str | None, tokens: list[int], n_prompt: int, n_gen: int) -> dict[str, float]:

@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 
-from cacheroute import eviction as evictions
-from cacheroute import simulate, trace
-from cacheroute.routing import parse
+from cacheroute.routing import eviction as evictions
+from cacheroute.routing.strategies import parse
+from cacheroute.trace import simulate, trace_file
 
 N_EXPERT, N_USED, N_LAYERS = 64, 8, 4
 ROUTINGS = (
@@ -28,19 +28,19 @@ ROUTINGS = (
 )
 
 
-def made_up(n_events: int) -> trace.Trace:
+def made_up(n_events: int) -> trace_file.Trace:
     """A trace of `n_events` decoded (token, layer) events."""
     rng = np.random.default_rng(0)
-    records = np.zeros(n_events, trace.record_dtype(N_EXPERT, N_USED, mass=False))
+    records = np.zeros(n_events, trace_file.record_dtype(N_EXPERT, N_USED, mass=False))
     records["token"], records["layer"] = np.divmod(np.arange(n_events), N_LAYERS)
-    records["flags"] = trace.DECODE | trace.SOFTMAX_MASS
+    records["flags"] = trace_file.DECODE | trace_file.SOFTMAX_MASS
     habit = np.zeros((N_LAYERS, N_EXPERT))
     for t in range(n_events // N_LAYERS):
         habit = 0.95 * habit + rng.normal(0, 0.5, habit.shape)
         records["z"][t * N_LAYERS : (t + 1) * N_LAYERS] = habit - habit.max(axis=1, keepdims=True)
     layers = tuple(range(N_LAYERS))
-    header = trace.Header("made up", "none", N_EXPERT, N_USED, layers, (1 << 20,) * N_LAYERS, "original", "lru", N_USED)
-    return trace.Trace(header, records, complete=True)
+    header = trace_file.Header("made up", "none", N_EXPERT, N_USED, layers, (1 << 20,) * N_LAYERS, "original", "lru", N_USED)
+    return trace_file.Trace(header, records, complete=True)
 
 
 def main() -> None:

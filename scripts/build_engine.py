@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cacheroute import engine_build
 from cacheroute.errors import CacherouteError
+from cacheroute.install import engine_build
 
 
 def main() -> int:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cacheroute import models, tune
 from cacheroute.cli import options, table
 from cacheroute.errors import CacherouteError
-from cacheroute.evals import loading, paired, pricing, scorer
-from cacheroute.eviction import DEFAULT
+from cacheroute.evals import loading, paired, pricing, scorer, tune
+from cacheroute.model import catalogue
+from cacheroute.routing.eviction import DEFAULT
 
 UNSEEN = 1 / 3
 
@@ -46,7 +46,9 @@ def main() -> None:
     a = parse_arguments()
     source = loading.Source(a.file, chunk=a.chunk, limit=a.limit)
     n_threads = options.threads(a.threads)
-    with scorer.session(models.resolve(a.model), source, n_threads, n_workers=a.workers or n_threads, budget=a.budget) as scores:
+    with scorer.session(
+        catalogue.resolve(a.model), source, n_threads, n_workers=a.workers or n_threads, budget=a.budget
+    ) as scores:
         kept = check(scores, a)
     sys.exit(0 if kept >= 0.95 * a.trials else 1)
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from demo_training.questions import JUDGED
 
-from cacheroute import _llama, models
+from cacheroute.install import patched_llama_cpp
+from cacheroute.model import catalogue
 
 MAX_TOKENS = 110
 
@@ -26,8 +27,8 @@ def answer(llm: Any, question: str) -> str:
 
 
 def main() -> None:
-    paths = [*sys.argv[1:], str(models.resolve(None))]
-    loaded = [_llama.module().Llama(path, n_ctx=512, verbose=False) for path in paths]
+    paths = [*sys.argv[1:], str(catalogue.resolve(None))]
+    loaded = [patched_llama_cpp.module().Llama(path, n_ctx=512, verbose=False) for path in paths]
     for question in JUDGED:
         print(f"**{question}**\n")
         for llm in loaded:

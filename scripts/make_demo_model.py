@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cacheroute import demo_model
+from cacheroute.model import demo_model
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from cacheroute import _llama
+from cacheroute.install import patched_llama_cpp
 
 Floats = npt.NDArray[np.float64]
 
@@ -42,13 +42,15 @@ def scores(path: Path, sequences: Sequence[Sequence[int]], layers: Sequence[int]
 
 def tokens(path: Path, text: str) -> list[int]:
     """As `cacheroute trace` cuts a text into tokens."""
-    found: list[int] = _llama.module().Llama(str(path), vocab_only=True, verbose=False).tokenize(text.encode(), add_bos=True)
+    found: list[int] = (
+        patched_llama_cpp.module().Llama(str(path), vocab_only=True, verbose=False).tokenize(text.encode(), add_bos=True)
+    )
     return found
 
 
 def _states(path: Path, sequences: Sequence[Sequence[int]], layers: Sequence[int]) -> list[list[npt.NDArray[np.float32]]]:
     """[layers][tokens, width] of each sequence."""
-    llama = _llama.module()
+    llama = patched_llama_cpp.module()
     from llama_cpp import _ggml, _internals
 
     ggml = _ggml.libggml

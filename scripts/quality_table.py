@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cacheroute import models, tune
 from cacheroute.cli import options, table
 from cacheroute.errors import CacherouteError
-from cacheroute.evals import loading, paired, pricing, scorer
+from cacheroute.evals import loading, paired, pricing, scorer, tune
 from cacheroute.evals.text import Chunk
-from cacheroute.eviction import DEFAULT
-from cacheroute.routing import Routing
+from cacheroute.model import catalogue
+from cacheroute.routing.eviction import DEFAULT
+from cacheroute.routing.strategies import Routing
 
 if TYPE_CHECKING:
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
 
 # strategy, eviction, one value per layer
 WAYS = (
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     a = parse_arguments()
-    path = models.resolve(a.model)
+    path = catalogue.resolve(a.model)
     source = loading.Source(a.file, chunk=a.chunk, limit=a.limit)
     n_threads = options.threads(a.threads)
     with scorer.session(path, source, n_threads, n_workers=a.workers or n_threads) as scores:
@@ -129,7 +129,7 @@ def row(outcome: tune.Outcome, strategy: str, eviction: str, per_layer: bool, lr
 
 def compare_with_batch(path: Path, scores: scorer.Scorer, threads: int | None) -> None:
     """`original`, stepped, against one batch per chunk of the unhooked engine (perplexity.cpp: the second half, mean nll)."""
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
 
     n = len(scores.chunks[0].tokens)
     t = options.threads(threads)

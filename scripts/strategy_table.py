@@ -13,10 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cacheroute import eviction as evictions
-from cacheroute import simulate, trace
 from cacheroute.cli.table import as_markdown
-from cacheroute.routing import Routing, parse
+from cacheroute.routing import eviction as evictions
+from cacheroute.routing.strategies import Routing, parse
+from cacheroute.trace import simulate, trace_file
 
 BUDGETS = ("25%", "50%", "75%")
 
@@ -34,7 +34,7 @@ def routings(n_expert: int, n_used: int) -> list[Routing]:
     return [parse(text) for text in dict.fromkeys(texts)]
 
 
-def strategies(read: trace.Trace) -> list[list[str]]:
+def strategies(read: trace_file.Trace) -> list[list[str]]:
     """Rows of all strategies at BUDGETS: misses, MiB/token, lost mass; then belady, then the shuffled control."""
     plain, control = simulate.Replay(read), simulate.Replay(read, shuffle=0)
     arms: list[tuple[simulate.Replay, Routing, str]] = [
@@ -52,7 +52,7 @@ def strategies(read: trace.Trace) -> list[list[str]]:
     return cells
 
 
-def eviction_table(reads: list[trace.Trace]) -> list[list[str]]:
+def eviction_table(reads: list[trace_file.Trace]) -> list[list[str]]:
     """Miss rates of every eviction on every trace, `original` and cache-prior."""
     cells = [["model", "routing", "budget", *evictions.ALL]]
     for read in reads:
@@ -78,9 +78,9 @@ def main() -> None:
             files = [Path(folder) / "demo.trace"]
             command = [sys.executable, "-m", "cacheroute", "trace", "--max-tokens", "4096", "-c", "1024", "--io", "none"]
             subprocess.run([*command, "-o", str(files[0])], check=True)
-        reads = [trace.read(file) for file in files]
+        reads = [trace_file.read(file) for file in files]
         h, first = reads[0].header, reads[0].records
-        tokens = int(((first["layer"] == 0) & (first["flags"] & trace.DECODE > 0)).sum())
+        tokens = int(((first["layer"] == 0) & (first["flags"] & trace_file.DECODE > 0)).sum())
         print(f"{h.model}: {len(h.layers)} layers, E = {h.n_expert}, K = {h.n_used}; {tokens} tokens decoded, open-loop.\n")
         print(as_markdown(strategies(reads[0])))
         print("\nMisses of the evictions; belady is the offline optimum of `original`.\n")

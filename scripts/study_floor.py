@@ -18,10 +18,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute import replay, simulate, trace
 from cacheroute.cli.table import as_markdown
-from cacheroute.experts import ExpertLayout
-from cacheroute.routing import parse_list
+from cacheroute.model.experts import ExpertLayout
+from cacheroute.routing.strategies import parse_list
+from cacheroute.trace import forced_scores, simulate, trace_file
 
 AHEAD = (0, 1, 2, 4)
 BUDGETS = ("25%", "50%")
@@ -36,14 +36,14 @@ Counts = npt.NDArray[np.int64]
 def synthetic(n_layers: int, n_expert: int, n_used: int) -> simulate.Replay:
     """A trace of decoded tokens with synthetic scores."""
     shape = SimpleNamespace(layers=range(n_layers), n_expert=n_expert, n_used=n_used)
-    scores = replay.bind(replay.parse(replay.SYNTHETIC), cast(ExpertLayout, shape), 0, N_TOKENS)
-    records: Any = np.zeros((N_TOKENS, n_layers), trace.record_dtype(n_expert, n_used, mass=False))
+    scores = forced_scores.bind(forced_scores.parse(forced_scores.SYNTHETIC), cast(ExpertLayout, shape), 0, N_TOKENS)
+    records: Any = np.zeros((N_TOKENS, n_layers), trace_file.record_dtype(n_expert, n_used, mass=False))
     records["token"], records["layer"] = np.ogrid[:N_TOKENS, :n_layers]
-    records["flags"], records["n_run"] = trace.DECODE | trace.SOFTMAX_MASS, n_used
+    records["flags"], records["n_run"] = trace_file.DECODE | trace_file.SOFTMAX_MASS, n_used
     records["z"] = np.stack(scores.z, axis=1)
     layers = tuple(range(n_layers))
-    header = trace.Header("synthetic", "", n_expert, n_used, layers, (1,) * n_layers, "original", "lru", n_expert)
-    return simulate.Replay(trace.Trace(header, records.reshape(-1), True))
+    header = trace_file.Header("synthetic", "", n_expert, n_used, layers, (1,) * n_layers, "original", "lru", n_expert)
+    return simulate.Replay(trace_file.Trace(header, records.reshape(-1), True))
 
 
 def misses(scores: simulate.Replay, arm: simulate.Arm) -> Counts:

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute import eviction as evictions
-from cacheroute import simulate, trace
 from cacheroute.cli.table import as_markdown
-from cacheroute.routing import Routing, parse
+from cacheroute.routing import eviction as evictions
+from cacheroute.routing.strategies import Routing, parse
+from cacheroute.trace import simulate, trace_file
 
 SHARES = (0.35, 0.5, 0.75)
 
 
-def misses(read: trace.Trace, routing: Routing) -> npt.NDArray[np.int64]:
+def misses(read: trace_file.Trace, routing: Routing) -> npt.NDArray[np.int64]:
     """[E - K + 1, layer]: misses of each layer at a budget of K, K + 1 ... E experts."""
     replay, h = simulate.Replay(read), read.header
     rows = []
@@ -55,7 +55,7 @@ def allocate(curve: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.int64]:
 
 
 def main() -> None:
-    read = trace.read(Path(sys.argv[1]))
+    read = trace_file.read(Path(sys.argv[1]))
     h = read.header
     sequences = np.unique(read.records["sequence"])
     if len(sequences) < 2:

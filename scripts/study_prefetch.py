@@ -27,11 +27,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute import budget as budgets
-from cacheroute import models, simulate, trace
 from cacheroute.cli.table import as_markdown
 from cacheroute.errors import UsageError
-from cacheroute.routing import parse
+from cacheroute.model import catalogue
+from cacheroute.routing import budget as budgets
+from cacheroute.routing.strategies import parse
+from cacheroute.trace import simulate, trace_file
 
 BUDGETS = ("25%", "50%", "75%")
 LAMBDAS = (0.0, 0.2)  # 0: original
@@ -83,15 +84,15 @@ class Sums:
         return compute + reads / self.layers * expert
 
 
-def read(path: Path) -> tuple[trace.Trace, Scores]:
+def read(path: Path) -> tuple[trace_file.Trace, Scores]:
     """Raises UsageError for a trace with a prompt, and for one of a model that prescribes experts or masks some."""
-    t = trace.read(path)
+    t = trace_file.read(path)
     n_layers = len(t.header.layers)
     records = t.records[: len(t.records) // n_layers * n_layers].reshape(-1, n_layers)
-    if not (records["flags"] & trace.DECODE).all():
+    if not (records["flags"] & trace_file.DECODE).all():
         raise UsageError(f"{path} has a prompt; trace a text token by token.")
     z = records["z"].astype(float)
-    if (records["flags"] & trace.DICTATED).any() or not np.isfinite(z).all():
+    if (records["flags"] & trace_file.DICTATED).any() or not np.isfinite(z).all():
         raise UsageError(f"{path} is of a model that prescribes or masks experts; this study knows scores only.")
     n = len(z)
     return t, Scores(z, records["token"][:, 0] == 0, np.arange(n) >= n // 2, t.header.n_used)
@@ -212,7 +213,7 @@ def _ridge(inputs: list[Floats], target: Floats, fit: Bools) -> Floats:
     return np.asarray(x @ np.linalg.solve(a, x[fit].T @ target[fit]))
 
 
-def hidden_scores(path: Path, t: trace.Trace, s: Scores) -> Floats:
+def hidden_scores(path: Path, t: trace_file.Trace, s: Scores) -> Floats:
     """Raises UsageError when the model on the held-out text is not what was traced."""
     import next_router
 
@@ -282,11 +283,11 @@ def main() -> None:
     parser.add_argument("trace", type=Path)
     parser.add_argument("--compute-ms", type=float, required=True, help="measured time of one layer with its experts resident")
     parser.add_argument("--model", help="the model that was traced on the held-out text, to ask its next routers")
-    parser.add_argument("--shape", default="qwen3-30b-a3b", help="a model of models.toml whose experts' bytes (Q4_0) are read")
+    parser.add_argument("--shape", default="qwen3-30b-a3b", help="a model of catalogue.toml whose experts' bytes (Q4_0) are read")
     args = parser.parse_args()
     t, s = read(args.trace)
     capacity = {b: budgets.parse(b, t.header.layout).capacity for b in BUDGETS}
-    entry = models.load_catalogue()[args.shape]
+    entry = catalogue.load_catalogue()[args.shape]
     nbytes = 3 * entry.n_embd * entry.n_ff * 18 // 32
     replay = simulate.Replay(t)
     everything = Scores(s.z, s.starts, np.ones_like(s.judged), s.n_used)
@@ -296,7 +297,7 @@ def main() -> None:
             expected = replay.run(simulate.Arm(b, parse(name), "lru"))[0]
             got = run(everything, capacity[b], x)
             assert got.misses == expected.misses, f"{name} {b}: {got.misses} misses here, {expected.misses} in the C++ router"
-    hidden = hidden_scores(models.resolve(args.model), t, s) if args.model else None
+    hidden = hidden_scores(catalogue.resolve(args.model), t, s) if args.model else None
     h = t.header
     print(f"{h.model}: {len(h.layers)} layers, E = {h.n_expert}, K = {h.n_used}, {int(s.judged.sum())} tokens judged, lru; ")
     print(f"experts of {args.shape} ({nbytes / 1e6:.2f} MB), {args.compute_ms:g} ms of compute a layer.\n\n## Prefetch\n")

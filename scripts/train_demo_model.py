@@ -27,8 +27,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from demo_training import carve, distill, evaluate, export, parent, teacher, text  # noqa: E402
 from demo_training.child import Child  # noqa: E402
 
-from cacheroute import demo_model  # noqa: E402
-from cacheroute.build_tools import sha256  # noqa: E402
+from cacheroute.files import sha256  # noqa: E402
+from cacheroute.model import demo_model  # noqa: E402
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 DATA = Path(__file__).parent.parent / "cacheroute" / "data"

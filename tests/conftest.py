@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-from cacheroute import demo_model as demo
+from cacheroute.model import demo_model as demo
 
 # A shell that starts us in the background has SIGINT ignored, and so would have the commands whose Ctrl-C we test.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from test_identity import CEvent, CHook
 
-from cacheroute import _native, routing
-from cacheroute import eviction as evictions
 from cacheroute.errors import CacherouteError
+from cacheroute.native import bindings
+from cacheroute.routing import eviction as evictions
+from cacheroute.routing import strategies
 
-LIB = _native.lib
+LIB = bindings.lib
 N_LAYERS, N_TENSORS, N_EXPERT, N_USED = 2, 3, 8, 2
 EXPERT = 50_016  # bytes; 0.05 s at PACE, a little more in whole pages
 PACE = 1e6
@@ -80,15 +81,15 @@ def hooked(path: Path, io: str) -> Iterator[Live]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
         address = int(np.frombuffer(view, np.uint8).ctypes.data)
         starts = [HEADER + t * N_EXPERT * EXPERT for t in range(N_LAYERS * N_TENSORS)]
-        tensors = [_native.Tensor(t // N_TENSORS, 0, at, EXPERT, address + at) for t, at in enumerate(starts)]
+        tensors = [bindings.Tensor(t // N_TENSORS, 0, at, EXPERT, address + at) for t, at in enumerate(starts)]
         files = (ctypes.c_char_p * 1)(os.fspath(path).encode())
         try:
-            store = _native.checked(make, files, 1, (_native.Tensor * len(tensors))(*tensors), len(tensors), N_LAYERS, N_EXPERT)
+            store = bindings.checked(make, files, 1, (bindings.Tensor * len(tensors))(*tensors), len(tensors), N_LAYERS, N_EXPERT)
         except CacherouteError as e:
             pytest.skip(str(e))
-        shape = _native.Shape(N_LAYERS, N_EXPERT, N_USED, 4, evictions.ONLINE["lru"])
-        per_layer = routing.to_native(routing.parse("original"), N_USED, N_LAYERS)
-        hook = _native.checked(LIB.cr_hook_new, shape, per_layer, (ctypes.c_int32 * 2)(0, 1), 2, store)
+        shape = bindings.Shape(N_LAYERS, N_EXPERT, N_USED, 4, evictions.ONLINE["lru"])
+        per_layer = strategies.to_native(strategies.parse("original"), N_USED, N_LAYERS)
+        hook = bindings.checked(LIB.cr_hook_new, shape, per_layer, (ctypes.c_int32 * 2)(0, 1), 2, store)
         try:
             LIB.cr_hook_reset(hook)
             LIB.cr_hook_set_pace(hook, PACE)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from oracle import STRATEGIES, Event, Routing, Vector
 
-from cacheroute import _native
-from cacheroute import eviction as evictions
+from cacheroute.native import bindings
+from cacheroute.routing import eviction as evictions
 
 
 def _doubles(values: Vector) -> ctypes.Array[ctypes.c_double]:
@@ -21,7 +21,7 @@ class NativeLayer:
 
     def __init__(self, n_expert: int, n_used: int, capacity: int, routing: Routing, eviction: str) -> None:
         self.n_expert, self.n_used = n_expert, n_used
-        native = _native.Routing(
+        native = bindings.Routing(
             strategy=STRATEGIES.index(routing.strategy),
             k=routing.k,
             m=routing.m,
@@ -31,8 +31,8 @@ class NativeLayer:
             f=routing.f,
             max_loss=-1.0 if routing.max_loss is None else routing.max_loss,
         )
-        shape = _native.Shape(1, n_expert, n_used, capacity, evictions.ONLINE[eviction])
-        self.handle = _native.checked(_native.lib.cr_router_new, shape, native)
+        shape = bindings.Shape(1, n_expert, n_used, capacity, evictions.ONLINE[eviction])
+        self.handle = bindings.checked(bindings.lib.cr_router_new, shape, native)
 
     def step(self, z: Vector, mass: Vector, *, prefill: bool = False, dictated: Sequence[int] | None = None) -> Event:
         """One token; slots that do not run must repeat the first id."""
@@ -40,7 +40,7 @@ class NativeLayer:
         ids, missed = (ctypes.c_int32 * self.n_used)(), (ctypes.c_int32 * self.n_used)()
         evicted, n_missed, n_evicted = (ctypes.c_int32 * self.n_expert)(), ctypes.c_int32(), ctypes.c_int32()
         told = None if dictated is None else (ctypes.c_int32 * self.n_used)(*dictated)
-        n_run = _native.lib.cr_router_step(
+        n_run = bindings.lib.cr_router_step(
             self.handle, 0, _doubles(z), _doubles(mass), prefill, told, ids, missed, n_missed, evicted, n_evicted
         )
         assert list(ids[n_run:]) == [ids[0]] * (self.n_used - n_run)
@@ -53,23 +53,23 @@ class NativeLayer:
             after.lost_mass - before.lost_mass,
         )
 
-    def counters(self, prefill: bool = False) -> _native.Counters:
-        counters = _native.Counters()
-        _native.lib.cr_router_counters(self.handle, -1, prefill, counters)
+    def counters(self, prefill: bool = False) -> bindings.Counters:
+        counters = bindings.Counters()
+        bindings.lib.cr_router_counters(self.handle, -1, prefill, counters)
         return counters
 
     @property
     def resident(self) -> set[int]:
         mask = (ctypes.c_uint8 * self.n_expert)()
-        _native.lib.cr_router_resident(self.handle, 0, mask)
+        bindings.lib.cr_router_resident(self.handle, 0, mask)
         return {e for e in range(self.n_expert) if mask[e]}
 
     @property
     def mean_range(self) -> float:
-        return float(_native.lib.cr_router_mean_range(self.handle, 0))
+        return float(bindings.lib.cr_router_mean_range(self.handle, 0))
 
     def reset(self) -> None:
-        _native.lib.cr_router_reset(self.handle)
+        bindings.lib.cr_router_reset(self.handle)
 
 
 @contextmanager
@@ -79,16 +79,16 @@ def native_layer(n_expert: int, n_used: int, capacity: int, routing: Routing, ev
     try:
         yield layer
     finally:
-        _native.lib.cr_router_free(layer.handle)
+        bindings.lib.cr_router_free(layer.handle)
 
 
 @contextmanager
-def native_store(path: str, n_layers: int, n_expert: int, tensors: Sequence[_native.Tensor], io: str = "mmap") -> Iterator[int]:
+def native_store(path: str, n_layers: int, n_expert: int, tensors: Sequence[bindings.Tensor], io: str = "mmap") -> Iterator[int]:
     """A cr_store over one file, freed at the end."""
-    make = {"mmap": _native.lib.cr_store_new, "direct": _native.lib.cr_store_new_direct}[io]
+    make = {"mmap": bindings.lib.cr_store_new, "direct": bindings.lib.cr_store_new_direct}[io]
     files = (ctypes.c_char_p * 1)(path.encode())
-    handle = _native.checked(make, files, 1, (_native.Tensor * len(tensors))(*tensors), len(tensors), n_layers, n_expert)
+    handle = bindings.checked(make, files, 1, (bindings.Tensor * len(tensors))(*tensors), len(tensors), n_layers, n_expert)
     try:
         yield handle
     finally:
-        _native.lib.cr_store_free(handle)
+        bindings.lib.cr_store_free(handle)

@@ -12,7 +12,7 @@ import pytest
 from cli import cacheroute, sentence
 
 from cacheroute import Llama
-from cacheroute.eviction import DEFAULT
+from cacheroute.routing.eviction import DEFAULT
 
 ARMS = ("--budget", "25%,50%", "--routing", "original,cache-prior:lambda=0.5", "-p", 24, "-n", 12, "-r", 2)
 

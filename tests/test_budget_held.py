@@ -16,9 +16,10 @@ import pytest
 import tiny_models
 from test_store import PAGE, on_a_disk, pages_in_memory
 
-from cacheroute import Llama, _native
-from cacheroute.engine import _api
+from cacheroute import Llama
+from cacheroute.engine.llama import _api
 from cacheroute.errors import CacherouteError
+from cacheroute.native import bindings
 
 CAPACITY = 6
 # experts of 1.1 MiB; the rest is as small as it can be, so that 2,000 tokens pass in seconds
@@ -100,7 +101,7 @@ class Seen:
 def overheard(llm: Llama) -> Iterator[list[Seen]]:
     """Listens between llama.cpp and the hook: per layer, the probabilities asked about and the ids answered."""
     seen = [Seen() for _ in llm.layout.layers]
-    native = Hook.from_address(_native.lib.cr_hook_address(llm._hook))
+    native = Hook.from_address(bindings.lib.cr_hook_address(llm._hook))
 
     def select(user_data: int, event: Any) -> None:
         native.select(user_data, event)
@@ -118,7 +119,7 @@ def overheard(llm: Llama) -> Iterator[list[Seen]]:
 
 def resident(llm: Llama, layer: int) -> set[int]:
     mask = (ctypes.c_uint8 * llm.layout.n_expert)()
-    _native.lib.cr_hook_resident(llm._hook, layer, mask)
+    bindings.lib.cr_hook_resident(llm._hook, layer, mask)
     return {e for e, r in enumerate(mask) if r}
 
 
@@ -130,7 +131,7 @@ def pages_of(llm: Llama, layer: int, expert: int) -> set[int]:
 
 def counted(llm: Llama) -> int:
     """Resident bytes as the store counts them; any thread may ask."""
-    return int(_native.lib.cr_hook_resident_bytes(llm._hook))
+    return int(bindings.lib.cr_hook_resident_bytes(llm._hook))
 
 
 def measured(llm: Llama) -> int:

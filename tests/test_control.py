@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from cli import cacheroute
 
-from cacheroute import memory_limit
+from cacheroute.bench import memory_limit
+from cacheroute.bench.floor import Floor
+from cacheroute.bench.memory_limit import MemoryLimit
+from cacheroute.bench.runs import Run
+from cacheroute.engine.stats import Counters
 from cacheroute.errors import CacherouteError
-from cacheroute.floor import Floor
-from cacheroute.memory_limit import MemoryLimit
-from cacheroute.runs import Run
-from cacheroute.stats import Counters
 
 MIB = 2**20
 
@@ -94,7 +94,7 @@ def test_a_control_runs_the_same_tokens_and_says_what_it_is(alone: Path) -> None
 
 
 def test_a_control_that_cannot_run_is_one_line(alone: Path) -> None:
-    program = "from cacheroute import memory_limit as m; m._places = list; from cacheroute.cli import main; main()"
+    program = "from cacheroute.bench import memory_limit as m; m._places = list; from cacheroute.cli import main; main()"
     arguments = ["bench", "-m", str(alone), "-p", "0", "-n", "4", "-r", "2", "-t", "1", "--control", "--flash-mbps", "500"]
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env={**os.environ, "PATH": "/nowhere"}

@@ -11,10 +11,12 @@ import tiny_models
 from test_simulate import fed
 from typer.testing import CliRunner
 
-from cacheroute import Llama, custom_policy, routing, trace
+from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.simulate import Arm, Replay
+from cacheroute.routing import custom_policy, strategies
+from cacheroute.trace import trace_file
+from cacheroute.trace.simulate import Arm, Replay
 
 MODULE = """
 import numpy as np
@@ -117,14 +119,14 @@ def test_live_and_simulated_and_native_are_the_same(model: Llama) -> None:
     np.testing.assert_array_equal(run(model, policy("MaxRank")), run(model, "max-rank:m=7:j=1"))
     assert model.stats().decode.swapped > 0
     replay = Replay(fed(True))
-    native, custom = (replay.run(Arm("9", routing.parse(r), "lru"))[0] for r in ("max-rank:m=7:j=1", policy("MaxRank")))
+    native, custom = (replay.run(Arm("9", strategies.parse(r), "lru"))[0] for r in ("max-rank:m=7:j=1", policy("MaxRank")))
     assert native.swapped == custom.swapped > 0
     assert (native.misses, native.evictions, native.lost_mass) == (custom.misses, custom.evictions, custom.lost_mass)
 
 
 def test_the_example_runs() -> None:
-    row = Replay(fed(False)).run(Arm("9", routing.parse("python:my_policy:Near"), "lru"))[0]
-    assert row.swapped > 0 and row.misses < Replay(fed(False)).run(Arm("9", routing.parse("original"), "lru"))[0].misses
+    row = Replay(fed(False)).run(Arm("9", strategies.parse("python:my_policy:Near"), "lru"))[0]
+    assert row.swapped > 0 and row.misses < Replay(fed(False)).run(Arm("9", strategies.parse("original"), "lru"))[0].misses
 
 
 WRONG = [
@@ -144,7 +146,7 @@ def test_a_wrong_policy_stops_the_run(model: Llama, name: str, sentence: str) ->
     with pytest.raises(CacherouteError, match=rf"^{name}\.choose failed at decoded token 3, layer 1: {sentence}"):
         run(model, policy(name))
     with pytest.raises(CacherouteError, match=rf"^{name}\.choose failed"):
-        Replay(fed(False)).run(Arm("9", routing.parse(policy(name)), "lru"))
+        Replay(fed(False)).run(Arm("9", strategies.parse(policy(name)), "lru"))
     run(model, "original")  # the model is whole
 
 
@@ -174,7 +176,7 @@ def test_a_policy_that_cannot_be_made_is_one_sentence(model: Llama) -> None:
 
 
 def test_the_commands_take_it_and_say_that_it_is_slower(tmp_path: Path) -> None:
-    trace.write(tmp_path / "t", fed(False).header, fed(False).records)
+    trace_file.write(tmp_path / "t", fed(False).header, fed(False).records)
     simulated = CliRunner().invoke(app, ["simulate", str(tmp_path / "t"), "--routing", policy("TopK"), "-o", "csv"])
     assert simulated.exit_code == 0 and "slower" in simulated.stderr, simulated.output
     assert policy("TopK") in simulated.stdout

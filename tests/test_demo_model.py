@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cacheroute import demo_model
-from cacheroute.build_tools import sha256
+from cacheroute.files import sha256
+from cacheroute.model import demo_model
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from cli import cacheroute
 from native_router import native_store
 from test_store import LIB, ODD, PAGE, model, on_a_disk
 
-from cacheroute import Llama, stores
+from cacheroute import Llama
+from cacheroute.engine import stores
 from cacheroute.errors import CacherouteError
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="counts pages as Linux does")

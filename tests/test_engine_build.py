@@ -21,11 +21,12 @@ from pathlib import Path
 
 import pytest
 
-from cacheroute import build_tools, engine_build
-from cacheroute.engine_build import BuildOptions
+from cacheroute import files
 from cacheroute.errors import CacherouteError
+from cacheroute.install import engine_build, tools
+from cacheroute.install.engine_build import BuildOptions
 
-REAL_SDIST = build_tools.cache_dir() / "sdist" / f"llama_cpp_python-{engine_build.VERSION}.tar.gz"
+REAL_SDIST = files.cache_dir() / "sdist" / f"llama_cpp_python-{engine_build.VERSION}.tar.gz"
 REAL_PATCHES = engine_build.patch_files()
 PATCH = """\
 Why:  a test.
@@ -98,10 +99,10 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setenv("CACHEROUTE_CACHE", str(it.cache))
     monkeypatch.setenv("CC", str(it.compiler))
     monkeypatch.setenv("CXX", str(it.compiler))
-    monkeypatch.setattr(engine_build, "SDIST_SHA256", build_tools.sha256(it.sdist))
+    monkeypatch.setattr(engine_build, "SDIST_SHA256", files.sha256(it.sdist))
     monkeypatch.setattr(engine_build, "patch_files", lambda: sorted(it.patch.parent.glob("*.patch")))
     monkeypatch.setattr(engine_build, "run", it.pip)
-    monkeypatch.setattr(build_tools, "NEEDED_BYTES", 0)
+    monkeypatch.setattr(tools, "NEEDED_BYTES", 0)
     return it
 
 
@@ -215,7 +216,7 @@ def test_children_end_with_us(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_tools.run(["sh", "-c", "sleep 60 & echo $!; wait"], on_line=interrupt)
+        tools.run(["sh", "-c", "sleep 60 & echo $!; wait"], on_line=interrupt)
     child = Path("/proc") / (tmp_path / "pid").read_text().strip()
     deadline = time.monotonic() + 5
     while child.exists() and "State:\tZ" not in (child / "status").read_text():
@@ -226,7 +227,7 @@ def test_children_end_with_us(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="no signals here")
 def test_a_plain_kill_cleans_up(bench: Bench, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from cacheroute.build_tools import *\n"
+        "import os, signal, sys; from cacheroute.install.tools import *\n"
         "with workdir(PlainProgress()) as work:\n"
         "    print(work, flush=True); os.kill(os.getpid(), signal.SIGTERM); sys.exit('still here')\n"
     )
@@ -269,7 +270,7 @@ def test_no_such_sdist(bench: Bench) -> None:
 
 def test_not_an_archive(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.sdist.write_text("not a tar")
-    monkeypatch.setattr(engine_build, "SDIST_SHA256", build_tools.sha256(bench.sdist))
+    monkeypatch.setattr(engine_build, "SDIST_SHA256", files.sha256(bench.sdist))
     assert "not an sdist that can be unpacked" in fails(bench)
 
 
@@ -292,7 +293,7 @@ def test_missing_git(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_space_is_seen_beforehand(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_tools, "NEEDED_BYTES", 10**18)
+    monkeypatch.setattr(tools, "NEEDED_BYTES", 10**18)
     assert fails(bench).startswith("no space in")
     assert bench.builds == 0
 

@@ -10,10 +10,11 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from cacheroute import experts, gguf_file, plot
-from cacheroute import frontier as frontiers
 from cacheroute.cli import app
+from cacheroute.evals import frontier
 from cacheroute.evals.results import ResultsFile
+from cacheroute.model import experts, gguf_file
+from cacheroute.plot import figures
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,8 @@ def test_cells_are_those_of_eval_perplexity(tiny: Path, prose: Path, tmp_path: P
     one = json.loads(run("eval", "perplexity", "-m", tiny, *text, "--budget", "50%", "--routing", "pruning:k=1").stdout)
     assert stable([rows[-1]])[0].items() >= {**one[-1], "seconds": 0}.items()
     header, *cells = lines(tmp_path / "f.jsonl")
-    assert header["format"] == frontiers.FORMAT and len(header["model"]) == 16 and stable(cells) == stable(rows)
-    assert len(plot.read_rows(tmp_path / "f.jsonl")) == 6
+    assert header["format"] == frontier.FORMAT and len(header["model"]) == 16 and stable(cells) == stable(rows)
+    assert len(figures.read_rows(tmp_path / "f.jsonl")) == 6
 
 
 def test_it_goes_on_and_never_mixes(tiny: Path, prose: Path, tmp_path: Path) -> None:
@@ -100,10 +101,10 @@ def test_reads_have_a_speed_and_counts_have_none(tiny: Path, prose: Path, tmp_pa
 
 def test_the_grid_has_every_strategy(tiny: Path) -> None:
     layout = experts.layout(gguf_file.read(tiny))
-    grid = frontiers.grid(layout, 3)
+    grid = frontier.grid(layout, 3)
     assert {name.partition(":")[0] for name in grid} == {"original", "pruning", "max-rank", "cumsum", "cache-prior", "drop-cold"}
     assert len(grid) == len(set(grid)) and grid[0] == "original"
-    assert frontiers.arms(layout, grid, ["lru"], ["50%"])
+    assert frontier.arms(layout, grid, ["lru"], ["50%"])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import pytest
 import tiny_models
 
-from cacheroute import Llama, _native
+from cacheroute import Llama
+from cacheroute.native import bindings
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -280,7 +281,7 @@ def engine(path: Path, **options: Any) -> Llama:
 @contextlib.contextmanager
 def observed(llm: Llama) -> Iterator[PythonHook]:
     """Within the block a Python hook stands before the native one, and sees its choices and the gate weights."""
-    native = CHook.from_address(_native.lib.cr_hook_address(llm._hook))
+    native = CHook.from_address(bindings.lib.cr_hook_address(llm._hook))
     hook = PythonHook(lambda e: native.select(native.user_data, ctypes.byref(e)), reweight=True)
     with hook.attached(llm):
         yield hook

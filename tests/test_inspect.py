@@ -15,10 +15,10 @@ import tiny_models
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.gguf_file import GgufFile, TensorInfo
-from cacheroute.inspect import Report
+from cacheroute.model.gguf_file import GgufFile, TensorInfo
+from cacheroute.model.report import Report
 
-inspector = importlib.import_module("cacheroute.inspect")
+inspector = importlib.import_module("cacheroute.model.report")
 command = importlib.import_module("cacheroute.cli.inspect")
 
 

@@ -12,12 +12,13 @@ import gguf
 import pytest
 import tiny_models
 
-from cacheroute import demo_model, models, stats
+from cacheroute.engine import stats
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.models import ModelEntry
+from cacheroute.model import catalogue, demo_model
+from cacheroute.model.catalogue import ModelEntry
 
 command = importlib.import_module("cacheroute.cli.models")  # the package's attribute of this name is the function
-CATALOGUE = models.load_catalogue()
+CATALOGUE = catalogue.load_catalogue()
 GIB = 1024**3
 
 
@@ -59,13 +60,13 @@ def test_form_of_an_entry(entry: ModelEntry) -> None:
     assert entry.name == "demo" or re.fullmatch(r"[\w.-]+/[\w.-]+", entry.repository)
     assert entry.file.endswith(".gguf")
     for kind in entry.expert_types:  # a row of the matrix is whole blocks
-        assert entry.n_embd % models.BLOCKS[kind][0] == 0 or entry.n_ff % models.BLOCKS[kind][0] == 0
+        assert entry.n_embd % catalogue.BLOCKS[kind][0] == 0 or entry.n_ff % catalogue.BLOCKS[kind][0] == 0
     # experts are most of such a file, and not all of it
     assert 0.02 < entry.dense_bytes / entry.nbytes < (0.8 if entry.name == "demo" else 0.2)
 
 
 def test_block_sizes_are_those_of_ggml() -> None:
-    for kind, size in models.BLOCKS.items():
+    for kind, size in catalogue.BLOCKS.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == size
 
 
@@ -83,7 +84,7 @@ def test_the_demo_entry_is_the_demo_model() -> None:
     assert shape == (demo_model.EXPERTS, demo_model.CHOSEN, demo_model.LAYERS, demo_model.D, demo_model.EXPERT_SIZE)
     assert entry.shared == demo_model.SHARED / demo_model.EXPERT_SIZE
     assert entry.nbytes == demo_model.pinned()[1]
-    assert models.demo_path() == demo_model.default_path()
+    assert catalogue.demo_path() == demo_model.default_path()
 
 
 # ---- names ----
@@ -121,55 +122,55 @@ def in_ollama(root: Path, registry: str, owner: str, name: str, tag: str, conten
 def test_nothing_and_demo_are_the_demo_model(home: Path) -> None:
     for name in (None, "demo", "DEMO"):
         with pytest.raises(CacherouteError, match=r"run `cacheroute setup`"):
-            models.resolve(name)
+            catalogue.resolve(name)
     path = put(home / "cacheroute" / "models" / "cacheroute-demo.gguf")
-    assert models.resolve(None) == models.resolve("demo") == path
+    assert catalogue.resolve(None) == catalogue.resolve("demo") == path
 
 
 def test_a_path_is_itself_and_a_name_wins_over_a_file_called_so(home: Path) -> None:
     path = put(home / "some.gguf")
-    assert models.resolve(str(path)) == path
-    assert models.resolve("some.gguf") == Path("some.gguf")
-    assert models.resolve("~/some.gguf") == path
+    assert catalogue.resolve(str(path)) == path
+    assert catalogue.resolve("some.gguf") == Path("some.gguf")
+    assert catalogue.resolve("~/some.gguf") == path
     put(home / "qwen3-30b-a3b")
     with pytest.raises(CacherouteError, match=r"run `cacheroute pull qwen3-30b-a3b`"):
-        models.resolve("qwen3-30b-a3b")
-    assert models.resolve("./qwen3-30b-a3b") == Path("qwen3-30b-a3b")
+        catalogue.resolve("qwen3-30b-a3b")
+    assert catalogue.resolve("./qwen3-30b-a3b") == Path("qwen3-30b-a3b")
 
 
 def test_a_pulled_model_is_found_by_its_name(home: Path) -> None:
     entry = CATALOGUE["olmoe-1b-7b"]
     old = in_hub(home, entry.repository, entry.file, "c0")
-    assert models.resolve("olmoe-1b-7b") == old
+    assert catalogue.resolve("olmoe-1b-7b") == old
     new = in_hub(home, entry.repository, entry.file, "c1")
     in_hub(home, entry.repository, entry.file, "c2", main=False)
-    assert models.resolve("OLMoE-1B-7B") == new  # what main points to
+    assert catalogue.resolve("OLMoE-1B-7B") == new  # what main points to
     new.resolve().unlink()
-    assert models.resolve("olmoe-1b-7b") != new  # a dangling link is no model
+    assert catalogue.resolve("olmoe-1b-7b") != new  # a dangling link is no model
 
 
 def test_a_split_model_counts_only_when_complete(home: Path) -> None:
     repository = CATALOGUE["glm-4.5-air"].repository
     first = in_hub(home, repository, "Q4_K_M/GLM-4.5-Air-Q4_K_M-00001-of-00002.gguf")
     with pytest.raises(CacherouteError, match=r"pull glm-4\.5-air"):
-        models.resolve("glm-4.5-air")
+        catalogue.resolve("glm-4.5-air")
     in_hub(home, repository, "Q4_K_M/GLM-4.5-Air-Q4_K_M-00002-of-00002.gguf")
-    assert models.resolve("glm-4.5-air") == first
-    assert models.resolve(f"hf:{repository}:Q4_K_M") == first
-    assert [m.nbytes for m in models.hub_models()] == [8]
+    assert catalogue.resolve("glm-4.5-air") == first
+    assert catalogue.resolve(f"hf:{repository}:Q4_K_M") == first
+    assert [m.nbytes for m in catalogue.hub_models()] == [8]
 
 
 def test_hub_names(home: Path) -> None:
     q4, q8 = (in_hub(home, "me/some-GGUF", f"some-{q}.gguf") for q in ("Q4_K_M", "Q8_0"))
     in_hub(home, "me/some-GGUF", "mmproj-F16.gguf")
-    assert models.resolve("hf:me/some-GGUF:some-Q4_K_M.gguf") == q4
-    assert models.resolve("hf:me/some-GGUF:q8_0") == q8
+    assert catalogue.resolve("hf:me/some-GGUF:some-Q4_K_M.gguf") == q4
+    assert catalogue.resolve("hf:me/some-GGUF:q8_0") == q8
     with pytest.raises(UsageError, match=r"some-Q4_K_M\.gguf, hf:me/some-GGUF:some-Q8_0\.gguf"):
-        models.resolve("hf:me/some-GGUF")
+        catalogue.resolve("hf:me/some-GGUF")
     with pytest.raises(CacherouteError, match="cacheroute pull hf:me/other"):
-        models.resolve("hf:me/other")
+        catalogue.resolve("hf:me/other")
     with pytest.raises(UsageError, match="no hub name"):
-        models.resolve("hf:me")
+        catalogue.resolve("hf:me")
 
 
 def test_ollama_names(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,34 +181,34 @@ def test_ollama_names(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = in_ollama(root, "registry.example", "me", "moe", "q4")
     other = in_ollama(root, "hub.example", "me", "moe", "q4")
     put(root / "manifests" / "registry.example" / "library" / "broken" / "latest", b"{")
-    assert models.resolve("ollama:qwen3") == latest
-    assert models.resolve("ollama:qwen3:30b-a3b") == sized
-    assert models.resolve("ollama:me/moe:q4") == mine
-    assert models.resolve("ollama:hub.example/me/moe:q4") == other
+    assert catalogue.resolve("ollama:qwen3") == latest
+    assert catalogue.resolve("ollama:qwen3:30b-a3b") == sized
+    assert catalogue.resolve("ollama:me/moe:q4") == mine
+    assert catalogue.resolve("ollama:hub.example/me/moe:q4") == other
     with pytest.raises(UsageError, match="write the whole name"):
-        models.resolve("ollama:moe")
+        catalogue.resolve("ollama:moe")
     with pytest.raises(UsageError, match="There is no ollama:broken; this store has ollama:"):
-        models.resolve("ollama:broken")
+        catalogue.resolve("ollama:broken")
 
 
 def test_lmstudio_names(home: Path) -> None:
     new = put(home / ".lmstudio" / "models" / "maker" / "Some-GGUF" / "Some-Q4_K_M.gguf")
     old = put(home / ".cache" / "lm-studio" / "models" / "maker" / "Other-GGUF" / "Other-Q8_0.gguf")
     put(home / ".lmstudio" / "models" / "maker" / "Some-GGUF" / "mmproj-Some.gguf")
-    assert models.resolve("lmstudio:maker/Some-GGUF/Some-Q4_K_M.gguf") == new
-    assert models.resolve("lmstudio:other") == old
+    assert catalogue.resolve("lmstudio:maker/Some-GGUF/Some-Q4_K_M.gguf") == new
+    assert catalogue.resolve("lmstudio:other") == old
     with pytest.raises(UsageError, match="may be lmstudio:"):
-        models.resolve("lmstudio:maker")
+        catalogue.resolve("lmstudio:maker")
 
 
 def test_an_unknown_name_lists_close_ones() -> None:
     for wrong in ("qwen3-30b", "qwen3-30b-a3"):
         with pytest.raises(UsageError, match="did you mean qwen3-30b-a3b"):
-            models.resolve(wrong)
+            catalogue.resolve(wrong)
     with pytest.raises(UsageError, match="`cacheroute models` lists the names"):
-        models.resolve("zzzzzz")
+        catalogue.resolve("zzzzzz")
     with pytest.raises(UsageError, match=r"There is no file no/such\.gguf"):
-        models.resolve("no/such.gguf")
+        catalogue.resolve("no/such.gguf")
 
 
 def test_what_a_pattern_means() -> None:
@@ -220,13 +221,13 @@ def test_what_a_pattern_means() -> None:
         "x.txt",
     ]
     first = "d/b-Q8_0-00001-of-00002.gguf"
-    assert models.first_shards(names) == ["a-Q4_K.gguf", "a-Q4_K_M.gguf", first]
-    assert models.match_files("Q4_K", names) == ["a-Q4_K.gguf"]
-    assert models.match_files("q4_k_m", names) == ["a-Q4_K_M.gguf"]
-    assert models.match_files("b-*.gguf", names) == models.match_files("d/*-of-00002.gguf", names) == [first]
-    assert models.match_files("d/b-Q8_0-00002-of-00002.gguf", names) == [first]
-    assert models.match_files("nothing", names) == []
-    assert models.shards(first, names) == [first, "d/b-Q8_0-00002-of-00002.gguf"]
+    assert catalogue.first_shards(names) == ["a-Q4_K.gguf", "a-Q4_K_M.gguf", first]
+    assert catalogue.match_files("Q4_K", names) == ["a-Q4_K.gguf"]
+    assert catalogue.match_files("q4_k_m", names) == ["a-Q4_K_M.gguf"]
+    assert catalogue.match_files("b-*.gguf", names) == catalogue.match_files("d/*-of-00002.gguf", names) == [first]
+    assert catalogue.match_files("d/b-Q8_0-00002-of-00002.gguf", names) == [first]
+    assert catalogue.match_files("nothing", names) == []
+    assert catalogue.shards(first, names) == [first, "d/b-Q8_0-00002-of-00002.gguf"]
 
 
 # ---- the command ----

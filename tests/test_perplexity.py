@@ -121,7 +121,7 @@ def test_standard_error_is_llama_perplexitys() -> None:
 
 
 def _no_counters() -> Any:
-    from cacheroute.stats import Counters
+    from cacheroute.engine.stats import Counters
 
     return Counters()
 

@@ -13,10 +13,11 @@ import pytest
 from test_simulate import fed
 from typer.testing import CliRunner, Result
 
-from cacheroute import plot, simulate, trace
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
-from cacheroute.routing import parse_list
+from cacheroute.plot import figures
+from cacheroute.routing.strategies import parse_list
+from cacheroute.trace import simulate, trace_file
 
 PNG, SVG = b"\x89PNG", b"<?xml"
 
@@ -48,7 +49,7 @@ def run(*arguments: object) -> Result:
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv"])
 def test_every_format_is_read_alike(rows: list[simulate.Row], tmp_path: Path, ending: str) -> None:
-    found = plot.read_rows(write(rows, tmp_path / f"r{ending}"))
+    found = figures.read_rows(write(rows, tmp_path / f"r{ending}"))
     total = [row for row in rows if row.layer is None]
     assert [(r.routing, r.eviction, r.budget_experts, r.miss_rate, r.lost_mass) for r in found] == [
         (r.routing, r.eviction, r.budget_experts, r.miss_rate, r.lost_mass) for r in total
@@ -57,11 +58,11 @@ def test_every_format_is_read_alike(rows: list[simulate.Row], tmp_path: Path, en
 
 def test_the_tables_say_what_the_figures_draw(rows: list[simulate.Row], tmp_path: Path) -> None:
     path = write(rows, tmp_path / "r.json")
-    frontier = plot.chart([path]).cells
+    frontier = figures.chart([path]).cells
     assert frontier[0][3:5] == ["MiB/token", "lost router mass, %"] and len(frontier) == 1 + 15
     read = [float(cells[3]) for cells in frontier[1:]]
     assert read == sorted(read) and frontier[1][5] == "*"
-    misses = plot.chart([path], "misses").cells
+    misses = figures.chart([path], "misses").cells
     assert misses[0][2:] == ["6 experts", "12 experts", "18 experts"]
     belady, lru = (next(c for c in misses if c[:2] == ["original", e]) for e in ("belady", "lru"))
     assert all(float(b[:-1]) <= float(a[:-1]) for b, a in zip(belady[2:], lru[2:], strict=True))
@@ -76,7 +77,7 @@ def test_quality_is_the_best_measure_there_is(tmp_path: Path) -> None:
         {**base, "routing": "original", "read_mib_per_token": 9.0, "n_gen": 0},  # a prompt, of bench
     ]
     (tmp_path / "r.json").write_text(json.dumps(rows))
-    chart = plot.chart([tmp_path / "r.json"])
+    chart = figures.chart([tmp_path / "r.json"])
     assert chart.cells[0][4] == "perplexity increase, %" and "1 rows without delta_nll" in chart.note
     assert [c[1:] for c in chart.cells[1:]] == [
         ["cache-prior:lambda=0.1", "lru", "1.000", "1.005", "*"],
@@ -85,7 +86,7 @@ def test_quality_is_the_best_measure_there_is(tmp_path: Path) -> None:
     for row in rows:
         row.pop("delta_nll", None), row.pop("ppl", None), row.pop("lost_mass", None)
     (tmp_path / "b.json").write_text(json.dumps(rows))
-    assert plot.chart([tmp_path / "b.json"]).cells[0] == ["routing", "eviction", "8 experts"]
+    assert figures.chart([tmp_path / "b.json"]).cells[0] == ["routing", "eviction", "8 experts"]
 
 
 def test_strategies_are_compared_at_the_same_speed(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_strategies_are_compared_at_the_same_speed(tmp_path: Path) -> None:
     points = [("original", 10, 0.0), ("pruning:k=7", 20, 0.04), ("pruning:k=8", 14, 0.01), ("max-rank:m=9", 13, 0.02)]
     rows = [{**base, "routing": routing, "ts": ts, "delta_nll": d} for routing, ts, d in points]
     (tmp_path / "r.json").write_text(json.dumps([*rows, {**rows[1], "ts": None}]))
-    chart = plot.chart([tmp_path / "r.json"], "speed")
+    chart = figures.chart([tmp_path / "r.json"], "speed")
     assert "1 rows without tok/s" in chart.note
     seven, eight, nine = (100 * math.expm1(d) for _, _, d in points[1:])
     assert {cells[1]: [float(x) if x != "-" else None for x in cells[3:]] for cells in chart.cells[1:]} == {
@@ -102,7 +103,7 @@ def test_strategies_are_compared_at_the_same_speed(tmp_path: Path) -> None:
     }
     (tmp_path / "n.json").write_text(json.dumps([{**rows[0], "ts": None}]))
     with pytest.raises(UsageError, match="have no tok/s"):
-        plot.chart([tmp_path / "n.json"], "speed")
+        figures.chart([tmp_path / "n.json"], "speed")
 
 
 def test_states_by_hand() -> None:
@@ -111,7 +112,7 @@ def test_states_by_hand() -> None:
     own["resident"][:] = 0b1010, 0, 0  # 1 and 3
     own["ids"][:] = [3, 5, 3, 3]
     own["n_run"] = 2
-    state = plot._states(own, 24, 4)[0].tolist()
+    state = figures._states(own, 24, 4)[0].tolist()
     assert (state[1], state[3], state[5]) == (1, 2, 3) and sum(state) == 6
 
 
@@ -121,7 +122,7 @@ def test_figures_are_drawn_and_never_overwritten(rows: list[simulate.Row], tmp_p
     source = write(rows, tmp_path / "r.json")
     if kind in ("residency", "layers"):
         source = tmp_path / "t"
-        trace.write(source, fed(False).header, fed(False).records)
+        trace_file.write(source, fed(False).header, fed(False).records)
     out = tmp_path / f"f{ending}"
     first = run(source, "--kind", kind, "-o", out)
     assert first.exit_code == 0 and first.stdout == "", first.output
@@ -142,7 +143,7 @@ def test_without_matplotlib_there_is_a_table(rows: list[simulate.Row], tmp_path:
 
 
 def test_a_trace_has_a_table_too(tmp_path: Path) -> None:
-    trace.write(tmp_path / "t", fed(False).header, fed(False).records)
+    trace_file.write(tmp_path / "t", fed(False).header, fed(False).records)
     result = run(tmp_path / "t")
     assert result.exit_code == 0 and result.stdout.count("\n") == 4 and "half of all uses by" in result.stdout
 
@@ -168,7 +169,7 @@ def test_what_cannot_be_drawn_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(rows, Path("r.json"))
-    trace.write(Path("t"), fed(False).header, fed(False).records)
+    trace_file.write(Path("t"), fed(False).header, fed(False).records)
     Path("prose").write_text("It was the best of times,\nit was the worst of times")
     Path("broken.json").write_text('[{"routing": "original",')
     Path("other.json").write_text('{"text": "hello"}')

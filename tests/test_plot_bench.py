@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cacheroute import plot
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
+from cacheroute.plot import figures
 
 
 def row(**changed: Any) -> dict[str, Any]:
@@ -45,18 +45,18 @@ def write(rows: list[dict[str, Any]], path: Path) -> Path:
 @pytest.mark.parametrize("ending", [".jsonl", ".csv"])
 def test_rows_of_bench_are_bars_unless_asked_otherwise(tmp_path: Path, ending: str) -> None:
     path = write(ROWS, tmp_path / f"b{ending}")
-    assert plot.chart([path]).cells[1:] == [
+    assert figures.chart([path]).cells[1:] == [
         ["tiny", "50% mmap unpaced", "original, lru", "10.00 ± 1.00", "1.00 x", "12.50", "80%"],
         ["tiny", "50% mmap unpaced", "cache-prior:lambda=0.2, soft-lfu, prefetch 2", "20.00 ± 1.00", "2.00 ± 0.10 x", "", ""],
         ["tiny", "50% mmap unpaced", "llama.cpp's mmap, same memory, repacked", "10.00 ± 1.00", "0.10 x", "", ""],
         ["tiny", "25% direct 500 MB/s", "original, lru", "10.00 ± 1.00", "", "", ""],
     ]
-    misses = plot.chart([path], "misses").cells
+    misses = figures.chart([path], "misses").cells
     assert misses[1][2:] == ["50.0%", "50.0%"] and len(misses) == 3, "a control counts no misses"
 
 
 def test_prompts_alone_are_drawn(tmp_path: Path) -> None:
-    assert plot.chart([write(ROWS[:1], tmp_path / "b.jsonl")]).cells[1][3] == "99.00 ± 1.00"
+    assert figures.chart([write(ROWS[:1], tmp_path / "b.jsonl")]).cells[1][3] == "99.00 ± 1.00"
 
 
 def test_the_figure_has_all_bars(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_figure_has_all_bars(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure()
-    plot.chart([write([*ROWS, row(model="other")], tmp_path / "b.jsonl")]).draw(figure)
+    figures.chart([write([*ROWS, row(model="other")], tmp_path / "b.jsonl")]).draw(figure)
     first, second = figure.axes
     assert sorted(bar.get_width() for bar in first.patches) == [10, 10, 10, 20] and len(second.patches) == 1
     assert [t.get_text() for t in first.get_yticklabels()] == ["50% mmap unpaced", "25% direct 500 MB/s"]
@@ -79,10 +79,10 @@ def test_the_figure_has_all_bars(tmp_path: Path) -> None:
 def test_other_rows_are_a_sentence(tmp_path: Path) -> None:
     simulated = {"routing": "original", "read_mib_per_token": 1.0, "budget_experts": 8, "lost_mass": 0.1}
     with pytest.raises(UsageError, match="not rows of bench"):
-        plot.chart([write([simulated], tmp_path / "s.jsonl")], "bench")
+        figures.chart([write([simulated], tmp_path / "s.jsonl")], "bench")
     broken = {k: v for k, v in ROWS[1].items() if k != "stddev_ts"}
     with pytest.raises(UsageError, match="another version"):
-        plot.chart([write([broken], tmp_path / "b.jsonl")])
+        figures.chart([write([broken], tmp_path / "b.jsonl")])
     (tmp_path / "n.json").write_text("[1, 2]")
     with pytest.raises(UsageError, match="does not hold rows"):
-        plot.chart([tmp_path / "n.json"])
+        figures.chart([tmp_path / "n.json"])

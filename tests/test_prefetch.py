@@ -17,10 +17,12 @@ from live_hook import EXPERT, LIB, N_EXPERT, N_LAYERS, N_TENSORS, PACE, SLOW, Li
 from test_store import on_a_disk
 from typer.testing import CliRunner
 
-from cacheroute import Llama, _native, experts
+from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.evals.perplexity import log_probabilities
+from cacheroute.model import experts
+from cacheroute.native import bindings
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
 
@@ -42,7 +44,7 @@ class Ahead:
         self.weight = rng.standard_normal((N_EXPERT, WIDTH)).astype(np.float32)
         self.bias = rng.standard_normal(N_EXPERT).astype(np.float32) * bias
         self.norms = rng.uniform(0.5, 2, (N_LAYERS, WIDTH)).astype(np.float32) if norms else np.ones((2, WIDTH), np.float32)
-        layers = (_native.RouterWeights * N_LAYERS)()
+        layers = (bindings.RouterWeights * N_LAYERS)()
         layers[1].weight = self.weight.ctypes.data
         layers[1].bias = self.bias.ctypes.data if bias else None
         for layer, norm in zip(layers, self.norms, strict=True):
@@ -57,8 +59,8 @@ class Ahead:
         return [float(v) for v in x / self.norms[1] * self.norms[0]]
 
 
-def counters(live: Live) -> _native.Counters:
-    c = _native.Counters()
+def counters(live: Live) -> bindings.Counters:
+    c = bindings.Counters()
     LIB.cr_hook_counters(live.handle, -1, 0, c)
     return c
 
@@ -279,4 +281,4 @@ def test_the_names_of_routers_and_norms() -> None:
         "blk.1.ffn_gate_inp.weight", "blk.1.ffn_gate_inp.bias", "blk.1.post_attention_norm.weight", 64
     )
     assert experts._router(2, floats) is None
-    assert ctypes.sizeof(_native.RouterWeights) == 3 * ctypes.sizeof(ctypes.c_void_p)
+    assert ctypes.sizeof(bindings.RouterWeights) == 3 * ctypes.sizeof(ctypes.c_void_p)

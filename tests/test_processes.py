@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from cacheroute import processes
+from cacheroute.evals import processes
 
 # A parent that is busy with nothing, and says which process it has.
 PARENT = """
 import os, time
-from cacheroute import processes
+from cacheroute.evals import processes
 if __name__ == "__main__":
     with processes.pool(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from cacheroute import models, pull
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.model import catalogue, pull
 
 pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
 
@@ -159,13 +159,13 @@ def partial(tmp_path: Path) -> list[Path]:
 
 
 def test_a_model_of_the_catalogue_is_fetched_and_found(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    entry = models.load_catalogue()["olmoe-1b-7b"]
+    entry = catalogue.load_catalogue()["olmoe-1b-7b"]
     data = data_of(2000)
     hub.files[entry.repository] = {entry.file: data, "README.md": b"hello"}
     with pytest.raises(CacherouteError, match="cacheroute pull olmoe-1b-7b"):
-        models.resolve("olmoe-1b-7b")
+        catalogue.resolve("olmoe-1b-7b")
     path = pull.pull("olmoe-1b-7b")
-    assert path.read_bytes() == data and path == models.resolve("olmoe-1b-7b")
+    assert path.read_bytes() == data and path == catalogue.resolve("olmoe-1b-7b")
     assert path.resolve().name == hashlib.sha256(data).hexdigest()  # the hub's own layout
     import huggingface_hub
 
@@ -182,7 +182,7 @@ def test_all_shards_are_fetched(hub: Hub, tmp_path: Path) -> None:
     assert path.name == "m-Q4_K_M-00001-of-00003.gguf"
     for name in names:
         assert (path.parent.parent / name).read_bytes() == hub.files["me/m-GGUF"][name]
-    assert models.resolve("hf:me/m-GGUF:Q4_K_M") == path
+    assert catalogue.resolve("hf:me/m-GGUF:Q4_K_M") == path
     del hub.files["me/m-GGUF"][names[2]]
     with pytest.raises(UsageError, match="has 2 shards"):
         pull.pull("hf:me/m-GGUF")
@@ -238,7 +238,7 @@ def test_a_wrong_checksum_is_refused_and_deletes_nothing(hub: Hub, tmp_path: Pat
     (left,) = partial(tmp_path)
     assert str(left) in str(e.value) and left.stat().st_size == len(hub.files["me/m-GGUF"]["m.gguf"])
     assert len(hub.ranges()) == 1
-    assert models.hub_file("me/m-GGUF", "m.gguf") is None  # it cannot be taken for the model
+    assert catalogue.hub_file("me/m-GGUF", "m.gguf") is None  # it cannot be taken for the model
     hub.wrong.clear()
     left.unlink()
     assert pull.pull("hf:me/m-GGUF").read_bytes() == hub.files["me/m-GGUF"]["m.gguf"]

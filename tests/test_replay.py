@@ -13,13 +13,15 @@ import tiny_models
 from cli import cacheroute, sentence
 from test_simulate import header, made_up
 
-from cacheroute import Llama, _native, replay, simulate, trace
-from cacheroute import eviction as evictions
+from cacheroute import Llama
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.experts import ExpertLayout
-from cacheroute.replay import ForcedScores
-from cacheroute.routing import parse
-from cacheroute.trace import Header, Records, Trace
+from cacheroute.model.experts import ExpertLayout
+from cacheroute.native import bindings
+from cacheroute.routing import eviction as evictions
+from cacheroute.routing.strategies import parse
+from cacheroute.trace import forced_scores, simulate, trace_file
+from cacheroute.trace.forced_scores import ForcedScores
+from cacheroute.trace.trace_file import Header, Records, Trace
 
 N_PROMPT, N_GEN = 20, 60
 ARCHS = ("qwen3moe", "deepseek2", "gpt-oss")  # softmax; sigmoid and masked groups; softmax over the chosen
@@ -50,8 +52,8 @@ def run(llm: Llama, seed: int) -> list[tuple[int, ...]]:
     counted = []
     for layer in range(len(llm.layout.layers)):
         for prefill in (1, 0):
-            c = _native.Counters()
-            _native.lib.cr_hook_counters(llm._hook, layer, prefill, c)
+            c = bindings.Counters()
+            bindings.lib.cr_hook_counters(llm._hook, layer, prefill, c)
             counted.append((c.tokens, c.hits, c.misses, c.swapped, c.dropped, c.evictions))
     return counted
 
@@ -59,7 +61,7 @@ def run(llm: Llama, seed: int) -> list[tuple[int, ...]]:
 def traced(llm: Llama, path: Path, routing: str, eviction: str, seed: int) -> list[tuple[int, ...]]:
     llm.configure(budget="50%", routing=routing, eviction=eviction, io="none")
     h = Header.of(llm.layout, routing, eviction, llm.budget.capacity)
-    with trace.TraceWriter(path, h, force=True) as writer, llm.tracing(writer.append):
+    with trace_file.TraceWriter(path, h, force=True) as writer, llm.tracing(writer.append):
         return run(llm, seed)
 
 
@@ -73,7 +75,7 @@ def forced(llm: Llama, scores: ForcedScores, routing: str, eviction: str, seed: 
 
 
 def bound(llm: Llama, path: Path) -> ForcedScores:
-    return replay.bind(replay.parse(str(path)), llm.layout, N_PROMPT, N_GEN)
+    return forced_scores.bind(forced_scores.parse(str(path)), llm.layout, N_PROMPT, N_GEN)
 
 
 # ---- a trace --------------------------------------------------------------------------------------
@@ -99,14 +101,14 @@ def test_every_routing_acts_on_the_recorded_scores(
     traced(llm, path, "original", "lru", seed=1)
     scores = bound(llm, path)
     counted = forced(llm, scores, routing, eviction, seed=2)
-    rows = simulate.Replay(trace.read(path)).run(simulate.Arm("50%", parse(routing), eviction), per_layer=True)[1:]
+    rows = simulate.Replay(trace_file.read(path)).run(simulate.Arm("50%", parse(routing), eviction), per_layer=True)[1:]
     assert counted[1::2] == [(r.tokens, r.hits, r.misses, r.swapped, r.dropped, r.evictions) for r in rows]
     llm.force(scores)
     assert traced(llm, tmp_path / "again", routing, eviction, seed=3) == counted
     llm.force(None)
-    again = trace.read(tmp_path / "again").records
+    again = trace_file.read(tmp_path / "again").records
     for name in ("sequence", "token", "layer", "flags", "z"):
-        np.testing.assert_array_equal(again[name], trace.read(path).records[name])
+        np.testing.assert_array_equal(again[name], trace_file.read(path).records[name])
     assert forced(llm, bound(llm, tmp_path / "again"), routing, eviction, seed=4) == counted
 
 
@@ -140,10 +142,10 @@ def fits(n_layers: int, n_expert: int = 32, n_used: int = 4) -> ExpertLayout:
 
 def test_layers_are_spread_over_the_recorded_ones(tmp_path: Path) -> None:
     t = made_up(6, 32, 4, 40, 3, mass=False)
-    trace.write(tmp_path / "t", t.header, t.records)
+    trace_file.write(tmp_path / "t", t.header, t.records)
     rows = t.records[t.records["sequence"] == 0]
     for n_layers, expected in ((6, [0, 1, 2, 3, 4, 5]), (4, [0, 1, 3, 4]), (3, [0, 2, 4]), (8, [0, 0, 1, 2, 3, 3, 4, 5])):
-        scores = replay.bind(replay.parse(str(tmp_path / "t")), fits(n_layers), 5, 10)
+        scores = forced_scores.bind(forced_scores.parse(str(tmp_path / "t")), fits(n_layers), 5, 10)
         assert not scores.mass and len(scores.z) == n_layers
         for z, layer in zip(scores.z, expected, strict=True):
             np.testing.assert_array_equal(z, rows["z"][rows["layer"] == layer][:15])
@@ -153,8 +155,8 @@ def test_the_first_sequence_that_is_long_enough_is_taken(tmp_path: Path) -> None
     t = made_up(2, 32, 4, 40, 3, mass=False)
     whole = t.records["sequence"] == 1
     kept = t.records[whole | (t.records["token"] < 7)]
-    trace.write(tmp_path / "t", t.header, kept)
-    short, long = (replay.bind(replay.parse(str(tmp_path / "t")), fits(2), 0, n) for n in (7, 8))
+    trace_file.write(tmp_path / "t", t.header, kept)
+    short, long = (forced_scores.bind(forced_scores.parse(str(tmp_path / "t")), fits(2), 0, n) for n in (7, 8))
     np.testing.assert_array_equal(short.z[1], kept["z"][(kept["sequence"] == 0) & (kept["layer"] == 1)])
     np.testing.assert_array_equal(long.z[1], kept["z"][(kept["sequence"] == 1) & (kept["layer"] == 1)][:8])
 
@@ -162,7 +164,7 @@ def test_the_first_sequence_that_is_long_enough_is_taken(tmp_path: Path) -> None
 def wrong_traces() -> dict[str, tuple[Trace, ExpertLayout, str]]:
     t = made_up(3, 32, 4, 40, 3, mass=False)
     dictated, cut = t.records.copy(), t.records[: 3 * 10 - 1]  # the tenth token lacks its last layer
-    dictated["flags"] |= trace.DICTATED
+    dictated["flags"] |= trace_file.DICTATED
     prompt: Records = t.records[(t.records["layer"] < 2) | (t.records["token"] > 8)]
     return {
         "experts": (
@@ -184,21 +186,21 @@ def wrong_traces() -> dict[str, tuple[Trace, ExpertLayout, str]]:
 @pytest.mark.parametrize("name", wrong_traces())
 def test_a_trace_that_does_not_fit_is_one_sentence(tmp_path: Path, name: str) -> None:
     t, layout, expected = wrong_traces()[name]
-    trace.write(tmp_path / "t", t.header, t.records)
+    trace_file.write(tmp_path / "t", t.header, t.records)
     with pytest.raises(UsageError, match=expected):
-        replay.bind(replay.parse(str(tmp_path / "t")), layout, 4, 6)
+        forced_scores.bind(forced_scores.parse(str(tmp_path / "t")), layout, 4, 6)
 
 
 def test_scores_of_another_shape_are_refused(models: dict[str, Llama]) -> None:
     with pytest.raises(UsageError, match=r"synthetic.* does not fit 2 layers of 32 experts"):
-        models["qwen3moe"].force(replay.bind(replay.parse("synthetic"), fits(3), 1, 1))
+        models["qwen3moe"].force(forced_scores.bind(forced_scores.parse("synthetic"), fits(3), 1, 1))
 
 
 # ---- synthetic ------------------------------------------------------------------------------------
 
 
 def synthetic(text: str, n_tokens: int = 2000, layout: ExpertLayout | None = None) -> ForcedScores:
-    return replay.bind(replay.parse(text), layout or fits(2), 0, n_tokens)
+    return forced_scores.bind(forced_scores.parse(text), layout or fits(2), 0, n_tokens)
 
 
 def test_synthetic_scores_are_what_they_state() -> None:
@@ -215,9 +217,9 @@ def test_synthetic_scores_are_what_they_state() -> None:
 def misses(text: str) -> int:
     layout, n = fits(2), 1000
     scores = synthetic(text, n)
-    records: Records = np.zeros(2 * n, trace.record_dtype(32, 4, mass=False))
+    records: Records = np.zeros(2 * n, trace_file.record_dtype(32, 4, mass=False))
     records["token"], records["layer"] = np.divmod(np.arange(2 * n), 2)
-    records["flags"] = trace.DECODE | trace.SOFTMAX_MASS
+    records["flags"] = trace_file.DECODE | trace_file.SOFTMAX_MASS
     records["z"] = np.stack(scores.z, axis=1).reshape(2 * n, 32)
     t = Trace(Header.of(layout, "original", "lru", 16), records, True)
     return simulate.Replay(t).run(simulate.Arm("50%", parse("original"), "lru"))[0].misses
@@ -259,7 +261,7 @@ def test_guesses_correlate_as_asked() -> None:
 )
 def test_wrong_parameters_are_one_sentence(text: str, expected: str) -> None:
     with pytest.raises(UsageError, match=expected):
-        replay.parse(text)
+        forced_scores.parse(text)
 
 
 # ---- the command ----------------------------------------------------------------------------------
@@ -294,7 +296,7 @@ def test_the_control_cannot_be_forced(paths: dict[str, Path]) -> None:
 def test_bad_replays_are_one_sentence(paths: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "text").write_text("not a trace")
     t = made_up(2, 24, 4, 40, 3, mass=False)
-    trace.write(tmp_path / "other", t.header, t.records)
+    trace_file.write(tmp_path / "other", t.header, t.records)
     for source, expected in (
         (tmp_path / "text", "is not a trace"),
         (tmp_path / "nowhere", "cannot be read"),

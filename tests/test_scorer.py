@@ -14,7 +14,7 @@ from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading
 from cacheroute.evals.scorer import Ask, Runner
 from cacheroute.evals.text import Chunk
-from cacheroute.routing import Routing, parse
+from cacheroute.routing.strategies import Routing, parse
 
 
 @pytest.fixture(scope="module", params=["qwen3moe", "deepseek2"])

@@ -11,8 +11,9 @@ import make_shape_model as shapes
 import numpy as np
 import pytest
 
-from cacheroute import Llama, models
+from cacheroute import Llama
 from cacheroute.errors import UsageError
+from cacheroute.model import catalogue
 
 SCRIPT = Path(shapes.__file__)
 # A few hundred KB instead of GBs: everything of the shape that does not change how the file is built.
@@ -36,7 +37,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_every_shape_loads_and_decodes(name: str, quant: str, tmp_path: Path) -> None:
     path = shapes.write(name, tmp_path / "m.gguf", layers=2, quant=quant, **(SMALLER | SMALLER_OF[name]))
     llm = Llama(str(path), budget="all", n_ctx=64, n_threads=1, verbose=False)
-    entry = models.load_catalogue()[name]
+    entry = catalogue.load_catalogue()[name]
     assert (llm.layout.n_expert, llm.layout.n_used) == (entry.experts, entry.used)
     assert llm.n_vocab() == SMALLER["n_vocab"]
     assert {t.type for layer in llm.layout.layers for t in layer.tensors} == {quant}
@@ -52,7 +53,7 @@ def test_every_shape_loads_and_decodes(name: str, quant: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
 def test_experts_are_as_large_as_the_real_ones(name: str) -> None:
-    shape, entry = shapes.shape(name), models.load_catalogue()[name]
+    shape, entry = shapes.shape(name), catalogue.load_catalogue()[name]
     assert (shape["n_embd"], shape["n_ff"]) == (entry.n_embd, entry.n_ff)
     assert shape["n_layer"] - shape.get("n_dense", 0) == entry.layers
     assert len(shapes.shape(name, layers=2)) == len(shape)

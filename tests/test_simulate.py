@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
 
-from cacheroute import Llama, _native, simulate, trace
-from cacheroute import eviction as evictions
+from cacheroute import Llama
 from cacheroute.errors import UsageError
-from cacheroute.routing import parse
-from cacheroute.simulate import Arm, Replay
-from cacheroute.trace import DECODE, SOFTMAX_MASS, Header, Records, Trace
+from cacheroute.native import bindings
+from cacheroute.routing import eviction as evictions
+from cacheroute.routing.strategies import parse
+from cacheroute.trace import simulate, trace_file
+from cacheroute.trace.simulate import Arm, Replay
+from cacheroute.trace.trace_file import DECODE, SOFTMAX_MASS, Header, Records, Trace
 
 ROUTINGS = (
     "original",
@@ -43,7 +45,7 @@ def header(n_layers: int, n_expert: int, n_used: int, capacity: int = 0) -> Head
 def made_up(n_layers: int, n_expert: int, n_used: int, n_tokens: int, seed: int, *, mass: bool, n_prompt: int = 5) -> Trace:
     """A trace whose neighbouring tokens share experts; two sequences; now and then a masked group."""
     rng = np.random.default_rng(seed)
-    records: Records = np.zeros(n_tokens * n_layers, trace.record_dtype(n_expert, n_used, mass=mass))
+    records: Records = np.zeros(n_tokens * n_layers, trace_file.record_dtype(n_expert, n_used, mass=mass))
     habit = rng.normal(0, 2, (n_layers, n_expert))
     for t in range(n_tokens):
         habit = 0.9 * habit + rng.normal(0, 0.8, habit.shape)
@@ -76,7 +78,7 @@ class Live:
     """A model's own run: its trace and what its counters said."""
 
     trace: Trace
-    counters: list[_native.Counters]
+    counters: list[bindings.Counters]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def live(llm: Llama, path: Path, eviction: str, budget: str = "50%", routing: st
     llm.configure(budget=budget, routing=routing, eviction=eviction, io="none")
     h = Header.of(llm.layout, routing, eviction, llm.budget.capacity)
     rng = np.random.default_rng(5)
-    with trace.TraceWriter(path, h) as writer, llm.tracing(writer.append):
+    with trace_file.TraceWriter(path, h) as writer, llm.tracing(writer.append):
         for _ in range(2):
             llm.reset()
             llm.eval(rng.integers(3, 250, 41).tolist())
@@ -103,9 +105,9 @@ def live(llm: Llama, path: Path, eviction: str, budget: str = "50%", routing: st
                     llm.eval([token])
     counters = []
     for layer in range(len(h.layers)):
-        counters.append(_native.Counters())
-        _native.lib.cr_hook_counters(llm._hook, layer, 0, counters[-1])
-    return Live(trace.read(path), counters)
+        counters.append(bindings.Counters())
+        bindings.lib.cr_hook_counters(llm._hook, layer, 0, counters[-1])
+    return Live(trace_file.read(path), counters)
 
 
 @pytest.mark.parametrize("eviction", ONLINE)
@@ -159,7 +161,7 @@ def test_every_strategy_and_eviction_decides_as_the_live_hook(name: str, evictio
     with bare_hook((len(h.layers), h.n_expert, h.n_used, 9), name, eviction) as hook:
         for record in t.records:
             if record["token"] == 0 and record["layer"] == 0:
-                _native.lib.cr_hook_reset(hook.handle)
+                bindings.lib.cr_hook_reset(hook.handle)
             z = record["z"][None].astype(np.float32)
             probs = record["mass"][None].astype(np.float32) if mass else None
             decode = bool(record["flags"] & DECODE)
@@ -232,7 +234,7 @@ def test_a_shuffled_trace_keeps_the_skew_and_loses_the_locality() -> None:
 
 def test_the_figures_by_hand() -> None:
     """E = 4, K = 1, C = 2: experts 0 1 0 2 1, no prompt."""
-    records: Records = np.zeros(5, trace.record_dtype(4, 1, mass=False))
+    records: Records = np.zeros(5, trace_file.record_dtype(4, 1, mass=False))
     for t, expert in enumerate((0, 1, 0, 2, 1)):
         records[t]["token"], records[t]["flags"] = t, DECODE
         records[t]["z"] = [0 if e == expert else -1 for e in range(4)]

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from native_router import native_store
 
-from cacheroute import _native
+from cacheroute.engine.stats import kernel_counters
 from cacheroute.errors import CacherouteError
-from cacheroute.stats import kernel_counters
+from cacheroute.native import bindings
 
 PAGE = mmap.PAGESIZE
-LIB = _native.lib
+LIB = bindings.lib
 ODD = 3 * PAGE + 1696  # a multiple of 32, as in GGUF, and not of the page
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="counts pages as Linux does")
@@ -131,7 +131,7 @@ def model(
     path.write_bytes(np.random.default_rng(0).bytes(1312 + n_layers * n_tensors * size + 800))
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
         address = int(np.frombuffer(view, np.uint8).ctypes.data)  # no array may outlive this line: the mapping could not close
-        tensors = [_native.Tensor(i, 0, at, expert_bytes, address + at) for i, layer in enumerate(starts) for at in layer]
+        tensors = [bindings.Tensor(i, 0, at, expert_bytes, address + at) for i, layer in enumerate(starts) for at in layer]
         with native_store(str(path), n_layers, n_expert, tensors, io) as store:
             LIB.cr_store_clear(store)
             yield Model(path, starts, n_expert, expert_bytes, io, address, store, [set() for _ in range(n_layers)])

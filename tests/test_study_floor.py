@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import study_floor
 
-from cacheroute import simulate
-from cacheroute.routing import parse_list
+from cacheroute.routing.strategies import parse_list
+from cacheroute.trace import simulate
 
 
 @pytest.mark.parametrize("routing, eviction", study_floor.ARMS)

@@ -9,10 +9,10 @@ import pytest
 import study_prefetch as study
 from test_simulate import header
 
-from cacheroute import replay, simulate, trace
 from cacheroute.errors import UsageError
-from cacheroute.routing import parse
-from cacheroute.trace import Records
+from cacheroute.routing.strategies import parse
+from cacheroute.trace import forced_scores, simulate, trace_file
+from cacheroute.trace.trace_file import Records
 
 N_LAYERS, E, K, C, N_TOKENS = 3, 24, 4, 12, 120
 
@@ -21,13 +21,13 @@ N_LAYERS, E, K, C, N_TOKENS = 3, 24, 4, 12, 120
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sequences of made-up tokens."""
     path, h = tmp_path_factory.mktemp("study") / "t", header(N_LAYERS, E, K)
-    scores = replay.bind(replay.parse("synthetic:rho=0.6"), h.layout, 0, N_TOKENS)
-    records: Records = np.zeros(N_TOKENS * N_LAYERS, trace.record_dtype(E, K, mass=False))
+    scores = forced_scores.bind(forced_scores.parse("synthetic:rho=0.6"), h.layout, 0, N_TOKENS)
+    records: Records = np.zeros(N_TOKENS * N_LAYERS, trace_file.record_dtype(E, K, mass=False))
     token, records["layer"] = np.divmod(np.arange(len(records)), N_LAYERS)
     records["sequence"], records["token"] = np.divmod(token, 70)
-    records["flags"] = trace.DECODE | trace.SOFTMAX_MASS
+    records["flags"] = trace_file.DECODE | trace_file.SOFTMAX_MASS
     records["z"] = np.stack(scores.z, axis=1).reshape(-1, E)
-    trace.write(path, h, records)
+    trace_file.write(path, h, records)
     return path
 
 
@@ -39,7 +39,7 @@ def judged(path: Path) -> study.Scores:
 @pytest.mark.parametrize("lambda_", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("capacity", [K, C, E])
 def test_the_cache_is_that_of_the_router(path: Path, capacity: int, lambda_: float) -> None:
-    expected = simulate.Replay(trace.read(path)).run(
+    expected = simulate.Replay(trace_file.read(path)).run(
         simulate.Arm(str(capacity), parse(f"cache-prior:lambda={lambda_}" if lambda_ else "original"), "lru")
     )[0]
     got = study.run(judged(path), capacity, lambda_)
@@ -87,9 +87,9 @@ def test_predictors_guess_no_first_layer_and_the_oracle_is_best(path: Path) -> N
 
 
 def test_a_trace_with_a_prompt_is_refused(path: Path, tmp_path: Path) -> None:
-    t = trace.read(path)
+    t = trace_file.read(path)
     records = t.records.copy()
-    records["flags"][:5] = trace.SOFTMAX_MASS
-    trace.write(tmp_path / "t", t.header, records)
+    records["flags"][:5] = trace_file.SOFTMAX_MASS
+    trace_file.write(tmp_path / "t", t.header, records)
     with pytest.raises(UsageError, match="has a prompt; trace a text token by token"):
         study.read(tmp_path / "t")

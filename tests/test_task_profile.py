@@ -12,10 +12,12 @@ import pytest
 from test_simulate import fed
 from typer.testing import CliRunner
 
-from cacheroute import Llama, _native, task_profile
+from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
-from cacheroute.task_profile import TaskProfile
+from cacheroute.native import bindings
+from cacheroute.trace import task_profile
+from cacheroute.trace.task_profile import TaskProfile
 
 
 def task(n_used: int = 20) -> TaskProfile:
@@ -25,7 +27,7 @@ def task(n_used: int = 20) -> TaskProfile:
 
 def resident(llm: Llama, layer: int) -> set[int]:
     mask = (ctypes.c_uint8 * 32)()
-    _native.lib.cr_hook_resident(llm._hook, layer, mask)
+    bindings.lib.cr_hook_resident(llm._hook, layer, mask)
     return {e for e in range(32) if mask[e]}
 
 

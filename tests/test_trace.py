@@ -19,10 +19,11 @@ from native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
 from test_simulate import fed, header, made_up
 from typer.testing import CliRunner, Result
 
-from cacheroute import Llama, task_profile, trace
+from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
-from cacheroute.trace import DECODE, DICTATED, Header, TraceWriter
+from cacheroute.trace import task_profile, trace_file
+from cacheroute.trace.trace_file import DECODE, DICTATED, Header, TraceWriter
 
 
 def cacheroute(*arguments: object) -> Result:
@@ -35,14 +36,14 @@ def cacheroute(*arguments: object) -> Result:
 @pytest.mark.parametrize("mass", [False, True])
 def test_numpy_reads_a_trace_as_the_docstring_says(tmp_path: Path, mass: bool) -> None:
     t = fed(mass)
-    trace.write(tmp_path / "my.trace", t.header, t.records)
-    code = textwrap.dedent((trace.__doc__ or "").partition("Five lines read it:\n\n")[2].partition("\n\nOne record")[0])
+    trace_file.write(tmp_path / "my.trace", t.header, t.records)
+    code = textwrap.dedent((trace_file.__doc__ or "").partition("Five lines read it:\n\n")[2].partition("\n\nOne record")[0])
     found: dict[str, Any] = {}
     exec(code.replace("my.trace", str(tmp_path / "my.trace")), found)
     np.testing.assert_array_equal(found["records"], t.records)
     np.testing.assert_array_equal(found["top"], t.records["ids"])
     assert found["header"]["model"] == "made up" and found["header"]["expert_bytes"] == [1 << 20] * 2
-    again = trace.read(tmp_path / "my.trace")
+    again = trace_file.read(tmp_path / "my.trace")
     assert again.header == t.header and again.complete
     np.testing.assert_array_equal(again.records, t.records)
 
@@ -51,9 +52,9 @@ def test_numpy_reads_a_trace_as_the_docstring_says(tmp_path: Path, mass: bool) -
 def test_a_trace_cut_short_is_readable(tmp_path: Path, cut: int) -> None:
     t = fed(False)
     path = tmp_path / "t"
-    trace.write(path, t.header, t.records)
+    trace_file.write(path, t.header, t.records)
     path.write_bytes(path.read_bytes()[:-cut])
-    again = trace.read(path)
+    again = trace_file.read(path)
     assert not again.complete
     n = len(t.records) - (cut > 4)
     np.testing.assert_array_equal(again.records, t.records[:n])
@@ -93,10 +94,10 @@ def damaged(content: bytes, change: str) -> bytes:
 )
 def test_a_damaged_trace_is_one_sentence(tmp_path: Path, change: str, sentence: str) -> None:
     path = tmp_path / "t"
-    trace.write(path, fed(False).header, fed(False).records)
+    trace_file.write(path, fed(False).header, fed(False).records)
     path.write_bytes(damaged(path.read_bytes(), change))
     with pytest.raises(UsageError, match=sentence):
-        trace.read(path)
+        trace_file.read(path)
 
 
 def test_no_trace_is_one_sentence(tmp_path: Path) -> None:
@@ -109,19 +110,19 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_half_there(tmp_path: Path
     t, path = fed(False), tmp_path / "t"
     path.write_text("precious")
     with pytest.raises(UsageError, match="exists; --force"):
-        trace.write(path, t.header, t.records)
+        trace_file.write(path, t.header, t.records)
     assert path.read_text() == "precious"
     with pytest.raises(KeyboardInterrupt), TraceWriter(path, t.header, force=True) as writer:
-        full = np.zeros(3, trace.record_dtype(24, 4, mass=True))
+        full = np.zeros(3, trace_file.record_dtype(24, 4, mass=True))
         writer.append(full.tobytes())
         assert path.read_text() == "precious"
         raise KeyboardInterrupt
     assert path.read_text() == "precious"
-    left = trace.read(tmp_path / "t.part")
+    left = trace_file.read(tmp_path / "t.part")
     assert len(left.records) == 3 and not left.complete
     with pytest.raises(UsageError, match=r"t\.part exists"):
-        trace.write(tmp_path / "t.part", t.header, t.records)
-    trace.write(path, t.header, t.records, force=True)
+        trace_file.write(tmp_path / "t.part", t.header, t.records)
+    trace_file.write(path, t.header, t.records, force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
     with TraceWriter(tmp_path / "empty", t.header):
         pass
@@ -163,15 +164,15 @@ def test_rounding_keeps_the_choice_and_its_order(seed: int, gating: int, spread:
 
 def test_dictated_ids_are_marked_and_replayed(tmp_path: Path) -> None:
     """Some models prescribe the ids of a layer; whatever the scores, the replay runs those."""
-    from cacheroute.routing import parse
-    from cacheroute.simulate import Arm, Replay
+    from cacheroute.routing.strategies import parse
+    from cacheroute.trace.simulate import Arm, Replay
 
     t = made_up(1, 8, 2, 40, 1, mass=False)
     records = t.records.copy()
     records["flags"] |= DICTATED
     rng = np.random.default_rng(0)
     records["ids"] = [rng.permutation(8)[:2] for _ in records]
-    row = Replay(trace.Trace(t.header, records, True)).run(Arm("2", parse("cache-prior:lambda=1"), "lru"))[0]
+    row = Replay(trace_file.Trace(t.header, records, True)).run(Arm("2", parse("cache-prior:lambda=1"), "lru"))[0]
     decoded = [set(r["ids"].tolist()) for r in records if r["flags"] & DECODE]
     assert row.swapped == 0 and row.hits + row.misses == 2 * len(decoded)
     assert row.misses > row.hits  # at random, where the bonus would have kept two experts for ever
@@ -187,16 +188,16 @@ def test_a_prompts_tokens_are_told_apart(tiny: Path, tmp_path: Path) -> None:
         with llm.decoding():
             llm.eval([50])
             llm.eval([51])
-    records = trace.read(tmp_path / "t").records
+    records = trace_file.read(tmp_path / "t").records
     first, last = (records[records["layer"] == layer] for layer in (0, 1))
     assert first["token"].tolist() == list(range(43))
     assert last["token"].tolist() == [40, 41, 42]  # llama.cpp takes only the wanted outputs through the last layer
-    assert first["flags"].tolist() == [trace.SOFTMAX_MASS] * 41 + [trace.SOFTMAX_MASS | DECODE] * 2
+    assert first["flags"].tolist() == [trace_file.SOFTMAX_MASS] * 41 + [trace_file.SOFTMAX_MASS | DECODE] * 2
     assert (records["n_run"] == 4).all() and (records["sequence"] == 0).all()
     assert "mass" not in (records.dtype.names or ())
     llm.reset()
     llm.eval([3])  # outside: nobody listens, nothing is kept
-    assert len(trace.read(tmp_path / "t").records) == len(records)
+    assert len(trace_file.read(tmp_path / "t").records) == len(records)
 
 
 def test_the_command_records_what_it_says(tiny: Path, tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_the_command_records_what_it_says(tiny: Path, tmp_path: Path) -> None:
     run = ["trace", "-m", tiny, "-f", text, "-o", out, "-c", 40, "--max-tokens", 100, "--n-prompt", 10, "-t", 1]
     result = cacheroute(*run, "--save-profile", task)
     assert result.exit_code == 0, result.output
-    t = trace.read(out)
+    t = trace_file.read(out)
     assert t.complete and t.header.model == "tiny qwen3moe" and t.header.budget_experts == 16
     first = t.records[t.records["layer"] == 0]
     assert first["sequence"].tolist() == [0] * 40 + [1] * 40 + [2] * 20
@@ -225,7 +226,7 @@ def test_generated_tokens_are_decoded(tiny: Path, tmp_path: Path) -> None:
     run = ("trace", "-m", tiny, "-p", "the cat", "-n", 5, "-o", tmp_path / "t", "-t", 1)
     result = cacheroute(*run, "--routing", "max-rank:m=8")
     assert result.exit_code == 0, result.output
-    t = trace.read(tmp_path / "t")
+    t = trace_file.read(tmp_path / "t")
     assert t.header.routing == "max-rank:m=8"
     first = t.records[t.records["layer"] == 0]
     assert 0 < (first["flags"] & DECODE).sum() <= 5 and not first["flags"][0] & DECODE
@@ -249,7 +250,7 @@ def test_an_interrupted_command_leaves_a_readable_part(tiny: Path, tmp_path: Pat
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130 and f"What was traced is in {part}" in stderr
-    t = trace.read(part)
+    t = trace_file.read(part)
     assert not t.complete and len(t.records) > 50 and not out.exists()
 
 

@@ -18,15 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cacheroute import profile, tune, tuned
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
-from cacheroute.evals import loading, paired, pricing
+from cacheroute.evals import loading, paired, pricing, tune
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.scorer import Ask, Cell, Runner, Scorer, key, workers
-from cacheroute.eviction import DEFAULT
-from cacheroute.experts import ExpertLayout
-from cacheroute.routing import Routing
+from cacheroute.model.experts import ExpertLayout
+from cacheroute.routing import tuned
+from cacheroute.routing.eviction import DEFAULT
+from cacheroute.routing.strategies import Routing
 
 Array = npt.NDArray[np.float64]
 
@@ -299,7 +299,7 @@ def test_tuned_is_picked_up(cache: Path, tiny: Path, prose: Path, form: tuple[ob
     assert report["profile"] == str(tuned.path(tiny, 8))
     last = report["trials"][-1]
     assert last["part"] == "held out" and last["ppl_increase"] <= 40
-    saved = profile.load(Path(report["profile"]))
+    saved = tuned.load(Path(report["profile"]))
     assert saved.notes["eviction"] == DEFAULT and len(saved.parameters) == 2
     used = run("generate", "-m", tiny, "-p", "the", "-n", 3, "--routing", "tuned", "--budget", "25%", "--raw", "-o", "json")
     assert used.exit_code == 0, used.output

@@ -10,7 +10,6 @@ from typing import Any
 
 import typer
 
-from cacheroute import __version__
 from cacheroute.cli import eval as evaluation
 from cacheroute.cli.bench import bench
 from cacheroute.cli.frontier import frontier
@@ -25,6 +24,7 @@ from cacheroute.cli.simulate import simulate
 from cacheroute.cli.trace import trace
 from cacheroute.cli.tune import tune
 from cacheroute.errors import CacherouteError
+from cacheroute.files import VERSION
 
 app = typer.Typer(
     name="cacheroute",
@@ -67,7 +67,7 @@ app.add_typer(_eval, name="eval")
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"cacheroute {__version__}")
+        print(f"cacheroute {VERSION}")
         raise typer.Exit
 
 

@@ -14,13 +14,12 @@ from typing import Annotated
 
 import typer
 
-from cacheroute import replay as replays
-from cacheroute import routing as routings
-from cacheroute import task_profile
-from cacheroute.bench import Arm, Row, configure, control_arm, run_arms
+from cacheroute.bench.arms import Arm, Row, configure, control_arm, run_arms
 from cacheroute.cli import options
 from cacheroute.errors import UsageError
-from cacheroute.eviction import DEFAULT
+from cacheroute.routing import strategies
+from cacheroute.routing.eviction import DEFAULT
+from cacheroute.trace import forced_scores, task_profile
 
 _OUTPUTS = ("md", "csv", "json", "jsonl")
 
@@ -54,7 +53,9 @@ def bench(
     replay: Annotated[
         str | None,
         typer.Option(
-            "--replay", metavar=replays.FORM, help=f"Rank a trace's scores, or random ones, not the model's. {replays.HELP}"
+            "--replay",
+            metavar=forced_scores.FORM,
+            help=f"Rank a trace's scores, or random ones, not the model's. {forced_scores.HELP}",
         ),
     ] = None,
     file: Annotated[
@@ -65,7 +66,7 @@ def bench(
     prefetch: Annotated[
         str, typer.Option("--prefetch", help="Experts of the next layer to read ahead, at most; numbers separated by commas.")
     ] = "0",
-    profile: options.ProfileOption = None,
+    warm_start: options.WarmStartOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
 ) -> None:
     """Compare budgets, routings and evictions. Every arm runs the same tokens from the same cold start."""
@@ -76,7 +77,7 @@ def bench(
         raise UsageError(f"--control-repack is off, on, or both, not {control_repack!r}.")
     if n_prompt + n_gen == 0:
         raise UsageError("There is nothing to run; give -p or -n.")
-    parsed = {r: routings.parse(r) for r in options.names(routing) if r != "tuned"}
+    parsed = {r: strategies.parse(r) for r in options.names(routing) if r != "tuned"}
     options.say_slow(parsed.values())
     typed = [str(parsed.get(r, r)) for r in options.names(routing)]
     aheads = _counts(prefetch)
@@ -84,14 +85,15 @@ def bench(
     settings = (options.names(budget), typed, evictions, options.names(io), aheads)
     if not all(settings):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
-    task = task_profile.load(profile) if profile else None
-    source = replays.parse(replay) if replay else None
+    task = task_profile.load(warm_start) if warm_start else None
+    source = forced_scores.parse(replay) if replay else None
     if source and source.trace and any(aheads):
         raise UsageError("A trace has no guesses to read ahead by; replay synthetic scores, or leave --prefetch out.")
-    from cacheroute import models, tuned
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
+    from cacheroute.model import catalogue
+    from cacheroute.routing import tuned
 
-    path = models.resolve(model)
+    path = catalogue.resolve(model)
     arms = [Arm(b, *tuned.resolve(path, b, r, e), i, n) for b, r, e, i, n in itertools.product(*settings)]
     if eviction is None:
         arms = [*(Arm(b, "original", "lru", i) for b, i in itertools.product(settings[0], settings[3])), *arms]
@@ -108,7 +110,7 @@ def bench(
     with closing(llm):
         if task:
             llm.warm(task)
-        forced = replays.bind(source, llm.layout, n_prompt, n_gen) if source else None
+        forced = forced_scores.bind(source, llm.layout, n_prompt, n_gen) if source else None
         for arm in arms:  # all settings are checked before the first run
             configure(llm, arm)
         tokens = llm.tokenize(options.text(file).encode(), add_bos=True)

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from cacheroute import routing as routings
 from cacheroute.cli import options, progress, table
 from cacheroute.errors import UsageError
 from cacheroute.evals import paired
 from cacheroute.evals.rows import Arm, PerplexityRow, perplexity_row
-from cacheroute.eviction import DEFAULT
-from cacheroute.stats import MIB
+from cacheroute.files import MIB
+from cacheroute.routing import strategies
+from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
     from cacheroute.evals.perplexity import ChunkScore
 
 TextOption = Annotated[
@@ -66,11 +66,11 @@ def perplexity(
     routed by `original`, so a batched figure is `original`'s.
     """
     table.check(output)
-    from cacheroute import models
     from cacheroute.evals import loading
     from cacheroute.evals.perplexity import score
+    from cacheroute.model import catalogue
 
-    path = models.resolve(model)
+    path = catalogue.resolve(model)
     source = loading.Source(file, column, chunk, stride, limit)
     with closing(loading.load(path, chunk, options.threads(threads))) as llm:
         io = io or loading.default_io(llm.layout)
@@ -101,7 +101,7 @@ def perplexity(
 
 def _routings(text: str) -> list[str]:
     """`original` first: the others are compared with it."""
-    return ["original", *(str(r) for r in routings.parse_list(text) if r.lossy)]
+    return ["original", *(str(r) for r in strategies.parse_list(text) if r.lossy)]
 
 
 def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
@@ -184,12 +184,12 @@ def task(
     a time, so that the routing acts on them. Of generated answers the whole prompt runs by `original`.
     """
     table.check(output)
-    parsed = [str(r) for r in routings.parse_list(routing)]
-    from cacheroute import models
+    parsed = [str(r) for r in strategies.parse_list(routing)]
     from cacheroute.evals import harness, loading
+    from cacheroute.model import catalogue
 
     names = options.names(name)
-    path = models.resolve(model)
+    path = catalogue.resolve(model)
     manager, _ = harness.load_tasks(names, tasks)
     rows: list[TaskRow] = []
     whole: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ import typer
 from cacheroute.cli import options, progress, table
 from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, StrideOption, TextOption, perplexity_cells
 from cacheroute.errors import UsageError
-from cacheroute.eviction import DEFAULT
+from cacheroute.routing.eviction import DEFAULT
 
 
 def frontier(
@@ -47,12 +47,12 @@ def frontier(
     table.check(output)
     if scheduler and workers > 1:
         raise UsageError("Give --workers or --scheduler; a cluster has its own workers.")
-    from cacheroute import experts, gguf_file, models
-    from cacheroute import frontier as frontiers
+    from cacheroute.evals import frontier as frontiers
     from cacheroute.evals import loading
     from cacheroute.evals.results import ResultsFile
+    from cacheroute.model import catalogue, experts, gguf_file
 
-    path = models.resolve(model).resolve()
+    path = catalogue.resolve(model).resolve()
     layout = experts.layout(gguf_file.read(path))
     names = options.names(routing) if routing else frontiers.grid(layout, points)
     cells = frontiers.arms(layout, names, options.names(eviction), options.names(budget))

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cacheroute import task_profile
 from cacheroute.cli import options
+from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.eviction import DEFAULT
-from cacheroute.stats import MIB, Stats
+from cacheroute.files import MIB
+from cacheroute.routing.eviction import DEFAULT
+from cacheroute.trace import task_profile
 
 if TYPE_CHECKING:
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
 
 
 def generate(
@@ -47,7 +48,7 @@ def generate(
     io: options.IoOption = "mmap",
     flash_mbps: options.FlashOption = None,
     prefetch: options.PrefetchOption = 0,
-    profile: options.ProfileOption = None,
+    warm_start: options.WarmStartOption = None,
     output: Annotated[
         str, typer.Option("-o", "--output", help="text, json (one object at the end) or jsonl (one a piece).")
     ] = "text",
@@ -57,11 +58,12 @@ def generate(
         raise UsageError(f"There is no output {output!r}; there are text, json and jsonl.")
     text = _prompt(prompt, file)
     seed = secrets.randbelow(2**31) if seed < 0 else seed
-    task = task_profile.load(profile) if profile else None
-    from cacheroute import models, tuned
-    from cacheroute.engine import Llama
+    task = task_profile.load(warm_start) if warm_start else None
+    from cacheroute.engine.llama import Llama
+    from cacheroute.model import catalogue
+    from cacheroute.routing import tuned
 
-    path = models.resolve(model)
+    path = catalogue.resolve(model)
     routing, eviction = tuned.resolve(path, budget, routing, eviction)
     llm = Llama(
         str(path),

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from cacheroute import inspect as inspector
-from cacheroute import models
-from cacheroute.budget import MIB
 from cacheroute.errors import UsageError
-from cacheroute.inspect import Report
+from cacheroute.files import MIB
+from cacheroute.model import catalogue
+from cacheroute.model import report as inspector
+from cacheroute.model.report import Report
 
 
 def inspect(
@@ -22,7 +22,7 @@ def inspect(
     """Tell what a model is made of and what each budget costs, from its header alone."""
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
-    report = inspector.inspect(models.resolve(file))
+    report = inspector.inspect(catalogue.resolve(file))
     if output == "json":
         print(json.dumps({**asdict(report), "path": str(report.path)}))
     else:

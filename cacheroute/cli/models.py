@@ -12,11 +12,10 @@ from typing import Annotated
 
 import typer
 
-from cacheroute import experts, gguf_file
-from cacheroute import models as catalogue
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.models import DiskModel, ModelEntry
-from cacheroute.stats import available_memory
+from cacheroute.install.machine import available_memory
+from cacheroute.model import catalogue, experts, gguf_file
+from cacheroute.model.catalogue import DiskModel, ModelEntry
 
 GIB = 1024**3
 

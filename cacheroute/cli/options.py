@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from cacheroute.build_tools import cores
 from cacheroute.errors import UsageError
-from cacheroute.eviction import ONLINE
-from cacheroute.routing import Routing
+from cacheroute.install.machine import cores
+from cacheroute.routing.eviction import ONLINE
+from cacheroute.routing.strategies import Routing
 
 ModelOption = Annotated[
     str | None,
@@ -30,9 +30,9 @@ FlashOption = Annotated[float | None, typer.Option("--flash-mbps", min=0.001, he
 PrefetchOption = Annotated[
     int, typer.Option("--prefetch", min=0, help="Experts of the next layer to read ahead while a layer computes, at most.")
 ]
-ProfileOption = Annotated[
+WarmStartOption = Annotated[
     Path | None,
-    typer.Option("--profile", help="Start with the experts of a task in memory; `cacheroute trace --save-profile` writes it."),
+    typer.Option("--warm-start", help="Start with the experts of a task in memory; `cacheroute trace --save-profile` writes it."),
 ]
 EvictionOption = Annotated[str, typer.Option("--eviction", help=f"Which expert leaves: {', '.join(ONLINE)}.")]
 EvictionsOption = Annotated[str, typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ONLINE)}.")]

@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from cacheroute import chart as charts
-from cacheroute import plot as plots
 from cacheroute.cli import table
+from cacheroute.plot import chart, figures
 
 
 def plot(
@@ -19,19 +18,19 @@ def plot(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A .png or .svg file. [default: a table on the terminal]")
     ] = None,
-    kind: Annotated[str, typer.Option("--kind", help=f"{', '.join(plots.KINDS)}. [default: what the files can show]")] = "",
+    kind: Annotated[str, typer.Option("--kind", help=f"{', '.join(figures.KINDS)}. [default: what the files can show]")] = "",
     layer: Annotated[int | None, typer.Option("--layer", help="Layer of residency. [default: one in the middle]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
     """Draw a frontier, arms of bench, miss rates against budgets, the cache over time, or a heat map of layers and experts."""
     if output:
-        charts.check_path(output, force=force)
-    figure = plots.chart(files, kind, layer)
+        chart.check_path(output, force=force)
+    figure = figures.chart(files, kind, layer)
     if figure.note:
         print(figure.note, file=sys.stderr)
     drawable = importlib.util.find_spec("matplotlib") is not None
     if output and drawable:
-        charts.save(figure, output, force=force)
+        chart.save(figure, output, force=force)
         print(f"{output} is drawn.", file=sys.stderr)
         return
     if output:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cacheroute import pull as puller
+from cacheroute.model import pull as puller
 
 
 def pull(

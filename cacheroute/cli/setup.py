@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cacheroute import engine_build
-from cacheroute.build_tools import PlainProgress, Progress
+from cacheroute.install import engine_build
+from cacheroute.install.tools import PlainProgress, Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -73,7 +73,7 @@ def setup(
     print(f"engine {state.version} is installed", file=sys.stderr)
     if demo:
         # Late: --no-demo needs neither numpy nor gguf.
-        from cacheroute import demo_model
+        from cacheroute.model import demo_model
 
         with shown_progress() as progress:
             path = demo_model.ensure(progress=progress.step)

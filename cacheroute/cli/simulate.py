@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from cacheroute import routing as routings
-from cacheroute import simulate as simulator
-from cacheroute import trace as traces
 from cacheroute.cli import options, progress, table
 from cacheroute.errors import UsageError
-from cacheroute.eviction import ALL, BELADY, DEFAULT
-from cacheroute.simulate import Row
+from cacheroute.routing import strategies
+from cacheroute.routing.eviction import ALL, BELADY, DEFAULT
+from cacheroute.trace import simulate as simulator
+from cacheroute.trace import trace_file
+from cacheroute.trace.simulate import Row
 
 
 def simulate(
@@ -39,11 +39,11 @@ def simulate(
     """Replay a trace with other settings, by the code that runs live."""
     if output != "csv":
         table.check(output)
-    arms = simulator.arms(options.names(budget), routings.parse_list(routing), options.names(eviction))
+    arms = simulator.arms(options.names(budget), strategies.parse_list(routing), options.names(eviction))
     if not arms:
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     options.say_slow({arm.routing.text: arm.routing for arm in arms}.values())
-    trace = traces.read(file)
+    trace = trace_file.read(file)
     if not trace.complete:
         print(f"{file} was cut short; what is there is replayed.", file=sys.stderr)
     with progress.bar("simulate", len(arms)) as advance:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cacheroute import task_profile
-from cacheroute import trace as traces
 from cacheroute.cli import options, progress
 from cacheroute.errors import UsageError
-from cacheroute.eviction import DEFAULT
-from cacheroute.stats import MIB
+from cacheroute.files import MIB
+from cacheroute.routing.eviction import DEFAULT
+from cacheroute.trace import task_profile, trace_file
 
 if TYPE_CHECKING:
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
 
 
 def trace(
@@ -39,7 +38,7 @@ def trace(
     eviction: options.EvictionOption = DEFAULT,
     io: Annotated[str, typer.Option("--io", help="How misses are read: mmap, direct, or none (not at all).")] = "mmap",
     save_profile: Annotated[
-        Path | None, typer.Option("--save-profile", help="Write which experts the task uses, for generate --profile.")
+        Path | None, typer.Option("--save-profile", help="Write which experts the task uses, for --warm-start.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
@@ -53,11 +52,11 @@ def trace(
     for path in (output, save_profile):
         if path and path.exists() and not force:
             raise UsageError(f"{path} exists; --force replaces it.")
-    from cacheroute import models
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
+    from cacheroute.model import catalogue
 
     llm = Llama(
-        str(models.resolve(model)),
+        str(catalogue.resolve(model)),
         budget=budget,
         routing=routing,
         eviction=eviction,
@@ -71,13 +70,13 @@ def trace(
         options.say_slow([llm.routing] if llm.routing else [])
         tokens = llm.tokenize(text.encode(), add_bos=True)
         tokens = tokens[: max_tokens or len(tokens)]
-        header = traces.Header.of(llm.layout, str(llm.routing), llm.eviction, llm.budget.capacity)
-        record = traces.record_dtype(header.n_expert, header.n_used, mass=False).itemsize
+        header = trace_file.Header.of(llm.layout, str(llm.routing), llm.eviction, llm.budget.capacity)
+        record = trace_file.record_dtype(header.n_expert, header.n_used, mass=False).itemsize
         per_token = record * len(header.layers)
         n = len(tokens) + n_predict
         print(f"{n} tokens x {len(header.layers)} layers x {record} bytes: {n * per_token / MIB:.1f} MiB", file=sys.stderr)
         try:
-            with traces.TraceWriter(output, header, force=force) as writer, llm.tracing(writer.append):
+            with trace_file.TraceWriter(output, header, force=force) as writer, llm.tracing(writer.append):
                 if n_predict:
                     _generate(llm, tokens, n_predict)
                 else:
@@ -86,7 +85,7 @@ def trace(
             print(f"What was traced is in {writer.part}; simulate reads it.", file=sys.stderr)
             raise
         stats = llm.stats().decode
-    done = traces.read(output)
+    done = trace_file.read(output)
     print(
         f"{output}: {len(done.records)} records, {output.stat().st_size / MIB:.1f} MiB | {stats.tokens} tokens decoded | "
         f"miss {100 * stats.miss_rate:.1f}% | swapped {stats.swapped}/{stats.examined}",

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cacheroute import __version__
 from cacheroute.cli import options, progress, table
 from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, TextOption
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import paired
-from cacheroute.eviction import DEFAULT
-from cacheroute.routing import EXPERTS
+from cacheroute.files import VERSION
+from cacheroute.routing.eviction import DEFAULT
+from cacheroute.routing.strategies import EXPERTS
 
 if TYPE_CHECKING:
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
     from cacheroute.evals.scorer import Scorer
     from cacheroute.evals.text import Chunk
-    from cacheroute.profile import RoutingProfile
-    from cacheroute.routing import Routing
-    from cacheroute.tune import Outcome, Trial
+    from cacheroute.evals.tune import Outcome, Trial
+    from cacheroute.routing.strategies import Routing
+    from cacheroute.routing.tuned import TunedRouting
 
 _PROMPT_COST = 0.2  # of a prompt's token, in decoded tokens: for the estimate of time only
 
@@ -100,12 +100,13 @@ def tune(
         raise UsageError(f"There is no output {output!r}; there are md and json.")
     if strategy != "cache-prior" and not uniform:
         raise UsageError(f"{strategy} is fitted with --uniform only; per layer there is cache-prior.")
-    from cacheroute import models, tuned
-    from cacheroute import tune as tuning
     from cacheroute.evals import loading, pricing
     from cacheroute.evals import scorer as scoring
+    from cacheroute.evals import tune as tuning
+    from cacheroute.model import catalogue
+    from cacheroute.routing import tuned
 
-    path = models.resolve(model)
+    path = catalogue.resolve(model)
     source = loading.Source(file, column, chunk, None, limit)
     n_threads = options.threads(threads)
     with scoring.session(path, source, n_threads, n_workers=workers, io=io, budget=budget, eviction=eviction) as scorer:
@@ -173,8 +174,8 @@ def _resumable() -> Iterator[None]:
 def _rungs(
     scorer: Scorer, capacity: int, eviction: str, uniform: bool, strategy: str, priced: list[int], n_groups: int, limit: float
 ) -> tuple[list[Routing], int | None]:
-    from cacheroute import tune as tuning
     from cacheroute.evals import pricing
+    from cacheroute.evals import tune as tuning
 
     if uniform:
         return tuning.ladder(strategy, scorer.llm.layout), None
@@ -191,13 +192,13 @@ def _announce(trial: Trial) -> None:
     )
 
 
-def _profile(llm: Llama, outcome: Outcome, notes: dict[str, Any]) -> RoutingProfile:
-    from cacheroute.profile import RoutingProfile
+def _profile(llm: Llama, outcome: Outcome, notes: dict[str, Any]) -> TunedRouting:
+    from cacheroute.routing.tuned import TunedRouting
 
     assert outcome.chosen and outcome.validation
     routing, d = outcome.chosen.routing, outcome.validation.difference
     layers = routing.layers or (routing,) * len(llm.layout.layers)
-    return RoutingProfile(
+    return TunedRouting(
         model=llm.layout.model,
         architecture=llm.layout.architecture,
         n_expert=llm.layout.n_expert,
@@ -205,21 +206,21 @@ def _profile(llm: Llama, outcome: Outcome, notes: dict[str, Any]) -> RoutingProf
         layers=llm.layout.indices,
         strategy=routing.name,
         parameters=tuple(r.parameters for r in layers),
-        notes=notes | {"version": __version__, "held_out": asdict(d), "ppl_increase": d.ppl_increase},
+        notes=notes | {"version": VERSION, "held_out": asdict(d), "ppl_increase": d.ppl_increase},
     )
 
 
-def _save(path: Path, profile: RoutingProfile) -> Path:
+def _save(path: Path, profile: TunedRouting) -> Path:
     """Replaces an earlier profile of the same model and budget, and says so; the name tells models apart."""
-    from cacheroute import profile as profiles
+    from cacheroute.routing import tuned
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise CacherouteError(f"{path.parent} cannot be made ({e.strerror}).") from None
     if path.exists():
-        print(f"this replaces the profile tuned for {profiles.load(path).notes.get('max_ppl_increase')}%", file=sys.stderr)
-    profiles.save(profile, path, force=True)
+        print(f"this replaces the profile tuned for {tuned.load(path).notes.get('max_ppl_increase')}%", file=sys.stderr)
+    tuned.save(profile, path, force=True)
     return path
 
 

@@ -1,1 +1,1 @@
-"""What a routing costs: scores of text and of tasks, one token per decode, paired against `original`."""
+"""What a routing costs: stepped scores, tasks, prices, tune, frontier. Knows a loaded model; knows no command line."""

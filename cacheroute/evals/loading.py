@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cacheroute import experts, gguf_file
 from cacheroute.evals import text
-from cacheroute.experts import ExpertLayout
-from cacheroute.stats import available_memory
+from cacheroute.install.machine import available_memory
+from cacheroute.model.experts import ExpertLayout
 
 if TYPE_CHECKING:
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Source:
 
 def load(path: Path, n_ctx: int, n_threads: int) -> Llama:
     """A model with room for `n_ctx` tokens. Settings come with `configure`."""
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
 
     return Llama(
         str(path),
@@ -57,22 +56,6 @@ def chunks(llm: Llama, source: Source) -> list[text.Chunk]:
     tokens = llm.tokenize(text.read(source.path, source.column).encode(), add_bos=True)
     bos = llm.token_bos() if llm._model.add_bos_token() else None
     return text.cut(tokens, source.chunk, source.stride, source.limit, bos)
-
-
-def fingerprint(path: Path) -> str:
-    """Tells models apart: sha256 over the sizes of all shards and the first and last MiB of each, 16 hex digits.
-
-    A hash of everything would read the whole model, which is larger than the memory.
-    """
-    digest = hashlib.sha256()
-    for shard in experts.layout(gguf_file.read(path)).paths:
-        size = shard.stat().st_size
-        digest.update(str(size).encode())
-        with shard.open("rb") as f:
-            digest.update(f.read(1 << 20))
-            f.seek(max(size - (1 << 20), 0))
-            digest.update(f.read())
-    return digest.hexdigest()[:16]
 
 
 def text_fingerprint(chunks: Sequence[text.Chunk]) -> str:

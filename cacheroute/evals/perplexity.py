@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute import _llama
+from cacheroute.engine.stats import Counters
 from cacheroute.errors import UsageError
 from cacheroute.evals.text import Chunk
-from cacheroute.stats import MIB, Counters
+from cacheroute.files import MIB
+from cacheroute.install import patched_llama_cpp
 
 if TYPE_CHECKING:
-    from cacheroute.engine import Llama
+    from cacheroute.engine.llama import Llama
 
 Floats = npt.NDArray[np.float64]
 Row = npt.NDArray[np.float32]
@@ -87,7 +88,7 @@ def score(
     llm.reset()
     for chunk in chunks:
         if carry:
-            _llama.module().Llama.reset(llm)  # the sequence only; ours empties the cache, too
+            patched_llama_cpp.module().Llama.reset(llm)  # the sequence only; ours empties the cache, too
         else:
             llm.reset()
         if chunk.first:

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute import simulate
 from cacheroute.evals.scorer import Ask, Scorer
 from cacheroute.evals.text import Chunk
-from cacheroute.experts import ExpertLayout
-from cacheroute.routing import EXPERTS, Routing
-from cacheroute.stats import MIB
+from cacheroute.files import MIB
+from cacheroute.model.experts import ExpertLayout
+from cacheroute.routing.strategies import EXPERTS, Routing
+from cacheroute.trace import simulate
 
 LEVELS = (0.05, 0.1, 0.2, 0.4, 0.8)  # lambda everywhere: misses and swaps of each layer
 _CAPACITIES = 14  # numbers of experts in memory that are tried, about

@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cacheroute import __version__, processes
-from cacheroute.evals import loading
+from cacheroute.evals import loading, processes
 from cacheroute.evals.perplexity import Row, score
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.text import Chunk
-from cacheroute.eviction import DEFAULT
-from cacheroute.routing import EXPERTS, Routing
-from cacheroute.stats import MIB, available_memory
-from cacheroute.trace import Header, Trace, record_dtype
+from cacheroute.files import MIB, VERSION
+from cacheroute.install.machine import available_memory
+from cacheroute.model import gguf_file
+from cacheroute.routing.eviction import DEFAULT
+from cacheroute.routing.strategies import EXPERTS, Routing
+from cacheroute.trace.trace_file import Header, Trace, record_dtype
 
 if TYPE_CHECKING:
-    from cacheroute.checkpoint import Checkpoint
-    from cacheroute.engine import Llama
+    from cacheroute.engine.checkpoint import Checkpoint
+    from cacheroute.engine.llama import Llama
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ def session(
 
     The threads are shared out among the workers. `budget` and `eviction` are checked before the text is read.
     """
-    from cacheroute.build_tools import cache_dir
+    from cacheroute.files import cache_dir
 
     n_threads = max(n_threads // n_workers, 1)
     with closing(loading.load(path, source.chunk, n_threads)) as llm:
@@ -274,8 +275,8 @@ def session(
         chunks = loading.chunks(llm, source)
         header = {
             "format": "cacheroute-scores",
-            "version": __version__,
-            "model": loading.fingerprint(path),
+            "version": VERSION,
+            "model": gguf_file.fingerprint(path),
             "text": loading.text_fingerprint(chunks),
         }
         name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]

@@ -17,8 +17,8 @@ from cacheroute.errors import UsageError
 from cacheroute.evals.perplexity import Row, log_probabilities
 
 if TYPE_CHECKING:
-    from cacheroute.checkpoint import Checkpoint
-    from cacheroute.engine import Llama
+    from cacheroute.engine.checkpoint import Checkpoint
+    from cacheroute.engine.llama import Llama
 
 
 class TaskScorer:

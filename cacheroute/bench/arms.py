@@ -1,0 +1,240 @@
+"""Measures arms against each other: the same tokens, interleaved, each run from the same cold start.
+
+Knows a loaded model and its statistics; knows no command line.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cacheroute.bench import control, floor
+from cacheroute.bench.runs import Run, both_phases, warm_up
+from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import MIB
+from cacheroute.trace.forced_scores import ForcedScores
+
+if TYPE_CHECKING:
+    from cacheroute.engine.llama import Llama
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One combination of settings. `routing` and `budget` as they were typed.
+
+    A `control` is the engine without hook over a plain mapping, in the memory of an arm of that budget (control.py);
+    `repack` lets it copy weights into another layout.
+    """
+
+    budget: str
+    routing: str
+    eviction: str
+    io: str
+    prefetch: int = 0
+    control: bool = False
+    repack: bool = False
+
+
+def control_arm(budget: str, *, repack: bool) -> Arm:
+    return Arm(budget, "none", "none", "mmap", control=True, repack=repack)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a report. The names that llama-bench has mean what they mean there; MiB are 2^20 bytes.
+
+    `resident_mib` is the most that the kernel said was in memory of the experts after a run (mincore; null for a file of
+    somebody else, of which it does not tell), `counted_mib` what the store had counted; `read_mib_per_token` is what was asked
+    of the device, `device_mib_per_token` what the kernel says was fetched. `hook_ms_per_token` is what routing took. `vs_lru` is
+    the mean over repetitions of tok/s against `original` with lru at the same budget and io (a control: at the same budget, with
+    the first io), paired within each repetition, `vs_lru_sd` its standard deviation; null when that arm was not in the run.
+
+    Of a control nobody counts hits or reads: what only the hook knows is null. `memory_limit_mib` is the memory it had.
+    `floor_ts` is the mean tok/s of max(compute with everything resident, bytes missed / bandwidth), `floor_share` the mean of
+    tok/s against it, paired as `vs_lru`; null when not measured.
+
+    `prefetch` is the most experts of a layer that were read ahead, `prefetch_used` the share of all those read that was then
+    chosen; null where none was.
+
+    `replay` is where the routing came from (replay.py) when it was not the model's own: a trace as it was typed, or
+    `synthetic` with all its parameters; null for the model's own, and for a control, on which none can be forced.
+    """
+
+    model: str
+    test: str
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    n_threads: int
+    routing: str
+    eviction: str
+    io: str
+    prefetch: int
+    prefetch_used: float | None
+    flash_mbps: float | None
+    budget: str
+    budget_experts: int
+    budget_mib: float
+    resident_mib: float | None
+    counted_mib: float | None
+    miss_rate: float | None
+    swap_rate: float | None
+    drop_rate: float | None
+    read_mib_per_token: float | None
+    device_mib_per_token: float | None
+    hook_ms_per_token: float | None
+    major_faults: float
+    avg_ts: float
+    stddev_ts: float
+    samples_ts: tuple[float, ...]
+    vs_lru: float | None
+    vs_lru_sd: float | None
+    control: bool
+    repack: bool
+    memory_limit_mib: float | None
+    floor_ts: float | None
+    floor_share: float | None
+    replay: str | None
+
+
+def run_arms(
+    llm: Llama,
+    arms: Sequence[Arm],
+    tokens: Sequence[int],
+    n_prompt: int,
+    n_gen: int,
+    repetitions: int,
+    progress: Callable[[str], None] = lambda text: None,
+    *,
+    against_floor: bool = False,
+    replay: ForcedScores | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Runs every arm `repetitions` times over the same `tokens` (n_prompt as one prompt, n_gen decoded one by one).
+
+    The order of the arms turns by one each repetition; the floor is measured in each of them. `replay` is forced on all but the
+    controls. A control that cannot be run has no row, and `say` is given the reason. Raises UsageError when there are too few
+    tokens.
+    """
+    if len(tokens) < n_prompt + n_gen:
+        raise UsageError(f"{n_prompt} + {n_gen} tokens are needed and the text has {len(tokens)}; give a longer one with -f.")
+    configure(llm, arms[0])
+    warm_up(llm, tokens)
+    llm.force(replay)
+    limits = {}
+    floors: list[floor.Floor] = []
+    runs: dict[Arm, list[tuple[Run | None, Run | None]]] = {arm: [] for arm in arms}
+    for repetition in range(repetitions):
+        if against_floor:
+            progress(f"floor, run {repetition + 1} of {repetitions}")
+            floors.append(floor.measure(llm, tokens, n_prompt, n_gen))
+        for i in range(len(arms)):
+            arm = arms[(i + repetition) % len(arms)]
+            if arm not in runs:
+                continue
+            progress(f"{arm.routing} {arm.budget}, run {repetition + 1} of {repetitions}")
+            if not arm.control:
+                configure(llm, arm)
+                runs[arm].append(both_phases(llm, tokens, n_prompt, n_gen))
+                continue
+            try:
+                if arm not in limits:
+                    limits[arm] = control.limit_for(llm, arm.budget)
+                runs[arm].append(control.run(llm, limits[arm], tokens, n_prompt, n_gen, repack=arm.repack))
+            except CacherouteError as e:
+                say(f"no control{' with repacking' if arm.repack else ''} at {arm.budget}: {e}")
+                del runs[arm]
+    rows = []
+    for arm, pairs in runs.items():
+        configure(llm, arm)
+        baseline = runs.get(_baseline(arm, arms))
+        limit = limits[arm].nbytes if arm.control else None
+        for phase, n in enumerate((n_prompt, n_gen)):
+            if n:
+                own, base = _of_phase(pairs, phase), _of_phase(baseline or [], phase)
+                rows.append(_row(llm, arm, own, base, floors, limit, n_prompt, n_gen, prompt=phase == 0))
+    return rows
+
+
+def configure(llm: Llama, arm: Arm) -> None:
+    """Gives the model the settings of an arm. Raises UsageError where they do not fit."""
+    if arm.control:
+        llm.configure(budget=arm.budget, routing=None)
+    else:
+        llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io, prefetch=arm.prefetch)
+
+
+def _baseline(arm: Arm, arms: Sequence[Arm]) -> Arm:
+    io = next((a.io for a in arms if not a.control), arm.io) if arm.control else arm.io
+    return Arm(arm.budget, "original", "lru", io)
+
+
+def _of_phase(pairs: Sequence[tuple[Run | None, Run | None]], phase: int) -> list[Run]:
+    return [run for pair in pairs if (run := pair[phase]) is not None]
+
+
+def _row(
+    llm: Llama,
+    arm: Arm,
+    runs: list[Run],
+    baseline: list[Run],
+    floors: list[floor.Floor],
+    limit: int | None,
+    n_prompt: int,
+    n_gen: int,
+    *,
+    prompt: bool,
+) -> Row:
+    samples = [run.ts for run in runs]
+    ratios = [run.ts / base.ts for run, base in zip(runs, baseline, strict=True)] if baseline else []
+    at_floor = [f.ts(run, prompt=prompt) for f, run in zip(floors, runs, strict=True)] if floors and not arm.control else []
+    tokens = sum(run.tokens for run in runs)
+    c = [run.counters for run in runs]
+    selected = max(sum(x.hits + x.misses for x in c), 1)
+    examined = max(sum(x.examined for x in c), 1)
+    measured = [run.resident_bytes for run in runs if run.resident_bytes is not None]
+    device = [run.device_bytes for run in runs if run.device_bytes is not None]
+    hooked = not arm.control
+    return Row(
+        model=llm.metadata.get("general.name", llm.model_path),
+        test=f"pp{n_prompt}" if prompt else f"tg{n_gen}" + (f" @ d{n_prompt}" if n_prompt else ""),
+        n_prompt=n_prompt if prompt else 0,
+        n_gen=0 if prompt else n_gen,
+        n_depth=0 if prompt else n_prompt,
+        n_threads=llm.n_threads,
+        routing=arm.routing,
+        eviction=arm.eviction,
+        io=llm.io if hooked else arm.io,
+        prefetch=arm.prefetch,
+        prefetch_used=sum(x.prefetch_used for x in c) / ahead if (ahead := sum(x.prefetched for x in c)) else None,
+        flash_mbps=llm.flash_mbps if hooked else None,
+        budget=arm.budget,
+        budget_experts=llm.budget.capacity,
+        budget_mib=llm.budget.nbytes / MIB,
+        resident_mib=max(measured) / MIB if measured else None,
+        counted_mib=max(run.counted_bytes for run in runs) / MIB if hooked else None,
+        miss_rate=sum(x.misses for x in c) / selected if hooked else None,
+        swap_rate=sum(x.swapped for x in c) / examined if hooked else None,
+        drop_rate=sum(x.dropped for x in c) / examined if hooked else None,
+        read_mib_per_token=sum(x.read_bytes for x in c) / MIB / tokens if hooked else None,
+        device_mib_per_token=sum(device) / MIB / tokens if device else None,
+        hook_ms_per_token=1000 * sum(x.hook_seconds for x in c) / tokens if hooked else None,
+        major_faults=statistics.fmean(run.major_faults for run in runs),
+        avg_ts=statistics.fmean(samples),
+        stddev_ts=_sd(samples),
+        samples_ts=tuple(samples),
+        vs_lru=statistics.fmean(ratios) if ratios else None,
+        vs_lru_sd=_sd(ratios) if ratios else None,
+        control=arm.control,
+        repack=arm.repack,
+        memory_limit_mib=limit / MIB if limit else None,
+        floor_ts=statistics.fmean(at_floor) if at_floor else None,
+        floor_share=statistics.fmean(ts / most for ts, most in zip(samples, at_floor, strict=True)) if at_floor else None,
+        replay=llm.forced.name if llm.forced and hooked else None,
+    )
+
+
+def _sd(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

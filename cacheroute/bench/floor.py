@@ -1,0 +1,68 @@
+"""The floor of a run's time: what it takes to compute when nothing is missing, or to read what is missing, whichever is more.
+
+`max(compute with everything resident, bytes missed / device bandwidth)`, both measured on this machine beside the runs that
+are held against it. A run that hides all reads behind compute, or all compute behind reads, reaches it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cacheroute.bench.runs import Run, both_phases
+from cacheroute.errors import CacherouteError
+
+if TYPE_CHECKING:
+    from cacheroute.engine.llama import Llama
+
+_SAMPLE_SECONDS = 1.0
+_TOGETHER = 8  # experts in one read, enough to keep the device busy
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds of compute for the prompt and for all decoded tokens together; bytes per second of the device."""
+
+    prompt_seconds: float | None
+    decode_seconds: float | None
+    bytes_per_second: float
+
+    def ts(self, run: Run, *, prompt: bool) -> float:
+        """Tokens per second that `run` would have had at the floor."""
+        compute = self.prompt_seconds if prompt else self.decode_seconds
+        return run.tokens / max(compute or 0.0, run.counters.read_bytes / self.bytes_per_second)
+
+
+def measure(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int) -> Floor:
+    """Measures both terms with the routing of the model. All experts must fit memory."""
+    pace, llm.flash_mbps = llm.flash_mbps, None
+    try:
+        llm.configure(budget="all")
+        both_phases(llm, tokens, n_prompt, n_gen)  # reads what these tokens need
+        llm.rewind()
+        prompt, decoded = both_phases(llm, tokens, n_prompt, n_gen)
+        bandwidth = pace * 1e6 if pace else measure_bandwidth(llm)
+    finally:
+        llm.flash_mbps = pace
+    return Floor(prompt.seconds if prompt else None, decoded.seconds if decoded else None, bandwidth)
+
+
+def measure_bandwidth(llm: Llama, seconds: float = _SAMPLE_SECONDS) -> float:
+    """Bytes per second at which experts are read: past the page cache where the filesystem can, layers and experts in random
+    order, for `seconds` or until all have been read."""
+    try:
+        llm.configure(budget="all", io="direct")
+    except CacherouteError:
+        llm.configure(budget="all")
+    start = llm.stats().prefill
+    order = random.Random(0)
+    for layer in order.sample(range(len(llm.layout.layers)), len(llm.layout.layers)):
+        experts = order.sample(range(llm.layout.n_expert), llm.layout.n_expert)
+        for first in range(0, len(experts), _TOGETHER):
+            llm.load_experts(layer, experts[first : first + _TOGETHER])
+        read = llm.stats().prefill - start
+        if read.read_seconds > seconds:
+            break
+    return read.read_bytes / read.read_seconds

@@ -1,0 +1,135 @@
+"""How misses are read: opens the store that `io` names. `auto` measures both once for each filesystem and size of experts."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cacheroute.errors import CacherouteError
+from cacheroute.files import cache_dir, write_json
+from cacheroute.model.experts import ExpertLayout
+from cacheroute.native import bindings
+
+MMAP, DIRECT, AUTO, NONE = "mmap", "direct", "auto", "none"
+ALL = (MMAP, DIRECT, AUTO, NONE)
+
+_NEW = {MMAP: bindings.lib.cr_store_new, DIRECT: bindings.lib.cr_store_new_direct}
+_ROUNDS = 24  # of the measurement: as many times the experts of one token in one layer
+_SECONDS = 1.0  # after which it ends
+
+Arguments = tuple[Any, ...]
+
+
+def open_store(io: str, layout: ExpertLayout, address: Callable[[str], int | None]) -> tuple[int | None, str]:
+    """(handle, what `io` has become): None for "none", and for "auto" one of the others.
+
+    `address`: where llama.cpp has mapped a tensor. Raises CacherouteError where it has not, and for what the filesystem cannot.
+    """
+    if io == NONE:
+        return None, io
+    arguments = _arguments(layout, address)
+    if io != AUTO:
+        return bindings.checked(_NEW[io], *arguments), io
+    try:
+        io = _choose(layout, arguments)
+        return bindings.checked(_NEW[io], *arguments), io
+    except CacherouteError as e:
+        _say(f"reads through the page cache: {e}")
+        return bindings.checked(_NEW[MMAP], *arguments), MMAP
+
+
+def _arguments(layout: ExpertLayout, address: Callable[[str], int | None]) -> Arguments:
+    tensors = []
+    for i, layer in enumerate(layout.layers):
+        for t in layer.tensors:
+            at = address(t.name)
+            if not at:
+                raise CacherouteError(f"llama.cpp did not map {t.name}; it must stay on the CPU (n_gpu_layers=0).")
+            tensors.append(bindings.Tensor(i, t.file, t.offset, t.expert_bytes, at))
+    paths = [str(p).encode() for p in layout.paths]
+    return (
+        (ctypes.c_char_p * len(paths))(*paths),
+        len(paths),
+        (bindings.Tensor * len(tensors))(*tensors),
+        len(tensors),
+        len(layout.layers),
+        layout.n_expert,
+    )
+
+
+_said: set[str] = set()
+
+
+def _say(text: str) -> None:
+    """Once in a process."""
+    if text not in _said:
+        print(f"cacheroute: --io auto {text}", file=sys.stderr)
+    _said.add(text)
+
+
+def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
+    """The faster one on the filesystem of the model; what was measured is kept in the user's cache.
+
+    Raises CacherouteError where one of them is not possible.
+    """
+    file = cache_dir() / "io.json"
+    # small experts lose more to whole pages and system calls: powers of two are told apart
+    key = f"{os.stat(layout.paths[0]).st_dev:x}:{layout.layers[0].expert_bytes.bit_length()}"
+    known = _known(file)
+    if known.get(key) in _NEW:
+        return str(known[key])
+    stores: dict[str, int] = {}
+    try:
+        for name, new in _NEW.items():
+            stores[name] = bindings.checked(new, *arguments)
+        seconds = _measure(stores, layout)
+    finally:
+        for store in stores.values():
+            bindings.lib.cr_store_free(store)
+    best = min(seconds, key=lambda name: seconds[name])
+    told = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
+    _say(f"reads {best}: an expert takes {told}. Remembered in {file}.")
+    _remember(file, known | {key: best})
+    return best
+
+
+def _measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:
+    """Seconds to read an expert and to drop it again, in turns, layers and experts in random order."""
+    lib, order = bindings.lib, random.Random(0)
+    n = layout.n_used
+    spent = dict.fromkeys(stores, 0.0)
+    lib.cr_store_clear(stores[MMAP])  # and whatever the page cache has
+    done = 0
+    while done < _ROUNDS and sum(spent.values()) < _SECONDS:
+        layer = order.randrange(len(layout.layers))
+        for name in order.sample(list(stores), len(stores)):
+            ids = (ctypes.c_int32 * n)(*order.sample(range(layout.n_expert), n))
+            start = time.perf_counter()
+            lib.cr_store_exchange(stores[name], layer, ids, n, None, 0)
+            lib.cr_store_exchange(stores[name], layer, None, 0, ids, n)
+            spent[name] += time.perf_counter() - start
+        done += 1
+    return {name: s / (done * n) for name, s in spent.items()}
+
+
+def _known(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(file: Path, known: dict[str, Any]) -> None:
+    """A cache that cannot be written is measured again the next time."""
+    with contextlib.suppress(OSError, CacherouteError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, known, force=True)

@@ -1,0 +1,164 @@
+"""Finds the routing that reads least while it costs no more than allowed, by stepped paired scores.
+
+A ladder is a list of routings from nearly lossless to very lossy: one parameter of a strategy (`uniform`), or cache-prior with a
+lambda for each layer (evals/pricing.py). Bisection finds the highest rung whose 95% interval of the perplexity increase ends
+within the limit; a rung that is clearly too lossy, or clearly not, is left early. The choice is then scored on text that took no
+part in it, and goes down a rung while that says no.
+
+Knows a Scorer; knows no files and no command line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cacheroute.evals import paired
+from cacheroute.evals.scorer import Ask, Cell, Scorer, miss_rate, read_mib_per_token
+from cacheroute.model.experts import ExpertLayout
+from cacheroute.routing.strategies import Routing
+
+_LAMBDAS: tuple[float, ...] = (
+    *(0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2),
+    *(0.23, 0.26, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0),
+)
+_SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+
+_LEAST_CHUNKS = 8  # before a rung may be left early
+_SURE = 2.5  # standard errors between the forecast and the limit that make leaving early safe
+
+
+def ladder(strategy: str, layout: ExpertLayout) -> list[Routing]:
+    """Rungs of a strategy's one parameter, least lossy first. Empty for `original`."""
+    k, e = layout.n_used, layout.n_expert
+    values: dict[str, tuple[str, Sequence[float]]] = {
+        "cache-prior": ("lambda", _LAMBDAS),
+        "max-rank": ("m", range(k + 1, e + 1)),
+        "cumsum": ("p", _SHARES),
+        "drop-cold": ("f", [0.1 * i for i in range(1, 21)]),
+        "pruning": ("k", range(k - 1, 0, -1)),
+    }
+    name, rungs = values.get(strategy, ("", ()))
+    return [Routing(strategy, {name: round(float(x), 3)}) for x in rungs]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rung on some text: the paired difference to `original`, what both read, and whether it may pass.
+
+    `complete` is False when it was left early; then `passed` is a forecast. `validates`: on the held-out part, where the estimate
+    itself has to be within the limit, not the end of its interval.
+    """
+
+    routing: Routing
+    difference: paired.Difference
+    read_mib_per_token: float
+    original_mib_per_token: float
+    miss_rate: float
+    passed: bool
+    complete: bool
+    validates: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`chosen` and its `validation` on unseen chunks are None when nothing fits."""
+
+    chosen: Trial | None
+    validation: Trial | None
+    trials: tuple[Trial, ...]
+
+
+@dataclass
+class Search:
+    """A search at one budget and eviction, `limit` in nats per token. `fit` and `held_out` are indices of chunks."""
+
+    scorer: Scorer
+    budget: int
+    eviction: str
+    limit: float
+    fit: Sequence[int]
+    held_out: Sequence[int]
+    seed: int = 0
+    report: Callable[[Trial], None] = lambda trial: None
+    trials: list[Trial] = field(default_factory=list)
+
+    def run(self, rungs: Sequence[Routing], start: int | None = None) -> Outcome:
+        """Climbs `rungs`, beginning at index `start` (the middle by default), and validates."""
+        best = self.climb(rungs, start)
+        validation = None
+        while best is not None:
+            validation = self.trial(best.routing, self.held_out, validates=True)
+            if validation.passed:
+                break
+            best = self.descend(rungs, rungs.index(best.routing) - 1)
+        return Outcome(best, validation if best else None, tuple(self.trials))
+
+    def climb(self, rungs: Sequence[Routing], start: int | None = None) -> Trial | None:
+        """The highest rung that passes on the whole fit part, None when none does. Loss is taken to rise along the rungs."""
+        low, high = -1, len(rungs)
+        middle = start
+        while high - low > 1:
+            middle = (low + high) // 2 if middle is None else min(max(middle, low + 1), high - 1)
+            low, high = (middle, high) if self.trial(rungs[middle], self.fit, early=True).passed else (low, middle)
+            middle = None
+        return self.descend(rungs, low)
+
+    def descend(self, rungs: Sequence[Routing], index: int) -> Trial | None:
+        """The highest rung from `index` down that passes on the whole fit part."""
+        for rung in reversed(rungs[: index + 1]):
+            trial = self.trial(rung, self.fit)
+            if trial.passed:
+                return trial
+        return None
+
+    def trial(self, routing: Routing, chunks: Sequence[int], *, early: bool = False, validates: bool = False) -> Trial:
+        """Scores a rung on `chunks`, with `early` until the verdict is clear."""
+        base: list[Cell] = []
+        cells: list[Cell] = []
+        forecast: bool | None = None
+        pair = (Routing("original"), routing)
+        self.scorer.ahead([Ask(r, self.budget, self.eviction, i) for i in chunks for r in pair])
+        for i in chunks:
+            for scores, r in zip((base, cells), pair, strict=True):
+                scores.append(self.scorer.cell(r, self.budget, self.eviction, i))
+            forecast = self._forecast(base, cells, len(chunks)) if early else None
+            if forecast is not None:
+                break
+        d = paired.compare([c.nll for c in base], [c.nll for c in cells], [c.n for c in cells], seed=self.seed)
+        end = d.delta_nll if validates else d.high
+        passed = forecast if forecast is not None else end is not None and end <= self.limit
+        trial = Trial(
+            routing, d, read_mib_per_token(cells), read_mib_per_token(base), miss_rate(cells), passed, forecast is None, validates
+        )
+        self.trials.append(trial)
+        self.report(trial)
+        return trial
+
+    def _forecast(self, base: Sequence[Cell], cells: Sequence[Cell], n_all: int) -> bool | None:
+        """Where the upper end will lie once all chunks are scored, if that is clear by now."""
+        n = len(cells)
+        if n < _LEAST_CHUNKS or n == n_all:
+            return None
+        per_token = np.array([(c.nll - b.nll) / c.n for b, c in zip(base, cells, strict=True)])
+        mean, sd = float(per_token.mean()), float(per_token.std(ddof=1))
+        upper = mean + 2 * sd / math.sqrt(n_all)
+        doubt = _SURE * sd * math.sqrt(1 / n - 1 / n_all)
+        if upper - doubt > self.limit:
+            return False
+        return True if upper + doubt < self.limit else None
+
+
+def split(n_chunks: int, seed: int, share: float = 1 / 3) -> tuple[list[int], list[int]]:
+    """(fit, held out): chunks at random, in random order, so that leaving early is fair to all documents."""
+    order = [int(i) for i in np.random.default_rng(seed).permutation(n_chunks)]
+    held_out = max(round(n_chunks * share), 1)
+    return order[held_out:], order[:held_out]
+
+
+def start_rung(costs: Sequence[float], limit: float) -> int:
+    """The rung to begin with: the last whose predicted cost is half of the limit."""
+    return max(int(np.searchsorted(costs, limit / 2)) - 1, 0)

@@ -1,0 +1,121 @@
+"""Where the experts of a model are: layers, counts, byte ranges. From the GGUF header; knows no memory and no policy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cacheroute.errors import UsageError
+from cacheroute.model.gguf_file import GgufFile
+
+# Separate gate/up/down or merged gate_up.
+_EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight$")
+_OLD_EXPERT_TENSOR = re.compile(r"^blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight$")
+
+# Architectures of this llama.cpp that the hook cannot serve, and why.
+_UNSUPPORTED = {
+    "granite-switch": "it chooses its experts outside build_moe_ffn, where no hook reaches",
+    "grovemoe": "it chooses from two banks of experts in one layer",
+}
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """The experts of one tensor: `n_expert` ranges of `expert_bytes`, the first at `offset` of shard `file`."""
+
+    name: str
+    type: str
+    file: int
+    offset: int
+    expert_bytes: int
+
+
+@dataclass(frozen=True)
+class RouterTensors:
+    """Names of a router's tensors, all F32; "" for what the layer does not have. `width`: of the hidden state."""
+
+    weight: str
+    bias: str
+    norm: str
+    width: int
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One MoE layer; `index` is llama.cpp's layer number, `router` None where it is not in F32."""
+
+    index: int
+    tensors: tuple[ExpertTensor, ...]
+    router: RouterTensors | None = None
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert of this layer, all its tensors."""
+        return sum(t.expert_bytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The experts of a model: E `n_expert` and K `n_used` per layer, of `layers`; `model` is its name, "" if it has none."""
+
+    paths: tuple[Path, ...]
+    architecture: str
+    n_expert: int
+    n_used: int
+    layers: tuple[ExpertLayer, ...]
+    model: str = ""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """llama.cpp's numbers of the layers."""
+        return tuple(layer.index for layer in self.layers)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in every layer: what one more expert per layer costs."""
+        return sum(layer.expert_bytes for layer in self.layers)
+
+    @property
+    def all_expert_bytes(self) -> int:
+        return self.expert_bytes * self.n_expert
+
+
+def layout(gguf: GgufFile) -> ExpertLayout:
+    """Raises UsageError for a model without experts, or with experts that the hook cannot reach."""
+    arch, path = gguf.architecture, gguf.paths[0]
+    tensors: dict[int, list[ExpertTensor]] = {}
+    n_expert = int(gguf.metadata.get(f"{arch}.expert_count", 0))
+    # layers that predict further tokens come last; llama.cpp does not run them
+    blocks = int(gguf.metadata.get(f"{arch}.block_count", 0)) - int(gguf.metadata.get(f"{arch}.nextn_predict_layers", 0))
+    for t in gguf.tensors:
+        match = _EXPERT_TENSOR.match(t.name)
+        if match and int(match[1]) >= blocks:
+            continue
+        if match and n_expert:
+            tensors.setdefault(int(match[1]), []).append(ExpertTensor(t.name, t.type, t.file, t.offset, t.nbytes // n_expert))
+        elif _OLD_EXPERT_TENSOR.match(t.name):
+            raise UsageError(f"{path} keeps each expert in a tensor of its own, a format of 2023; convert the model again.")
+    if not tensors:
+        raise UsageError(f"{path} is a dense model ({arch}): it has no experts, so there is nothing to route.")
+    if arch in _UNSUPPORTED:
+        raise UsageError(f"{path}: the architecture {arch} is not supported, {_UNSUPPORTED[arch]}.")
+    n_used = gguf.metadata.get(f"{arch}.expert_used_count")
+    if not isinstance(n_used, int) or isinstance(n_used, bool) or not 0 < n_used <= n_expert:
+        raise UsageError(f"{path} does not give one number of experts used by all layers; this is not supported.")
+    floats = {t.name: t.shape[0] for t in gguf.tensors if t.type == "f32"}
+    layers = tuple(ExpertLayer(i, tuple(ts), _router(i, floats)) for i, ts in sorted(tensors.items()))
+    return ExpertLayout(gguf.paths, arch, n_expert, n_used, layers, str(gguf.metadata.get("general.name", "")))
+
+
+def _router(index: int, floats: dict[str, int]) -> RouterTensors | None:
+    """Of a layer, among the tensors in F32 and the first of their dimensions."""
+
+    def named(*parts: str) -> str:
+        return next((name for part in parts if (name := f"blk.{index}.{part}") in floats), "")
+
+    weight = named("ffn_gate_inp.weight")
+    if not weight:
+        return None
+    norm = named("ffn_norm.weight", "post_attention_norm.weight")  # gpt-oss and others have the second only
+    return RouterTensors(weight, named("ffn_gate_inp.bias"), norm, floats[weight])

@@ -1,0 +1,136 @@
+"""ctypes view of native/cacheroute.h, one to one. Who owns what and which thread may call is written there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sysconfig
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint8, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from cacheroute.errors import CacherouteError
+from cacheroute.files import PACKAGE
+
+
+class Routing(ctypes.Structure):
+    """struct cr_routing"""
+
+    _fields_ = [
+        ("strategy", c_int32),
+        ("k", c_int32),
+        ("m", c_int32),
+        ("j", c_int32),
+        ("p", c_double),
+        ("lambda_", c_double),
+        ("f", c_double),
+        ("max_loss", c_double),
+        ("experts", c_int32),
+    ]
+
+
+class Shape(ctypes.Structure):
+    """struct cr_shape"""
+
+    _fields_ = [(n, c_int32) for n in ("n_layers", "n_expert", "n_used", "capacity", "eviction")]
+
+
+class RouterWeights(ctypes.Structure):
+    """struct cr_router_weights"""
+
+    _fields_ = [(n, c_void_p) for n in ("weight", "bias", "norm")]
+
+
+class Counters(ctypes.Structure):
+    """struct cr_counters"""
+
+    _fields_ = [
+        *((n, c_uint64) for n in ("tokens", "examined", "hits", "misses", "swapped", "dropped", "evictions", "held")),
+        ("lost_mass", c_double),
+        *((n, c_uint64) for n in ("read_bytes", "reads", "read_ns", "evict_ns", "prefetched", "prefetch_used", "hook_ns")),
+    ]
+
+
+class Tensor(ctypes.Structure):
+    """struct cr_tensor"""
+
+    _fields_ = [("layer", c_int32), ("file", c_int32), ("offset", c_uint64), ("expert_bytes", c_uint64), ("address", c_void_p)]
+
+
+_I32P, _F64P = POINTER(c_int32), POINTER(c_double)
+
+# cr_policy: user, layer, z, mass, resident, ids
+POLICY = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, _F64P, _F64P, POINTER(c_uint8), _I32P)
+
+_STORE_NEW: list[Any] = [POINTER(c_char_p), c_int32, POINTER(Tensor), c_int32, c_int32, c_int32, c_char_p, c_int32]
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "cr_router_new": (c_void_p, [POINTER(Shape), POINTER(Routing), c_char_p, c_int32]),
+    "cr_router_free": (None, [c_void_p]),
+    "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, _I32P, _I32P, _I32P, _I32P, _I32P]),
+    "cr_router_replay": (None, [c_void_p, c_int32, c_int64, *[c_void_p] * 7]),
+    "cr_router_set_policy": (None, [c_void_p, POLICY, c_void_p]),
+    "cr_router_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),
+    "cr_router_mean_range": (c_double, [c_void_p, c_int32]),
+    "cr_router_counters": (None, [c_void_p, c_int32, c_int32, POINTER(Counters)]),
+    "cr_router_reset": (None, [c_void_p]),
+    "cr_store_new": (c_void_p, _STORE_NEW),
+    "cr_store_new_direct": (c_void_p, _STORE_NEW),
+    "cr_store_free": (None, [c_void_p]),
+    "cr_store_exchange": (None, [c_void_p, c_int32, _I32P, c_int32, _I32P, c_int32]),
+    "cr_store_find": (c_void_p, [c_void_p, c_void_p]),
+    "cr_store_clear": (None, [c_void_p]),
+    "cr_store_set_pace": (None, [c_void_p, c_double]),
+    "cr_store_resident_bytes": (c_uint64, [c_void_p]),
+    "cr_store_measure_resident": (c_uint64, [c_void_p]),
+    "cr_store_read_bytes": (c_uint64, [c_void_p]),
+    "cr_hook_new": (c_void_p, [POINTER(Shape), POINTER(Routing), _I32P, c_int32, c_void_p, c_char_p, c_int32]),
+    "cr_hook_free": (None, [c_void_p]),
+    "cr_hook_address": (c_void_p, [c_void_p]),
+    "cr_hook_set_phase": (None, [c_void_p, c_int32]),
+    "cr_hook_set_pace": (None, [c_void_p, c_double]),
+    "cr_hook_finish": (None, [c_void_p]),
+    "cr_hook_reset": (None, [c_void_p]),
+    "cr_hook_save": (c_void_p, [c_void_p]),
+    "cr_hook_resume": (c_int32, [c_void_p, c_void_p]),
+    "cr_checkpoint_free": (None, [c_void_p]),
+    "cr_hook_set_policy": (None, [c_void_p, POLICY, c_void_p]),
+    "cr_hook_warm": (None, [c_void_p, c_int32, _I32P, c_int32]),
+    "cr_hook_set_position": (None, [c_void_p, c_int64]),
+    "cr_hook_force": (None, [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p]),
+    "cr_hook_prefetch": (None, [c_void_p, c_int32, c_int32, POINTER(RouterWeights)]),
+    "cr_hook_trace": (None, [c_void_p, c_int32]),
+    "cr_hook_trace_take": (c_uint64, [c_void_p, c_void_p, c_uint64]),
+    "cr_hook_counters": (None, [c_void_p, c_int32, c_int32, POINTER(Counters)]),
+    "cr_hook_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),
+    "cr_hook_resident_bytes": (c_uint64, [c_void_p]),
+    "cr_hook_measure_resident": (c_uint64, [c_void_p]),
+    "cr_hook_error": (c_char_p, [c_void_p]),
+}
+
+
+def _load() -> ctypes.CDLL:
+    # An editable install keeps the library in site-packages and the Python files in the checkout.
+    folders = [PACKAGE, Path(sysconfig.get_path("platlib")) / "cacheroute"]
+    paths = [folder / "lib" / f"libcacheroute{suffix}" for folder in folders for suffix in (".so", ".dylib")]
+    if "CACHEROUTE_LIBRARY" in os.environ:  # scripts/sanitize: a build with a sanitizer, instead of the installed one
+        paths = [Path(os.environ["CACHEROUTE_LIBRARY"])]
+    for path in paths:
+        if path.exists():
+            loaded = ctypes.CDLL(str(path))
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(loaded, name)
+                function.restype, function.argtypes = result, arguments
+            return loaded
+    raise CacherouteError("The native library of cacheroute is missing; install cacheroute again with pip.")
+
+
+lib = _load()
+
+
+def checked(make: Any, *arguments: Any) -> int:
+    """Calls a cr_*_new and returns the handle. Raises CacherouteError with its sentence when it fails."""
+    error = ctypes.create_string_buffer(512)
+    handle = make(*arguments, error, len(error))
+    if not handle:
+        raise CacherouteError(error.value.decode("utf-8", "replace") + ".")
+    return int(handle)

@@ -1,0 +1,1 @@
+"""Figures of what the commands have written. Knows rows by the names of their fields."""

@@ -1,0 +1,65 @@
+"""`--budget`: how many experts of each layer may be resident. Knows the layout, not the cache."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from cacheroute.errors import UsageError
+from cacheroute.model.experts import ExpertLayout
+
+MIB = 1024 * 1024
+_UNITS = {
+    "kib": 1024,
+    "mib": MIB,
+    "gib": 1024 * MIB,
+    "kb": 1000,
+    "mb": 1000**2,
+    "gb": 1000**3,
+    "k": 1024,
+    "m": MIB,
+    "g": 1024 * MIB,
+}
+FORMS = "use a share (50%), experts per layer (30), bytes of all layers together (2GiB), or all"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`capacity` experts of each layer, `nbytes` in all layers together."""
+
+    capacity: int
+    nbytes: int
+
+
+def parse(text: str | int, layout: ExpertLayout) -> Budget:
+    """Resolves a budget against a model.
+
+    Raises UsageError when the text is none of the forms, or holds fewer than the K experts that one token needs.
+    """
+    capacity = _capacity(str(text).strip().lower(), layout)
+    if capacity < layout.n_used:
+        share = -(-100 * layout.n_used // layout.n_expert)
+        mib = -(-layout.n_used * layout.expert_bytes // MIB)
+        raise UsageError(
+            f"A budget of {text} keeps {capacity} of {layout.n_expert} experts per layer, but every token needs {layout.n_used}: "
+            f"give at least {layout.n_used}, {share}% or {mib}MiB."
+        )
+    return Budget(capacity, capacity * layout.expert_bytes)
+
+
+def _capacity(text: str, layout: ExpertLayout) -> int:
+    if text == "all":
+        return layout.n_expert
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kmg]i?b?)?", text)
+    if not match:
+        raise UsageError(f"{text!r} is not a budget: {FORMS}.")
+    number, unit = float(match[1]), match[2]
+    if unit == "%":
+        if number > 100:
+            raise UsageError(f"A budget of {text} is more than all experts; {FORMS}.")
+        return int(layout.n_expert * number / 100 + 1e-9)
+    if unit:
+        return min(int(number * _UNITS[unit]) // layout.expert_bytes, layout.n_expert)
+    if number != int(number) or number > layout.n_expert:
+        raise UsageError(f"A budget of {text} experts does not fit a model of {layout.n_expert} experts per layer; {FORMS}.")
+    return int(number)

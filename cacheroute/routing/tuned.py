@@ -1,0 +1,110 @@
+"""A tuned routing: one strategy with its own parameters for each layer of one model, in a file that `tune` writes.
+
+`--routing tuned:PATH` names the file, `--routing tuned` finds the one of this model and budget in the cache folder.
+
+The file is JSON:
+
+    {
+      "format": "cacheroute-routing-profile",
+      "version": 1,
+      "model": "cacheroute-demo",                  general.name of the GGUF; "" fits any name
+      "architecture": "granitemoe",
+      "n_expert": 32,                              E
+      "n_used": 8,                                 K
+      "layers": [0, 1, 2],                         llama.cpp's numbers of the layers that have experts
+      "strategy": "cache-prior",                   a name of `cacheroute routing`
+      "parameters": [{"lambda": 0.1}, {"lambda": 0.4, "j": 2, "experts": 12}, {"lambda": 0, "experts": 20}],    one of each layer
+      "notes": {}                                  anything; who made it, from what, at what price
+    }
+
+`experts`: how many of a layer's are in memory, in place of the budget's number; all layers together keep within the budget.
+
+Knows no model but by its numbers, and no policy but by its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cacheroute.errors import UsageError
+from cacheroute.files import cache_dir, read_json, write_json
+from cacheroute.model import experts, gguf_file
+from cacheroute.routing import budget as budgets
+
+NAME = "tuned"
+FORMAT, VERSION = "cacheroute-routing-profile", 1
+
+
+@dataclass(frozen=True)
+class TunedRouting:
+    """`parameters[i]` are those of the MoE layer `layers[i]`, by the names that the grammar of routings has, and `experts`."""
+
+    model: str
+    architecture: str
+    n_expert: int
+    n_used: int
+    layers: tuple[int, ...]
+    strategy: str
+    parameters: tuple[dict[str, float], ...]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def save(tuned: TunedRouting, path: Path, *, force: bool = False) -> None:
+    """Writes the file in one piece. Raises UsageError when it exists and `force` is not given."""
+    write_json(path, {"format": FORMAT, "version": VERSION, **asdict(tuned)}, force=force)
+
+
+def load(path: Path) -> TunedRouting:
+    """Raises UsageError with one sentence for what is no tuned routing of this version, or has no parameters for some layer."""
+    content = read_json(path, FORMAT, VERSION)
+    try:
+        tuned = TunedRouting(
+            model=str(content["model"]),
+            architecture=str(content["architecture"]),
+            n_expert=int(content["n_expert"]),
+            n_used=int(content["n_used"]),
+            layers=tuple(int(i) for i in content["layers"]),
+            strategy=str(content["strategy"]),
+            parameters=tuple({str(k): float(v) for k, v in p.items()} for p in content["parameters"]),
+            notes=dict(content.get("notes", {})),
+        )
+    except KeyError as e:
+        raise UsageError(f"{path} is a tuned routing without {e}; make it again.") from None
+    except (TypeError, ValueError, AttributeError) as e:
+        raise UsageError(f"{path} is a tuned routing with a value that cannot be ({e}); make it again.") from None
+    if not tuned.layers or len(tuned.parameters) != len(tuned.layers):
+        raise UsageError(f"{path} has parameters for {len(tuned.parameters)} of {len(tuned.layers)} layers; make it again.")
+    return tuned
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to give as `routing` and `eviction`: a routing holds for the eviction that it was tuned with."""
+
+    routing: str
+    eviction: str
+
+
+def path(model: Path, capacity: int) -> Path:
+    """The file for a model file and a budget of so many experts per layer, whether it is there or not."""
+    return cache_dir() / "tuned" / f"{gguf_file.fingerprint(model)}-{capacity}.json"
+
+
+def find(model: Path, budget: str | int) -> Settings:
+    """Raises UsageError when nothing was tuned for this model and budget."""
+    layout = experts.layout(gguf_file.read(model))
+    file = path(model, budgets.parse(budget, layout).capacity)
+    if not file.exists():
+        name = layout.model or model.name
+        raise UsageError(f"Nothing is tuned for {name} at a budget of {budget}; run `cacheroute tune --budget {budget}` first.")
+    return Settings(f"{NAME}:{file}", str(load(file).notes.get("eviction", "lru")))
+
+
+def resolve(model: Path, budget: str | int, routing: str, eviction: str) -> tuple[str, str]:
+    """(routing, eviction) as they are, or the tuned ones where `routing` is "tuned": those belong together."""
+    if routing != NAME:
+        return routing, eviction
+    found = find(model, budget)
+    return found.routing, found.eviction

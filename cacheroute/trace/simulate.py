@@ -1,0 +1,276 @@
+"""Replays a trace through the C++ router: any budget, routing and eviction, without the model.
+
+Open-loop: the scores are the recorded ones, and stay so whatever is chosen; a lossy routing would have led the model elsewhere.
+Knows traces and the native router; knows no command line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cacheroute.errors import UsageError
+from cacheroute.files import MIB
+from cacheroute.native import bindings
+from cacheroute.routing import budget as budgets
+from cacheroute.routing import custom_policy, strategies
+from cacheroute.routing import eviction as evictions
+from cacheroute.routing.eviction import BELADY
+from cacheroute.routing.strategies import Routing
+from cacheroute.trace.trace_file import DECODE, DICTATED, Trace
+
+_NEVER = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is replayed; `budget` as it was typed."""
+
+    budget: str
+    routing: Routing
+    eviction: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a report, over the decoded tokens; names that `bench` has mean what they mean there.
+
+    `layer` is llama.cpp's number, null for all layers together. `lost_mass` is the mean share of the top-K's router mass that
+    did not run; `lifetime_tokens` how long an expert stays in the cache: tokens x experts held per eviction, null without one.
+    """
+
+    model: str
+    routing: str
+    eviction: str
+    budget: str
+    budget_experts: int
+    budget_mib: float
+    shuffled: bool
+    layer: int | None
+    tokens: int
+    hits: int
+    misses: int
+    swapped: int
+    dropped: int
+    evictions: int
+    miss_rate: float
+    swap_rate: float
+    drop_rate: float
+    lost_mass: float
+    read_mib_per_token: float
+    lifetime_tokens: float | None
+
+
+@dataclass(frozen=True)
+class LayerEvents:
+    """The records of one layer in one sequence, as the native router takes them."""
+
+    z: npt.NDArray[np.uint16]
+    mass: npt.NDArray[np.uint16] | None
+    decode: npt.NDArray[np.uint8]
+    dictated: npt.NDArray[np.int32] | None
+
+
+class Replay:
+    """A trace, cut by sequence and layer once, to be replayed as often as wanted."""
+
+    def __init__(self, trace: Trace, *, shuffle: int | None = None) -> None:
+        """`shuffle`: a seed by which the decoded tokens of each sequence change places: same skew, no locality."""
+        self.header = trace.header
+        self.shuffled = shuffle is not None
+        self._rng = np.random.default_rng(shuffle)
+        self.sequences = [self._cut(part) for part in _sequences(trace.records)]
+        if not any(layer.decode.any() for layers in self.sequences for layer in layers):
+            raise UsageError("The trace has no decoded token; routings act on those alone.")
+
+    def run(self, arm: Arm, *, per_layer: bool = False) -> list[Row]:
+        """Raises UsageError for what does not fit the model, CacherouteError when a policy in Python fails."""
+        h = self.header
+        budget = budgets.parse(arm.budget, h.layout)
+        arm.routing.check(h.n_expert, h.n_used, h.layers, h.model)
+        strategies.capacities(arm.routing, budget, h.layout)
+        if arm.eviction not in evictions.ALL:
+            raise UsageError(f"There is no eviction {arm.eviction!r}; there are {', '.join(evictions.ALL)}.")
+        if arm.eviction == BELADY and arm.routing.lossy:
+            raise UsageError(f"belady knows what will be needed only where the routing is `original`, not {arm.routing}.")
+        with self._router(budget.capacity, arm.routing, arm.eviction) as router:
+            for n, layers in enumerate(self.sequences):
+                router.reset()
+                for i, events in enumerate(layers):
+                    told = self._top(n, i) if arm.eviction == BELADY else events.dictated
+                    router.replay(i, replace(events, dictated=told), foresee=arm.eviction == BELADY)
+            chosen = range(len(h.layers)) if per_layer else ()
+            return [self._row(router, arm, budget, i) for i in (-1, *chosen)]
+
+    def resident(self, arm: Arm, sequence: int, layer: int) -> npt.NDArray[np.bool_]:
+        """[n_events, E]: the cache before each event of one layer in one sequence."""
+        capacity = budgets.parse(arm.budget, self.header.layout).capacity
+        with self._router(capacity, arm.routing, arm.eviction) as router:
+            return router.watch(layer, self.sequences[sequence][layer])
+
+    def _top(self, sequence: int, layer: int) -> npt.NDArray[np.int32]:
+        """[n_events, K]: what the model itself chooses."""
+        with self._router(self.header.n_used, Routing("original"), "lru") as router:
+            return router.replay(layer, self.sequences[sequence][layer])
+
+    def _router(self, capacity: int, routing: Routing, eviction: str) -> _Router:
+        h = self.header
+        return _Router(bindings.Shape(len(h.layers), h.n_expert, h.n_used, capacity, evictions.ALL[eviction]), routing)
+
+    def _cut(self, records: npt.NDArray[np.void]) -> list[LayerEvents]:
+        decoded = np.unique(records["token"][records["flags"] & DECODE > 0])
+        place = dict(zip(decoded.tolist(), self._rng.permutation(decoded).tolist(), strict=True)) if self.shuffled else {}
+        layers = []
+        for layer in range(len(self.header.layers)):
+            own = records[records["layer"] == layer]
+            if self.shuffled:
+                own = own[np.argsort([place.get(t, -1) for t in own["token"].tolist()], kind="stable")]
+            dictated = own["flags"] & DICTATED > 0
+            layers.append(
+                LayerEvents(
+                    z=np.ascontiguousarray(own["z"]).view(np.uint16),
+                    mass=np.ascontiguousarray(own["mass"]).view(np.uint16) if "mass" in (own.dtype.names or ()) else None,
+                    decode=(own["flags"] & DECODE).astype(np.uint8),
+                    dictated=np.where(dictated[:, None], own["ids"].astype(np.int32), -1) if dictated.any() else None,
+                )
+            )
+        return layers
+
+    def _row(self, router: _Router, arm: Arm, budget: budgets.Budget, layer: int) -> Row:
+        h, c = self.header, router.counters(layer)
+        of = range(len(h.layers)) if layer < 0 else (layer,)
+        tokens = router.counters(0 if layer < 0 else layer).tokens
+        read = sum(router.counters(i).misses * h.expert_bytes[i] for i in of)
+        return Row(
+            model=h.model,
+            routing=str(arm.routing),
+            eviction=arm.eviction,
+            budget=arm.budget,
+            budget_experts=budget.capacity,
+            budget_mib=budget.capacity * sum(h.expert_bytes[i] for i in of) / MIB,
+            shuffled=self.shuffled,
+            layer=None if layer < 0 else h.layers[layer],
+            tokens=tokens,
+            hits=c.hits,
+            misses=c.misses,
+            swapped=c.swapped,
+            dropped=c.dropped,
+            evictions=c.evictions,
+            miss_rate=c.misses / max(c.hits + c.misses, 1),
+            swap_rate=c.swapped / max(c.examined, 1),
+            drop_rate=c.dropped / max(c.examined, 1),
+            lost_mass=c.lost_mass / max(c.tokens, 1),
+            read_mib_per_token=read / MIB / max(tokens, 1),
+            lifetime_tokens=c.held / c.evictions if c.evictions else None,
+        )
+
+
+def arms(budget: Sequence[str], routing: Sequence[Routing], eviction: Sequence[str]) -> list[Arm]:
+    """All combinations; belady stands once for each budget, with `original`."""
+    found = []
+    for b, r, e in itertools.product(budget, routing, eviction):
+        arm = Arm(b, Routing("original") if e == BELADY else r, e)
+        if arm not in found:
+            found.append(arm)
+    return found
+
+
+def run(
+    trace: Trace,
+    wanted: Sequence[Arm],
+    *,
+    per_layer: bool = False,
+    shuffle: int | None = None,
+    progress: Callable[[Arm], None] = lambda arm: None,
+) -> list[Row]:
+    """Replays every arm over a trace."""
+    replay = Replay(trace, shuffle=shuffle)
+    rows = []
+    for arm in wanted:
+        progress(arm)
+        rows += replay.run(arm, per_layer=per_layer)
+    return rows
+
+
+def next_uses(ids: npt.NDArray[np.int32], decode: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    """[n, K]: the event in which each chosen expert is needed next.
+
+    What a prompt needs again counts as never: only misses of decoded tokens count, and a prompt reads for nothing. So belady
+    misses no more than any eviction, counted over decoded tokens.
+    """
+    n, k = ids.shape
+    when = np.repeat(np.arange(n, dtype=np.int32), k)
+    order = np.lexsort((when, ids.ravel()))
+    later = np.full(n * k, _NEVER, np.int32)
+    this, following = order[:-1], order[1:]
+    same = (ids.ravel()[this] == ids.ravel()[following]) & (decode[when[following]] > 0)
+    later[this[same]] = when[following[same]]
+    return later.reshape(n, k)
+
+
+def _sequences(records: npt.NDArray[np.void]) -> Iterator[npt.NDArray[np.void]]:
+    cuts = np.flatnonzero(np.diff(records["sequence"])) + 1
+    yield from np.split(records, cuts)
+
+
+class _Router:
+    """A cr_router, freed at the end of a `with`."""
+
+    def __init__(self, shape: bindings.Shape, routing: Routing) -> None:
+        self._shape = shape
+        per_layer = strategies.to_native(routing, shape.n_used, shape.n_layers)
+        self._policy: custom_policy.Policy | None = None
+        if routing.policy:
+            self._policy = custom_policy.Policy(routing.policy, shape.n_expert, shape.n_used, shape.n_layers)
+        self._handle = bindings.checked(bindings.lib.cr_router_new, shape, per_layer)
+        if self._policy:
+            bindings.lib.cr_router_set_policy(self._handle, self._policy.callback, None)
+
+    def __enter__(self) -> _Router:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        bindings.lib.cr_router_free(self._handle)
+
+    def reset(self) -> None:
+        bindings.lib.cr_router_reset(self._handle)
+        if self._policy:
+            self._policy.reset()
+
+    def replay(self, layer: int, events: LayerEvents, *, foresee: bool = False) -> npt.NDArray[np.int32]:
+        """The ids chosen, [n, K]. `foresee`: all ids are dictated, and belady is told when they are needed next."""
+        ids = np.empty((len(events.z), self._shape.n_used), np.int32)
+        following = next_uses(events.dictated, events.decode) if foresee and events.dictated is not None else None
+        self._replay(layer, events, following, ids, None)
+        return ids
+
+    def watch(self, layer: int, events: LayerEvents) -> npt.NDArray[np.bool_]:
+        """Which experts the cache held before each event, [n, E]."""
+        n_expert = self._shape.n_expert
+        bits = np.empty((len(events.z), -(-n_expert // 8)), np.uint8)
+        self._replay(layer, events, None, None, bits)
+        return np.unpackbits(bits, axis=1, count=n_expert, bitorder="little").view(np.bool_)
+
+    def _replay(self, layer: int, events: LayerEvents, *more: npt.NDArray[Any] | None) -> None:
+        arrays = (events.z, events.mass, events.decode, events.dictated, *more)
+        bindings.lib.cr_router_replay(self._handle, layer, len(events.z), *(_address(a) for a in arrays))
+        if self._policy:
+            self._policy.check()
+
+    def counters(self, layer: int) -> bindings.Counters:
+        counters = bindings.Counters()
+        bindings.lib.cr_router_counters(self._handle, layer, 0, counters)
+        return counters
+
+
+def _address(array: npt.NDArray[Any] | None) -> ctypes.c_void_p | None:
+    if array is None:
+        return None
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)

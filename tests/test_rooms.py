@@ -1,0 +1,64 @@
+"""The rooms of cacheroute/ and which may import which: no import runs upwards, so there is no circle."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import cacheroute
+
+PACKAGE = Path(cacheroute.__file__).parent
+TOP = {"__init__", "__main__", "errors", "files"}
+# from the ground up: a room may import from itself and from what is named here, and from errors and files
+MAY_IMPORT = {
+    "native": set(),
+    "install": set(),
+    "model": {"install"},
+    "routing": {"native", "model"},
+    "trace": {"native", "model", "routing"},
+    "engine": {"native", "install", "model", "routing", "trace"},
+    "bench": {"install", "model", "trace", "engine"},
+    "evals": {"install", "model", "routing", "trace", "engine"},
+    "plot": {"trace"},
+    "cli": {"install", "model", "routing", "trace", "engine", "bench", "evals", "plot"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Rooms and top modules of cacheroute that a file imports anywhere, also inside functions and for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            names = [node.module or ""] if node.module != "cacheroute" else [f"cacheroute.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("cacheroute.")}
+    return found
+
+
+def test_every_file_is_in_a_room() -> None:
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in ("__pycache__", "data", "lib", "patches")}
+    assert folders == set(MAY_IMPORT)
+    assert {p.stem for p in PACKAGE.glob("*.py")} == TOP
+    assert not [p for room in MAY_IMPORT for p in (PACKAGE / room).rglob("*/*.py")], "rooms have no rooms"
+
+
+def test_no_room_imports_upwards() -> None:
+    order = list(MAY_IMPORT)
+    assert all(order.index(below) < order.index(room) for room, rooms in MAY_IMPORT.items() for below in rooms)
+    for room, rooms in MAY_IMPORT.items():
+        for file in (PACKAGE / room).glob("*.py"):
+            wrong = imported(file) - rooms - {room, "errors", "files"}
+            assert not wrong, f"{file.relative_to(PACKAGE)} imports {', '.join(sorted(wrong))}"
+
+
+def test_the_ground_imports_no_room() -> None:
+    assert imported(PACKAGE / "errors.py") == set()
+    assert imported(PACKAGE / "files.py") == {"errors"}
+
+
+def test_only_what_is_listed_is_public() -> None:
+    assert cacheroute.__all__ == ["CacherouteError", "Llama", "UsageError", "__version__"]
+    assert all(hasattr(cacheroute, name) for name in cacheroute.__all__)
