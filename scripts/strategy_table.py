@@ -35,19 +35,19 @@ def routings(n_expert: int, n_used: int) -> list[Routing]:
 
 
 def strategies(read: trace_file.Trace) -> list[list[str]]:
-    """Rows of all strategies at BUDGETS: misses, MiB/token, lost mass; then belady, then the shuffled control."""
+    """Rows of all strategies at BUDGETS: misses, missed MiB/token, lost mass; then belady, then the shuffled control."""
     plain, control = simulate.Replay(read), simulate.Replay(read, shuffle=0)
     arms: list[tuple[simulate.Replay, Routing, str]] = [
         (plain, r, evictions.DEFAULT) for r in routings(read.header.n_expert, read.header.n_used)
     ]
     arms += [(plain, parse("original"), e) for e in ("lru", evictions.BELADY)]
     arms += [(control, parse(r), evictions.DEFAULT) for r in ("original", "cache-prior:lambda=0.2")]
-    cells = [["routing", "eviction", *(f"{b}: {what}" for b in BUDGETS for what in ("miss", "MiB/token", "lost mass"))]]
+    cells = [["routing", "eviction", *(f"{b}: {what}" for b in BUDGETS for what in ("miss", "missed MiB/token", "lost mass"))]]
     for replay, routing, eviction in arms:
         row = [str(routing) + (" (shuffled)" if replay.shuffled else ""), eviction]
         for budget in BUDGETS:
             got = replay.run(simulate.Arm(budget, routing, eviction))[0]
-            row += [f"{100 * got.miss_rate:.1f}%", f"{got.read_mib_per_token:.2f}", f"{100 * got.lost_mass:.2f}%"]
+            row += [f"{100 * got.miss_rate:.1f}%", f"{got.missed_mib_per_token:.2f}", f"{100 * got.lost_mass:.2f}%"]
         cells.append(row)
     return cells
 

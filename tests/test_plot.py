@@ -59,9 +59,9 @@ def test_every_format_is_read_alike(rows: list[simulate.Row], tmp_path: Path, en
 def test_the_tables_say_what_the_figures_draw(rows: list[simulate.Row], tmp_path: Path) -> None:
     path = write(rows, tmp_path / "r.json")
     frontier = figures.chart([path]).cells
-    assert frontier[0][3:5] == ["MiB/token", "lost router mass, %"] and len(frontier) == 1 + 15
-    read = [float(cells[3]) for cells in frontier[1:]]
-    assert read == sorted(read) and frontier[1][5] == "*"
+    assert frontier[0][3:5] == ["missed MiB/token", "lost router mass, %"] and len(frontier) == 1 + 15
+    missed = [float(cells[3]) for cells in frontier[1:]]
+    assert missed == sorted(missed) and frontier[1][5] == "*"
     misses = figures.chart([path], "misses").cells
     assert misses[0][2:] == ["6 experts", "12 experts", "18 experts"]
     belady, lru = (next(c for c in misses if c[:2] == ["original", e]) for e in ("belady", "lru"))
@@ -71,10 +71,10 @@ def test_the_tables_say_what_the_figures_draw(rows: list[simulate.Row], tmp_path
 def test_quality_is_the_best_measure_there_is(tmp_path: Path) -> None:
     base = {"eviction": "lru", "budget": "50%", "budget_experts": 8, "miss_rate": 0.1}
     rows = [
-        {**base, "routing": "original", "read_mib_per_token": 2.0, "ppl": 10.0, "delta_nll": 0.0},
-        {**base, "routing": "cache-prior:lambda=0.1", "read_mib_per_token": 1.0, "ppl": 10.1, "delta_nll": 0.01},
-        {**base, "routing": "max-rank:m=9", "read_mib_per_token": 1.5, "lost_mass": 0.5},
-        {**base, "routing": "original", "read_mib_per_token": 9.0, "n_gen": 0},  # a prompt, of bench
+        {**base, "routing": "original", "missed_mib_per_token": 2.0, "ppl": 10.0, "delta_nll": 0.0},
+        {**base, "routing": "cache-prior:lambda=0.1", "missed_mib_per_token": 1.0, "ppl": 10.1, "delta_nll": 0.01},
+        {**base, "routing": "max-rank:m=9", "missed_mib_per_token": 1.5, "lost_mass": 0.5},
+        {**base, "routing": "original", "missed_mib_per_token": 9.0, "n_gen": 0},  # a prompt
     ]
     (tmp_path / "r.json").write_text(json.dumps(rows))
     chart = figures.chart([tmp_path / "r.json"])
@@ -87,6 +87,25 @@ def test_quality_is_the_best_measure_there_is(tmp_path: Path) -> None:
         row.pop("delta_nll", None), row.pop("ppl", None), row.pop("lost_mass", None)
     (tmp_path / "b.json").write_text(json.dumps(rows))
     assert figures.chart([tmp_path / "b.json"]).cells[0] == ["routing", "eviction", "8 experts"]
+
+
+def test_missed_and_read_are_never_on_one_axis(rows: list[simulate.Row], tmp_path: Path) -> None:
+    missed = {"routing": "original", "budget_experts": 8, "miss_rate": 0.1, "missed_mib_per_token": 2.0, "lost_mass": 0.0}
+    read = {k: v for k, v in missed.items() if k != "missed_mib_per_token"} | {"read_mib_per_token": 2.5}
+    for name, row in (("missed", missed), ("read", read)):
+        (tmp_path / name).write_text(json.dumps([row]))
+        chart = figures.chart([tmp_path / name])
+        assert chart.cells[0][3] == f"{name} MiB/token"
+        if importlib.util.find_spec("matplotlib"):
+            from matplotlib.figure import Figure
+
+            figure = Figure()
+            chart.draw(figure)
+            assert figure.axes[0].get_xlabel() == f"MiB {name} per token"
+    for kind in ((), ("--kind", "frontier")):
+        refused = run(tmp_path / "missed", tmp_path / "read", *kind)
+        assert refused.exit_code == 2 and "plot them apart" in refused.stderr and refused.stderr.count("\n") == 1
+    assert run(tmp_path / "missed", tmp_path / "read", "--kind", "misses").exit_code == 0  # miss rates are the same thing in both
 
 
 def test_strategies_are_compared_at_the_same_speed(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_belady_is_the_offline_optimum(case: tuple[Trace, int]) -> None:
 
 
 def test_belady_needs_a_choice_that_the_cache_does_not_change() -> None:
-    with pytest.raises(UsageError, match="belady knows what will be needed only where the routing is `original`"):
+    with pytest.raises(UsageError, match="belady needs the future choices, which are known only with the routing `original`"):
         Replay(fed(False)).run(Arm("50%", parse("cache-prior:lambda=0.1"), "belady"))
     arms = simulate.arms(["50%"], [parse("original"), parse("cache-prior:lambda=0.1")], ["lru", "belady"])
     assert [(str(a.routing), a.eviction) for a in arms] == [
@@ -240,7 +240,7 @@ def test_the_figures_by_hand() -> None:
         records[t]["z"] = [0 if e == expert else -1 for e in range(4)]
     row = simulate.run(Trace(header(1, 4, 1), records, True), [Arm("2", parse("original"), "lru")])[0]
     assert (row.tokens, row.hits, row.misses, row.evictions) == (5, 1, 4, 2)
-    assert row.miss_rate == 0.8 and row.read_mib_per_token == 0.8  # an expert is 1 MiB
+    assert row.miss_rate == 0.8 and row.missed_mib_per_token == 0.8  # an expert is 1 MiB
     assert row.lifetime_tokens == (1 + 2 + 2 + 2 + 2) / 2
     lossy = simulate.run(Trace(header(1, 4, 1), records, True), [Arm("2", parse("max-rank:m=2:j=0"), "lru")])[0]
     # 0 runs (1, nobody cached); ranks 0 and 1 are {1, 0}: 0 is cached; 0; {2, 0}: 0; {1, 0}: 0

@@ -173,7 +173,19 @@ def _write(rows: list[Row], output: str) -> None:
 
 
 def _markdown(rows: list[Row]) -> str:
-    head = ["test", "budget", "routing", "eviction", "io", "tok/s", "vs lru", "miss", "swapped", "read MiB/tok", "device MiB/tok"]
+    head = [
+        "test",
+        "budget",
+        "routing",
+        "eviction",
+        "io",
+        "tok/s",
+        "vs lru",
+        "miss",
+        "swapped",
+        "read MiB/token",
+        "device MiB/token",
+    ]
     head += ["resident/budget MiB", "hook ms/tok"]
     floors = any(r.floor_share is not None for r in rows)
     head += ["floor tok/s", "of floor"] if floors else []

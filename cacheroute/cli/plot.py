@@ -22,7 +22,10 @@ def plot(
     layer: Annotated[int | None, typer.Option("--layer", help="Layer of residency. [default: one in the middle]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Draw a frontier, arms of bench, miss rates against budgets, the cache over time, or a heat map of layers and experts."""
+    """Draw a frontier, arms of bench, miss rates against budgets, the cache over time, or a heat map of layers and experts.
+
+    Bytes on an axis are those missed (simulate, eval, frontier) or those read from the device (bench): never both in one figure.
+    """
     if output:
         chart.check_path(output, force=force)
     figure = figures.chart(files, kind, layer)

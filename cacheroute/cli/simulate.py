@@ -29,14 +29,17 @@ def simulate(
         str,
         typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ALL)} (the offline optimum)."),
     ] = f"lru,{DEFAULT},belady",
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="A line for each layer, too.")] = False,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Add a line for each layer.")] = False,
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="Control: the tokens in random order, the same experts without locality.")
     ] = False,
     seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of --shuffle.")] = 0,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
 ) -> None:
-    """Replay a trace with other settings, by the code that runs live."""
+    """Replay a trace with other budgets, routings and evictions, by the router that runs live.
+
+    Nothing is read: misses are counted, and MiB are misses x bytes of an expert.
+    """
     if output != "csv":
         table.check(output)
     arms = simulator.arms(options.names(budget), strategies.parse_list(routing), options.names(eviction))
@@ -56,7 +59,10 @@ def simulate(
         )
     print("Open-loop: scores are the recorded ones, whatever is chosen.", file=sys.stderr)
     if any(arm.eviction == BELADY for arm in arms):
-        print("belady: on `original` alone: nobody can look ahead where the choice depends on the cache.", file=sys.stderr)
+        print(
+            "belady is shown with `original` only: it needs the future choices, which other routings make by the cache.",
+            file=sys.stderr,
+        )
     if output == "csv":
         writer = csv.DictWriter(sys.stdout, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
@@ -67,7 +73,7 @@ def simulate(
 
 def _cells(rows: list[Row]) -> list[list[str]]:
     layered = any(row.layer is not None for row in rows)
-    head = ["budget", "routing", "eviction", "miss", "MiB/token", "swapped", "dropped", "lost mass", "lifetime"]
+    head = ["budget", "routing", "eviction", "miss", "missed MiB/token", "swapped", "dropped", "lost mass", "lifetime"]
     cells = [head[:3] + ["layer"] * layered + head[3:]]
     for r in rows:
         layer = ["all" if r.layer is None else str(r.layer)] if layered else []
@@ -78,7 +84,7 @@ def _cells(rows: list[Row]) -> list[list[str]]:
                 r.eviction,
                 *layer,
                 f"{100 * r.miss_rate:.1f}%",
-                f"{r.read_mib_per_token:.3f}",
+                f"{r.missed_mib_per_token:.3f}",
                 f"{100 * r.swap_rate:.1f}%",
                 f"{100 * r.drop_rate:.1f}%",
                 f"{100 * r.lost_mass:.2f}%",

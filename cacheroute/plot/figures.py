@@ -28,16 +28,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = {
-    "frontier": "quality, or lost router mass, against MiB read per token",
+    "frontier": "quality, or lost router mass, against MiB missed or read per token",
     "speed": "quality against tok/s, and what each strategy loses at the same speed (of `frontier --io mmap`)",
     "bench": "tok/s of every arm with its spread and its floor, in groups of the same model, budget and reading (of bench)",
     "misses": "miss rate against the budget",
     "residency": "which experts of one layer are in the cache, token by token (of a trace)",
     "layers": "how often each expert of each layer runs (of a trace)",
 }
+_MIB_FIELDS = {"missed": "missed_mib_per_token", "read": "read_mib_per_token"}
 _MARKERS = "osD^vP*X"
 _SPEEDUPS = (1.25, 1.5, 2.0)  # over `original` at the same budget: where strategies are compared
-# What may stand on the quality axis, the best known first: field, label, how to read it off.
+# What may stand on the quality axis, the best known first: field, label, how to convert it.
 _QUALITY: tuple[tuple[str, str, Callable[[float], float]], ...] = (
     ("delta_nll", "perplexity increase, %", lambda d: 100 * math.expm1(d)),
     ("ppl", "perplexity", float),
@@ -47,7 +48,10 @@ _QUALITY: tuple[tuple[str, str, Callable[[float], float]], ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """What a figure takes from a row of results; None where the row does not have it."""
+    """What a figure takes from a row of results; None where the row does not have it.
+
+    `mib_per_token` are "read" from the device, or "missed" (misses x bytes of an expert), as `mib_kind` says.
+    """
 
     model: str
     routing: str
@@ -55,7 +59,8 @@ class Row:
     budget: str
     budget_experts: int
     miss_rate: float
-    read_mib_per_token: float
+    mib_per_token: float
+    mib_kind: str
     delta_nll: float | None = None
     ppl: float | None = None
     lost_mass: float | None = None
@@ -146,8 +151,8 @@ def _raw_rows(text: str) -> list[dict[str, Any]]:
 
 
 def _row(raw: dict[str, Any]) -> Row | None:
-    known = raw.get("routing") is not None and raw.get("read_mib_per_token") is not None
-    if not known or raw.get("layer") is not None or raw.get("n_gen") in (0, "0"):
+    kind = next((kind for kind, field in _MIB_FIELDS.items() if raw.get(field) is not None), "")
+    if not kind or raw.get("routing") is None or raw.get("layer") is not None or raw.get("n_gen") in (0, "0"):
         return None  # a header, a control of bench, one layer, a prompt
     values = {field: float(raw[field]) for field in (*(f for f, _, _ in _QUALITY), "ts") if raw.get(field) is not None}
     return Row(
@@ -157,7 +162,8 @@ def _row(raw: dict[str, Any]) -> Row | None:
         budget=str(raw.get("budget", "")),
         budget_experts=int(raw.get("budget_experts", 0)),
         miss_rate=float(raw.get("miss_rate", "nan")),
-        read_mib_per_token=float(raw["read_mib_per_token"]),
+        mib_per_token=float(raw[_MIB_FIELDS[kind]]),
+        mib_kind=kind,
         shuffled=str(raw.get("shuffled")) == "True",
         **values,
     )
@@ -183,14 +189,20 @@ def _qualities(rows: Sequence[Row]) -> tuple[list[tuple[Row, float]], str, str]:
 
 
 def _frontier(rows: Sequence[Row]) -> Chart:
+    kinds = {row.mib_kind for row in rows}
+    if len(kinds) > 1:
+        raise UsageError(
+            "Some rows have MiB missed (simulate, eval, frontier) and others MiB read from the device (bench); plot them apart."
+        )
+    kind = kinds.pop()
     points, label, note = _qualities(rows)
-    points.sort(key=lambda p: (p[0].read_mib_per_token, p[1]))
-    # nothing reads less and loses less
+    points.sort(key=lambda p: (p[0].mib_per_token, p[1]))
+    # no other row has fewer MiB and loses less
     best = {id(row) for i, (row, y) in enumerate(points) if all(y < before for _, before in points[:i])}
-    cells = [["budget", "routing", "eviction", "MiB/token", label, "best"]]
+    cells = [["budget", "routing", "eviction", f"{kind} MiB/token", label, "best"]]
     for row, y in points:
-        cells.append([row.budget, _name(row), row.eviction, f"{row.read_mib_per_token:.3f}", f"{y:.3f}", "*" * (id(row) in best)])
-    return Chart(cells, _curves([(row, row.read_mib_per_token, y) for row, y in points], "MiB read per token", label), note)
+        cells.append([row.budget, _name(row), row.eviction, f"{row.mib_per_token:.3f}", f"{y:.3f}", "*" * (id(row) in best)])
+    return Chart(cells, _curves([(row, row.mib_per_token, y) for row, y in points], f"MiB {kind} per token", label), note)
 
 
 def _speed(rows: Sequence[Row]) -> Chart:

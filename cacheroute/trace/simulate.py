@@ -1,7 +1,7 @@
 """Replays a trace through the C++ router: any budget, routing and eviction, without the model.
 
-Open-loop: the scores are the recorded ones, and stay so whatever is chosen; a lossy routing would have led the model elsewhere.
-Knows traces and the native router; knows no command line.
+Open-loop: the scores are the recorded ones whatever is chosen, while a lossy routing would have changed those of later layers
+and tokens. Nothing is read, so only misses are counted. Knows traces and the native router; knows no command line.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Row:
     """One line of a report, over the decoded tokens; names that `bench` has mean what they mean there.
 
     `layer` is llama.cpp's number, null for all layers together. `lost_mass` is the mean share of the top-K's router mass that
-    did not run; `lifetime_tokens` how long an expert stays in the cache: tokens x experts held per eviction, null without one.
+    did not run. `missed_mib_per_token` = misses x bytes of an expert. `lifetime_tokens` is how long an expert stays in the cache:
+    tokens x experts held per eviction, null without one.
     """
 
     model: str
@@ -63,25 +64,28 @@ class Row:
     swap_rate: float
     drop_rate: float
     lost_mass: float
-    read_mib_per_token: float
+    missed_mib_per_token: float
     lifetime_tokens: float | None
 
 
 @dataclass(frozen=True)
 class LayerEvents:
-    """The records of one layer in one sequence, as the native router takes them."""
+    """The records of one layer in one sequence, as the native router takes them.
+
+    [n, E] scores `z` and `mass` (half floats), [n] whether a token was decoded, [n, K] ids where the trace prescribes them.
+    """
 
     z: npt.NDArray[np.uint16]
     mass: npt.NDArray[np.uint16] | None
     decode: npt.NDArray[np.uint8]
-    dictated: npt.NDArray[np.int32] | None
+    prescribed: npt.NDArray[np.int32] | None
 
 
 class Replay:
-    """A trace, cut by sequence and layer once, to be replayed as often as wanted."""
+    """A trace, cut by sequence and layer once, to be replayed any number of times."""
 
     def __init__(self, trace: Trace, *, shuffle: int | None = None) -> None:
-        """`shuffle`: a seed by which the decoded tokens of each sequence change places: same skew, no locality."""
+        """`shuffle`: seed of a random order of the decoded tokens of each sequence: the same experts without locality."""
         self.header = trace.header
         self.shuffled = shuffle is not None
         self._rng = np.random.default_rng(shuffle)
@@ -98,13 +102,15 @@ class Replay:
         if arm.eviction not in evictions.ALL:
             raise UsageError(f"There is no eviction {arm.eviction!r}; there are {', '.join(evictions.ALL)}.")
         if arm.eviction == BELADY and arm.routing.lossy:
-            raise UsageError(f"belady knows what will be needed only where the routing is `original`, not {arm.routing}.")
+            raise UsageError(
+                f"belady needs the future choices, which are known only with the routing `original`, not {arm.routing}."
+            )
         with self._router(budget.capacity, arm.routing, arm.eviction) as router:
             for n, layers in enumerate(self.sequences):
                 router.reset()
                 for i, events in enumerate(layers):
-                    told = self._top(n, i) if arm.eviction == BELADY else events.dictated
-                    router.replay(i, replace(events, dictated=told), foresee=arm.eviction == BELADY)
+                    ids = self._top(n, i) if arm.eviction == BELADY else events.prescribed
+                    router.replay(i, replace(events, prescribed=ids), with_next_uses=arm.eviction == BELADY)
             chosen = range(len(h.layers)) if per_layer else ()
             return [self._row(router, arm, budget, i) for i in (-1, *chosen)]
 
@@ -131,13 +137,13 @@ class Replay:
             own = records[records["layer"] == layer]
             if self.shuffled:
                 own = own[np.argsort([place.get(t, -1) for t in own["token"].tolist()], kind="stable")]
-            dictated = own["flags"] & DICTATED > 0
+            prescribed = own["flags"] & DICTATED > 0
             layers.append(
                 LayerEvents(
                     z=np.ascontiguousarray(own["z"]).view(np.uint16),
                     mass=np.ascontiguousarray(own["mass"]).view(np.uint16) if "mass" in (own.dtype.names or ()) else None,
                     decode=(own["flags"] & DECODE).astype(np.uint8),
-                    dictated=np.where(dictated[:, None], own["ids"].astype(np.int32), -1) if dictated.any() else None,
+                    prescribed=np.where(prescribed[:, None], own["ids"].astype(np.int32), -1) if prescribed.any() else None,
                 )
             )
         return layers
@@ -146,7 +152,7 @@ class Replay:
         h, c = self.header, router.counters(layer)
         of = range(len(h.layers)) if layer < 0 else (layer,)
         tokens = router.counters(0 if layer < 0 else layer).tokens
-        read = sum(router.counters(i).misses * h.expert_bytes[i] for i in of)
+        missed = sum(router.counters(i).misses * h.expert_bytes[i] for i in of)
         return Row(
             model=h.model,
             routing=str(arm.routing),
@@ -166,13 +172,13 @@ class Replay:
             swap_rate=c.swapped / max(c.examined, 1),
             drop_rate=c.dropped / max(c.examined, 1),
             lost_mass=c.lost_mass / max(c.tokens, 1),
-            read_mib_per_token=read / MIB / max(tokens, 1),
+            missed_mib_per_token=missed / MIB / max(tokens, 1),
             lifetime_tokens=c.held / c.evictions if c.evictions else None,
         )
 
 
 def arms(budget: Sequence[str], routing: Sequence[Routing], eviction: Sequence[str]) -> list[Arm]:
-    """All combinations; belady stands once for each budget, with `original`."""
+    """All combinations; belady only once for each budget, with `original`."""
     found = []
     for b, r, e in itertools.product(budget, routing, eviction):
         arm = Arm(b, Routing("original") if e == BELADY else r, e)
@@ -201,8 +207,8 @@ def run(
 def next_uses(ids: npt.NDArray[np.int32], decode: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
     """[n, K]: the event in which each chosen expert is needed next.
 
-    What a prompt needs again counts as never: only misses of decoded tokens count, and a prompt reads for nothing. So belady
-    misses no more than any eviction, counted over decoded tokens.
+    A use in a prompt counts as never, as only misses of decoded tokens are counted. So belady misses no more than any other
+    eviction, over the decoded tokens.
     """
     n, k = ids.shape
     when = np.repeat(np.arange(n, dtype=np.int32), k)
@@ -243,10 +249,10 @@ class _Router:
         if self._policy:
             self._policy.reset()
 
-    def replay(self, layer: int, events: LayerEvents, *, foresee: bool = False) -> npt.NDArray[np.int32]:
-        """The ids chosen, [n, K]. `foresee`: all ids are dictated, and belady is told when they are needed next."""
+    def replay(self, layer: int, events: LayerEvents, *, with_next_uses: bool = False) -> npt.NDArray[np.int32]:
+        """The ids chosen, [n, K]. `with_next_uses`, for belady: all ids are prescribed, and so is when each is needed next."""
         ids = np.empty((len(events.z), self._shape.n_used), np.int32)
-        following = next_uses(events.dictated, events.decode) if foresee and events.dictated is not None else None
+        following = next_uses(events.prescribed, events.decode) if with_next_uses and events.prescribed is not None else None
         self._replay(layer, events, following, ids, None)
         return ids
 
@@ -258,7 +264,7 @@ class _Router:
         return np.unpackbits(bits, axis=1, count=n_expert, bitorder="little").view(np.bool_)
 
     def _replay(self, layer: int, events: LayerEvents, *more: npt.NDArray[Any] | None) -> None:
-        arrays = (events.z, events.mass, events.decode, events.dictated, *more)
+        arrays = (events.z, events.mass, events.decode, events.prescribed, *more)
         bindings.lib.cr_router_replay(self._handle, layer, len(events.z), *(_address(a) for a in arrays))
         if self._policy:
             self._policy.check()
