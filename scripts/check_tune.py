@@ -1,10 +1,10 @@
-"""Does `tune` keep its word on text that it has not seen? 20 times: tune on two thirds of the text, score the rest.
+"""Whether a routing that `tune` chose stays within its limit on unseen text: 20 times, tune on two thirds and score the rest.
 
     python scripts/check_tune.py                    demo model, 1%, budget 50%, per layer; exit code 1 if fewer than 19 of 20 hold
     python scripts/check_tune.py --uniform --limit 5000 --trials 5
 
 Each trial draws other chunks to be unseen. The chunks that price the layers are in no trial's unseen part. Scores are kept in the
-user's cache and shared by the trials, so it can be stopped and started.
+user's cache and shared by the trials, so it can be stopped and resumed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 
 from cacheroute.cli import options, table
 from cacheroute.errors import CacherouteError
-from cacheroute.evals import loading, paired, pricing, scorer, tune
+from cacheroute.evals import loading, pricing, scorer, tune
 from cacheroute.model import catalogue
+from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 
 UNSEEN = 1 / 3
@@ -45,51 +46,53 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     a = parse_arguments()
     source = loading.Source(a.file, chunk=a.chunk, limit=a.limit)
-    n_threads = options.threads(a.threads)
-    with scorer.session(
-        catalogue.resolve(a.model), source, n_threads, n_workers=a.workers or n_threads, budget=a.budget
-    ) as scores:
-        kept = check(scores, a)
-    sys.exit(0 if kept >= 0.95 * a.trials else 1)
+    n_workers = a.workers or options.threads(a.threads)
+    path = catalogue.resolve(a.model)
+    with scorer.session(path, source, threads=a.threads, n_workers=n_workers, evictions=[a.eviction]) as session:
+        within = check(session, a)
+    sys.exit(0 if within >= 0.95 * a.trials else 1)
 
 
-def check(scores: scorer.Scorer, a: argparse.Namespace) -> int:
-    """Prints the trials as a table; returns in how many the limit held."""
-    llm, chunks, capacity = scores.llm, scores.chunks, scores.llm.budget.capacity
+def check(session: scorer.Scorer, a: argparse.Namespace) -> int:
+    """Prints the trials as a table; returns how many stayed within the limit."""
+    chunks, capacity = session.chunks, budgets.parse(a.budget, session.llm.layout).capacity
     order = [int(i) for i in np.random.default_rng(1000).permutation(len(chunks))]
     n_priced = pricing.n_chunks(a.price_tokens, chunks)
     priced, rest = order[:n_priced], order[n_priced:]
-    costs: list[float] = []
-    rungs = tune.ladder("cache-prior", llm.layout)
-    if not a.uniform:
-        rungs, costs = pricing.rungs(scores, capacity, a.eviction, priced, a.price_groups)
-    limit = paired.nats(a.max_ppl_increase)
-    cells = [["trial", "chosen", "unseen tokens", "ppl change % [95%]", "MiB/token", "saved", f"within {a.max_ppl_increase:g}%"]]
-    kept = 0
+    limit = f"within {a.max_ppl_increase:g}%"
+    cells = [["trial", "chosen", "unseen tokens", "ppl change % [95%]", "missed MiB/token", "saved", limit]]
+    within = 0
     for trial in range(a.trials):
         drawn = [rest[i] for i in np.random.default_rng(trial).permutation(len(rest))]
         n_unseen = round(len(chunks) * UNSEEN)
         unseen, seen = drawn[:n_unseen], [*priced, *drawn[n_unseen:]]
         n_held_out = round(len(seen) * UNSEEN)
-        search = tune.Search(scores, capacity, a.eviction, limit, seen[:-n_held_out], seen[-n_held_out:], seed=trial)
-        outcome = search.run(rungs, tune.start_rung(costs, limit) if costs else None)
+        goal = tune.Goal(
+            budget=capacity,
+            eviction=a.eviction,
+            max_ppl_increase=a.max_ppl_increase,
+            uniform=a.uniform,
+            price_tokens=a.price_tokens,
+            price_groups=a.price_groups,
+            seed=trial,
+        )
+        search = tune.Search(session, goal, seen[:-n_held_out], seen[-n_held_out:])
+        outcome = search.tune()
         if not outcome.chosen:
-            kept += 1  # it said so, and nobody is given a setting that costs more
+            within += 1  # tune reports it, so no setting that costs more is used
             cells.append([str(trial), "nothing fits", "", "", "", "", "yes"])
             continue
         t = search.trial(outcome.chosen.routing, unseen, validates=True)
         d = t.difference
-        kept += t.passed
+        within += t.passed
         change = f"{d.ppl_increase:+.2f} [{table.signed(d.ppl_increase_low)}, {table.signed(d.ppl_increase_high)}]"
-        saved = f"{100 * (1 - t.read_mib_per_token / t.original_mib_per_token):.0f}%"
-        name = str(t.routing)
-        cells.append(
-            [str(trial), name, str(d.n_tokens), change, f"{t.read_mib_per_token:.2f}", saved, "yes" if t.passed else "no"]
-        )
+        saved = f"{100 * (1 - t.missed_mib_per_token / t.original_missed_mib_per_token):.0f}%"
+        missed = f"{t.missed_mib_per_token:.2f}"
+        cells.append([str(trial), str(t.routing), str(d.n_tokens), change, missed, saved, "yes" if t.passed else "no"])
         print(" | ".join(cells[-1]), file=sys.stderr, flush=True)
     print(table.as_markdown(cells))
-    print(f"\n{kept} of {a.trials} within {a.max_ppl_increase:g}% on text that took no part")
-    return kept
+    print(f"\n{within} of {a.trials} within {a.max_ppl_increase:g}% on unseen text")
+    return within
 
 
 if __name__ == "__main__":

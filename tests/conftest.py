@@ -40,3 +40,10 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "t.txt"
     path.write_text("the cat that was on the mat is with this and a hat it had for a while " * 40)
     return path
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, with no scores in it."""
+    monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -1,4 +1,4 @@
-"""frontier: the cells that eval perplexity gives, here or on workers; a results file goes on and mixes nothing."""
+"""frontier: the rows of eval perplexity, by one process, several or a cluster; a results file is resumed and mixes nothing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from cacheroute.evals import frontier
 from cacheroute.evals.results import ResultsFile
 from cacheroute.model import experts, gguf_file
 from cacheroute.plot import figures
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_cells_are_those_of_eval_perplexity(tiny: Path, prose: Path, tmp_path: Path) -> None:
+def test_rows_are_those_of_eval_perplexity(tiny: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(*settings(tiny, prose, tmp_path / "f.jsonl"))
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
@@ -48,6 +50,7 @@ def test_cells_are_those_of_eval_perplexity(tiny: Path, prose: Path, tmp_path: P
         *(("original", 3), ("original", 4)),
         *(("cache-prior:lambda=0.5", 3), ("cache-prior:lambda=0.5", 4), ("pruning:k=1", 3), ("pruning:k=1", 4)),
     ]
+    monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path / "other"))  # so that it is computed
     text = ("-f", prose, "--chunk", 32, "--limit", 60, "-t", 1, "-o", "json")
     one = json.loads(run("eval", "perplexity", "-m", tiny, *text, "--budget", "50%", "--routing", "pruning:k=1").stdout)
     assert stable([rows[-1]])[0].items() >= {**one[-1], "seconds": 0}.items()
@@ -56,13 +59,13 @@ def test_cells_are_those_of_eval_perplexity(tiny: Path, prose: Path, tmp_path: P
     assert len(figures.read_rows(tmp_path / "f.jsonl")) == 6
 
 
-def test_it_goes_on_and_never_mixes(tiny: Path, prose: Path, tmp_path: Path) -> None:
+def test_it_resumes_and_never_mixes(tiny: Path, prose: Path, tmp_path: Path) -> None:
     file = tmp_path / "f.jsonl"
     whole = json.loads(run(*settings(tiny, prose, file)).stdout)
     complete = file.read_bytes()
     file.write_bytes(b"".join(complete.splitlines(keepends=True)[:3]) + b'{"half": ')
     result = run(*settings(tiny, prose, file))
-    assert "has 2 cells of 6 already" in result.stderr
+    assert "has 2 of 6 rows already" in result.stderr
     assert stable(json.loads(result.stdout)) == stable(whole)
     for change, message in ((("--chunk", 16), "another chunks"), (("-f", Path(__file__)), "another text")):
         refused = run(*settings(tiny, prose, file), *change)
@@ -76,20 +79,23 @@ def test_it_goes_on_and_never_mixes(tiny: Path, prose: Path, tmp_path: Path) -> 
     assert file.read_bytes() == old
 
 
-def test_workers_give_the_same_cells(tiny: Path, prose: Path, tmp_path: Path) -> None:
+def test_workers_give_the_same_rows(tiny: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = json.loads(run(*settings(tiny, prose, tmp_path / "a.jsonl")).stdout)
-    result = run(*settings(tiny, prose, tmp_path / "b.jsonl"), "--workers", 2)
-    assert result.exit_code == 0, result.output
+    monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path / "other"))
+    result = run(*settings(tiny, prose, tmp_path / "b.jsonl"), "--workers", 2, "--io", "mmap")
+    assert result.exit_code == 0 and "in the cache" not in result.stderr, result.output
+    assert all(row["ts"] is None for row in json.loads(result.stdout))  # they did not have the machine to themselves
     assert stable(json.loads(result.stdout)) == stable(alone)
 
 
-def test_a_dask_cluster_gives_the_same_cells(tiny: Path, prose: Path, tmp_path: Path) -> None:
+def test_a_dask_cluster_gives_the_same_rows(tiny: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distributed = pytest.importorskip("distributed", reason="the extra `dask` is not installed")
     alone = json.loads(run(*settings(tiny, prose, tmp_path / "a.jsonl")).stdout)
+    monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path / "other"))
     # a process, not a thread: llama.cpp's model is not for two threads at once
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
         result = run(*settings(tiny, prose, tmp_path / "b.jsonl"), "--scheduler", cluster.scheduler_address)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and "in the cache" not in result.stderr, result.output
     assert stable(json.loads(result.stdout)) == stable(alone)
 
 

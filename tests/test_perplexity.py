@@ -86,8 +86,16 @@ def test_io_none_counts_what_mmap_reads(llm: Llama, chunks: list[Chunk]) -> None
     settings = {"routing": "cache-prior:lambda=0.3", "eviction": "score"}
     counted, read = (scored(llm, chunks[:2], io=io, **settings) for io in ("none", "mmap"))
     np.testing.assert_array_equal(nll(counted), nll(read))
-    assert [s.counters.misses for s in counted] == [s.counters.misses for s in read]
-    assert counted[0].read_bytes == read[0].read_bytes == counted[0].counters.misses * llm.layout.layers[0].expert_bytes
+    assert [s.misses for s in counted] == [s.misses for s in read]
+    assert counted[0].missed_bytes == read[0].missed_bytes == sum(counted[0].misses) * llm.layout.layers[0].expert_bytes
+
+
+def test_what_is_missed_is_not_what_is_asked_of_the_device(llm: Llama, chunks: list[Chunk]) -> None:
+    for io, reads in (("none", False), ("mmap", True)):
+        before = llm.stats().decode.read_bytes if llm.io == io else 0
+        missed = sum(s.missed_bytes for s in scored(llm, chunks[:1], io=io))
+        asked = llm.stats().decode.read_bytes - before
+        assert missed > 0 and (asked > missed if reads else asked == 0)  # whole pages are read, and none are counted
 
 
 def test_a_chunk_depends_on_nothing_before_it(llm: Llama, chunks: list[Chunk]) -> None:
@@ -96,7 +104,7 @@ def test_a_chunk_depends_on_nothing_before_it(llm: Llama, chunks: list[Chunk]) -
     alone = [scored(llm, [c], **settings)[0] for c in reversed(chunks)][::-1]
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_array_equal(a.nll, b.nll)
-        assert (a.read_bytes, a.counters.swapped) == (b.read_bytes, b.counters.swapped)
+        assert (a.missed_bytes, a.swapped) == (b.missed_bytes, b.swapped)
 
 
 def test_carry_keeps_the_cache(llm: Llama, chunks: list[Chunk]) -> None:
@@ -108,22 +116,28 @@ def test_carry_keeps_the_cache(llm: Llama, chunks: list[Chunk]) -> None:
 
 def test_the_policy_acts_on_every_scored_token(llm: Llama, chunks: list[Chunk]) -> None:
     s = scored(llm, chunks[:1], routing="cache-prior:lambda=1")[0]
-    assert s.counters.tokens == chunks[0].n_scored == len(s.nll) == CHUNK // 2 - 1
-    assert s.counters.swapped > 0 and sum(misses for misses, _ in s.layers) == s.counters.misses
+    decoded = llm.stats().decode
+    assert decoded.tokens == chunks[0].n_scored == len(s.nll) == s.n == CHUNK // 2 - 1
+    assert sum(s.swapped) == decoded.swapped > 0 and sum(s.misses) == decoded.misses
+    assert (s.selected, s.examined, s.dropped) == (decoded.hits + decoded.misses, decoded.examined, decoded.dropped)
+
+
+def test_nothing_of_a_score_is_rounded(llm: Llama, chunks: list[Chunk]) -> None:
+    log_p: list[float] = []
+    targets = iter(chunks[0].tokens[chunks[0].first + 1 :])
+    llm.configure(budget="25%", io="none")
+    s = next(score(llm, chunks[:1], watch=lambda row: log_p.append(float(row[next(targets)]))))
+    np.testing.assert_array_equal(s.nll, -np.array(log_p))
+    assert s.nll.dtype == np.float64 and s.nll_sum == -np.array(log_p).sum()
 
 
 def test_standard_error_is_llama_perplexitys() -> None:
     nll = np.array([1.0, 2.0, 4.0])
-    s = summary([ChunkScore(0, nll, _no_counters(), (), 0, 1.0)])
+    counts = {"selected": 0, "dropped": 0, "examined": 0, "misses": (), "swapped": (), "missed_bytes": 0}
+    s = summary([ChunkScore(chunk=0, nll32=nll.astype("<f4").tobytes(), seconds=1.0, **counts)])  # type: ignore[arg-type]
     mean = nll.mean()
     assert s.ppl == pytest.approx(np.exp(mean))
     assert s.ppl_se == pytest.approx(np.exp(mean) * np.sqrt(((nll**2).mean() - mean**2) / 2))
-
-
-def _no_counters() -> Any:
-    from cacheroute.engine.stats import Counters
-
-    return Counters()
 
 
 # ---- text ------------------------------------------------------------------------------------------
@@ -184,6 +198,7 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["eval", "perplexity", *map(str, arguments)])
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_the_command_pairs_with_original(tiny: Path, prose: Path) -> None:
     arguments = ("-m", tiny, "-f", prose, "--chunk", CHUNK, "--limit", 60, "-t", 1, "--budget", "25%,all", "-o", "json")
     result = run(*arguments, "--routing", "cache-prior:lambda=1")
@@ -200,11 +215,12 @@ def test_the_command_pairs_with_original(tiny: Path, prose: Path) -> None:
     assert lossy["delta_nll_low"] < lossy["delta_nll"] < lossy["delta_nll_high"]
     assert lossy["ppl"] == pytest.approx(first["ppl"] * (1 + lossy["ppl_increase"] / 100))
     assert lossy["miss_rate"] < first["miss_rate"] and lossy["swap_rate"] > 0
-    assert no_misses["read_mib_per_token"] < first["read_mib_per_token"]
+    assert no_misses["missed_mib_per_token"] < first["missed_mib_per_token"]
     again = json.loads(run(*arguments, "--routing", "cache-prior:lambda=1").stdout)
     assert [r | {"seconds": 0} for r in again] == [r | {"seconds": 0} for r in rows]
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_the_table(tiny: Path, prose: Path) -> None:
     result = run("-m", tiny, "-f", prose, "--chunk", CHUNK, "--limit", 20, "-t", 1, "--routing", "pruning:k=3")
     assert result.exit_code == 0, result.output
@@ -212,6 +228,7 @@ def test_the_table(tiny: Path, prose: Path) -> None:
     assert "1 chunks are few" in result.stderr
 
 
+@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -223,6 +240,7 @@ def test_the_table(tiny: Path, prose: Path) -> None:
         (("-o", "xml"), "There is no output 'xml'"),
         (("-f", "/nonexistent/text"), "cannot be read"),
         (("--io", "tape"), "There is no io 'tape'"),
+        (("--carry", "--workers", 2), "leave --workers out"),
     ],
 )
 def test_bad_input_is_one_sentence(tiny: Path, prose: Path, arguments: tuple[object, ...], message: str) -> None:

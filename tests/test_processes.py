@@ -1,4 +1,4 @@
-"""Processes that compute cells: they begin as asked, and none is left when nobody waits for it."""
+"""Processes that compute cells: unbegun work is cancelled, and they end with their parent."""
 
 from __future__ import annotations
 
@@ -33,18 +33,7 @@ def alive(pid: int) -> bool:
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def begun(path: Path) -> None:
-    with path.open("a") as f:
-        f.write("begun\n")
-
-
-def test_each_begins_once(tmp_path: Path) -> None:
-    with processes.pool(2, begun, tmp_path / "log") as pool:
-        assert [pool.submit(abs, -i).result() for i in range(4)] == [0, 1, 2, 3]
-    assert 1 <= len((tmp_path / "log").read_text().split()) <= 2
-
-
-def test_work_that_has_not_begun_is_left() -> None:
+def test_work_that_has_not_begun_is_cancelled() -> None:
     with processes.pool(1) as pool:
         futures = [pool.submit(time.sleep, 0.5) for _ in range(20)]
         futures[0].result()

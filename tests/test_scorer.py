@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import tiny_models
 from cacheroute import Llama
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading
-from cacheroute.evals.scorer import Ask, Runner
+from cacheroute.evals.runner import Job, Request, Runner
 from cacheroute.evals.text import Chunk
 from cacheroute.routing.strategies import Routing, parse
 
@@ -31,20 +32,24 @@ def chunks(llm: Llama) -> list[Chunk]:
 
 
 HELD = Routing("cache-prior", layers=tuple(Routing("cache-prior", {"lambda": 0.4, "experts": float(n)}) for n in (5, 11)))
-ASKS = [
-    Ask(parse(routing), budget, eviction, chunk, kl)
+REQUESTS = [
+    Request(parse(routing), budget, eviction, chunk, kl)
     for chunk in (0, 1, 0, 2)
     for budget, eviction in ((8, "lru"), (8, "soft-lfu"), (12, "soft-lfu"))
     for routing, kl in (("original", False), ("cache-prior:lambda=0.4", True), ("pruning:k=2", False), ("drop-cold:f=0.5", False))
-] + [Ask(HELD, budget, "lru", 0) for budget in (8, 12)]
+] + [Request(HELD, budget, "lru", 0) for budget in (8, 12)]
+
+
+def job(io: str) -> Job:
+    return Job(Path(), "", 64, 1, io)
 
 
 @pytest.mark.parametrize("io", ["none", "mmap"])
 def test_a_kept_prompt_changes_no_bit(llm: Llama, chunks: list[Chunk], io: str) -> None:
-    evaluated = Runner(llm, chunks, io, room=0)
-    kept = Runner(llm, chunks, io, room=1 << 30)
-    expected = [evaluated.run(ask) for ask in ASKS]
-    assert [replace(kept.run(ask), seconds=0) for ask in ASKS] == [replace(cell, seconds=0) for cell in expected]
+    evaluated, kept = (Runner(llm, job(io), room=room) for room in (0, 1 << 30))
+    expected = [evaluated.run(request, chunks[request.chunk]) for request in REQUESTS]
+    found = [kept.run(request, chunks[request.chunk]) for request in REQUESTS]
+    assert [replace(cell, seconds=0) for cell in found] == [replace(cell, seconds=0) for cell in expected]
 
 
 def test_it_evaluates_a_prompt_once_and_keeps_no_more_than_fits(
@@ -59,12 +64,12 @@ def test_it_evaluates_a_prompt_once_and_keeps_no_more_than_fits(
 
     monkeypatch.setattr(llm, "eval", count)
     for room, per_round in ((1 << 30, 0), (1, 2), (0, 3)):
-        runner = Runner(llm, chunks, "none", room)
+        runner = Runner(llm, job("none"), room)
         for _ in range(2):
             prompts.clear()
             for chunk in range(3):
                 for routing in ("pruning:k=2", "pruning:k=3"):
-                    runner.run(Ask(parse(routing), 8, "lru", chunk))
+                    runner.run(Request(parse(routing), 8, "lru", chunk), chunks[chunk])
         assert len(prompts) == (2 * per_round)
 
 

@@ -1,10 +1,11 @@
-"""tune: finds the rung that a known cost curve has, resumes, refuses to mix, and hands its profile to generate and bench."""
+"""tune: finds the rung that a known cost curve has, resumes, and writes a routing that generate and bench use."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,18 +20,31 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cacheroute.cli import app
-from cacheroute.errors import UsageError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import loading, paired, pricing, tune
+from cacheroute.evals.processes import pool
 from cacheroute.evals.results import ResultsFile
-from cacheroute.evals.scorer import Ask, Cell, Runner, Scorer, key, workers
+from cacheroute.evals.runner import Cell, Job, Request, Runner, routing_key
+from cacheroute.evals.scorer import Scorer
+from cacheroute.evals.text import Chunk
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.routing import tuned
 from cacheroute.routing.eviction import DEFAULT
-from cacheroute.routing.strategies import Routing
+from cacheroute.routing.strategies import Routing, parse
 
 Array = npt.NDArray[np.float64]
 
 N = 100  # tokens of a chunk
+POLICY = """
+class LastFour:
+    def __init__(self, n_layers, n_expert, n_used):
+        self.calls = 0
+    def reset(self):
+        self.calls = 0
+    def choose(self, layer, z, mass, resident):
+        self.calls += 1
+        return list(range(28, 32)) if self.calls % 3 else list(z.argsort()[::-1][:4])
+"""
 
 
 class CurveScorer:
@@ -39,7 +53,7 @@ class CurveScorer:
     def __init__(self, slope: float, noise: float, seed: int = 0) -> None:
         self.slope, self.noise, self.seed, self.asked = slope, noise, seed, set[tuple[str, int]]()
 
-    def ahead(self, asks: list[Ask]) -> None:
+    def submit_next(self, requests: list[Request]) -> None:
         pass
 
     def cell(self, routing: Routing, budget: int, eviction: str, chunk: int) -> Cell:
@@ -47,12 +61,24 @@ class CurveScorer:
         x = routing.parameters.get("lambda", 0.0)
         rng = np.random.default_rng([self.seed, chunk])
         nll = rng.normal(3, 0.5) + (self.slope + rng.normal(0, self.noise)) * x
-        return Cell(str(routing), budget, eviction, chunk, N, N * nll, None, N, (round(N * (1 - x)),), (0,), 2**20, 0.0)
+        return Cell(
+            chunk=chunk,
+            nll32=np.full(N, nll, "<f4").tobytes(),
+            selected=N,
+            dropped=0,
+            examined=N,
+            misses=(round(N * (1 - x)),),
+            swapped=(0,),
+            missed_bytes=2**20,
+            seconds=0.0,
+            routing=str(routing),
+            budget=budget,
+            eviction=eviction,
+        )
 
 
 def search(scorer: CurveScorer, limit: float, n_chunks: int = 60, seed: int = 0) -> tune.Search:
-    fit, held_out = tune.split(n_chunks, seed)
-    return tune.Search(scorer, 16, "lru", paired.nats(limit), fit, held_out, seed)  # type: ignore[arg-type]
+    return tune.Search(scorer, tune.Goal(16, "lru", limit, seed=seed), *tune.split(n_chunks, seed))  # type: ignore[arg-type]
 
 
 RUNGS = [Routing("cache-prior", {"lambda": x}) for x in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)]
@@ -154,7 +180,7 @@ def test_a_dear_layer_gets_less_lambda() -> None:
         rung.routing().check(32, 8)
     assert any(r.lambdas[0] > r.lambdas[2] for r in rungs)
     for a, b in itertools.pairwise(rungs):
-        assert a.cost < b.cost and a.read_mib > b.read_mib
+        assert a.cost < b.cost and a.missed_mib > b.missed_mib
 
 
 def test_equal_layers_get_equal_lambdas() -> None:
@@ -219,7 +245,8 @@ def test_groups_cover_all_layers() -> None:
 @pytest.fixture
 def scorer(tiny: Path, prose: Path, tmp_path: Path) -> Iterator[Scorer]:
     llm = loading.load(tiny, 32, 1)
-    yield Scorer(llm, loading.chunks(llm, loading.Source(prose, chunk=32)), "none", ResultsFile(tmp_path / "r.jsonl", {"a": 1}))
+    chunks = loading.chunks(llm, loading.Source(prose, chunk=32))
+    yield Scorer(llm, chunks, Job(tiny, "prose", 32, 1, "none"), ResultsFile(tmp_path / "r.jsonl", {"a": 1}))
     llm.close()
 
 
@@ -241,21 +268,30 @@ def test_kl_of_original_is_nothing(scorer: Scorer) -> None:
     assert (scorer.cell(Routing("pruning", {"k": 1}), 8, "lru", 0, kl=True).kl or 0) > 0.1
 
 
-def test_a_pool_scores_what_one_process_scores(scorer: Scorer, tiny: Path) -> None:
-    asks = [Ask(r, 8, "lru", i, kl) for i in (0, 1) for r in (Routing("original"), RUNGS[6]) for kl in (False, True)]
-    alone = [scorer.cell(*ask[:4], kl=ask.kl) for ask in asks]
-    with workers(2, tiny, scorer.chunks, 1, "none") as pool:
-        pooled = Scorer(scorer.llm, scorer.chunks, "none", pool=pool)
-        pooled.ahead([Ask(RUNGS[7], 8, "lru", i) for i in (0, 1)])  # nobody asks for those in the end
-        pooled.ahead(asks[:-1])
-        for ask, cell in zip(asks, alone, strict=True):
-            assert replace(pooled.cell(*ask[:4], kl=ask.kl), seconds=cell.seconds) == cell
+def test_a_pool_scores_what_one_process_scores(scorer: Scorer) -> None:
+    requests = [Request(r, 8, "lru", i, kl) for i in (0, 1) for r in (Routing("original"), RUNGS[6]) for kl in (False, True)]
+    alone = [scorer.cell(*request[:4], kl=request.kl) for request in requests]
+    with pool(2) as executor:
+        pooled = Scorer(scorer.llm, scorer.chunks, scorer.job, executor=executor)
+        pooled.submit_next([Request(RUNGS[7], 8, "lru", i) for i in (0, 1)])  # submitted and never used
+        pooled.submit_next(requests[:-1])
+        for request, cell in zip(requests, alone, strict=True):
+            assert replace(pooled.cell(*request[:4], kl=request.kl), seconds=cell.seconds) == cell
+
+
+def test_a_process_that_ends_is_one_sentence(scorer: Scorer) -> None:
+    with pool(1) as executor:
+        pooled = Scorer(scorer.llm, scorer.chunks, scorer.job, executor=executor)
+        executor.submit(os._exit, 1)
+        with pytest.raises(CacherouteError, match="A process that scores has ended"):
+            pooled.cell(RUNGS[0], 8, "lru", 0)
 
 
 def test_a_score_is_computed_once(scorer: Scorer, tmp_path: Path) -> None:
     cell = scorer.cell(RUNGS[5], 8, "lru", 1)
     path = tmp_path / "r.jsonl"
-    again = Scorer(scorer.llm, scorer.chunks, "none", ResultsFile(path, {"a": 1}), after=lambda cell: pytest.fail("computed"))
+    again = Scorer(scorer.llm, scorer.chunks, scorer.job, ResultsFile(path, {"a": 1}))
+    again.after = lambda cell: pytest.fail("computed")
     assert again.cell(RUNGS[5], 8, "lru", 1) == cell
     path.write_bytes(path.read_bytes()[:-5])  # cut short while it was written
     assert ResultsFile(path, {"a": 1}).lines == []
@@ -266,9 +302,53 @@ def test_a_score_is_computed_once(scorer: Scorer, tmp_path: Path) -> None:
         ResultsFile(path, {"a": 1})
 
 
-def test_a_profile_is_told_by_its_values() -> None:
+def test_a_speed_is_of_its_own_conditions(scorer: Scorer, tmp_path: Path) -> None:
+    scorer.cell(RUNGS[5], 8, "lru", 0, kl=True)
+    untimed = scorer.cell(RUNGS[5], 8, "lru", 0)
+    computed: list[str] = []
+    for timing in ("mmap, 1 threads", "mmap, 2 threads", "mmap, 1 threads", ""):
+        results = ResultsFile(tmp_path / "r.jsonl", {"a": 1})
+        session = Scorer(scorer.llm, scorer.chunks, replace(scorer.job, io="mmap", timing=timing), results)
+        session.after = lambda cell: computed.append(cell.timing)
+        cell = session.cell(RUNGS[5], 8, "lru", 0)
+        assert (cell.nll32, cell.misses) == (untimed.nll32, untimed.misses) and cell.timing == (timing or untimed.timing)
+    assert computed == ["mmap, 1 threads", "mmap, 2 threads"]
+    assert session.cell(RUNGS[5], 8, "lru", 0, kl=True).kl  # still kept
+
+
+def test_a_policy_in_python_is_not_kept(scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code may change under the same name, and no checkpoint has its state."""
+    (tmp_path / "own_policy.py").write_text(POLICY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    routing = parse("python:own_policy:LastFour")
+    cells = [scorer.cell(routing, 8, "lru", i) for i in (0, 0, 1)]
+    assert cells[0] == cells[1] and cells[0].kl is None
+    fresh = Scorer(scorer.llm, scorer.chunks, scorer.job)
+    assert replace(fresh.cell(routing, 8, "lru", 1), seconds=cells[2].seconds) == cells[2]
+    assert ResultsFile(tmp_path / "r.jsonl", {"a": 1}).lines == []
+
+
+def test_chunks_are_traced_and_priced_once(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[int] = []
+    trace = Runner.trace
+
+    def count(self: Runner, chunks: Sequence[Chunk]) -> Any:
+        traced.extend(chunk.index for chunk in chunks)
+        return trace(self, chunks)
+
+    monkeypatch.setattr(Runner, "trace", count)
+    first = pricing.candidates(scorer, 8, "lru", [0, 1], 1)
+    assert pricing.candidates(scorer, 8, "lru", [0, 1], 1) is first
+    pricing.candidates(scorer, 16, "soft-lfu", [0, 1], 1)  # another budget and eviction, the same trace
+    assert traced == [0, 1]
+
+
+def test_a_routing_is_known_by_its_values() -> None:
     one, two = (Routing("cache-prior", layers=(Routing("cache-prior", {"lambda": x}),), text="tuned") for x in (0.1, 0.2))
-    assert str(one) == str(two) and key(one) != key(two)
+    assert str(one) == str(two) and routing_key(one) != routing_key(two)
+    close = [Routing("cache-prior", {"lambda": x}) for x in (0.12345671, 0.12345674)]
+    assert str(close[0]) == str(close[1]) and routing_key(close[0]) != routing_key(close[1])
+    assert routing_key(Routing("max-rank", {"m": 6.0, "j": 1.0})) == routing_key(Routing("max-rank", {"j": 1.0, "m": 6.0}))
 
 
 # ---- the command -----------------------------------------------------------------------------------
@@ -299,24 +379,25 @@ def test_tuned_is_picked_up(cache: Path, tiny: Path, prose: Path, form: tuple[ob
     assert report["profile"] == str(tuned.path(tiny, 8))
     last = report["trials"][-1]
     assert last["part"] == "held out" and last["ppl_increase"] <= 40
+    assert 0 < last["missed_mib_per_token"] < last["original_missed_mib_per_token"]
     saved = tuned.load(Path(report["profile"]))
     assert saved.notes["eviction"] == DEFAULT and len(saved.parameters) == 2
     used = run("generate", "-m", tiny, "-p", "the", "-n", 3, "--routing", "tuned", "--budget", "25%", "--raw", "-o", "json")
     assert used.exit_code == 0, used.output
-    assert "profile:" in used.stderr
+    assert "tuned:" in used.stderr
     few = ("-p", 8, "-n", 4, "-r", 1, "-t", 1, "-o", "json")
     bench = run("bench", "-m", tiny, *few, "--budget", "25%", "--routing", "original,tuned")
     assert bench.exit_code == 0, bench.output
-    assert [(r["eviction"], r["routing"][:8]) for r in json.loads(bench.stdout) if r["n_gen"]] == [
+    assert [(r["eviction"], r["routing"].partition(":")[0]) for r in json.loads(bench.stdout) if r["n_gen"]] == [
         ("lru", "original"),
         (DEFAULT, "original"),
-        (DEFAULT, "profile:"),
+        (DEFAULT, "tuned"),
     ]
     other_budget = run("generate", "-m", tiny, "-p", "the", "-n", 1, "--routing", "tuned", "--budget", "50%", "--raw")
     assert other_budget.exit_code == 2 and "Nothing is tuned for tiny qwen3moe" in other_budget.stderr
 
 
-def test_an_interrupted_search_goes_on(cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_search_resumes(cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = json.loads(run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40")).stdout)
     monkeypatch.setenv("CACHEROUTE_CACHE", str(cache / "other"))
     append, count = ResultsFile.append, 0
@@ -330,18 +411,18 @@ def test_an_interrupted_search_goes_on(cache: Path, tiny: Path, prose: Path, mon
 
     monkeypatch.setattr(ResultsFile, "append", interrupted)
     stopped = run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40"))
-    assert stopped.exit_code == 130 and "run the same command to go on" in stopped.stderr
+    assert stopped.exit_code == 130 and "run the same command to resume" in stopped.stderr
     resumed = run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40"))
-    assert "19 scores of an earlier run are used again" in resumed.stderr
+    assert "19 scores of earlier runs are used again" in resumed.stderr
     assert json.loads(resumed.stdout) | {"profile": ""} == whole | {"profile": ""}
 
 
-def test_it_says_when_nothing_fits(cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_fits_is_reported(cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_one = Runner.run
 
-    def worse(self: Runner, ask: Ask) -> Cell:  # a random model may gain by a loss
-        cell = run_one(self, ask)
-        return replace(cell, nll=cell.nll + (cell.n if ask.routing.lossy else 0))
+    def worse(self: Runner, request: Request, chunk: Chunk) -> Cell:  # a random model may gain by a loss
+        cell = run_one(self, request, chunk)
+        return replace(cell, nll32=(cell.nll + request.routing.lossy).astype("<f4").tobytes())
 
     monkeypatch.setattr(Runner, "run", worse)
     result = run(*settings(tiny, prose, "--uniform", "--strategy", "max-rank", "--limit", 90, "--max-ppl-increase", "0.01%"))

@@ -18,14 +18,16 @@ import typer.core
 from cacheroute.cli import options, progress, table
 from cacheroute.errors import UsageError
 from cacheroute.evals import paired
-from cacheroute.evals.rows import Arm, PerplexityRow, perplexity_row
+from cacheroute.evals.perplexity import missed_bytes
+from cacheroute.evals.rows import Arm, PerplexityRow, arm, perplexity_row
 from cacheroute.files import MIB
 from cacheroute.routing import strategies
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
-    from cacheroute.evals.perplexity import ChunkScore
+    from cacheroute.evals.runner import Cell
+    from cacheroute.evals.scorer import Scorer
 
 TextOption = Annotated[
     Path | None,
@@ -37,7 +39,11 @@ StrideOption = Annotated[
     int | None, typer.Option("--stride", min=1, help="Tokens from one chunk's beginning to the next one's. [default: --chunk]")
 ]
 IoOption = Annotated[
-    str | None, typer.Option("--io", help="How misses are read; none: only counted. [default: none if the model fits memory]")
+    str | None,
+    typer.Option(
+        "--io",
+        help="How misses are read: mmap, direct, auto; none: they are only counted. [default: none if the model fits memory]",
+    ),
 ]
 
 
@@ -53,50 +59,62 @@ def perplexity(
     chunk: ChunkOption = 1024,
     stride: StrideOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score about this many tokens. [default: all]")] = None,
-    carry: Annotated[bool, typer.Option("--carry", help="Keep the cache and the running ranges from chunk to chunk.")] = False,
+    carry: Annotated[
+        bool,
+        typer.Option("--carry", help="Keep the expert cache and the running ranges from chunk to chunk; always scored anew."),
+    ] = False,
     seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the bootstrap.")] = 0,
+    workers: options.WorkersOption = 1,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md, json or jsonl.")] = "md",
 ) -> None:
-    """Perplexity of a text, stepped: one token per decode, as a policy acts on decoded tokens only.
+    """Perplexity of a text, one token per decode, as a routing acts on decoded tokens only.
 
     Chunks are cut and scored as llama-perplexity does: the second half of each. All routings score the same tokens, and
     differences to `original` are paired, with a 95% interval from resampled chunks. There is no batched mode: a prompt is
-    routed by `original`, so a batched figure is `original`'s.
+    routed by `original`, so a batched figure would be that of `original`.
+
+    Scores are kept in the cache folder and shared with `tune` and `frontier`: what is known is not computed again.
     """
     table.check(output)
-    from cacheroute.evals import loading
-    from cacheroute.evals.perplexity import score
-    from cacheroute.model import catalogue
+    if carry and workers > 1:
+        raise UsageError("--carry scores the chunks one after the other; leave --workers out.")
+    from cacheroute.evals import loading, scorer
+    from cacheroute.model import catalogue, experts, gguf_file
 
     path = catalogue.resolve(model)
+    layout = experts.layout(gguf_file.read(path))
     source = loading.Source(file, column, chunk, stride, limit)
-    with closing(loading.load(path, chunk, options.threads(threads))) as llm:
-        io = io or loading.default_io(llm.layout)
-        arms = [
-            (b, r, e) for b, e in itertools.product(options.names(budget), options.names(eviction)) for r in _routings(routing)
-        ]
-        if not arms:
-            raise UsageError("There is nothing to score; give at least one budget and eviction.")
-        for b, r, e in arms:  # all settings are checked before the first run
-            llm.configure(budget=b, routing=r, eviction=e, io=io)
-        chunks = loading.chunks(llm, source)
-        if len(chunks) < paired.FEW_BLOCKS:
-            print(f"{len(chunks)} chunks are few for an interval; take it as rough", file=sys.stderr)
-        rows: list[PerplexityRow] = []
-        base: list[ChunkScore] = []
-        with progress.bar("scoring", len(arms) * sum(c.n_scored for c in chunks)) as advance:
-            for b, r, e in arms:
-                llm.configure(budget=b, routing=r, eviction=e, io=io)
-                scores = []
-                for s in score(llm, chunks, carry=carry):
-                    scores.append(s)
-                    advance(len(s.nll), f"{r} {b}")
-                base = scores if r == "original" else base
-                arm = Arm(r, e, b, llm.budget.capacity)
-                rows.append(perplexity_row(llm.layout.model or path.name, source, arm, base, scores, carry=carry, seed=seed))
+    names = (options.names(budget), options.names(eviction), _routings(routing))
+    arms = [arm(layout, r, e, b) for b, e, r in itertools.product(*names)]
+    if not arms:
+        raise UsageError("There is nothing to score; give at least one budget and eviction.")
+    with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=names[1]) as session:
+        if len(session.chunks) < paired.FEW_BLOCKS:
+            print(f"{len(session.chunks)} chunks are few; take the interval as rough", file=sys.stderr)
+        cells = _carried(session, arms) if carry else _scored(session, arms)
+    rows: list[PerplexityRow] = []
+    base: list[float] = []
+    for own, scores in zip(arms, cells, strict=True):
+        base = [c.nll_sum for c in scores] if own.routing == "original" else base
+        rows.append(perplexity_row(layout.model or path.name, source, own, base, scores, carry=carry, seed=seed))
     table.write(rows, output, perplexity_cells(rows))
+
+
+def _scored(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
+    requests = [arm.requests(len(session.chunks)) for arm in arms]
+    every = [request for own in requests for request in own]
+    with progress.bar("scoring", progress.to_compute(session, every)) as advance:
+        session.after = lambda cell: advance(cell.n, f"{cell.routing} {cell.budget} experts")
+        session.submit_next(every)
+        return [[session.cell(*request[:4]) for request in own] for own in requests]
+
+
+def _carried(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
+    with progress.bar("scoring", len(arms) * sum(c.n_scored for c in session.chunks)) as advance:
+        session.after = lambda cell: advance(cell.n, f"{cell.routing} {cell.budget} experts")
+        return [session.carried(*arm.requests(1)[0][:3]) for arm in arms]
 
 
 def _routings(text: str) -> list[str]:
@@ -115,7 +133,7 @@ def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
         "ppl change % [95%]",
         "miss",
         "swapped",
-        "MiB/tok",
+        "missed MiB/token",
         "tokens",
     ]
     cells = [head]
@@ -131,7 +149,7 @@ def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
                 change,
                 f"{100 * r.miss_rate:.1f}%",
                 f"{100 * r.swap_rate:.1f}%",
-                f"{r.read_mib_per_token:.2f}",
+                f"{r.missed_mib_per_token:.2f}",
                 str(r.n_tokens),
             ]
         )
@@ -144,7 +162,10 @@ def _interval(value: float, low: float | None, high: float | None, digits: int) 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One figure of one task with one routing; `stderr` null where lm-evaluation-harness has none."""
+    """One figure of one task with one routing; `stderr` null where lm-evaluation-harness has none.
+
+    `missed_mib_per_token` = misses x bytes of an expert, per decoded token.
+    """
 
     model: str
     task: str
@@ -157,7 +178,7 @@ class TaskRow:
     budget_experts: int
     miss_rate: float
     swap_rate: float
-    read_mib_per_token: float
+    missed_mib_per_token: float
     truncated: int
     seconds: float
 
@@ -224,7 +245,7 @@ def _task_rows(
     if note := truncation_note(scorer):
         print(note, file=sys.stderr)
     c = llm.stats().decode
-    reads = sum(x.misses * layer.expert_bytes for x, layer in zip(llm.decoded_by_layer(), llm.layout.layers, strict=False))
+    missed = missed_bytes((x.misses for x in llm.decoded_by_layer()), llm.layout)
     rows = [
         TaskRow(
             model=llm.layout.model or file,
@@ -238,7 +259,7 @@ def _task_rows(
             budget_experts=llm.budget.capacity,
             miss_rate=c.miss_rate,
             swap_rate=c.swap_rate,
-            read_mib_per_token=reads / MIB / max(c.tokens, 1),
+            missed_mib_per_token=missed / MIB / max(c.tokens, 1),
             truncated=scorer.truncated,
             seconds=time.monotonic() - start,
         )
@@ -248,10 +269,10 @@ def _task_rows(
 
 
 def _task_cells(rows: list[TaskRow]) -> list[list[str]]:
-    cells = [["task", "metric", "value", "budget", "routing", "eviction", "miss", "swapped", "MiB/tok"]]
+    cells = [["task", "metric", "value", "budget", "routing", "eviction", "miss", "swapped", "missed MiB/token"]]
     for r in rows:
         value = f"{r.value:.4f}" + ("" if r.stderr is None else f" ± {r.stderr:.4f}")
-        shares = [f"{100 * r.miss_rate:.1f}%", f"{100 * r.swap_rate:.1f}%", f"{r.read_mib_per_token:.2f}"]
+        shares = [f"{100 * r.miss_rate:.1f}%", f"{100 * r.swap_rate:.1f}%", f"{r.missed_mib_per_token:.2f}"]
         cells.append([r.task, r.metric, value, f"{r.budget} ({r.budget_experts})", r.routing, r.eviction, *shares])
     return cells
 

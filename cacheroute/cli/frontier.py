@@ -1,9 +1,8 @@
-"""`cacheroute frontier`: quality against bytes read, for every strategy, in one file that can be gone on with."""
+"""`cacheroute frontier`: quality against bytes missed, for every strategy, in one file that can be resumed."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +16,7 @@ from cacheroute.routing.eviction import DEFAULT
 
 
 def frontier(
-    results: Annotated[Path, typer.Argument(metavar="FILE", help="The results, JSON lines; an unfinished file is gone on with.")],
+    results: Annotated[Path, typer.Argument(metavar="FILE", help="The results, JSON lines; an unfinished file is resumed.")],
     model: options.ModelOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
@@ -29,10 +28,15 @@ def frontier(
     eviction: options.EvictionsOption = DEFAULT,
     chunk: ChunkOption = 1024,
     stride: StrideOption = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Score about this many tokens in each cell.")] = 10000,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Cells at a time on this machine.")] = 1,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Score about this many tokens with each routing.")] = 10000,
+    workers: options.WorkersOption = 1,
     scheduler: Annotated[
-        str | None, typer.Option("--scheduler", metavar="ADDRESS", help="Run cells on a Dask cluster (the extra `dask`).")
+        str | None,
+        typer.Option(
+            "--scheduler",
+            metavar="ADDRESS",
+            help="Score on the workers of a Dask cluster (the extra `dask`), which share the threads of -t, or use all cores.",
+        ),
     ] = None,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
@@ -41,43 +45,47 @@ def frontier(
 ) -> None:
     """Score many routings at several budgets; `cacheroute plot FILE` draws the result.
 
-    Each cell is scored as `eval perplexity` does and paired with `original`. Speed is recorded where cells have the machine to
-    themselves and reads are made (--io mmap or direct). With several workers, -t is threads of each.
+    Each row is scored as `eval perplexity` does it and paired with `original`. Scores are kept in the cache folder and shared
+    with `tune` and `eval perplexity`: what is known is not computed again.
+
+    Speed (ts) is measured with --io mmap, direct or auto and one worker, which has the machine to itself: then scores that were
+    kept without a speed, or with that of another io, pace or number of threads, are computed again. Otherwise ts is null.
     """
     table.check(output)
     if scheduler and workers > 1:
         raise UsageError("Give --workers or --scheduler; a cluster has its own workers.")
     from cacheroute.evals import frontier as frontiers
-    from cacheroute.evals import loading
+    from cacheroute.evals import loading, scorer
     from cacheroute.evals.results import ResultsFile
     from cacheroute.model import catalogue, experts, gguf_file
 
-    path = catalogue.resolve(model).resolve()
+    path = catalogue.resolve(model)
     layout = experts.layout(gguf_file.read(path))
     names = options.names(routing) if routing else frontiers.grid(layout, points)
-    cells = frontiers.arms(layout, names, options.names(eviction), options.names(budget))
-    if not cells:
+    arms = frontiers.arms(layout, names, options.names(eviction), options.names(budget))
+    if not arms:
         raise UsageError("There is nothing to score; give at least one budget and eviction.")
-    job = frontiers.Job(
-        model=path,
-        source=loading.Source(file.resolve() if file else None, column, chunk, stride, limit),
-        threads=max(options.threads(threads) // (1 if threads else workers), 1),
-        io=io or loading.default_io(layout),
-        flash_mbps=flash_mbps,
-    )
-    kept = ResultsFile(results, frontiers.header(job))
+    source = loading.Source(file, column, chunk, stride, limit)
+    kept = ResultsFile(results, frontiers.header(path, source))
+    rows = frontiers.finished(kept.lines)
     if kept.lines:
-        print(f"{results} has {len(kept.lines)} cells of {len(cells)} already", file=sys.stderr)
-    with ExitStack() as stack:
-        if scheduler:
-            submit = stack.enter_context(frontiers.cluster(scheduler))
-        else:
-            submit = stack.enter_context(frontiers.workers(workers) if workers > 1 else frontiers.here())
-        advance = stack.enter_context(progress.bar("frontier", max(len(cells) - len(kept.lines), 1)))
-
-        def keep(row: frontiers.FrontierRow) -> None:
-            kept.append(asdict(row))
-            advance(1, f"{row.routing} {row.budget}")
-
-        rows = frontiers.run(job, cells, kept.lines, submit, keep)
-    table.write(rows, output, perplexity_cells(rows))
+        print(f"{results} has {len(rows)} of {len(arms)} rows already", file=sys.stderr)
+    left = [arm for arm in arms if arm not in rows]
+    if left:
+        with scorer.session(
+            path,
+            source,
+            threads=threads,
+            n_workers=workers,
+            scheduler=scheduler,
+            io=io,
+            flash_mbps=flash_mbps,
+            timed=io not in (None, "none") and workers == 1 and not scheduler,
+            evictions=options.names(eviction),
+        ) as session:
+            requests = [request for arm in left for request in arm.requests(len(session.chunks))]
+            with progress.bar("frontier", progress.to_compute(session, requests)) as advance:
+                session.after = lambda cell: advance(cell.n, f"{cell.routing} {cell.budget} experts")
+                frontiers.run(session, source, arms, rows, lambda row: kept.append(asdict(row)))
+    found = [rows[arm] for arm in arms]
+    table.write(found, output, perplexity_cells(found))

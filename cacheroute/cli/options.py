@@ -21,12 +21,16 @@ ModelOption = Annotated[
         "-m", "--model", metavar="PATH|NAME", help="A GGUF file, the first shard of a split one, or a name. [default: demo]"
     ),
 ]
-ThreadsOption = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Compute threads. [default: all cores]")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("-t", "--threads", min=1, help="Compute threads in total. [default: all cores]")
+]
 IoOption = Annotated[
     str,
     typer.Option("--io", help="How misses are read: mmap (page cache), direct (past it), auto (the faster one, measured once)."),
 ]
-FlashOption = Annotated[float | None, typer.Option("--flash-mbps", min=0.001, help="Pace reads to a flash of that many MB/s.")]
+FlashOption = Annotated[
+    float | None, typer.Option("--flash-mbps", min=0.001, help="Limit reads to that many MB/s, as a slower flash would.")
+]
 PrefetchOption = Annotated[
     int, typer.Option("--prefetch", min=0, help="Experts of the next layer to read ahead while a layer computes, at most.")
 ]
@@ -34,10 +38,13 @@ WarmStartOption = Annotated[
     Path | None,
     typer.Option("--warm-start", help="Start with the experts of a task in memory; `cacheroute trace --save-profile` writes it."),
 ]
-EvictionOption = Annotated[str, typer.Option("--eviction", help=f"Which expert leaves: {', '.join(ONLINE)}.")]
+EvictionOption = Annotated[str, typer.Option("--eviction", help=f"Which expert a full cache evicts: {', '.join(ONLINE)}.")]
 EvictionsOption = Annotated[str, typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ONLINE)}.")]
 WorkersOption = Annotated[
-    int, typer.Option("--workers", min=1, help="Processes that score at a time, each with the model; they share the threads.")
+    int,
+    typer.Option(
+        "--workers", min=1, help="Processes that score side by side, each with the model; they share the threads of -t."
+    ),
 ]
 FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
 

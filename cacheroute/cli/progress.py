@@ -1,11 +1,16 @@
-"""Progress of long commands on stderr: a bar if somebody watches, else a line now and then."""
+"""Progress of long commands on stderr: a bar on a terminal, else a line every half minute."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cacheroute.evals.runner import Request
+    from cacheroute.evals.scorer import Scorer
 
 Advance = Callable[[float, str], None]
 """Called with the units done since the last call and what happens now."""
@@ -47,3 +52,12 @@ def _lines(what: str, total: float) -> Advance:
             print(f"{what}: {min(done / total, 1):.0%}, about {left / 60:.0f} min left; {text}", file=sys.stderr, flush=True)
 
     return advance
+
+
+def to_compute(scorer: Scorer, requests: Sequence[Request]) -> int:
+    """Scored tokens that the cache does not have yet, at least 1; says on stderr how many it has."""
+    total = sum(scorer.chunks[r.chunk].n_scored for r in requests)
+    missing = scorer.missing(requests)
+    if missing < total:
+        print(f"{total - missing} of {total} scored tokens are in the cache", file=sys.stderr)
+    return max(missing, 1)

@@ -1,51 +1,34 @@
-"""Quality against bytes read: many (routing, budget, eviction), each scored on the same text, here or on many machines.
+"""Quality against bytes missed: many (routing, budget, eviction), each scored on the same text.
 
-A cell depends on nothing but its settings and the text, so cells run side by side and in any order; `original` comes first, as
-the others are compared with it. Knows no command line.
+A row of the frontier is the sum of one arm's cells over all chunks. `original` comes first, as the others are compared with it.
+Knows no command line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import as_completed
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.evals import loading, paired, processes, text, tune
+from cacheroute.evals import rows, text, tune
 from cacheroute.evals.loading import Source
-from cacheroute.evals.rows import Arm, PerplexityRow, differences, perplexity_row
+from cacheroute.evals.rows import Arm, PerplexityRow
+from cacheroute.evals.scorer import Scorer
 from cacheroute.files import VERSION
 from cacheroute.model import gguf_file
 from cacheroute.model.experts import ExpertLayout
-from cacheroute.routing import budget as budgets
 from cacheroute.routing import strategies
 
-if TYPE_CHECKING:
-    from cacheroute.engine.llama import Llama
-
-FORMAT = "cacheroute-frontier"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all cells have in common."""
-
-    model: Path
-    source: Source
-    threads: int
-    io: str
-    flash_mbps: float | None = None
+FORMAT = "cacheroute-frontier-2"
 
 
 @dataclass(frozen=True)
 class FrontierRow(PerplexityRow):
-    """A cell. `ts`: decoded tokens per second, scoring included; null where it says nothing: reads were not made, or several
-    cells shared a machine. `chunk_nll`: sums of nll over each chunk, which later cells are paired with."""
+    """`ts`: decoded tokens per second, scoring included; null where the session does not measure it. `chunk_nll`: sums of nll
+    over each chunk, which rows that are computed later are paired with."""
 
     ts: float | None
     chunk_nll: tuple[float, ...]
@@ -63,133 +46,43 @@ def grid(layout: ExpertLayout, points: int) -> list[str]:
 
 def arms(layout: ExpertLayout, routing: Sequence[str], eviction: Sequence[str], budget: Sequence[str]) -> list[Arm]:
     """All combinations, `original` first. Raises UsageError for what does not fit the model."""
-    for name in routing:
-        strategies.parse(name).check(layout.n_expert, layout.n_used, layout.indices, layout.model)
     names = dict.fromkeys(["original", *routing])
-    return [Arm(r, e, b, budgets.parse(b, layout).capacity) for r, b, e in itertools.product(names, budget, eviction)]
+    return [rows.arm(layout, r, e, b) for r, b, e in itertools.product(names, budget, eviction)]
 
 
-def header(job: Job) -> dict[str, Any]:
-    """What a results file holds cells of: model, text and version; others are never mixed in."""
-    s = job.source
-    digest = hashlib.sha256(text.read(s.path, s.column).encode()).hexdigest()[:16]
+def header(model: Path, source: Source) -> dict[str, Any]:
+    """What a results file holds rows of: model, text and version; others are never mixed in."""
+    digest = hashlib.sha256(text.read(source.path, source.column).encode()).hexdigest()[:16]
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model": gguf_file.fingerprint(job.model),
+        "model": gguf_file.fingerprint(model),
         "text": digest,
-        "chunks": [s.chunk, s.stride, s.limit],
+        "chunks": [source.chunk, source.stride, source.limit],
     }
 
 
-_loaded: dict[Job, Llama] = {}  # of this process: a worker's cells share a model
-
-
-def compute(job: Job, arm: Arm) -> FrontierRow:
-    """Scores one cell; its differences are still to be filled in (compared). Runs in any process."""
-    from cacheroute.evals.perplexity import score
-
-    if job not in _loaded:
-        _unload()
-        _loaded[job] = loading.load(job.model, job.source.chunk, job.threads)
-    llm = _loaded[job]
-    llm.flash_mbps = job.flash_mbps
-    llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=job.io)
-    scores = list(score(llm, loading.chunks(llm, job.source)))
-    row = perplexity_row(llm.layout.model or job.model.name, job.source, arm, scores, scores)
-    ts = row.n_tokens / row.seconds if job.io != "none" else None
-    return FrontierRow(**asdict(row), ts=ts, chunk_nll=tuple(float(s.nll.sum()) for s in scores))
-
-
-def _unload() -> None:
-    while _loaded:
-        _loaded.popitem()[1].close()
-
-
-def compared(row: FrontierRow, base: FrontierRow) -> FrontierRow:
-    """With its differences to `base`."""
-    tokens = [row.n_tokens // row.n_chunks] * row.n_chunks
-    return replace(row, **differences(paired.compare(base.chunk_nll, row.chunk_nll, tokens)))
-
-
-Map = Callable[[Job, Sequence[Arm]], Iterable[FrontierRow]]
-"""Computes cells and yields them as they come."""
-
-
-@contextmanager
-def here() -> Iterator[Map]:
-    """One after the other in this process."""
-    try:
-        yield lambda job, cells: (compute(job, arm) for arm in cells)
-    finally:
-        _unload()
-
-
-@contextmanager
-def workers(n: int) -> Iterator[Map]:
-    """`n` processes of this machine."""
-    with processes.pool(n) as pool:
-
-        def run(job: Job, cells: Sequence[Arm]) -> Iterator[FrontierRow]:
-            futures = [pool.submit(compute, job, arm) for arm in cells]
-            try:
-                for future in as_completed(futures):
-                    yield replace(future.result(), ts=None)
-            finally:
-                for future in futures:
-                    future.cancel()
-
-        yield run
-
-
-@contextmanager
-def cluster(scheduler: str) -> Iterator[Map]:
-    """The workers of a Dask scheduler; the model must have the same path there.
-
-    Raises UsageError when dask.distributed is missing, CacherouteError when nobody answers.
-    """
-    try:
-        from distributed import Client
-        from distributed import as_completed as dask_as_completed
-    except ModuleNotFoundError:
-        raise UsageError("--scheduler needs dask.distributed; install it with `pip install cacheroute[dask]`.") from None
-    try:
-        client = Client(scheduler, timeout="10s")
-    except (OSError, ValueError) as e:
-        raise CacherouteError(f"No Dask scheduler answers at {scheduler} ({type(e).__name__}).") from None
-    with closing(client):
-
-        def run(job: Job, cells: Sequence[Arm]) -> Iterator[FrontierRow]:
-            futures = [client.submit(compute, job, arm, pure=False) for arm in cells]
-            for _, row in dask_as_completed(futures, with_results=True):
-                yield replace(row, ts=None)
-
-        yield run
+def finished(lines: Iterable[dict[str, Any]]) -> dict[Arm, FrontierRow]:
+    """The rows in the lines of a results file."""
+    found = (FrontierRow(**{**line, "chunk_nll": tuple(line["chunk_nll"])}) for line in lines)
+    return {Arm(row.routing, row.eviction, row.budget, row.budget_experts): row for row in found}
 
 
 def run(
-    job: Job, cells: Sequence[Arm], done: Iterable[dict[str, Any]], submit: Map, keep: Callable[[FrontierRow], None]
-) -> list[FrontierRow]:
-    """All rows, in the order of `cells`; those that are `done` (lines of a results file) are not computed again.
+    scorer: Scorer, source: Source, wanted: Sequence[Arm], done: dict[Arm, FrontierRow], keep: Callable[[FrontierRow], None]
+) -> None:
+    """Adds the rows of `wanted` that are missing to `done`; `keep` is called with each as soon as it is complete.
 
-    `keep` is called with each new row at once, compared with `original` of any budget (its likelihood is the same at all).
+    A row is compared with `original` at any budget, as its likelihood is the same at all.
     """
-    rows = {}
-    for line in done:
-        row = FrontierRow(**{**line, "chunk_nll": tuple(line["chunk_nll"])})
-        rows[Arm(row.routing, row.eviction, row.budget, row.budget_experts)] = row
-    base = next((row for row in rows.values() if row.routing == "original"), None)
-    left = [arm for arm in cells if arm not in rows]
-    if base is None:
-        base, left = _first(job, left, submit), left[1:]
-        rows[cells[0]] = base
-        keep(base)
-    for row in submit(job, left):
-        row = compared(row, base)
-        rows[Arm(row.routing, row.eviction, row.budget, row.budget_experts)] = row
-        keep(row)
-    return [rows[arm] for arm in cells]
-
-
-def _first(job: Job, left: Sequence[Arm], submit: Map) -> FrontierRow:
-    return next(iter(submit(job, left[:1])))
+    base = next((row.chunk_nll for row in done.values() if row.routing == "original"), None)
+    left = {arm: arm.requests(len(scorer.chunks)) for arm in wanted if arm not in done}
+    scorer.submit_next([request for requests in left.values() for request in requests])
+    for arm, requests in left.items():
+        cells = [scorer.cell(*request[:4]) for request in requests]
+        own = tuple(cell.nll_sum for cell in cells)
+        base = base or own  # the first arm is `original`
+        row = rows.perplexity_row(scorer.llm.layout.model or scorer.job.model.name, source, arm, base, cells)
+        ts = row.n_tokens / row.seconds if scorer.job.timing else None
+        done[arm] = FrontierRow(**asdict(row), ts=ts, chunk_nll=own)
+        keep(done[arm])

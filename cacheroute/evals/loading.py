@@ -46,7 +46,7 @@ def load(path: Path, n_ctx: int, n_threads: int) -> Llama:
 
 
 def default_io(layout: ExpertLayout) -> str:
-    """ "none" where all experts fit free memory (once for all processes): scores and misses are the same, sooner; else "mmap"."""
+    """ "none" where all experts fit free memory (once for all processes): the same scores and misses, sooner; else "mmap"."""
     free = available_memory()
     return "none" if free is not None and layout.all_expert_bytes < 0.8 * free else "mmap"
 
@@ -59,7 +59,7 @@ def chunks(llm: Llama, source: Source) -> list[text.Chunk]:
 
 
 def text_fingerprint(chunks: Sequence[text.Chunk]) -> str:
-    """Tells texts and ways of cutting apart: sha256 over all tokens, 16 hex digits."""
+    """Of the tokens of all chunks and where scoring begins in each: sha256, 16 hex digits."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(f"{chunk.first}:{','.join(map(str, chunk.tokens))};".encode())

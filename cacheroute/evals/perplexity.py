@@ -10,39 +10,58 @@ Knows a loaded model; knows no command line.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute.engine.stats import Counters
 from cacheroute.errors import UsageError
 from cacheroute.evals.text import Chunk
 from cacheroute.files import MIB
 from cacheroute.install import patched_llama_cpp
+from cacheroute.model.experts import ExpertLayout
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
 
 Floats = npt.NDArray[np.float64]
-Row = npt.NDArray[np.float32]
+LogP = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChunkScore:
-    """One chunk: `nll` in nats of each scored token, counters of the decoded ones, `read_bytes` as misses x bytes of an expert.
+    """One chunk with one routing, over its scored tokens.
 
-    `layers`: (misses, swapped slots) of each MoE layer. `seconds` of decoding, without the prompt.
+    `nll32`: bytes of little-endian float32, nats of each token; logits are float32, so nothing is lost. `misses` and `swapped`
+    are slots of each MoE layer, of `selected` that ran and `dropped` that did not, all layers together. `missed_bytes` = misses x
+    bytes of an expert, whatever the device was asked for. `seconds` of decoding, without the prompt.
     """
 
-    index: int
-    nll: Floats
-    counters: Counters
-    layers: tuple[tuple[int, int], ...]
-    read_bytes: int
+    chunk: int
+    nll32: bytes
+    selected: int
+    dropped: int
+    examined: int
+    misses: tuple[int, ...]
+    swapped: tuple[int, ...]
+    missed_bytes: int
     seconds: float
+
+    @property
+    def n(self) -> int:
+        """Scored tokens."""
+        return len(self.nll32) // 4
+
+    @property
+    def nll(self) -> Floats:
+        """Nats of each scored token, [n]."""
+        return np.frombuffer(self.nll32, "<f4").astype(np.float64)
+
+    @property
+    def nll_sum(self) -> float:
+        return float(self.nll.sum())
 
 
 @dataclass(frozen=True)
@@ -56,11 +75,11 @@ class Summary:
     miss_rate: float
     swap_rate: float
     drop_rate: float
-    read_mib_per_token: float
+    missed_mib_per_token: float
     seconds: float
 
 
-def log_probabilities(llm: Llama) -> Row:
+def log_probabilities(llm: Llama) -> LogP:
     """log p of every token of the vocabulary, [n_vocab], after the last evaluated one."""
     logits = np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)), dtype=np.float32)
     logits -= logits.max()
@@ -73,7 +92,7 @@ def score(
     chunks: Sequence[Chunk],
     *,
     carry: bool = False,
-    watch: Callable[[Row], None] | None = None,
+    watch: Callable[[LogP], None] | None = None,
     prompt: Callable[[Chunk], None] | None = None,
 ) -> Iterator[ChunkScore]:
     """Scores chunks with the settings that `llm` has, one after the other.
@@ -99,9 +118,9 @@ def score(
         yield _score(llm, chunk, watch)
 
 
-def _score(llm: Llama, chunk: Chunk, watch: Callable[[Row], None] | None) -> ChunkScore:
+def _score(llm: Llama, chunk: Chunk, watch: Callable[[LogP], None] | None) -> ChunkScore:
     before, layers_before = llm.stats().decode, llm.decoded_by_layer()
-    nll = np.empty(chunk.n_scored)
+    nll = np.empty(chunk.n_scored, "<f4")
     start = time.perf_counter()
     with llm.decoding():
         for i in range(chunk.n_scored):
@@ -112,14 +131,24 @@ def _score(llm: Llama, chunk: Chunk, watch: Callable[[Row], None] | None) -> Chu
                 watch(log_p)
     seconds = time.perf_counter() - start
     layers = [after - earlier for after, earlier in zip(llm.decoded_by_layer(), layers_before, strict=True)]
+    counters = llm.stats().decode - before
+    misses = tuple(c.misses for c in layers)
     return ChunkScore(
-        index=chunk.index,
-        nll=nll,
-        counters=llm.stats().decode - before,
-        layers=tuple((c.misses, c.swapped) for c in layers),
-        read_bytes=sum(c.misses * layer.expert_bytes for c, layer in zip(layers, llm.layout.layers, strict=False)),
+        chunk=chunk.index,
+        nll32=nll.tobytes(),
+        selected=counters.hits + counters.misses,
+        dropped=counters.dropped,
+        examined=counters.examined,
+        misses=misses,
+        swapped=tuple(c.swapped for c in layers),
+        missed_bytes=missed_bytes(misses, llm.layout),
         seconds=seconds,
     )
+
+
+def missed_bytes(misses: Iterable[int], layout: ExpertLayout) -> int:
+    """Misses x bytes of an expert, from the misses of each MoE layer (none for an engine without a routing)."""
+    return sum(n * layer.expert_bytes for n, layer in zip(misses, layout.layers, strict=False))
 
 
 def summary(scores: Sequence[ChunkScore]) -> Summary:
@@ -127,22 +156,26 @@ def summary(scores: Sequence[ChunkScore]) -> Summary:
     if not scores:
         raise UsageError("Nothing was scored.")
     nll = np.concatenate([s.nll for s in scores])
-    counters = total([s.counters for s in scores])
     mean = float(nll.mean())
     error = float(np.sqrt(max(float((nll**2).mean()) - mean**2, 0.0) / max(len(nll) - 1, 1)))
+    examined = max(sum(s.examined for s in scores), 1)
     return Summary(
         n_tokens=len(nll),
         nll=mean,
         ppl=float(np.exp(mean)),
         ppl_se=error * float(np.exp(mean)),
-        miss_rate=counters.miss_rate,
-        swap_rate=counters.swap_rate,
-        drop_rate=counters.dropped / max(counters.examined, 1),
-        read_mib_per_token=sum(s.read_bytes for s in scores) / MIB / len(nll),
+        miss_rate=miss_rate(scores),
+        swap_rate=sum(sum(s.swapped) for s in scores) / examined,
+        drop_rate=sum(s.dropped for s in scores) / examined,
+        missed_mib_per_token=missed_mib_per_token(scores),
         seconds=sum(s.seconds for s in scores),
     )
 
 
-def total(counters: Sequence[Counters]) -> Counters:
-    """The sums of all fields."""
-    return Counters(**{f.name: sum(getattr(c, f.name) for c in counters) for f in fields(Counters)})
+def missed_mib_per_token(scores: Sequence[ChunkScore]) -> float:
+    return sum(s.missed_bytes for s in scores) / MIB / sum(s.n for s in scores)
+
+
+def miss_rate(scores: Sequence[ChunkScore]) -> float:
+    """Misses per selected expert."""
+    return sum(sum(s.misses) for s in scores) / max(sum(s.selected for s in scores), 1)

@@ -1,15 +1,15 @@
-"""What each layer asks for its experts: the price of cache-prior per layer, and what lambda and how much memory each should have.
+"""What rerouting costs each layer, and which lambda of cache-prior and how much of the memory each layer should get.
 
 Measured on a few chunks. The cost of a layer is KL(original || routed) when only this layer (or its group of neighbours) is
-routed, stepped: like the loss of likelihood it stands for, but always positive and far less noisy, as every position's whole
-distribution speaks. For small changes KL is quadratic in the change, and changes of different layers are nearly independent, so
-costs add up. What a layer misses and swaps with each lambda and each number of experts in memory comes from a replay of what its
-router saw.
+routed, stepped. It stands for the loss of likelihood, but is always positive and far less noisy, as it takes in the whole
+distribution at every position. For small changes KL is quadratic in the change, and changes of different layers are nearly
+independent, so costs add up. How much a layer misses and swaps with each lambda and each number of experts in memory comes from a
+replay of what its router saw.
 
-Minimising sum_l cost_l(lambda_l, C_l) + mu * read_l(lambda_l, C_l) + nu * bytes_l(C_l) gives every layer the same marginal price
-of a read and of a byte of memory (Lagrange): layers that are dear to swap in hold more experts, the others fewer. nu is such that
-all of them together keep within the budget; a sweep of mu is a ladder of candidates from lossless to lossy, of which `tune` finds
-the rung by stepped perplexity.
+Minimising sum_l cost_l(lambda_l, C_l) + mu * missed_l(lambda_l, C_l) + nu * bytes_l(C_l) gives every layer the same marginal
+price of a missed byte and of a byte of memory (Lagrange): layers that lose most by rerouting get more cache. nu is such that all
+layers together stay within the budget; a sweep of mu is a ladder of candidates from lossless to lossy, of which `tune` finds the
+rung by stepped perplexity.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute.evals.scorer import Ask, Scorer
+from cacheroute.evals.runner import Request
+from cacheroute.evals.scorer import Scorer
 from cacheroute.evals.text import Chunk
 from cacheroute.files import MIB
 from cacheroute.model.experts import ExpertLayout
@@ -57,12 +58,12 @@ class Prices:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Lambdas and experts in memory per layer, with the prediction: nats of KL and MiB read per token."""
+    """Lambdas and experts in memory per layer, with the prediction: nats of KL and MiB missed per token."""
 
     lambdas: tuple[float, ...]
     experts: tuple[int, ...]
     cost: float
-    read_mib: float
+    missed_mib: float
 
     def routing(self) -> Routing:
         each = zip(self.lambdas, self.experts, strict=True)
@@ -99,9 +100,9 @@ def measure(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n
     n_layers = len(layout.layers)
     parts = groups(n_layers, n_groups)
     probes = {(g, p): _only(part, n_layers, x) for g, part in enumerate(parts) for p, x in enumerate(PROBES)}
-    scorer.ahead([Ask(routing, budget, eviction, chunk, True) for chunk in chunks for routing in probes.values()])
+    scorer.submit_next([Request(routing, budget, eviction, chunk, True) for chunk in chunks for routing in probes.values()])
     held = capacities(budget, layout)
-    misses, swapped = _replayed(simulate.Replay(scorer.trace(chunks)), eviction, held)
+    misses, swapped = _replayed(scorer.replay(chunks), eviction, held)
     kl, swaps = np.zeros((len(parts), len(PROBES))), np.zeros((len(parts), len(PROBES)))
     for chunk in chunks:
         for (g, p), routing in probes.items():
@@ -109,7 +110,7 @@ def measure(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n
             kl[g, p] += cell.kl or 0.0
             swaps[g, p] += sum(cell.swapped[i] for i in parts[g])
     return Prices(
-        misses=np.minimum.accumulate(misses, axis=1),  # more lambda never reads more; what says so is noise
+        misses=np.minimum.accumulate(misses, axis=1),  # more lambda never misses more, beyond noise
         swapped=np.maximum.accumulate(swapped, axis=1),
         price=np.maximum(kl, 0) / np.maximum(swaps, 1),
         expert_mib=np.array([layer.expert_bytes / MIB for layer in layout.layers]),
@@ -139,28 +140,28 @@ def _only(layers: Sequence[int], n_layers: int, value: float) -> Routing:
 
 
 def ladder(prices: Prices, n_rungs: int = 32) -> list[Candidate]:
-    """Candidates of equal marginal price, cheapest first, every one costing more and reading less than the one before."""
-    cost, read = curves(prices)
+    """Candidates of equal marginal price, cheapest first, each costing more and missing less than the one before."""
+    cost, missed = curves(prices)
     found: dict[tuple[tuple[float, ...], tuple[int, ...]], Candidate] = {}
     steps = np.diff(cost, axis=1)[np.diff(cost, axis=1) > 0]
-    reads = -np.diff(read, axis=1)[np.diff(read, axis=1) < 0]
-    if not len(steps) or not len(reads):
+    fewer = -np.diff(missed, axis=1)[np.diff(missed, axis=1) < 0]
+    if not len(steps) or not len(fewer):
         return []
     sizes = np.outer(prices.expert_mib, prices.capacities)
     room = prices.budget * prices.expert_mib.sum()
     rows = np.arange(len(cost))
-    for mu in np.geomspace(steps.min() / reads.max() / 10, steps.max() / reads.min() * 10, 600):
-        priced = cost + mu * read
+    for mu in np.geomspace(steps.min() / fewer.max() / 10, steps.max() / fewer.min() * 10, 600):
+        priced = cost + mu * missed
         held = _share_out(priced.min(axis=1), sizes, room)
         pick = priced[rows, :, held].argmin(axis=1)
         lambdas = tuple(round(float(_GRID[g]), 4) for g in pick)
         experts = tuple(prices.capacities[c] for c in held)
-        candidate = Candidate(lambdas, experts, float(cost[rows, pick, held].sum()), float(read[rows, pick, held].sum()))
+        candidate = Candidate(lambdas, experts, float(cost[rows, pick, held].sum()), float(missed[rows, pick, held].sum()))
         if pick.any():
             found.setdefault((lambdas, experts), candidate)
     ordered: list[Candidate] = []
-    for candidate in sorted(found.values(), key=lambda c: (c.cost, c.read_mib)):
-        if not ordered or (candidate.cost > ordered[-1].cost and candidate.read_mib < ordered[-1].read_mib):
+    for candidate in sorted(found.values(), key=lambda c: (c.cost, c.missed_mib)):
+        if not ordered or (candidate.cost > ordered[-1].cost and candidate.missed_mib < ordered[-1].missed_mib):
             ordered.append(candidate)
     return _thin(ordered, n_rungs)
 
@@ -192,25 +193,28 @@ def _share_out(priced: Array, sizes: Array, room: float) -> npt.NDArray[np.intp]
     return held
 
 
-def rungs(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n_groups: int) -> tuple[list[Routing], list[float]]:
-    """The ladder of what measure() finds on these chunks: routings, cheapest first, and their costs in nats of KL per token."""
-    candidates = ladder(measure(scorer, budget, eviction, chunks, n_groups))
-    return [c.routing() for c in candidates], [c.cost for c in candidates]
+def candidates(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n_groups: int) -> list[Candidate]:
+    """The ladder of what measure() finds on these chunks; measured once in a session."""
+    key = ("candidates", budget, eviction, tuple(chunks), n_groups)
+    if key not in scorer.memo:
+        scorer.memo[key] = ladder(measure(scorer, budget, eviction, chunks, n_groups))
+    found: list[Candidate] = scorer.memo[key]
+    return found
 
 
 def curves(prices: Prices) -> tuple[Array, Array]:
-    """(cost in nats of KL per token, MiB read per token) at each lambda of the grid, [layer, lambda, capacity]."""
+    """(cost in nats of KL per token, MiB missed per token) at each lambda of the grid, [layer, lambda, capacity]."""
     measured = np.array([0.0, *LEVELS])
     n_layers, _, n_capacities = prices.misses.shape
-    cost, read = np.empty((2, n_layers, len(_GRID), n_capacities))
+    cost, missed = np.empty((2, n_layers, len(_GRID), n_capacities))
     level, rising = _prices_by_lambda(prices.price)
     for g, part in enumerate(prices.groups):
         price = level[g] * rising
         for layer in part:
             for c in range(n_capacities):
                 cost[layer, :, c] = np.maximum.accumulate(price * np.interp(_GRID, measured, prices.swapped[layer, :, c]))
-                read[layer, :, c] = np.interp(_GRID, measured, prices.misses[layer, :, c]) * prices.expert_mib[layer]
-    return cost, read
+                missed[layer, :, c] = np.interp(_GRID, measured, prices.misses[layer, :, c]) * prices.expert_mib[layer]
+    return cost, missed
 
 
 def _prices_by_lambda(price: Array) -> tuple[Array, Array]:

@@ -1,40 +1,61 @@
-"""Processes that compute cells beside each other: one place that says how they start and how they end."""
+"""Executors that compute cells in other processes: of this machine, or of a Dask cluster."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import closing, contextmanager
 from multiprocessing import get_context, parent_process
-from typing import Any
+
+from cacheroute.errors import CacherouteError, UsageError
 
 
 @contextmanager
-def pool(n: int, start: Callable[..., None] | None = None, *arguments: Any) -> Iterator[ProcessPoolExecutor]:
-    """`n` fresh processes, each of which begins with start(*arguments). What has not begun at the end is not computed.
+def pool(n: int) -> Iterator[Executor]:
+    """`n` fresh processes of this machine. Work that has not begun at the end of the context is cancelled.
 
-    Ctrl-C is left to the parent, and they end when it does, however it does.
+    Ctrl-C goes to the parent only; the processes end when it ends, also when it is killed.
     """
-    executor = ProcessPoolExecutor(n, get_context("spawn"), _begin, (start, *arguments))
+    executor = ProcessPoolExecutor(n, get_context("spawn"), _begin)
     try:
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _begin(start: Callable[..., None] | None, *arguments: Any) -> None:
+def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if start:
-        start(*arguments)
 
 
 def _end_with_parent() -> None:
-    """Waiting for work, a process does not see that nobody is left to give it any."""
+    """A process that waits for work does not notice that its parent has ended."""
     parent = parent_process()
     assert parent
     parent.join()
     os._exit(1)
+
+
+@contextmanager
+def cluster(scheduler: str) -> Iterator[tuple[Executor, int]]:
+    """(executor, number of workers) of a Dask cluster. Work that has not begun at the end of the context is cancelled.
+
+    Raises UsageError when dask.distributed is missing, CacherouteError when no scheduler answers.
+    """
+    try:
+        from distributed import Client
+    except ModuleNotFoundError:
+        raise UsageError("--scheduler needs dask.distributed; install it with `pip install cacheroute[dask]`.") from None
+    try:
+        client = Client(scheduler, timeout="10s")
+    except (OSError, ValueError) as e:
+        raise CacherouteError(f"No Dask scheduler answers at {scheduler} ({type(e).__name__}).") from None
+    with closing(client):
+        executor = client.get_executor(pure=False)
+        try:
+            yield executor, max(len(client.nthreads()), 1)
+        finally:
+            executor.shutdown(wait=False)  # cancels

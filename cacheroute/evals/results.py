@@ -1,4 +1,4 @@
-"""A file of results that grows line by line and can be gone on with: JSON lines under a header that says what they belong to."""
+"""A file of results that grows line by line and can be resumed: JSON lines under a header that says what they belong to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cacheroute.errors import CacherouteError, UsageError
 
 
 class ResultsFile:
-    """`lines`: what an earlier run has left; `append` adds one and writes it through.
+    """`lines`: those of earlier runs; `append` adds one and flushes it to the disk.
 
     Args:
         path: created with its folder when it is not there.
@@ -30,10 +30,10 @@ class ResultsFile:
             whole = old[: old.rfind(b"\n") + 1]
             if old:
                 self._check(whole, header)
-            with path.open("r+b" if old else "wb") as f:
-                f.truncate(len(whole))
-                if not old:
-                    f.write(json.dumps(header).encode() + b"\n")
+            if not old:
+                path.write_bytes(json.dumps(header).encode() + b"\n")
+            elif len(whole) < len(old):  # or another process may be appending
+                os.truncate(path, len(whole))
         except OSError as e:
             raise CacherouteError(f"{path} cannot be written ({e.strerror}).") from None
 
@@ -51,8 +51,7 @@ class ResultsFile:
             )
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line. Raises CacherouteError when the disk does not take it."""
-        self.lines.append(line)
+        """Adds a line. Raises CacherouteError when it cannot be written."""
         try:
             with self.path.open("ab") as f:
                 f.write(json.dumps(line).encode() + b"\n")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cacheroute.evals import paired
 from cacheroute.evals.loading import Source
-
-if TYPE_CHECKING:
-    from cacheroute.evals.perplexity import ChunkScore
+from cacheroute.evals.perplexity import ChunkScore, summary
+from cacheroute.evals.runner import Request
+from cacheroute.model.experts import ExpertLayout
+from cacheroute.routing import budget as budgets
+from cacheroute.routing import strategies
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,25 @@ class Arm:
     budget: str
     budget_experts: int
 
+    def requests(self, n_chunks: int) -> list[Request]:
+        """The cells that this arm is the sum of."""
+        routing = strategies.parse(self.routing)
+        return [Request(routing, self.budget_experts, self.eviction, i) for i in range(n_chunks)]
+
+
+def arm(layout: ExpertLayout, routing: str, eviction: str, budget: str) -> Arm:
+    """Raises UsageError for a routing or a budget that does not fit the model."""
+    parsed, resolved = strategies.parse(routing), budgets.parse(budget, layout)
+    parsed.check(layout.n_expert, layout.n_used, layout.indices, layout.model)
+    strategies.capacities(parsed, resolved, layout)
+    return Arm(routing, eviction, budget, resolved.capacity)
+
 
 @dataclass(frozen=True)
 class PerplexityRow:
     """One routing on all chunks. `delta_nll` in nats per token against `original` on the same tokens, with its 95% interval;
-    `ppl_increase` the same in % of the perplexity; null where there is nothing to compare, or one chunk only."""
+    `ppl_increase` the same in % of the perplexity; null where there is nothing to compare, or one chunk only.
+    `missed_mib_per_token` = misses x bytes of an expert. `seconds` of decoding as measured when the chunks were scored."""
 
     model: str
     text: str
@@ -51,12 +67,36 @@ class PerplexityRow:
     miss_rate: float
     swap_rate: float
     drop_rate: float
-    read_mib_per_token: float
+    missed_mib_per_token: float
     seconds: float
 
 
-def differences(d: paired.Difference) -> dict[str, Any]:
-    """The fields of a PerplexityRow that compare it."""
+def perplexity_row(
+    model: str,
+    source: Source,
+    arm: Arm,
+    base: Sequence[float],
+    scores: Sequence[ChunkScore],
+    *,
+    carry: bool = False,
+    seed: int = 0,
+) -> PerplexityRow:
+    """`base`: nats of `original` on each of the same chunks. Raises UsageError when nothing was scored."""
+    sums = summary(scores)
+    return PerplexityRow(
+        model=model,
+        text=source.name,
+        chunk=source.chunk,
+        stride=source.stride or source.chunk,
+        carry=carry,
+        n_chunks=len(scores),
+        **_differences(paired.compare(base, [s.nll_sum for s in scores], [s.n for s in scores], seed=seed)),
+        **asdict(arm),
+        **asdict(sums),
+    )
+
+
+def _differences(d: paired.Difference) -> dict[str, Any]:
     return {
         "delta_nll": d.delta_nll,
         "delta_nll_low": d.low,
@@ -65,31 +105,3 @@ def differences(d: paired.Difference) -> dict[str, Any]:
         "ppl_increase_low": d.ppl_increase_low,
         "ppl_increase_high": d.ppl_increase_high,
     }
-
-
-def perplexity_row(
-    model: str,
-    source: Source,
-    arm: Arm,
-    base: Sequence[ChunkScore],
-    scores: Sequence[ChunkScore],
-    *,
-    carry: bool = False,
-    seed: int = 0,
-) -> PerplexityRow:
-    """`base`: `original` on the same chunks. Raises UsageError when nothing was scored."""
-    from cacheroute.evals.perplexity import summary
-
-    sums = ([float(x.nll.sum()) for x in part] for part in (base, scores))
-    d = paired.compare(next(sums), next(sums), [len(x.nll) for x in scores], seed=seed)
-    return PerplexityRow(
-        model=model,
-        text=source.name,
-        chunk=source.chunk,
-        stride=source.stride or source.chunk,
-        carry=carry,
-        n_chunks=len(scores),
-        **differences(d),
-        **asdict(arm),
-        **asdict(summary(scores)),
-    )

@@ -1,294 +1,206 @@
-"""Scores of (routing, chunk), each computed once: the memory of `tune` and of the scripts that check it.
+"""One scoring session for `eval perplexity`, `tune` and `frontier`: each cell is computed once and kept in the user's cache.
 
-A chunk's score depends on its tokens and the settings only (perplexity.score), so it can be kept, and an interrupted search
-goes on where it was.
+Cells are computed in this process, in several processes of this machine, or on a Dask cluster: those are executors, and the cells
+are the same. -t is the number of compute threads of all local processes together.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from concurrent.futures import BrokenExecutor, Executor, Future
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, processes
-from cacheroute.evals.perplexity import Row, score
 from cacheroute.evals.results import ResultsFile
+from cacheroute.evals.runner import Cell, Job, Request, Runner, compute, routing_key
 from cacheroute.evals.text import Chunk
-from cacheroute.files import MIB, VERSION
-from cacheroute.install.machine import available_memory
+from cacheroute.files import VERSION, cache_dir
+from cacheroute.install.machine import cores
 from cacheroute.model import gguf_file
 from cacheroute.routing.eviction import DEFAULT
-from cacheroute.routing.strategies import EXPERTS, Routing
-from cacheroute.trace.trace_file import Header, Trace, record_dtype
+from cacheroute.routing.strategies import Routing
+from cacheroute.trace.simulate import Replay
 
 if TYPE_CHECKING:
-    from cacheroute.engine.checkpoint import Checkpoint
     from cacheroute.engine.llama import Llama
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One routing on one chunk: sums over its `n` scored tokens.
-
-    `nll` in nats, `kl` = KL(original || routing) in nats (None where it was not asked for), `misses` and `swapped` per MoE layer.
-    """
-
-    routing: str
-    budget: int
-    eviction: str
-    chunk: int
-    n: int
-    nll: float
-    kl: float | None
-    selected: int
-    misses: tuple[int, ...]
-    swapped: tuple[int, ...]
-    read_bytes: int
-    seconds: float
-
-
-def key(routing: Routing) -> str:
-    """A routing in full; the name of a profile's file does not say what is in it."""
-    if not routing.layers:
-        return str(routing)
-    return routing.name + json.dumps([r.parameters for r in routing.layers], sort_keys=True)
-
-
-class Ask(NamedTuple):
-    """One cell: a routing, the experts of each layer in memory, an eviction, a chunk's index, and whether the KL is wanted."""
-
-    routing: Routing
-    budget: int
-    eviction: str
-    chunk: int
-    kl: bool = False
-
-
-class Runner:
-    """Computes cells with a loaded model.
-
-    Prompts are routed by `original`, so what a chunk's leaves behind is the same for every routing of one budget and eviction: it
-    is kept, as far as `room` bytes go, and not evaluated again.
-    """
-
-    def __init__(self, llm: Llama, chunks: Sequence[Chunk], io: str, room: int) -> None:
-        self.llm, self.chunks, self._io, self._room = llm, chunks, io, room
-        self._prompts: dict[tuple[int, int, str, tuple[float, ...]], Checkpoint] = {}
-        self._sequences: dict[int, bytes] = {}  # by chunk: the same at every budget
-        self._configured: tuple[str, int, str] | None = None
-        self._reference: tuple[int, list[Row]] | None = None  # of the chunk asked for last: a chunk's are many MB
-
-    def run(self, ask: Ask) -> Cell:
-        reference = self._rows(ask.chunk) if ask.kl else []
-        kl = 0.0
-        position = 0
-
-        def watch(log_p: Row) -> None:
-            nonlocal kl, position
-            ref = reference[position]
-            kl += float(np.dot(np.exp(ref), ref - log_p))
-            position += 1
-
-        self._configure(ask.routing, ask.budget, ask.eviction)
-        s = next(iter(score(self.llm, [self.chunks[ask.chunk]], watch=watch if ask.kl else None, prompt=self._prompt)))
-        return Cell(
-            routing=key(ask.routing),
-            budget=ask.budget,
-            eviction=ask.eviction,
-            chunk=ask.chunk,
-            n=len(s.nll),
-            nll=float(s.nll.sum()),
-            kl=kl if ask.kl else None,
-            selected=s.counters.hits + s.counters.misses,
-            misses=tuple(misses for misses, _ in s.layers),
-            swapped=tuple(swapped for _, swapped in s.layers),
-            read_bytes=s.read_bytes,
-            seconds=s.seconds,
-        )
-
-    def trace(self, chunks: Sequence[int]) -> Trace:
-        """What the routers see in those chunks, a sequence each, when `original` decodes their scored tokens one by one."""
-        records: list[bytes] = []
-        self._configure(Routing("original"), self.llm.layout.n_expert, DEFAULT)
-        with self.llm.tracing(records.append):
-            for _ in score(self.llm, [self.chunks[i] for i in chunks]):
-                pass
-        layout = self.llm.layout
-        header = Header.of(layout, "original", DEFAULT, layout.n_expert)
-        return Trace(header, np.frombuffer(b"".join(records), record_dtype(layout.n_expert, layout.n_used, mass=True)), True)
-
-    def _rows(self, chunk: int) -> list[Row]:
-        """log_probabilities() of every scored position of a chunk, routed by `original`; float32."""
-        if self._reference is None or self._reference[0] != chunk:
-            rows: list[Row] = []
-            self._configure(Routing("original"), self.llm.layout.n_expert, DEFAULT)
-            for _ in score(self.llm, [self.chunks[chunk]], watch=lambda log_p: rows.append(log_p), prompt=self._prompt):
-                pass
-            self._reference = chunk, rows
-        return self._reference[1]
-
-    def _prompt(self, chunk: Chunk) -> None:
-        assert self._configured
-        own = tuple(r.parameters.get(EXPERTS, 0) for r in self.llm.routing.layers) if self.llm.routing else ()
-        at = (chunk.index, *self._configured[1:], own)
-        kept = self._prompts.get(at)
-        if kept:
-            self.llm.return_to(kept)
-            return
-        self.llm.eval(chunk.tokens[: chunk.first])
-        if self._room <= 0:
-            return
-        mark = self.llm.checkpoint(sequence=chunk.index not in self._sequences)
-        if mark.sequence is not None:
-            self._sequences[chunk.index] = mark.sequence
-            self._room -= len(mark.sequence)
-        mark.sequence = self._sequences[chunk.index]
-        self._prompts[at] = mark
-
-    def _configure(self, routing: Routing, budget: int, eviction: str) -> None:
-        settings = (key(routing), budget, eviction)
-        if settings != self._configured:
-            self.llm.configure(budget=budget, routing=routing, eviction=eviction, io=self._io)
-            self._configured = settings
-
-
 class Scorer:
-    """Scores chunks of one text with one model, here or in the processes of a `pool`.
+    """Scores chunks of one text with one model, in this process or by an `executor`.
 
-    `after` is called with each cell that was not in `results`, of which `n_kept` were.
+    `after` is called with each cell that is computed and not found in `results`, of which `n_kept` were there at the start.
     """
 
     def __init__(
         self,
         llm: Llama,
         chunks: Sequence[Chunk],
-        io: str,
+        job: Job,
         results: ResultsFile | None = None,
-        after: Callable[[Cell], None] = lambda cell: None,
-        pool: Executor | None = None,
+        executor: Executor | None = None,
     ) -> None:
-        self.llm, self.chunks, self.after, self._results, self._pool = llm, chunks, after, results, pool
-        self._runner = Runner(llm, chunks, io, _room(1))
-        self._cells: dict[tuple[str, int, str, int], Cell] = {}
+        self.llm, self.chunks, self.job = llm, chunks, job
+        self.after: Callable[[Cell], None] = lambda cell: None
+        self.memo: dict[tuple[object, ...], Any] = {}  # what callers derive from chunks and need again in this session
+        self._results, self._executor = results, executor
+        self._runner = Runner(llm, job)
+        self._replays: dict[tuple[int, ...], Replay] = {}
+        self._cells: dict[tuple[str, int, str, int], dict[str, Cell]] = {}  # by place, then by variant
         self._pending: dict[tuple[str, int, str, int, bool], Future[Cell]] = {}
         self.n_kept = len(results.lines) if results else 0
         for line in results.lines if results else ():
-            cell = Cell(**{**line, "misses": tuple(line["misses"]), "swapped": tuple(line["swapped"])})
-            self._cells[cell.routing, cell.budget, cell.eviction, cell.chunk] = cell
+            self._add(_from_json(line))
 
     def cell(self, routing: Routing, budget: int, eviction: str, chunk: int, *, kl: bool = False) -> Cell:
-        """The score of a chunk at a budget of so many experts per layer."""
-        ask = Ask(routing, budget, eviction, chunk, kl)
-        known = self._known(ask)
+        """The score of a chunk at a budget of so many experts per layer.
+
+        Raises CacherouteError when a process that scores has ended.
+        """
+        request = Request(routing, budget, eviction, chunk, kl)
+        known = self._known(request)
         if known:
             return known
-        future = self._pending.pop((key(routing), *ask[1:]), None)
-        cell = future.result() if future else self._pool.submit(_run, ask).result() if self._pool else self._runner.run(ask)
-        self._cells[cell.routing, cell.budget, cell.eviction, cell.chunk] = cell
-        if self._results:
-            self._results.append(asdict(cell))
+        try:
+            cell = self._compute(request)
+        except BrokenExecutor:
+            raise CacherouteError("A process that scores has ended, perhaps for lack of memory; give fewer --workers.") from None
+        self._add(cell)
+        if self._results and not routing.policy:  # the code of a policy may change under the same name
+            self._results.append(_to_json(cell))
         self.after(cell)
         return cell
 
     def cells(self, routing: Routing, budget: int, eviction: str, chunks: Sequence[int]) -> list[Cell]:
         """The scores of several chunks."""
-        self.ahead([Ask(routing, budget, eviction, i) for i in chunks])
+        self.submit_next([Request(routing, budget, eviction, i) for i in chunks])
         return [self.cell(routing, budget, eviction, i) for i in chunks]
 
-    def trace(self, chunks: Sequence[int]) -> Trace:
-        """As Runner.trace, in this process."""
-        return self._runner.trace(chunks)
+    def carried(self, routing: Routing, budget: int, eviction: str) -> list[Cell]:
+        """All chunks in their order, where cache and running ranges go from each to the next.
 
-    def ahead(self, asks: Sequence[Ask]) -> None:
-        """What will be asked for next, in that order: a pool begins with it, and leaves what was announced before."""
-        if self._pool is None:
+        Each cell depends on those before it, so they are computed in this process and neither kept nor taken from what is kept.
+        """
+        cells = []
+        for cell in self._runner.carried(Request(routing, budget, eviction, 0), self.chunks):
+            cells.append(cell)
+            self.after(cell)
+        return cells
+
+    def replay(self, chunks: Sequence[int]) -> Replay:
+        """A replay of what the routers see in those chunks; traced once in a session, in this process."""
+        at = tuple(chunks)
+        if at not in self._replays:
+            self._replays[at] = Replay(self._runner.trace([self.chunks[i] for i in chunks]))
+        return self._replays[at]
+
+    def submit_next(self, requests: Sequence[Request]) -> None:
+        """Has an executor begin with these requests, in this order, and cancels what it has not begun of earlier ones."""
+        if self._executor is None:
             return
         for old, future in list(self._pending.items()):
             if future.cancel():
                 del self._pending[old]
-        for ask in asks:
-            name = (key(ask.routing), *ask[1:])
-            if not self._known(ask) and name not in self._pending:
-                self._pending[name] = self._pool.submit(_run, ask)
+        for request in requests:
+            at = _name(request)
+            if not self._known(request) and at not in self._pending:
+                self._pending[at] = self._submit(request)
 
-    def _known(self, ask: Ask) -> Cell | None:
-        cell = self._cells.get((key(ask.routing), ask.budget, ask.eviction, ask.chunk))
-        return cell if cell and (cell.kl is not None or not ask.kl) else None
+    def missing(self, requests: Sequence[Request]) -> int:
+        """Scored tokens of those requests that are still to be computed."""
+        return sum(self.chunks[r.chunk].n_scored for r in requests if not self._known(r))
+
+    def _compute(self, request: Request) -> Cell:
+        if self._executor is None:
+            return self._runner.run(request, self.chunks[request.chunk])
+        return (self._pending.pop(_name(request), None) or self._submit(request)).result()
+
+    def _submit(self, request: Request) -> Future[Cell]:
+        assert self._executor
+        return self._executor.submit(compute, self.job, request, self.chunks[request.chunk])
+
+    def _add(self, cell: Cell) -> None:
+        self._cells.setdefault(cell.place, {})["kl" if cell.kl is not None else cell.timing] = cell
+
+    def _known(self, request: Request) -> Cell | None:
+        """Nll and counts are the same in all variants of a cell; only a KL and a speed have to be measured."""
+        variants = self._cells.get(_name(request)[:4], {})
+        wanted = "kl" if request.kl else self.job.timing
+        return variants.get(wanted) if wanted else next(iter(variants.values()), None)
 
 
-def _room(n_runners: int) -> int:
-    """Bytes that each of them may keep."""
-    return (available_memory() or 0) // (8 * n_runners)
+def _name(request: Request) -> tuple[str, int, str, int, bool]:
+    return (routing_key(request.routing), *request[1:])
 
 
-_runner: Runner | None = None  # of a worker process
+def _to_json(cell: Cell) -> dict[str, Any]:
+    return asdict(cell) | {"nll32": base64.b64encode(cell.nll32).decode()}
 
 
-def _load(model: Path, chunks: Sequence[Chunk], n_threads: int, io: str, room: int) -> None:
-    global _runner
-    _runner = Runner(loading.load(model, max(len(c.tokens) for c in chunks), n_threads), chunks, io, room)
-
-
-def _run(ask: Ask) -> Cell:
-    assert _runner
-    return _runner.run(ask)
-
-
-@contextmanager
-def workers(n: int, model: Path, chunks: Sequence[Chunk], n_threads: int, io: str) -> Iterator[Executor | None]:
-    """A pool of `n` processes, each with the model and so many threads; None for one, which is this process."""
-    if n < 2:
-        yield None
-        return
-    with processes.pool(n, _load, model, chunks, n_threads, io, _room(n)) as pool:
-        yield pool
+def _from_json(line: dict[str, Any]) -> Cell:
+    own = {"nll32": base64.b64decode(line["nll32"]), "misses": tuple(line["misses"]), "swapped": tuple(line["swapped"])}
+    return Cell(**line | own)
 
 
 @contextmanager
 def session(
     path: Path,
     source: loading.Source,
-    n_threads: int,
     *,
+    threads: int | None = None,
     n_workers: int = 1,
+    scheduler: str | None = None,
     io: str | None = None,
-    budget: str | int = "50%",
-    eviction: str = DEFAULT,
+    flash_mbps: float | None = None,
+    timed: bool = False,
+    evictions: Sequence[str] = (DEFAULT,),
 ) -> Iterator[Scorer]:
-    """A scorer of a model and a text, with all scores that this version has ever computed for them, in the user's cache.
+    """A scorer of a model and a text, with all cells that this version has ever computed for them, in the user's cache.
 
-    The threads are shared out among the workers. `budget` and `eviction` are checked before the text is read.
+    Args:
+        threads: compute threads in total, shared out among the local processes or the workers of the cluster. None: all cores,
+            of this machine or of each one of the cluster.
+        n_workers: processes of this machine that score, each with the model loaded.
+        scheduler: address of a Dask scheduler whose workers score instead; they need the model at the same path.
+        timed: measure the speed of decoding, with one worker and an io that reads: cells that were kept without a speed, or
+            with that of another io, pace or number of threads, are computed again.
+        evictions: checked, as `io` is, before the text is read.
+
+    Raises UsageError for settings or text that do not fit, CacherouteError when the model or the scheduler is not to be had.
     """
-    from cacheroute.files import cache_dir
-
-    n_threads = max(n_threads // n_workers, 1)
-    with closing(loading.load(path, source.chunk, n_threads)) as llm:
+    with ExitStack() as stack:
+        each = max((threads or cores()) // n_workers, 1)
+        llm = stack.enter_context(closing(loading.load(path, source.chunk, each)))
         io = io or loading.default_io(llm.layout)
-        llm.configure(budget=budget, eviction=eviction, io=io)
+        for eviction in evictions:
+            llm.configure(budget=llm.layout.n_expert, eviction=eviction, io=io)
         chunks = loading.chunks(llm, source)
-        header = {
-            "format": "cacheroute-scores",
-            "version": VERSION,
-            "model": gguf_file.fingerprint(path),
-            "text": loading.text_fingerprint(chunks),
-        }
-        name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
-        results = ResultsFile(cache_dir() / "scores" / f"{name}.jsonl", header)
-        with workers(n_workers, path, chunks, n_threads, io) as pool:
-            yield Scorer(llm, chunks, io, results, pool=pool)
+        executor: Executor | None = None
+        if scheduler:
+            executor, size = stack.enter_context(processes.cluster(scheduler))
+            each = max(threads // size, 1) if threads else 0
+        elif n_workers > 1:
+            executor = stack.enter_context(processes.pool(n_workers))
+        job = Job(
+            model=path.resolve(),
+            text=loading.text_fingerprint(chunks),
+            n_ctx=source.chunk,
+            n_threads=each,
+            io=io if scheduler else llm.io,
+            flash_mbps=flash_mbps,
+            n_processes=n_workers,
+            timing=f"{llm.io}, {each} threads, {f'{flash_mbps:g} MB/s' if flash_mbps else 'unpaced'}" if timed else "",
+        )
+        yield Scorer(llm, chunks, job, _kept_cells(path, job.text), executor)
 
 
-def read_mib_per_token(cells: Sequence[Cell]) -> float:
-    return sum(c.read_bytes for c in cells) / MIB / sum(c.n for c in cells)
-
-
-def miss_rate(cells: Sequence[Cell]) -> float:
-    """Misses per selected expert."""
-    return sum(sum(c.misses) for c in cells) / max(sum(c.selected for c in cells), 1)
+def _kept_cells(model: Path, text: str) -> ResultsFile:
+    header = {"format": "cacheroute-scores-2", "version": VERSION, "model": gguf_file.fingerprint(model), "text": text}
+    name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
+    return ResultsFile(cache_dir() / "scores" / f"{name}.jsonl", header)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cacheroute.errors import UsageError
-from cacheroute.evals.perplexity import Row, log_probabilities
+from cacheroute.evals.perplexity import LogP, log_probabilities
 
 if TYPE_CHECKING:
     from cacheroute.engine.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ class TaskScorer:
         self.llm = llm
         self.truncated = 0
         self._kept: Checkpoint | None = None  # after the head that came last
-        self._last: tuple[list[int], Row] | None = None  # tokens and what the model says follows them
+        self._last: tuple[list[int], LogP] | None = None  # tokens and what the model says follows them
         policy = llm.routing.policy if llm.routing else ""
         self._rewinds = not (policy or llm._is_recurrent or llm._is_hybrid)
         llm.reset()
@@ -130,7 +130,7 @@ class TaskScorer:
             same += 1
         return same
 
-    def _rows(self, tokens: list[int], start: int, head: int) -> Iterator[Row]:
+    def _rows(self, tokens: list[int], start: int, head: int) -> Iterator[LogP]:
         """log p of the vocabulary before each of tokens[start:]."""
         before = tokens[:start]
         if self._last and self._last[0] == before and len(tokens) == start + 1:

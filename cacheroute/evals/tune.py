@@ -1,25 +1,31 @@
-"""Finds the routing that reads least while it costs no more than allowed, by stepped paired scores.
+"""Finds the routing with the fewest misses whose loss of quality stays within a limit, by stepped paired scores.
 
 A ladder is a list of routings from nearly lossless to very lossy: one parameter of a strategy (`uniform`), or cache-prior with a
 lambda for each layer (evals/pricing.py). Bisection finds the highest rung whose 95% interval of the perplexity increase ends
-within the limit; a rung that is clearly too lossy, or clearly not, is left early. The choice is then scored on text that took no
-part in it, and goes down a rung while that says no.
+within the limit; a rung that is clearly too lossy, or clearly not, is left early. The choice is then validated on text that took
+no part in it; while it fails there, the next lower rung that fits is validated.
 
-Knows a Scorer; knows no files and no command line.
+Knows a Scorer; knows no command line.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from cacheroute.evals import paired
-from cacheroute.evals.scorer import Ask, Cell, Scorer, miss_rate, read_mib_per_token
+from cacheroute.errors import UsageError
+from cacheroute.evals import paired, pricing
+from cacheroute.evals.perplexity import miss_rate, missed_mib_per_token
+from cacheroute.evals.runner import Cell, Request
+from cacheroute.evals.scorer import Scorer
+from cacheroute.evals.text import Chunk
+from cacheroute.files import VERSION
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.routing.strategies import Routing
+from cacheroute.routing.tuned import TunedRouting
 
 _LAMBDAS: tuple[float, ...] = (
     *(0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2),
@@ -29,6 +35,7 @@ _SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7
 
 _LEAST_CHUNKS = 8  # before a rung may be left early
 _SURE = 2.5  # standard errors between the forecast and the limit that make leaving early safe
+_PROMPT_COST = 0.2  # of a prompt's token, in decoded tokens: for the estimate of time only
 
 
 def ladder(strategy: str, layout: ExpertLayout) -> list[Routing]:
@@ -46,8 +53,27 @@ def ladder(strategy: str, layout: ExpertLayout) -> list[Routing]:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What to tune: `budget` in experts per layer, `max_ppl_increase` in %.
+
+    `uniform`: one parameter of `strategy` for all layers; otherwise cache-prior with a lambda and a share of the budget for each
+    layer, from prices measured on about `price_tokens` tokens in `price_groups` groups of layers. `seed` of the split and the
+    bootstrap.
+    """
+
+    budget: int
+    eviction: str
+    max_ppl_increase: float
+    uniform: bool = False
+    strategy: str = "cache-prior"
+    price_tokens: int = 512
+    price_groups: int = 15
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Trial:
-    """One rung on some text: the paired difference to `original`, what both read, and whether it may pass.
+    """One rung on some text: the paired difference to `original`, what both missed, and whether it may pass.
 
     `complete` is False when it was left early; then `passed` is a forecast. `validates`: on the held-out part, where the estimate
     itself has to be within the limit, not the end of its interval.
@@ -55,8 +81,8 @@ class Trial:
 
     routing: Routing
     difference: paired.Difference
-    read_mib_per_token: float
-    original_mib_per_token: float
+    missed_mib_per_token: float
+    original_missed_mib_per_token: float
     miss_rate: float
     passed: bool
     complete: bool
@@ -74,17 +100,35 @@ class Outcome:
 
 @dataclass
 class Search:
-    """A search at one budget and eviction, `limit` in nats per token. `fit` and `held_out` are indices of chunks."""
+    """A search for one goal. `fit` and `held_out` are indices of chunks; prices are measured on the first of `fit`."""
 
     scorer: Scorer
-    budget: int
-    eviction: str
-    limit: float
+    goal: Goal
     fit: Sequence[int]
     held_out: Sequence[int]
-    seed: int = 0
     report: Callable[[Trial], None] = lambda trial: None
     trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def limit(self) -> float:
+        """Nats per token."""
+        return paired.nats(self.goal.max_ppl_increase)
+
+    def tune(self) -> Outcome:
+        """Makes the ladder of the goal and climbs it."""
+        goal = self.goal
+        if goal.uniform:
+            return self.run(ladder(goal.strategy, self.scorer.llm.layout))
+        candidates = pricing.candidates(self.scorer, goal.budget, goal.eviction, self._priced(), goal.price_groups)
+        return self.run([c.routing() for c in candidates], start_rung([c.cost for c in candidates], self.limit))
+
+    def expected_work(self) -> float:
+        """In decoded tokens, about: `original` and four rungs on the fit part, two on the held-out one, the prices."""
+        priced = 0 if self.goal.uniform else len(self._priced()) * pricing.n_runs(self.goal.price_groups)
+        return (5 * len(self.fit) + 2 * len(self.held_out) + priced) * work(self.scorer.chunks[0])
+
+    def _priced(self) -> Sequence[int]:
+        return self.fit[: pricing.n_chunks(self.goal.price_tokens, self.scorer.chunks)]
 
     def run(self, rungs: Sequence[Routing], start: int | None = None) -> Outcome:
         """Climbs `rungs`, beginning at index `start` (the middle by default), and validates."""
@@ -121,18 +165,26 @@ class Search:
         cells: list[Cell] = []
         forecast: bool | None = None
         pair = (Routing("original"), routing)
-        self.scorer.ahead([Ask(r, self.budget, self.eviction, i) for i in chunks for r in pair])
+        settings = (self.goal.budget, self.goal.eviction)
+        self.scorer.submit_next([Request(r, *settings, i) for i in chunks for r in pair])
         for i in chunks:
             for scores, r in zip((base, cells), pair, strict=True):
-                scores.append(self.scorer.cell(r, self.budget, self.eviction, i))
+                scores.append(self.scorer.cell(r, *settings, i))
             forecast = self._forecast(base, cells, len(chunks)) if early else None
             if forecast is not None:
                 break
-        d = paired.compare([c.nll for c in base], [c.nll for c in cells], [c.n for c in cells], seed=self.seed)
+        nll = [[c.nll_sum for c in part] for part in (base, cells)]
+        d = paired.compare(nll[0], nll[1], [c.n for c in cells], seed=self.goal.seed)
         end = d.delta_nll if validates else d.high
-        passed = forecast if forecast is not None else end is not None and end <= self.limit
         trial = Trial(
-            routing, d, read_mib_per_token(cells), read_mib_per_token(base), miss_rate(cells), passed, forecast is None, validates
+            routing=routing,
+            difference=d,
+            missed_mib_per_token=missed_mib_per_token(cells),
+            original_missed_mib_per_token=missed_mib_per_token(base),
+            miss_rate=miss_rate(cells),
+            passed=forecast if forecast is not None else end is not None and end <= self.limit,
+            complete=forecast is None,
+            validates=validates,
         )
         self.trials.append(trial)
         self.report(trial)
@@ -143,7 +195,7 @@ class Search:
         n = len(cells)
         if n < _LEAST_CHUNKS or n == n_all:
             return None
-        per_token = np.array([(c.nll - b.nll) / c.n for b, c in zip(base, cells, strict=True)])
+        per_token = np.array([(c.nll_sum - b.nll_sum) / c.n for b, c in zip(base, cells, strict=True)])
         mean, sd = float(per_token.mean()), float(per_token.std(ddof=1))
         upper = mean + 2 * sd / math.sqrt(n_all)
         doubt = _SURE * sd * math.sqrt(1 / n - 1 / n_all)
@@ -153,12 +205,47 @@ class Search:
 
 
 def split(n_chunks: int, seed: int, share: float = 1 / 3) -> tuple[list[int], list[int]]:
-    """(fit, held out): chunks at random, in random order, so that leaving early is fair to all documents."""
+    """(fit, held out): chunks at random, in random order, so that leaving early is fair to all documents.
+
+    Raises UsageError when they are too few for two parts with intervals.
+    """
     order = [int(i) for i in np.random.default_rng(seed).permutation(n_chunks)]
     held_out = max(round(n_chunks * share), 1)
+    if held_out < 2 or n_chunks - held_out < 2:
+        raise UsageError(f"{n_chunks} chunks are too few to fit and to validate; give more text, or smaller chunks.")
     return order[held_out:], order[:held_out]
 
 
 def start_rung(costs: Sequence[float], limit: float) -> int:
     """The rung to begin with: the last whose predicted cost is half of the limit."""
     return max(int(np.searchsorted(costs, limit / 2)) - 1, 0)
+
+
+def work(chunk: Chunk) -> float:
+    """Of scoring a chunk, in decoded tokens."""
+    return chunk.n_scored + _PROMPT_COST * chunk.first
+
+
+def tuned_routing(outcome: Outcome, goal: Goal, layout: ExpertLayout, text: str) -> TunedRouting:
+    """What a file keeps of the chosen routing (routing/tuned.py). Only for an outcome in which something fits."""
+    assert outcome.chosen and outcome.validation
+    routing, d = outcome.chosen.routing, outcome.validation.difference
+    layers = routing.layers or (routing,) * len(layout.layers)
+    return TunedRouting(
+        model=layout.model,
+        architecture=layout.architecture,
+        n_expert=layout.n_expert,
+        n_used=layout.n_used,
+        layers=layout.indices,
+        strategy=routing.name,
+        parameters=tuple(r.parameters for r in layers),
+        notes={
+            "eviction": goal.eviction,
+            "budget": goal.budget,
+            "max_ppl_increase": goal.max_ppl_increase,
+            "text": text,
+            "version": VERSION,
+            "held_out": asdict(d),
+            "ppl_increase": d.ppl_increase,
+        },
+    )

@@ -1,0 +1,103 @@
+"""eval perplexity, tune and frontier share one session: its cells, its threads and its processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cacheroute.cli import app
+from cacheroute.errors import CacherouteError
+from cacheroute.evals import loading, scorer
+from cacheroute.evals.runner import Runner
+
+ROUTING = "cache-prior:lambda=0.4"
+
+
+def commands(tiny: Path, prose: Path, file: Path) -> dict[str, tuple[object, ...]]:
+    """Each scores `original` and ROUTING (tune: that and other rungs) on all chunks."""
+    few = ("-m", tiny, "-f", prose, "--chunk", 32, "--limit", 120, "--budget", "25%", "-o", "json")
+    return {
+        "tune": ("tune", "--uniform", "--max-ppl-increase", "90%", *few),
+        "eval": ("eval", "perplexity", "--routing", ROUTING, *few),
+        "frontier": ("frontier", file, "--routing", ROUTING, *few),
+    }
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def kept(cache: Path) -> set[tuple[str, int]]:
+    (file,) = (cache / "scores").iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    cells = [(line["routing"], line["chunk"]) for line in lines]
+    assert len(cells) == len(set(cells)), "computed twice"
+    return set(cells)
+
+
+@pytest.mark.parametrize("more", [("-t", 1), ("-t", 2, "--workers", 2)])
+def test_what_one_command_has_scored_no_other_computes(
+    own_cache: Path, tiny: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[object, ...]
+) -> None:
+    every = commands(tiny, prose, tmp_path / "f.jsonl")
+    first = run(*every["eval"], *more)
+    assert first.exit_code == 0 and "in the cache" not in first.stderr, first.output
+    scored = kept(own_cache)
+    assert {routing for routing, _ in scored} == {"original", ROUTING}
+    monkeypatch.setattr(Runner, "run", lambda *_: pytest.fail("computed"))
+    for name in ("frontier", "eval"):
+        again = run(*every[name], *more)
+        assert again.exit_code == 0 and kept(own_cache) == scored, again.output
+        total = sum(row["n_tokens"] for row in json.loads(first.stdout))
+        assert f"{total} of {total} scored tokens are in the cache" in again.stderr
+        rows = json.loads(again.stdout)
+        assert [{k: row[k] for k in row.keys() - {"ts", "chunk_nll"}} for row in rows] == json.loads(first.stdout)
+
+
+def test_tune_begins_with_what_others_have_scored(own_cache: Path, tiny: Path, prose: Path, tmp_path: Path) -> None:
+    every = commands(tiny, prose, tmp_path / "f.jsonl")
+    assert run(*every["frontier"], "-t", 1).exit_code == 0
+    scored = kept(own_cache)
+    result = run(*every["tune"], "-t", 1)
+    assert f"{len(scored)} scores of earlier runs are used again" in result.stderr
+    added = {routing for routing, _ in kept(own_cache) - scored}
+    assert added and not added & {"original", ROUTING}
+
+
+@pytest.mark.parametrize("name", ["tune", "eval", "frontier"])
+def test_workers_share_the_threads(
+    own_cache: Path, tiny: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    asked: list[int] = []
+
+    def load(path: Path, n_ctx: int, n_threads: int) -> Any:
+        asked.append(n_threads)
+        raise CacherouteError("enough")
+
+    monkeypatch.setattr(loading, "load", load)
+    arguments = commands(tiny, prose, tmp_path / "f.jsonl")[name]
+    for threads, workers in ((6, 1), (6, 2), (7, 3), (2, 4)):
+        assert run(*arguments, "-t", threads, "--workers", workers).exit_code == 1
+    assert asked == [6, 3, 2, 1]
+
+
+def test_each_process_gets_the_threads_of_the_job(own_cache: Path, tiny: Path, prose: Path) -> None:
+    source = loading.Source(prose, chunk=32, limit=30)
+    for workers, each in ((1, 6), (2, 3), (4, 1)):
+        with scorer.session(tiny, source, threads=6, n_workers=workers) as session:
+            assert (session.job.n_threads, session.job.n_processes) == (each, workers)
+
+
+def test_carried_chunks_are_computed_anew(own_cache: Path, tiny: Path, prose: Path, tmp_path: Path) -> None:
+    arguments = (*commands(tiny, prose, tmp_path / "f.jsonl")["eval"], "-t", 1)
+    fresh = json.loads(run(*arguments).stdout)
+    scored = kept(own_cache)
+    result = run(*arguments, "--carry")
+    carried = json.loads(result.stdout)
+    assert kept(own_cache) == scored and "in the cache" not in result.stderr
+    assert carried[0]["nll"] == fresh[0]["nll"] and carried[1]["nll"] != fresh[1]["nll"]
+    assert all(row["carry"] for row in carried) and carried[0]["miss_rate"] < fresh[0]["miss_rate"]
