@@ -31,6 +31,7 @@ app = typer.Typer(
     help="Run mixture-of-experts models larger than your RAM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its markup swallows what stands in brackets, such as [default: all]
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
