@@ -103,7 +103,7 @@ def test_the_state_comes_back_exactly(llm: Llama) -> None:
     assert after_again.resident_bytes == after_first.resident_bytes > 0
 
 
-def test_greedy_is_told(llm: Llama) -> None:
+def test_greedy_is_reported(llm: Llama) -> None:
     s = scorer(llm)
     answers = [s.loglikelihood(HEAD + QUESTION, f" {chr(c)}") for c in range(ord("a"), ord("z") + 1)]
     s.generate_until(HEAD + QUESTION, [], 1)

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "trace": {"native", "model", "routing"},
     "engine": {"native", "install", "model", "routing", "trace"},
     "bench": {"install", "model", "trace", "engine"},
-    "evals": {"install", "model", "routing", "trace", "engine"},
+    "evals": {"native", "install", "model", "routing", "trace", "engine"},
     "plot": {"trace"},
     "cli": {"install", "model", "routing", "trace", "engine", "bench", "evals", "plot"},
 }

@@ -13,6 +13,7 @@ from cacheroute.cli import app
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, scorer
 from cacheroute.evals.runner import Runner
+from cacheroute.routing.strategies import Routing
 
 ROUTING = "cache-prior:lambda=0.4"
 
@@ -101,3 +102,12 @@ def test_carried_chunks_are_computed_anew(own_cache: Path, tiny: Path, prose: Pa
     assert kept(own_cache) == scored and "in the cache" not in result.stderr
     assert carried[0]["nll"] == fresh[0]["nll"] and carried[1]["nll"] != fresh[1]["nll"]
     assert all(row["carry"] for row in carried) and carried[0]["miss_rate"] < fresh[0]["miss_rate"]
+
+
+def test_another_build_begins_anew(own_cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = loading.Source(prose, chunk=32, limit=30)
+    for digest, n_kept in (("one", 0), ("one", 1), ("two", 0)):
+        monkeypatch.setattr(scorer, "sha256", lambda path, digest=digest: digest)
+        with scorer.session(tiny, source, threads=1) as session:
+            assert session.n_kept == n_kept
+            session.cell(Routing("original"), 8, "lru", 0)

@@ -21,9 +21,11 @@ from cacheroute.evals import loading, processes
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Cell, Job, Request, Runner, compute, routing_key
 from cacheroute.evals.text import Chunk
-from cacheroute.files import VERSION, cache_dir
+from cacheroute.files import VERSION, cache_dir, sha256
+from cacheroute.install import patched_llama_cpp
 from cacheroute.install.machine import cores
 from cacheroute.model import gguf_file
+from cacheroute.native import bindings
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.routing.strategies import Routing
 from cacheroute.trace.simulate import Replay
@@ -161,7 +163,7 @@ def session(
     timed: bool = False,
     evictions: Sequence[str] = (DEFAULT,),
 ) -> Iterator[Scorer]:
-    """A scorer of a model and a text, with all cells that this version has ever computed for them, in the user's cache.
+    """A scorer of a model and a text, with all cells that this build has ever computed for them, in the user's cache.
 
     Args:
         threads: compute threads in total, shared out among the local processes or the workers of the cluster. None: all cores,
@@ -201,6 +203,14 @@ def session(
 
 
 def _kept_cells(model: Path, text: str) -> ResultsFile:
-    header = {"format": "cacheroute-scores-2", "version": VERSION, "model": gguf_file.fingerprint(model), "text": text}
+    """Those that this build has computed: another router or engine may choose and round in another way."""
+    header = {
+        "format": "cacheroute-scores-2",
+        "version": VERSION,
+        "engine": patched_llama_cpp.module().__version__,
+        "router": sha256(Path(bindings.lib._name))[:16],
+        "model": gguf_file.fingerprint(model),
+        "text": text,
+    }
     name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
     return ResultsFile(cache_dir() / "scores" / f"{name}.jsonl", header)
