@@ -103,17 +103,14 @@ def perplexity(
 
 
 def _scored(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
-    requests = [arm.requests(len(session.chunks)) for arm in arms]
-    every = [request for own in requests for request in own]
-    with progress.bar("scoring", progress.to_compute(session, every)) as advance:
-        session.after = lambda cell: advance(cell.n, f"{cell.routing} {cell.budget} experts")
-        session.submit_next(every)
-        return [[session.cell(*request[:4]) for request in own] for own in requests]
+    groups = [arm.requests(len(session.chunks)) for arm in arms]
+    with progress.scoring(session, [request for group in groups for request in group]):
+        return list(session.groups(groups))
 
 
 def _carried(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
-    with progress.bar("scoring", len(arms) * sum(c.n_scored for c in session.chunks)) as advance:
-        session.after = lambda cell: advance(cell.n, f"{cell.routing} {cell.budget} experts")
+    with progress.bar("scoring", len(arms) * len(session.chunks)) as advance:
+        session.after = lambda cell: advance(1, f"{cell.routing} {cell.budget} experts")
         return [session.carried(*arm.requests(1)[0][:3]) for arm in arms]
 
 

@@ -72,20 +72,20 @@ def frontier(
         print(f"{results} has {len(rows)} of {len(arms)} rows already", file=sys.stderr)
     left = [arm for arm in arms if arm not in rows]
     if left:
-        with scorer.session(
-            path,
-            source,
-            threads=threads,
-            n_workers=workers,
-            scheduler=scheduler,
-            io=io,
-            flash_mbps=flash_mbps,
-            timed=io not in (None, "none") and workers == 1 and not scheduler,
-            evictions=options.names(eviction),
-        ) as session:
-            requests = [request for arm in left for request in arm.requests(len(session.chunks))]
-            with progress.bar("frontier", progress.to_compute(session, requests)) as advance:
-                session.after = lambda cell: advance(cell.n, f"{cell.routing} {cell.budget} experts")
-                frontiers.run(session, source, arms, rows, lambda row: kept.append(asdict(row)))
+        with (
+            scorer.session(
+                path,
+                source,
+                threads=threads,
+                n_workers=workers,
+                scheduler=scheduler,
+                io=io,
+                flash_mbps=flash_mbps,
+                timed=io not in (None, "none") and workers == 1 and not scheduler,
+                evictions=options.names(eviction),
+            ) as session,
+            progress.scoring(session, [r for arm in left for r in arm.requests(len(session.chunks))]),
+        ):
+            frontiers.run(session, source, arms, rows, lambda row: kept.append(asdict(row)))
     found = [rows[arm] for arm in arms]
     table.write(found, output, perplexity_cells(found))

@@ -54,10 +54,12 @@ def _lines(what: str, total: float) -> Advance:
     return advance
 
 
-def to_compute(scorer: Scorer, requests: Sequence[Request]) -> int:
-    """Scored tokens that the cache does not have yet, at least 1; says on stderr how many it has."""
-    total = sum(scorer.chunks[r.chunk].n_scored for r in requests)
-    missing = scorer.missing(requests)
+@contextmanager
+def scoring(scorer: Scorer, requests: Sequence[Request]) -> Iterator[None]:
+    """Shows what is computed of those requests, in scored tokens; says first how much of them is in the cache."""
+    total, missing = sum(scorer.chunks[r.chunk].n_scored for r in requests), scorer.missing(requests)
     if missing < total:
         print(f"{total - missing} of {total} scored tokens are in the cache", file=sys.stderr)
-    return max(missing, 1)
+    with bar("scoring", max(missing, 1)) as advance:
+        scorer.after = lambda cell: advance(cell.n, f"{cell.routing} {cell.budget} experts")
+        yield

@@ -77,9 +77,7 @@ def run(
     """
     base = next((row.chunk_nll for row in done.values() if row.routing == "original"), None)
     left = {arm: arm.requests(len(scorer.chunks)) for arm in wanted if arm not in done}
-    scorer.submit_next([request for requests in left.values() for request in requests])
-    for arm, requests in left.items():
-        cells = [scorer.cell(*request[:4]) for request in requests]
+    for arm, cells in zip(left, scorer.groups(list(left.values())), strict=True):
         own = tuple(cell.nll_sum for cell in cells)
         base = base or own  # the first arm is `original`
         row = rows.perplexity_row(scorer.llm.layout.model or scorer.job.model.name, source, arm, base, cells)

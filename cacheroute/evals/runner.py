@@ -35,6 +35,10 @@ class Request(NamedTuple):
     chunk: int
     kl: bool = False
 
+    @property
+    def place(self) -> tuple[str, int, str, int]:
+        return routing_key(self.routing), self.budget, self.eviction, self.chunk
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell(ChunkScore):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, processes
 from cacheroute.evals.results import ResultsFile
-from cacheroute.evals.runner import Cell, Job, Request, Runner, compute, routing_key
+from cacheroute.evals.runner import Cell, Job, Request, Runner, compute
 from cacheroute.evals.text import Chunk
 from cacheroute.files import VERSION, cache_dir, sha256
 from cacheroute.install import patched_llama_cpp
@@ -53,9 +53,8 @@ class Scorer:
         self.memo: dict[tuple[object, ...], Any] = {}  # what callers derive from chunks and need again in this session
         self._results, self._executor = results, executor
         self._runner = Runner(llm, job)
-        self._replays: dict[tuple[int, ...], Replay] = {}
         self._cells: dict[tuple[str, int, str, int], dict[str, Cell]] = {}  # by place, then by variant
-        self._pending: dict[tuple[str, int, str, int, bool], Future[Cell]] = {}
+        self._pending: dict[tuple[object, ...], Future[Cell]] = {}
         self.n_kept = len(results.lines) if results else 0
         for line in results.lines if results else ():
             self._add(_from_json(line))
@@ -81,8 +80,13 @@ class Scorer:
 
     def cells(self, routing: Routing, budget: int, eviction: str, chunks: Sequence[int]) -> list[Cell]:
         """The scores of several chunks."""
-        self.submit_next([Request(routing, budget, eviction, i) for i in chunks])
-        return [self.cell(routing, budget, eviction, i) for i in chunks]
+        return next(self.groups([[Request(routing, budget, eviction, i) for i in chunks]]))
+
+    def groups(self, groups: Sequence[Sequence[Request]]) -> Iterator[list[Cell]]:
+        """The scores of each group of requests, while an executor works on the next ones."""
+        self.submit_next([request for group in groups for request in group])
+        for group in groups:
+            yield [self.cell(*request[:4], kl=request.kl) for request in group]
 
     def carried(self, routing: Routing, budget: int, eviction: str) -> list[Cell]:
         """All chunks in their order, where cache and running ranges go from each to the next.
@@ -97,10 +101,11 @@ class Scorer:
 
     def replay(self, chunks: Sequence[int]) -> Replay:
         """A replay of what the routers see in those chunks; traced once in a session, in this process."""
-        at = tuple(chunks)
-        if at not in self._replays:
-            self._replays[at] = Replay(self._runner.trace([self.chunks[i] for i in chunks]))
-        return self._replays[at]
+        key = ("replay", *chunks)
+        if key not in self.memo:
+            self.memo[key] = Replay(self._runner.trace([self.chunks[i] for i in chunks]))
+        found: Replay = self.memo[key]
+        return found
 
     def submit_next(self, requests: Sequence[Request]) -> None:
         """Has an executor begin with these requests, in this order, and cancels what it has not begun of earlier ones."""
@@ -110,9 +115,9 @@ class Scorer:
             if future.cancel():
                 del self._pending[old]
         for request in requests:
-            at = _name(request)
-            if not self._known(request) and at not in self._pending:
-                self._pending[at] = self._submit(request)
+            key = (request.place, request.kl)
+            if not self._known(request) and key not in self._pending:
+                self._pending[key] = self._submit(request)
 
     def missing(self, requests: Sequence[Request]) -> int:
         """Scored tokens of those requests that are still to be computed."""
@@ -121,7 +126,7 @@ class Scorer:
     def _compute(self, request: Request) -> Cell:
         if self._executor is None:
             return self._runner.run(request, self.chunks[request.chunk])
-        return (self._pending.pop(_name(request), None) or self._submit(request)).result()
+        return (self._pending.pop((request.place, request.kl), None) or self._submit(request)).result()
 
     def _submit(self, request: Request) -> Future[Cell]:
         assert self._executor
@@ -132,13 +137,9 @@ class Scorer:
 
     def _known(self, request: Request) -> Cell | None:
         """Nll and counts are the same in all variants of a cell; only a KL and a speed have to be measured."""
-        variants = self._cells.get(_name(request)[:4], {})
+        variants = self._cells.get(request.place, {})
         wanted = "kl" if request.kl else self.job.timing
         return variants.get(wanted) if wanted else next(iter(variants.values()), None)
-
-
-def _name(request: Request) -> tuple[str, int, str, int, bool]:
-    return (routing_key(request.routing), *request[1:])
 
 
 def _to_json(cell: Cell) -> dict[str, Any]:
