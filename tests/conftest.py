@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
-import tiny_models
 
 from cacheroute.model import demo_model as demo
+from support import tiny_models
 
 # A shell that starts us in the background has SIGINT ignored, and so would have the commands whose Ctrl-C we test.
 signal.signal(signal.SIGINT, signal.default_int_handler)

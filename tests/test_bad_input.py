@@ -7,7 +7,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from cli import cacheroute, sentence
+
+from support.cli import cacheroute, sentence
 
 
 def generate(model: Path, *arguments: object, code: int = 2) -> str:

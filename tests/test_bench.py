@@ -9,10 +9,10 @@ from pathlib import Path
 
 import bench_store
 import pytest
-from cli import cacheroute, sentence
 
 from cacheroute import Llama
 from cacheroute.routing.eviction import DEFAULT
+from support.cli import cacheroute, sentence
 
 ARMS = ("--budget", "25%,50%", "--routing", "original,cache-prior:lambda=0.5", "-p", 24, "-n", 12, "-r", 2)
 

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-import tiny_models
-from test_store import PAGE, on_a_disk, pages_in_memory
 
 from cacheroute import Llama
 from cacheroute.engine.llama import _api
 from cacheroute.errors import CacherouteError
 from cacheroute.native import bindings
+from support import oracle, tiny_models
+from support.expert_file import PAGE, on_a_disk, pages_in_memory
 
 CAPACITY = 6
 # experts of 1.1 MiB; the rest is as small as it can be, so that 2,000 tokens pass in seconds

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_router import native_layer
-from oracle import Routing
+
+from support import oracle
+from support.native_router import native_layer
+from support.oracle import Routing
 
 
 @dataclass(frozen=True)

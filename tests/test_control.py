@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import cacheroute
 
 from cacheroute.bench import memory_limit
 from cacheroute.bench.floor import Floor
@@ -21,6 +20,7 @@ from cacheroute.bench.memory_limit import MemoryLimit
 from cacheroute.bench.runs import Run
 from cacheroute.engine.stats import Counters
 from cacheroute.errors import CacherouteError
+from support.cli import cacheroute
 
 MIB = 2**20
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
-from test_simulate import fed
 from typer.testing import CliRunner
 
 from cacheroute import Llama
@@ -17,6 +15,8 @@ from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.routing import custom_policy, strategies
 from cacheroute.trace import trace_file
 from cacheroute.trace.simulate import Arm, Replay
+from support import tiny_models
+from support.traces import fed
 
 MODULE = """
 import numpy as np

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import tiny_models
-from cli import cacheroute
-from native_router import native_store
-from test_store import LIB, ODD, PAGE, model, on_a_disk
 
 from cacheroute import Llama
 from cacheroute.engine import stores
 from cacheroute.errors import CacherouteError
+from support import tiny_models
+from support.cli import cacheroute
+from support.expert_file import LIB, ODD, PAGE, model, on_a_disk
+from support.native_router import native_store
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="counts pages as Linux does")
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tiny_models
-from cli import cacheroute, sentence
+from support import tiny_models
+from support.cli import cacheroute, sentence
 
 RUN = ("--temp", 0, "-c", 256, "-t", 2)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tiny_models
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.model.gguf_file import GgufFile, TensorInfo
 from cacheroute.model.report import Report
+from support import tiny_models
 
 inspector = importlib.import_module("cacheroute.model.report")
 command = importlib.import_module("cacheroute.cli.inspect")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import gguf
 import pytest
-import tiny_models
 
 from cacheroute.engine import stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.model import catalogue, demo_model
 from cacheroute.model.catalogue import ModelEntry
+from support import tiny_models
 
 command = importlib.import_module("cacheroute.cli.models")  # the package's attribute of this name is the function
 CATALOGUE = catalogue.load_catalogue()

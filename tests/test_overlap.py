@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from live_hook import EXPERT, HEADER, LIB, N_TENSORS, PACE, SLOW, Live, hooked
-from test_store import on_a_disk
+
+from support.expert_file import on_a_disk
+from support.live_hook import EXPERT, HEADER, LIB, N_TENSORS, PACE, SLOW, Live, hooked
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
 

@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
-from live_hook import EXPERT, LIB, N_EXPERT, N_LAYERS, N_TENSORS, PACE, SLOW, Live, hooked
-from test_store import on_a_disk
 from typer.testing import CliRunner
 
 from cacheroute import Llama
@@ -23,6 +20,9 @@ from cacheroute.errors import UsageError
 from cacheroute.evals.perplexity import log_probabilities
 from cacheroute.model import experts
 from cacheroute.native import bindings
+from support import tiny_models
+from support.expert_file import on_a_disk
+from support.live_hook import EXPERT, LIB, N_EXPERT, N_LAYERS, N_TENSORS, PACE, SLOW, Live, hooked
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
 

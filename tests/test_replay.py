@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
-from cli import cacheroute, sentence
-from test_simulate import header, made_up
 
 from cacheroute import Llama
 from cacheroute.errors import CacherouteError, UsageError
@@ -22,6 +19,9 @@ from cacheroute.routing.strategies import parse
 from cacheroute.trace import forced_scores, simulate, trace_file
 from cacheroute.trace.forced_scores import ForcedScores
 from cacheroute.trace.trace_file import Header, Records, Trace
+from support import tiny_models
+from support.cli import cacheroute, sentence
+from support.traces import header, made_up
 
 N_PROMPT, N_GEN = 20, 60
 ARCHS = ("qwen3moe", "deepseek2", "gpt-oss")  # softmax; sigmoid and masked groups; softmax over the chosen

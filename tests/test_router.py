@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_router import native_layer
-from oracle import Event, Routing, Vector
 
 from cacheroute.errors import CacherouteError
+from support import oracle
+from support.native_router import native_layer
+from support.oracle import Event, Routing, Vector
 
 KINDS = ("smooth", "ties", "constant", "groups", "few")
 MAX_LOSS = (None, 0.0, 1 / 64, 1 / 8, 0.5, 1.0)

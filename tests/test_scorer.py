@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny_models
 
 from cacheroute import Llama
 from cacheroute.errors import CacherouteError
@@ -15,6 +14,7 @@ from cacheroute.evals import loading
 from cacheroute.evals.scorer import Ask, Runner
 from cacheroute.evals.text import Chunk
 from cacheroute.routing.strategies import Routing, parse
+from support import tiny_models
 
 
 @pytest.fixture(scope="module", params=["qwen3moe", "deepseek2"])

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import study_prefetch as study
-from test_simulate import header
 
 from cacheroute.errors import UsageError
 from cacheroute.routing.strategies import parse
 from cacheroute.trace import forced_scores, simulate, trace_file
 from cacheroute.trace.trace_file import Records
+from support.traces import header
 
 N_LAYERS, E, K, C, N_TOKENS = 3, 24, 4, 12, 120
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_simulate import fed
 from typer.testing import CliRunner
 
 from cacheroute import Llama
@@ -18,6 +17,7 @@ from cacheroute.errors import UsageError
 from cacheroute.native import bindings
 from cacheroute.trace import task_profile
 from cacheroute.trace.task_profile import TaskProfile
+from support.traces import fed
 
 
 def task(n_used: int = 20) -> TaskProfile:

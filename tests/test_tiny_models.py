@@ -12,8 +12,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
-import tiny_models
 from gguf import GGUFReader
+
+from support import tiny_models
 
 Logits = npt.NDArray[np.float32]
 

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
-from test_simulate import fed, header, made_up
 from typer.testing import CliRunner, Result
 
 from cacheroute import Llama
@@ -24,6 +22,8 @@ from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.trace import task_profile, trace_file
 from cacheroute.trace.trace_file import DECODE, DICTATED, Header, TraceWriter
+from support.native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
+from support.traces import fed, header, made_up
 
 
 def cacheroute(*arguments: object) -> Result:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_simulate import fed
 
 from cacheroute import Llama
 from cacheroute.errors import UsageError
@@ -17,6 +16,7 @@ from cacheroute.routing import strategies, tuned
 from cacheroute.routing.tuned import TunedRouting
 from cacheroute.trace import simulate
 from cacheroute.trace.simulate import Arm
+from support.traces import fed
 
 TINY = TunedRouting(
     model="tiny qwen3moe",

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_identity import CEvent, CHook
 
 from cacheroute.errors import CacherouteError
 from cacheroute.native import bindings
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
+from support.hook_abi import CEvent, CHook
 
 LIB = bindings.lib
 N_LAYERS, N_TENSORS, N_EXPERT, N_USED = 2, 3, 8, 2

@@ -6,10 +6,9 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from oracle import STRATEGIES, Event, Routing, Vector
-
 from cacheroute.native import bindings
 from cacheroute.routing import eviction as evictions
+from support.oracle import STRATEGIES, Event, Routing, Vector
 
 
 def _doubles(values: Vector) -> ctypes.Array[ctypes.c_double]:

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-from test_identity import CEvent, CHook
 
 from cacheroute.native import bindings
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
 from cacheroute.trace.trace_file import Records, record_dtype
+from support.hook_abi import CEvent, CHook
 
 SOFTMAX, SIGMOID, SOFTMAX_WEIGHT = 1, 2, 3  # llama_expert_gating_func_type
 Floats = npt.NDArray[np.float32]
