@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def demo_model() -> Path:
     """The demo model. Missing, it is a fault of the set-up, not a reason to skip."""
     path = demo.default_path()
-    assert path.exists(), f"{path} is missing; scripts/make_demo_model.py builds it"
+    assert path.exists(), f"{path} is missing; `cacheroute setup` makes it"
     return path
 
 

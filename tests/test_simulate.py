@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import study_layer_budgets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -233,10 +232,3 @@ def test_a_prompt_alone_has_nothing_to_simulate() -> None:
     t = made_up(1, 8, 2, 10, 0, mass=False, n_prompt=99)
     with pytest.raises(UsageError, match="no decoded token"):
         Replay(t)
-
-
-def test_layer_budgets_go_where_misses_fall_most() -> None:
-    curve = np.array([[90, 50, 9], [80, 50, 5], [70, 10, 3], [60, 9, 2]])  # 1 gains nothing by one more expert, much by two
-    assert study_layer_budgets.allocate(curve, 2).tolist() == [0, 2, 0]
-    assert study_layer_budgets.allocate(curve, 4).tolist() == [2, 2, 0]
-    assert study_layer_budgets.allocate(curve, 9).tolist() == [3, 3, 3]

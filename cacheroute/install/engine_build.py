@@ -1,7 +1,6 @@
 """Gets the engine: llama-cpp-python's own source, patched, compiled once, cached, installed.
 
-Knows nothing of models, routing or how a command line looks. It imports no third-party package up
-front, because `scripts/build_engine.py` runs it before most of what cacheroute needs is installed.
+Knows nothing of models, routing or how a command line looks.
 """
 
 from __future__ import annotations
