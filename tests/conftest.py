@@ -25,13 +25,13 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two MoE layers with 32 experts each, 4 used, random weights. Nobody writes to it."""
+    """A model of two MoE layers with 32 experts each, 4 used, random weights. Read only."""
     return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
 def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of the module's own, for tests of what is in memory: whoever else has mapped a file keeps its pages."""
+    """A copy for the module alone, for tests of what is in memory: another mapping of the same file keeps its pages there."""
     return Path(shutil.copy(tiny, tmp_path_factory.mktemp("alone")))
 
 

@@ -250,7 +250,7 @@ def test_after_a_prompt_the_last_distinct_experts_are_in_memory(large: Path, evi
         ("drop-cold:f=0.9", oracle.Routing("drop-cold", f=0.9)),
     ],
 )
-def test_the_live_choice_is_the_oracles(small: Path, spec: str, routing: oracle.Routing) -> None:
+def test_live_choices_match_the_oracle(small: Path, spec: str, routing: oracle.Routing) -> None:
     """Prompt and decode of a live model, replayed by the oracle from the probabilities that the hook was asked about."""
     with loaded(small, routing=spec, eviction="score") as llm:
         with overheard(llm) as seen:
@@ -300,7 +300,7 @@ def test_an_empty_prompt_is_an_error_as_upstream(small: Path) -> None:
         assert llm.n_tokens == 1
 
 
-def test_a_full_context_stops_and_says_so(small: Path) -> None:
+def test_a_full_context_stops_with_a_message(small: Path) -> None:
     with loaded(small) as llm:
         with pytest.raises(CacherouteError, match=r"^257 tokens do not fit the context of 256; .*\(-c, n_ctx=\)\.$"):
             llm.eval([5] * 257)

@@ -341,7 +341,7 @@ def test_large_lambda_swaps_experts_and_keeps_their_weights(case: Case) -> None:
     assert counted.misses < plainly.stats().decode.misses
 
 
-def test_a_dropped_model_is_gone_at_once(tmp_path: Path) -> None:
+def test_a_model_without_references_is_freed_at_once(tmp_path: Path) -> None:
     """Not when the garbage collector gets to it: then llama.cpp's context may be freed before the hook is unset."""
     llm = engine(tiny_models.write("llama", tmp_path / "m.gguf"), routing="original")
     llm.eval([5])
@@ -354,7 +354,7 @@ def test_a_dropped_model_is_gone_at_once(tmp_path: Path) -> None:
         gc.enable()
 
 
-def test_the_demo_model_too(demo_model: Path) -> None:
+def test_original_on_the_demo_model_is_the_unhooked_engine(demo_model: Path) -> None:
     unhooked = run(engine(demo_model, routing=None), n_decode=8)
     for budget, routing in (("25%", "original"), ("all", "original"), ("25%", "cache-prior:lambda=0")):
         assert_same_bits(run(engine(demo_model, routing=routing, budget=budget), n_decode=8), unhooked)

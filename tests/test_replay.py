@@ -83,7 +83,9 @@ def bound(llm: Llama, path: Path) -> ForcedScores:
 
 @pytest.mark.parametrize("eviction", evictions.ONLINE)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_models_own_trace_misses_as_it_ran(models: dict[str, Llama], tmp_path: Path, arch: str, eviction: str) -> None:
+def test_replaying_a_models_own_trace_gives_the_same_misses(
+    models: dict[str, Llama], tmp_path: Path, arch: str, eviction: str
+) -> None:
     llm = models[arch]
     live = traced(llm, tmp_path / "t", "original", eviction, seed=1)
     assert forced(llm, bound(llm, tmp_path / "t"), "original", eviction, seed=2) == live  # whatever the text
@@ -163,8 +165,8 @@ def test_the_first_sequence_that_is_long_enough_is_taken(tmp_path: Path) -> None
 
 def wrong_traces() -> dict[str, tuple[Trace, ExpertLayout, str]]:
     t = made_up(3, 32, 4, 40, 3, mass=False)
-    dictated, cut = t.records.copy(), t.records[: 3 * 10 - 1]  # the tenth token lacks its last layer
-    dictated["flags"] |= trace_file.DICTATED
+    prescribed, cut = t.records.copy(), t.records[: 3 * 10 - 1]  # the tenth token lacks its last layer
+    prescribed["flags"] |= trace_file.DICTATED
     prompt: Records = t.records[(t.records["layer"] < 2) | (t.records["token"] > 8)]
     return {
         "experts": (
@@ -178,7 +180,7 @@ def wrong_traces() -> dict[str, tuple[Trace, ExpertLayout, str]]:
             fits(3),
             "has 9 tokens in its longest sequence, and 10 are needed; trace again",
         ),
-        "prescribed": (replace(t, records=dictated), fits(3), "experts the model prescribes"),
+        "prescribed": (replace(t, records=prescribed), fits(3), "experts the model prescribes"),
         "prompt": (replace(t, records=prompt), fits(3), "lacks prompt tokens of its last layer; trace the text token by token"),
     }
 
@@ -203,7 +205,7 @@ def synthetic(text: str, n_tokens: int = 2000, layout: ExpertLayout | None = Non
     return forced_scores.bind(forced_scores.parse(text), layout or fits(2), 0, n_tokens)
 
 
-def test_synthetic_scores_are_what_they_state() -> None:
+def test_synthetic_scores_have_the_stated_statistics() -> None:
     for rho, skew in ((0.0, 0.0), (0.5, 0.3), (0.9, 1.0)):
         # 64 experts cannot tell their common part from what max() took away, so compare differences between experts
         z = synthetic(f"synthetic:rho={rho}:skew={skew}", 4000, fits(1, 64)).z[0].astype(float)
@@ -241,7 +243,7 @@ def test_a_seed_repeats_and_layers_differ() -> None:
     assert one.name == again.name == "synthetic:rho=0.3:skew=0.35:foresight=0.87:seed=0"
 
 
-def test_guesses_correlate_as_asked() -> None:
+def test_predictions_correlate_as_requested() -> None:
     for foresight in (0.0, 0.5, 1.0):
         forced = synthetic(f"synthetic:foresight={foresight}", 400)
         for z, guess in zip(forced.z, forced.guess, strict=True):
@@ -274,7 +276,7 @@ def bench(path: Path, *arguments: object) -> tuple[list[dict[str, Any]], str]:
     return json.loads(done.stdout), done.stderr
 
 
-def test_rows_say_what_was_replayed_and_repeat(paths: dict[str, Path]) -> None:
+def test_rows_name_what_was_replayed_and_repeat_exactly(paths: dict[str, Path]) -> None:
     table, said = bench(paths["qwen3moe"], "--replay", "synthetic:rho=0.8", "--floor")
     assert said == "" and len(table) == 4
     assert {row["replay"] for row in table} == {"synthetic:rho=0.8:skew=0.35:foresight=0.87:seed=0"}
@@ -287,7 +289,7 @@ def test_rows_say_what_was_replayed_and_repeat(paths: dict[str, Path]) -> None:
     assert "| replay" in shown.stdout and shown.stdout.count("synthetic:rho=0.3:skew=0.35:foresight=0.87:seed=0") == 3
 
 
-def test_the_control_cannot_be_forced(paths: dict[str, Path]) -> None:
+def test_the_control_refuses_a_replay(paths: dict[str, Path]) -> None:
     table, said = bench(paths["qwen3moe"], "--replay", "synthetic", "--control", "--control-repack", "off,on")
     assert said.count("the control chooses its own experts: a replay cannot be forced on it") == 1
     assert all((row["replay"] is None) == row["control"] for row in table)

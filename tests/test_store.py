@@ -38,7 +38,7 @@ def device_bytes() -> int:
     return nbytes
 
 
-def test_loaded_pages_are_there_and_evicted_ones_gone_for_everyone(disk: Path) -> None:
+def test_other_processes_see_loaded_pages_in_memory_and_evicted_ones_gone(disk: Path) -> None:
     with model(disk, n_tensors=3, expert_bytes=512 * 1024 + 1696) as m:
         assert pages_in_memory(m.path) & m.expert_pages(0, 3) == set()
         m.exchange(0, load=[3, 5])
@@ -122,7 +122,7 @@ def test_a_swap_of_neighbours_keeps_the_page_between_them(disk: Path) -> None:
     [160, 2016, PAGE, PAGE + 32, ODD, 64 * 1024, 300 * 1024 + 32],
     ids=["25 a page", "2 a page", "a page", "more than a page", "odd", "whole pages", "large"],
 )
-def test_the_count_is_the_kernels_after_every_exchange(disk: Path, expert_bytes: int, io: str) -> None:
+def test_counted_bytes_equal_the_kernels_after_every_exchange(disk: Path, expert_bytes: int, io: str) -> None:
     rng = np.random.default_rng(expert_bytes)
     n_expert = 12
     with ExitStack() as stack:

@@ -73,7 +73,7 @@ def mapped_ranges(path: Path) -> list[tuple[int, int]]:
     return ranges
 
 
-def test_stock_engine_decodes(case: Case) -> None:
+def test_the_unhooked_engine_decodes(case: Case) -> None:
     logits = decode(load(case.path), 3)
     assert np.isfinite(logits).all()
     assert (logits.std(axis=1) > 0.5).all()

@@ -80,7 +80,7 @@ class Model:
         return {p for layer, experts in enumerate(self.resident) for e in experts for p in self.expert_pages(layer, e)}
 
     def expected_bytes(self) -> int:
-        """What is to be in memory: of a mapping the pages of all resident experts, of slots each as large as the largest."""
+        """What should be in memory: the pages of all resident experts, or their slots, each as large as the largest expert."""
         if self.io == "mmap":
             return len(self.expected_pages()) * PAGE
         slots = [[max(len(self.tensor_pages(s, e)) for e in range(self.n_expert)) for s in starts] for starts in self.starts]
@@ -92,7 +92,7 @@ class Model:
         self.resident[layer] = self.resident[layer] - set(evict) | set(load)
 
     def touch(self, layer: int, expert: int) -> bytes:
-        """Reads the expert where the store says that it is."""
+        """Its bytes, read where the store says that they are."""
         return b"".join(ctypes.string_at(self.place(layer, expert, t), self.expert_bytes) for t in range(len(self.starts[layer])))
 
     def place(self, layer: int, expert: int, tensor: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""A hook over a file of made-up experts, called as llama.cpp calls it, with bytes that really move."""
+"""A native hook with a store over a file of random experts, called as llama.cpp calls it; the bytes are really read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIB = bindings.lib
 N_LAYERS, N_TENSORS, N_EXPERT, N_USED = 2, 3, 8, 2
 EXPERT = 50_016  # bytes; 0.05 s at PACE, a little more in whole pages
 PACE = 1e6
-SLOW = 1.5e5  # where something must be over before the reads are: they take 2 s, and a busy machine is allowed for
+SLOW = 1.5e5  # for tests in which something must end before the reads do: they take 2 s, enough on a busy machine
 HEADER = 1312
 
 

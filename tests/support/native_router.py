@@ -33,14 +33,14 @@ class NativeLayer:
         shape = bindings.Shape(1, n_expert, n_used, capacity, evictions.ONLINE[eviction])
         self.handle = bindings.checked(bindings.lib.cr_router_new, shape, native)
 
-    def step(self, z: Vector, mass: Vector, *, prefill: bool = False, dictated: Sequence[int] | None = None) -> Event:
+    def step(self, z: Vector, mass: Vector, *, prefill: bool = False, prescribed: Sequence[int] | None = None) -> Event:
         """One token; slots that do not run must repeat the first id."""
         before = self.counters(prefill)
         ids, missed = (ctypes.c_int32 * self.n_used)(), (ctypes.c_int32 * self.n_used)()
         evicted, n_missed, n_evicted = (ctypes.c_int32 * self.n_expert)(), ctypes.c_int32(), ctypes.c_int32()
-        told = None if dictated is None else (ctypes.c_int32 * self.n_used)(*dictated)
+        given = None if prescribed is None else (ctypes.c_int32 * self.n_used)(*prescribed)
         n_run = bindings.lib.cr_router_step(
-            self.handle, 0, _doubles(z), _doubles(mass), prefill, told, ids, missed, n_missed, evicted, n_evicted
+            self.handle, 0, _doubles(z), _doubles(mass), prefill, given, ids, missed, n_missed, evicted, n_evicted
         )
         assert list(ids[n_run:]) == [ids[0]] * (self.n_used - n_run)
         after = self.counters(prefill)
