@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import ctypes
 
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
 
 class CEvent(ctypes.Structure):
     """struct llama_expert_event of patches/0001"""
@@ -32,3 +37,18 @@ class CHook(ctypes.Structure):
     """struct llama_expert_hook of patches/0001"""
 
     _fields_ = [("select", CCallback), ("reweight", CCallback), ("user_data", ctypes.c_void_p), ("source", CSource)]
+
+
+def event(
+    layer: int, gating: int, scores: Floats, probs: Floats, ids: npt.NDArray[np.int32], hidden: Floats | None = None
+) -> CEvent:
+    """What llama.cpp gives a hook for a batch: scores and probs [tokens, E], ids [tokens, K] to fill in, and with one token its
+    hidden state. Contiguous arrays, which must outlive the event."""
+
+    def floats(values: Floats | None) -> ctypes._Pointer[ctypes.c_float] | None:
+        return None if values is None else values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+    (n_tokens, n_expert), n_used = scores.shape, ids.shape[1]
+    pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    n_embd = 0 if hidden is None else hidden.size
+    return CEvent(layer, gating, n_expert, n_used, n_tokens, floats(scores), floats(probs), pointer, None, floats(hidden), n_embd)

@@ -18,7 +18,7 @@ from cacheroute.errors import CacherouteError
 from cacheroute.native import bindings
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
-from support.hook_abi import CEvent, CHook
+from support.hook_abi import CHook, event
 
 LIB = bindings.lib
 N_LAYERS, N_TENSORS, N_EXPERT, N_USED = 2, 3, 8, 2
@@ -39,18 +39,12 @@ class Live:
 
     def select(self, layer: int, *experts: int, hidden: Sequence[float] = ()) -> None:
         """One decoded token whose best experts are these; `hidden` is what the layer's router was given."""
-        scores = np.zeros(N_EXPERT, np.float32)
-        scores[list(experts)] = 5 - np.arange(len(experts))
-        ids = np.zeros(N_USED, np.int32)
-        pointer = scores.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        state = np.array(hidden, np.float32)
-        event = CEvent(
-            layer, 1, N_EXPERT, N_USED, 1, pointer, pointer, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), None,
-            state.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), len(state),
-        )  # fmt: skip
+        scores = np.zeros((1, N_EXPERT), np.float32)
+        scores[0, list(experts)] = 5 - np.arange(len(experts))
+        ids, state = np.zeros((1, N_USED), np.int32), np.array(hidden, np.float32)
         LIB.cr_hook_set_phase(self.handle, 1)
-        self._native.select(self._native.user_data, ctypes.byref(event))
-        assert set(ids) == set(experts)
+        self._native.select(self._native.user_data, ctypes.byref(event(layer, 1, scores, scores, ids, state)))
+        assert set(ids[0]) == set(experts)
 
     def find(self, layer: int, tensor: int, expert: int, late: bool) -> int | None:
         place = self.address + HEADER + ((layer * N_TENSORS + tensor) * N_EXPERT + expert) * EXPERT

@@ -13,10 +13,9 @@ from cacheroute.native import bindings
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
 from cacheroute.trace.trace_file import Records, record_dtype
-from support.hook_abi import CEvent, CHook
+from support.hook_abi import CHook, Floats, event
 
 SOFTMAX, SIGMOID, SOFTMAX_WEIGHT = 1, 2, 3  # llama_expert_gating_func_type
-Floats = npt.NDArray[np.float32]
 
 
 class BareHook:
@@ -32,17 +31,11 @@ class BareHook:
 
     def select(self, layer: int, scores: Floats, probs: Floats | None, gating: int, *, decode: bool) -> npt.NDArray[np.int32]:
         """One event of `len(scores)` tokens; `probs` None: the scores themselves."""
-        n, s = len(scores), self.shape
         scores = np.ascontiguousarray(scores, np.float32)
         probs = scores if probs is None else np.ascontiguousarray(probs, np.float32)
-        ids = np.zeros((n, s.n_used), np.int32)
-        floats, ints = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_int32)
-        event = CEvent(
-            layer, gating, s.n_expert, s.n_used, n, scores.ctypes.data_as(floats), probs.ctypes.data_as(floats),
-            ids.ctypes.data_as(ints), None,
-        )  # fmt: skip
+        ids = np.zeros((len(scores), self.shape.n_used), np.int32)
         bindings.lib.cr_hook_set_phase(self.handle, decode)
-        self._native.select(self._native.user_data, ctypes.byref(event))
+        self._native.select(self._native.user_data, ctypes.byref(event(layer, gating, scores, probs, ids)))
         return ids
 
     def counters(self, layer: int, prefill: bool = False) -> bindings.Counters:
