@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute.engine.stats import Counters
 from cacheroute.errors import UsageError
 from cacheroute.evals.text import Chunk
 from cacheroute.files import MIB
 from cacheroute.install import patched_llama_cpp
+from cacheroute.native.counters import Counters
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama

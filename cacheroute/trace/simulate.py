@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute.errors import UsageError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB
 from cacheroute.native import bindings
+from cacheroute.native.counters import Counters
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import custom_policy, strategies
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing.eviction import BELADY
 from cacheroute.routing.strategies import Routing
-from cacheroute.trace.trace_file import DECODE, DICTATED, Trace
+from cacheroute.trace.trace_file import DECODE, PRESCRIBED, Trace
 
 _NEVER = np.iinfo(np.int32).max
 
@@ -74,7 +75,7 @@ class LayerEvents:
     z: npt.NDArray[np.uint16]
     mass: npt.NDArray[np.uint16] | None
     decode: npt.NDArray[np.uint8]
-    dictated: npt.NDArray[np.int32] | None
+    prescribed: npt.NDArray[np.int32] | None
 
 
 class Replay:
@@ -103,8 +104,8 @@ class Replay:
             for n, layers in enumerate(self.sequences):
                 router.reset()
                 for i, events in enumerate(layers):
-                    told = self._top(n, i) if arm.eviction == BELADY else events.dictated
-                    router.replay(i, replace(events, dictated=told), foresee=arm.eviction == BELADY)
+                    told = self._top(n, i) if arm.eviction == BELADY else events.prescribed
+                    router.replay(i, replace(events, prescribed=told), belady=arm.eviction == BELADY)
             chosen = range(len(h.layers)) if per_layer else ()
             return [self._row(router, arm, budget, i) for i in (-1, *chosen)]
 
@@ -131,13 +132,13 @@ class Replay:
             own = records[records["layer"] == layer]
             if self.shuffled:
                 own = own[np.argsort([place.get(t, -1) for t in own["token"].tolist()], kind="stable")]
-            dictated = own["flags"] & DICTATED > 0
+            prescribed = own["flags"] & PRESCRIBED > 0
             layers.append(
                 LayerEvents(
                     z=np.ascontiguousarray(own["z"]).view(np.uint16),
                     mass=np.ascontiguousarray(own["mass"]).view(np.uint16) if "mass" in (own.dtype.names or ()) else None,
                     decode=(own["flags"] & DECODE).astype(np.uint8),
-                    dictated=np.where(dictated[:, None], own["ids"].astype(np.int32), -1) if dictated.any() else None,
+                    prescribed=np.where(prescribed[:, None], own["ids"].astype(np.int32), -1) if prescribed.any() else None,
                 )
             )
         return layers
@@ -145,7 +146,6 @@ class Replay:
     def _row(self, router: _Router, arm: Arm, budget: budgets.Budget, layer: int) -> Row:
         h, c = self.header, router.counters(layer)
         of = range(len(h.layers)) if layer < 0 else (layer,)
-        tokens = router.counters(0 if layer < 0 else layer).tokens
         read = sum(router.counters(i).misses * h.expert_bytes[i] for i in of)
         return Row(
             model=h.model,
@@ -156,7 +156,7 @@ class Replay:
             budget_mib=budget.capacity * sum(h.expert_bytes[i] for i in of) / MIB,
             shuffled=self.shuffled,
             layer=None if layer < 0 else h.layers[layer],
-            tokens=tokens,
+            tokens=c.tokens,
             hits=c.hits,
             misses=c.misses,
             swapped=c.swapped,
@@ -165,8 +165,8 @@ class Replay:
             miss_rate=c.misses / max(c.hits + c.misses, 1),
             swap_rate=c.swapped / max(c.examined, 1),
             drop_rate=c.dropped / max(c.examined, 1),
-            lost_mass=c.lost_mass / max(c.tokens, 1),
-            read_mib_per_token=read / MIB / max(tokens, 1),
+            lost_mass=c.lost_mass * h.n_used / max(c.examined, 1),
+            read_mib_per_token=read / MIB / max(c.tokens, 1),
             lifetime_tokens=c.held / c.evictions if c.evictions else None,
         )
 
@@ -243,10 +243,10 @@ class _Router:
         if self._policy:
             self._policy.reset()
 
-    def replay(self, layer: int, events: LayerEvents, *, foresee: bool = False) -> npt.NDArray[np.int32]:
-        """The ids chosen, [n, K]. `foresee`: all ids are dictated, and belady is told when they are needed next."""
+    def replay(self, layer: int, events: LayerEvents, *, belady: bool = False) -> npt.NDArray[np.int32]:
+        """The ids chosen, [n, K]. `belady`: all ids are prescribed, and belady is told when they are needed next."""
         ids = np.empty((len(events.z), self._shape.n_used), np.int32)
-        following = next_uses(events.dictated, events.decode) if foresee and events.dictated is not None else None
+        following = next_uses(events.prescribed, events.decode) if belady and events.prescribed is not None else None
         self._replay(layer, events, following, ids, None)
         return ids
 
@@ -258,15 +258,14 @@ class _Router:
         return np.unpackbits(bits, axis=1, count=n_expert, bitorder="little").view(np.bool_)
 
     def _replay(self, layer: int, events: LayerEvents, *more: npt.NDArray[Any] | None) -> None:
-        arrays = (events.z, events.mass, events.decode, events.dictated, *more)
-        bindings.lib.cr_router_replay(self._handle, layer, len(events.z), *(_address(a) for a in arrays))
+        arrays = (events.z, events.mass, events.decode, events.prescribed, *more)
+        if bindings.lib.cr_router_replay(self._handle, layer, len(events.z), *(_address(a) for a in arrays)):
+            raise CacherouteError("There is not enough memory to replay the trace.")
         if self._policy:
             self._policy.check()
 
-    def counters(self, layer: int) -> bindings.Counters:
-        counters = bindings.Counters()
-        bindings.lib.cr_router_counters(self._handle, layer, 0, counters)
-        return counters
+    def counters(self, layer: int) -> Counters:
+        return bindings.counters(bindings.lib.cr_router_counters, self._handle, layer, prefill=False)
 
 
 def _address(array: npt.NDArray[Any] | None) -> ctypes.c_void_p | None:
