@@ -19,6 +19,7 @@ from cacheroute.errors import CacherouteError
 from cacheroute.native import bindings
 from support import oracle, tiny_models
 from support.expert_file import PAGE, on_a_disk, pages_in_memory
+from support.hook_abi import CCallback, CHook
 
 CAPACITY = 6
 # experts of 1.1 MiB; the rest is as small as it can be, so that 2,000 tokens pass in seconds
@@ -68,26 +69,6 @@ def page_rounding(llm: Llama) -> int:
     return sum(llm.budget.capacity * len(layer.tensors) for layer in llm.layout.layers) * 2 * PAGE
 
 
-class Experts(ctypes.Structure):
-    """struct llama_expert_event of patches/0001"""
-
-    _fields_ = [
-        *((n, ctypes.c_int32) for n in ("il", "gating", "n_expert", "n_used", "n_tokens")),
-        *((n, ctypes.POINTER(ctypes.c_float)) for n in ("scores", "probs")),
-        ("ids", ctypes.POINTER(ctypes.c_int32)),
-        ("weights", ctypes.POINTER(ctypes.c_float)),
-    ]
-
-
-SELECT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(Experts))
-
-
-class Hook(ctypes.Structure):
-    """struct llama_expert_hook of patches/0001"""
-
-    _fields_ = [("select", SELECT), *((n, ctypes.c_void_p) for n in ("reweight", "user_data", "find", "store"))]
-
-
 @dataclass
 class Seen:
     """What one layer was asked and what it answered, per token."""
@@ -100,7 +81,7 @@ class Seen:
 def overheard(llm: Llama) -> Iterator[list[Seen]]:
     """Listens between llama.cpp and the hook: per layer, the probabilities asked about and the ids answered."""
     seen = [Seen() for _ in llm.layout.layers]
-    native = Hook.from_address(bindings.lib.cr_hook_address(llm._hook))
+    native = CHook.from_address(bindings.lib.cr_hook_address(llm._hook))
 
     def select(user_data: int, event: Any) -> None:
         native.select(user_data, event)
@@ -108,7 +89,7 @@ def overheard(llm: Llama) -> Iterator[list[Seen]]:
         seen[e.il].probs += np.ctypeslib.as_array(e.probs, (e.n_tokens, e.n_expert)).tolist()
         seen[e.il].ids += np.ctypeslib.as_array(e.ids, (e.n_tokens, e.n_used)).tolist()
 
-    ours = Hook(SELECT(select), native.reweight, native.user_data, native.find, native.store)
+    ours = CHook.of(CCallback(select), native.reweight, native.user_data, native.source)
     _api.llama_set_expert_hook(llm._ctx.ctx, ctypes.addressof(ours))
     try:
         yield seen

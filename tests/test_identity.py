@@ -108,7 +108,7 @@ class PythonHook:
         self._choose = choose
         # ctypes structures do not keep the callbacks alive that they point to
         self._callbacks = CCallback(self._select), CCallback(self._reweight) if reweight else CCallback(0)
-        self.struct = CHook(*self._callbacks)
+        self.struct = CHook.of(*self._callbacks)
 
     def _select(self, _user_data: int, event: Any) -> None:
         e = event.contents
@@ -124,8 +124,8 @@ class PythonHook:
     def attached(self, llm: llama_cpp.Llama) -> Iterator[PythonHook]:
         """Set on a context within the block."""
         set_hook = llama_cpp.llama_cpp._lib.llama_set_expert_hook
-        set_hook.argtypes, set_hook.restype = [ctypes.c_void_p, ctypes.c_void_p], None
-        set_hook(llm._ctx.ctx, ctypes.addressof(self.struct))
+        set_hook.argtypes, set_hook.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_bool
+        assert set_hook(llm._ctx.ctx, ctypes.addressof(self.struct))
         try:
             yield self
         finally:

@@ -20,6 +20,7 @@ from cacheroute.errors import UsageError
 from cacheroute.evals.perplexity import log_probabilities
 from cacheroute.model import experts
 from cacheroute.native import bindings
+from cacheroute.native.counters import Counters
 from support import tiny_models
 from support.expert_file import on_a_disk
 from support.live_hook import EXPERT, LIB, N_EXPERT, N_LAYERS, N_TENSORS, PACE, SLOW, Live, hooked
@@ -59,10 +60,8 @@ class Ahead:
         return [float(v) for v in x / self.norms[1] * self.norms[0]]
 
 
-def counters(live: Live) -> bindings.Counters:
-    c = bindings.Counters()
-    LIB.cr_hook_counters(live.handle, -1, 0, c)
-    return c
+def counters(live: Live) -> Counters:
+    return bindings.counters(LIB.cr_hook_counters, live.handle, -1, prefill=False)
 
 
 def compute(live: Live, layer: int, *needed: int) -> None:
@@ -169,15 +168,15 @@ def test_random_predictions_change_neither_memory_nor_cache(live: Live) -> None:
     most = 0
     for _ in range(60):
         for layer in range(N_LAYERS):
-            chosen, guess = (rng.choice(N_EXPERT, 2, replace=False).tolist() for _ in range(2))
-            live.select(layer, *chosen, hidden=ahead.hidden(*guess))
+            chosen, prediction = (rng.choice(N_EXPERT, 2, replace=False).tolist() for _ in range(2))
+            live.select(layer, *chosen, hidden=ahead.hidden(*prediction))
             compute(live, layer, *chosen)
         settled(live)
         most = max(most, LIB.cr_hook_resident_bytes(live.handle))
     c = counters(live)
     assert c.prefetched > c.prefetch_used > 0
     whole_pages = EXPERT + 2 * 4096
-    assert most <= N_TENSORS * whole_pages * (4 * N_LAYERS + 2)  # the budget, and room for two guesses
+    assert most <= N_TENSORS * whole_pages * (4 * N_LAYERS + 2)  # the budget, and room for two predictions
 
 
 # ---- models -----------------------------------------------------------------------------------------
@@ -240,7 +239,7 @@ def test_bench_reports_how_many_predictions_were_chosen(alone: Path) -> None:
     assert [row["prefetch"] for row in rows if row["n_gen"]] == [0, 0, 2]
     assert [row["prefetch_used"] is None for row in rows if row["n_gen"]] == [True, True, False]
     assert all(row["prefetch_used"] is None for row in rows if row["n_prompt"])
-    shown = run(*few, "--prefetch", "1", "--replay", "synthetic:foresight=1").stdout
+    shown = run(*few, "--prefetch", "1", "--replay", "synthetic:prediction=1").stdout
     assert "| prefetch | chosen" in shown and "100%" in shown
     assert "prefetch" not in run(*few).stdout
 
@@ -256,7 +255,7 @@ def test_generate_accepts_prefetch(alone: Path) -> None:
 
 def test_a_trace_has_no_predictions(alone: Path) -> None:
     result = run("bench", "-m", alone, "--replay", "some.trace", "--prefetch", "0,1")
-    assert result.exit_code == 2 and "A trace has no guesses to read ahead by" in result.stderr
+    assert result.exit_code == 2 and "A trace has no predictions to prefetch by" in result.stderr
 
 
 @pytest.mark.engine
@@ -272,7 +271,7 @@ def test_a_model_whose_routers_cannot_be_evaluated(alone: Path, monkeypatch: pyt
     with pytest.raises(UsageError, match="keeps its routers in another type than F32"):
         Llama(str(alone), prefetch=1, verbose=False)
     result = run("generate", "-m", alone, "-p", "the", "--prefetch", 1)
-    assert result.exit_code == 2 and "read ahead" in result.stderr and "Traceback" not in result.stderr
+    assert result.exit_code == 2 and "prefetched" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_the_names_of_routers_and_norms() -> None:

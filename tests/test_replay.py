@@ -52,8 +52,7 @@ def run(llm: Llama, seed: int) -> list[tuple[int, ...]]:
     counted = []
     for layer in range(len(llm.layout.layers)):
         for prefill in (1, 0):
-            c = bindings.Counters()
-            bindings.lib.cr_hook_counters(llm._hook, layer, prefill, c)
+            c = bindings.counters(bindings.lib.cr_hook_counters, llm._hook, layer, prefill=bool(prefill))
             counted.append((c.tokens, c.hits, c.misses, c.swapped, c.dropped, c.evictions))
     return counted
 
@@ -166,7 +165,7 @@ def test_the_first_sequence_that_is_long_enough_is_taken(tmp_path: Path) -> None
 def wrong_traces() -> dict[str, tuple[Trace, ExpertLayout, str]]:
     t = made_up(3, 32, 4, 40, 3, mass=False)
     prescribed, cut = t.records.copy(), t.records[: 3 * 10 - 1]  # the tenth token lacks its last layer
-    prescribed["flags"] |= trace_file.DICTATED
+    prescribed["flags"] |= trace_file.PRESCRIBED
     prompt: Records = t.records[(t.records["layer"] < 2) | (t.records["token"] > 8)]
     return {
         "experts": (
@@ -240,15 +239,15 @@ def test_a_seed_repeats_and_layers_differ() -> None:
     np.testing.assert_array_equal(one.z, again.z)
     assert not np.array_equal(one.z[0], one.z[1]) and not np.array_equal(one.z[0], other.z[0])
     np.testing.assert_array_equal(one.z[0], synthetic("synthetic", 90, fits(5)).z[0][:50])  # of more layers, of more tokens
-    assert one.name == again.name == "synthetic:rho=0.3:skew=0.35:foresight=0.87:seed=0"
+    assert one.name == again.name == "synthetic:rho=0.3:skew=0.35:prediction=0.87:seed=0"
 
 
 def test_predictions_correlate_as_requested() -> None:
-    for foresight in (0.0, 0.5, 1.0):
-        forced = synthetic(f"synthetic:foresight={foresight}", 400)
-        for z, guess in zip(forced.z, forced.guess, strict=True):
-            z, guess = (x.astype(float) - x.mean(axis=1, keepdims=True, dtype=float) for x in (z, guess))
-            assert np.corrcoef(z.ravel(), guess.ravel())[0, 1] == pytest.approx(foresight, abs=0.06)
+    for prediction in (0.0, 0.5, 1.0):
+        forced = synthetic(f"synthetic:prediction={prediction}", 400)
+        for z, predicted in zip(forced.z, forced.predicted, strict=True):
+            z, predicted = (x.astype(float) - x.mean(axis=1, keepdims=True, dtype=float) for x in (z, predicted))
+            assert np.corrcoef(z.ravel(), predicted.ravel())[0, 1] == pytest.approx(prediction, abs=0.06)
     np.testing.assert_array_equal(forced.z, synthetic("synthetic", 400).z)
 
 
@@ -258,7 +257,7 @@ def test_predictions_correlate_as_requested() -> None:
         ("synthetic:rho=2", "rho is at least 0 and at most 1, not 2"),
         ("synthetic:skew=-1", "skew is at least 0, not -1"),
         ("synthetic:seed=x", "seed='x' is not a number"),
-        ("synthetic:mu=1", r"has no parameter 'mu'; its form is synthetic\[:rho=\]\[:skew=\]\[:foresight=\]\[:seed=\]"),
+        ("synthetic:mu=1", r"has no parameter 'mu'; its form is synthetic\[:rho=\]\[:skew=\]\[:prediction=\]\[:seed=\]"),
     ],
 )
 def test_wrong_parameters_are_one_sentence(text: str, expected: str) -> None:
@@ -279,14 +278,14 @@ def bench(path: Path, *arguments: object) -> tuple[list[dict[str, Any]], str]:
 def test_rows_name_what_was_replayed_and_repeat_exactly(paths: dict[str, Path]) -> None:
     table, said = bench(paths["qwen3moe"], "--replay", "synthetic:rho=0.8", "--floor")
     assert said == "" and len(table) == 4
-    assert {row["replay"] for row in table} == {"synthetic:rho=0.8:skew=0.35:foresight=0.87:seed=0"}
+    assert {row["replay"] for row in table} == {"synthetic:rho=0.8:skew=0.35:prediction=0.87:seed=0"}
     again, _ = bench(paths["qwen3moe"], "--replay", "synthetic:rho=0.8")
     own, _ = bench(paths["qwen3moe"])
     assert {row["replay"] for row in own} == {None}
     for row, same, other in zip(table, again, own, strict=True):
         assert row["miss_rate"] == same["miss_rate"] and (row["n_prompt"] or row["miss_rate"] < other["miss_rate"])
     shown = cacheroute("bench", "-m", paths["qwen3moe"], "-p", 0, "-n", 4, "-r", 1, "-t", 1, "--replay", "synthetic")
-    assert "| replay" in shown.stdout and shown.stdout.count("synthetic:rho=0.3:skew=0.35:foresight=0.87:seed=0") == 3
+    assert "| replay" in shown.stdout and shown.stdout.count("synthetic:rho=0.3:skew=0.35:prediction=0.87:seed=0") == 3
 
 
 def test_the_control_refuses_a_replay(paths: dict[str, Path]) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cacheroute import Llama
 from cacheroute.errors import UsageError
 from cacheroute.native import bindings
+from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing.strategies import parse
 from cacheroute.trace import simulate, trace_file
@@ -43,7 +44,7 @@ class Live:
     """A model's own run: its trace and what its counters said."""
 
     trace: Trace
-    counters: list[bindings.Counters]
+    counters: list[Counters]
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,7 @@ def live(llm: Llama, path: Path, eviction: str, budget: str = "50%", routing: st
             with llm.decoding():
                 for token in rng.integers(3, 250, 40).tolist():
                     llm.eval([token])
-    counters = []
-    for layer in range(len(h.layers)):
-        counters.append(bindings.Counters())
-        bindings.lib.cr_hook_counters(llm._hook, layer, 0, counters[-1])
-    return Live(trace_file.read(path), counters)
+    return Live(trace_file.read(path), llm.decoded_by_layer())
 
 
 @pytest.mark.parametrize("eviction", ONLINE)

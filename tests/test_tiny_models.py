@@ -18,7 +18,8 @@ from support import tiny_models
 
 Logits = npt.NDArray[np.float32]
 
-LAZY: dict[str, Any] = {"lazy_mode": 3, "use_mmap": False}  # LLAMA_LAZY_MODE_EXPERTS of patches/0002
+# LLAMA_LAZY_MODE_EXPERTS of patches/0002; no extra buffer types, in which AMX computes other bits
+LAZY: dict[str, Any] = {"lazy_mode": 3, "use_mmap": False, "use_extra_bufts": False}
 MAPPED: dict[str, Any] = {"use_mmap": True, "use_extra_bufts": False}
 
 # Every architecture as it is, then what else changes how experts are stored.

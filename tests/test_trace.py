@@ -21,7 +21,7 @@ from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.trace import task_profile, trace_file
-from cacheroute.trace.trace_file import DECODE, DICTATED, Header, TraceWriter
+from cacheroute.trace.trace_file import DECODE, PRESCRIBED, Header, TraceWriter
 from support.native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
 from support.traces import fed, header, made_up
 
@@ -169,7 +169,7 @@ def test_prescribed_ids_are_marked_and_replayed(tmp_path: Path) -> None:
 
     t = made_up(1, 8, 2, 40, 1, mass=False)
     records = t.records.copy()
-    records["flags"] |= DICTATED
+    records["flags"] |= PRESCRIBED
     rng = np.random.default_rng(0)
     records["ids"] = [rng.permutation(8)[:2] for _ in records]
     row = Replay(trace_file.Trace(t.header, records, True)).run(Arm("2", parse("cache-prior:lambda=1"), "lru"))[0]

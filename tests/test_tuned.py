@@ -102,9 +102,7 @@ def test_each_layer_has_its_own_parameters(alone: Path, tmp_path: Path) -> None:
     with llm.decoding():
         for token in range(3, 40):
             llm.eval([token])
-    by_layer = [bindings.Counters(), bindings.Counters()]
-    for layer, counters in enumerate(by_layer):
-        bindings.lib.cr_hook_counters(llm._hook, layer, 0, counters)
+    by_layer = llm.decoded_by_layer()
     assert by_layer[0].swapped == 0 < by_layer[1].swapped
 
 

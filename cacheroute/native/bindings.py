@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sysconfig
+from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -134,17 +135,21 @@ def load(path: Path) -> ctypes.CDLL:
 lib = _load()
 
 
-def checked(call: Any, *arguments: Any) -> int:
-    """Calls a function that takes an error buffer last and returns a handle, or 0 for success.
-
-    Raises CacherouteError with the sentence that it leaves when it fails.
-    """
+def checked(make: Any, *arguments: Any) -> int:
+    """Calls a cr_*_new and returns the handle. Raises CacherouteError with its sentence when it fails."""
     error = ctypes.create_string_buffer(512)
-    result = call(*arguments, error, len(error))
-    failed = not result if call.restype is c_void_p else result != 0
-    if failed:
+    handle = make(*arguments, error, len(error))
+    if not handle:
         raise CacherouteError(error.value.decode("utf-8", "replace") + ".")
-    return int(result)
+    return int(handle)
+
+
+def exchange(store: int, layer: int, load: Sequence[int] = (), evict: Sequence[int] = ()) -> None:
+    """cr_store_exchange. Raises CacherouteError when a read fails."""
+    error = ctypes.create_string_buffer(512)
+    loaded, evicted = ((c_int32 * len(ids))(*ids) for ids in (load, evict))
+    if lib.cr_store_exchange(store, layer, loaded, len(load), evicted, len(evict), error, len(error)):
+        raise CacherouteError(error.value.decode("utf-8", "replace") + ".")
 
 
 def counters(call: Any, handle: int, layer: int, *, prefill: bool) -> Counters:

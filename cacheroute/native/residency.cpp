@@ -37,6 +37,7 @@ void Residency::exchange(int layer, const Mask & wanted) {
 }
 
 void Residency::prefetch(int layer, const std::vector<int32_t> & experts) {
+    if (!store_) return;
     for (int32_t e : experts) in_memory_[size_t(layer)][size_t(e)] = 1;
     store_->prefetch(layer, experts);
 }

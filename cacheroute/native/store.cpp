@@ -52,8 +52,10 @@ void Store::make_late(State & s) {
 }
 
 void Store::evict(int layer, const std::vector<int32_t> & experts) {
-    for (size_t t : files_.tensors_of(layer)) {
-        for (int32_t e : experts) backend_->evict(t, e);
+    const auto & tensors = files_.tensors_of(layer);
+    // from the last one on: what is freed last is taken first, by the same tensor
+    for (auto t = tensors.rbegin(); t != tensors.rend(); ++t) {
+        for (int32_t e : experts) backend_->evict(*t, e);
     }
 }
 

@@ -87,8 +87,7 @@ class Model:
         return sum(sum(pages) * len(experts) for pages, experts in zip(slots, self.resident, strict=True)) * PAGE
 
     def exchange(self, layer: int, load: Sequence[int] = (), evict: Sequence[int] = ()) -> None:
-        arrays = [(ctypes.c_int32 * len(ids))(*ids) for ids in (load, evict)]
-        LIB.cr_store_exchange(self.store, layer, arrays[0], len(load), arrays[1], len(evict))
+        bindings.exchange(self.store, layer, load, evict)
         self.resident[layer] = self.resident[layer] - set(evict) | set(load)
 
     def touch(self, layer: int, expert: int) -> bytes:

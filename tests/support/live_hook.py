@@ -1,4 +1,4 @@
-"""A native hook with a store over a file of random experts, called as llama.cpp calls it; the bytes are really read."""
+"""A hook over a file of made-up experts, called as llama.cpp calls it, with bytes that really move."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from cacheroute.errors import CacherouteError
 from cacheroute.native import bindings
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
-from support.hook_abi import CHook, event
+from support import hook_abi
+from support.hook_abi import CHook
 
 LIB = bindings.lib
 N_LAYERS, N_TENSORS, N_EXPERT, N_USED = 2, 3, 8, 2
 EXPERT = 50_016  # bytes; 0.05 s at PACE, a little more in whole pages
 PACE = 1e6
-SLOW = 1.5e5  # for tests in which something must end before the reads do: they take 2 s, enough on a busy machine
+SLOW = 1.5e5  # where something must be over before the reads are: they take 2 s, and a busy machine is allowed for
 HEADER = 1312
 
 
@@ -39,11 +40,10 @@ class Live:
 
     def select(self, layer: int, *experts: int, hidden: Sequence[float] = ()) -> None:
         """One decoded token whose best experts are these; `hidden` is what the layer's router was given."""
-        scores = np.zeros((1, N_EXPERT), np.float32)
-        scores[0, list(experts)] = 5 - np.arange(len(experts))
-        ids, state = np.zeros((1, N_USED), np.int32), np.array(hidden, np.float32)
+        scores = np.zeros(N_EXPERT, np.float32)
+        scores[list(experts)] = 5 - np.arange(len(experts))
         LIB.cr_hook_set_phase(self.handle, 1)
-        self._native.select(self._native.user_data, ctypes.byref(event(layer, 1, scores, scores, ids, state)))
+        ids = hook_abi.select(LIB.cr_hook_address(self.handle), layer, scores[None], N_USED, hidden=hidden)
         assert set(ids[0]) == set(experts)
 
     def find(self, layer: int, tensor: int, expert: int, late: bool) -> int | None:

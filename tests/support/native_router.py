@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from cacheroute.native import bindings
+from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
 from support.oracle import STRATEGIES, Event, Routing, Vector
 
@@ -38,9 +39,9 @@ class NativeLayer:
         before = self.counters(prefill)
         ids, missed = (ctypes.c_int32 * self.n_used)(), (ctypes.c_int32 * self.n_used)()
         evicted, n_missed, n_evicted = (ctypes.c_int32 * self.n_expert)(), ctypes.c_int32(), ctypes.c_int32()
-        given = None if prescribed is None else (ctypes.c_int32 * self.n_used)(*prescribed)
+        own = None if prescribed is None else (ctypes.c_int32 * self.n_used)(*prescribed)
         n_run = bindings.lib.cr_router_step(
-            self.handle, 0, _doubles(z), _doubles(mass), prefill, given, ids, missed, n_missed, evicted, n_evicted
+            self.handle, 0, _doubles(z), _doubles(mass), prefill, own, own is not None, ids, missed, n_missed, evicted, n_evicted
         )
         assert list(ids[n_run:]) == [ids[0]] * (self.n_used - n_run)
         after = self.counters(prefill)
@@ -52,10 +53,8 @@ class NativeLayer:
             after.lost_mass - before.lost_mass,
         )
 
-    def counters(self, prefill: bool = False) -> bindings.Counters:
-        counters = bindings.Counters()
-        bindings.lib.cr_router_counters(self.handle, -1, prefill, counters)
-        return counters
+    def counters(self, prefill: bool = False) -> Counters:
+        return bindings.counters(bindings.lib.cr_router_counters, self.handle, -1, prefill=prefill)
 
     @property
     def resident(self) -> set[int]:
