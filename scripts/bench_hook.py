@@ -11,9 +11,6 @@ import argparse
 import json
 import statistics
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cacheroute import Llama
 from cacheroute.bench.runs import both_phases

@@ -14,9 +14,6 @@ import random
 import statistics
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cacheroute import Llama
 from cacheroute.cli import options

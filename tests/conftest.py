@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
-import tiny_models
 
 from cacheroute.model import demo_model as demo
+from support import tiny_models
 
 # A shell that starts us in the background has SIGINT ignored, and so would have the commands whose Ctrl-C we test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,19 +19,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def demo_model() -> Path:
     """The demo model. Missing, it is a fault of the set-up, not a reason to skip."""
     path = demo.default_path()
-    assert path.exists(), f"{path} is missing; scripts/make_demo_model.py builds it"
+    assert path.exists(), f"{path} is missing; `cacheroute setup` makes it"
     return path
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of two MoE layers with 32 experts each, 4 used, random weights. Nobody writes to it."""
+    """A model of two MoE layers with 32 experts each, 4 used, random weights. Read only."""
     return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
 def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of the module's own, for tests of what is in memory: whoever else has mapped a file keeps its pages."""
+    """A copy for the module alone, for tests of what is in memory: another mapping of the same file keeps its pages there."""
     return Path(shutil.copy(tiny, tmp_path_factory.mktemp("alone")))
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from cli import cacheroute, sentence
+
+from support.cli import cacheroute, sentence
 
 
 def generate(model: Path, *arguments: object, code: int = 2) -> str:
     return sentence(cacheroute("generate", "-m", model, "--raw", "-p", "a", "-n", 1, *arguments), code)
 
 
-def test_files_that_are_no_models(tiny: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_models(tiny: Path, tmp_path: Path) -> None:
     missing, text = tmp_path / "missing.gguf", tmp_path / "text.gguf"
     text.write_text("hello")
     assert str(missing) in generate(missing)
@@ -44,7 +45,7 @@ def test_a_dense_model(tmp_path: Path) -> None:
     assert "no experts" in generate(tmp_path / "dense.gguf")
 
 
-def test_routings(tiny: Path) -> None:
+def test_bad_routings(tiny: Path) -> None:
     assert "cache-prior" in generate(tiny, "--routing", "nonsense")
     assert "lambda" in generate(tiny, "--routing", "cache-prior:mu=1")
     assert "at most 1" in generate(tiny, "--routing", "cache-prior:lambda=1.5")
@@ -54,7 +55,7 @@ def test_routings(tiny: Path) -> None:
     assert "m is at least 4" in generate(tiny, "--routing", "max-rank:m=2")
 
 
-def test_budgets(tiny: Path) -> None:
+def test_bad_budgets(tiny: Path) -> None:
     too_small = generate(tiny, "--budget", "3")
     assert "at least 4, 13% or 1MiB" in too_small, "K of E = 32, in all three forms"
     assert "at least 4" in generate(tiny, "--budget", "5%")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import bench_store
 import pytest
-from cli import cacheroute, sentence
 
 from cacheroute import Llama
 from cacheroute.routing.eviction import DEFAULT
+from support.cli import cacheroute, sentence
 
 ARMS = ("--budget", "25%,50%", "--routing", "original,cache-prior:lambda=0.5", "-p", 24, "-n", 12, "-r", 2)
 
@@ -49,7 +49,7 @@ def test_the_kernel_read_what_was_asked_for(alone: Path) -> None:
             assert row["device_mib_per_token"] == pytest.approx(row["read_mib_per_token"], rel=0.2)
 
 
-def test_a_paced_row_says_so(alone: Path) -> None:
+def test_a_paced_row_reports_its_pace(alone: Path) -> None:
     paced = rows(alone, "--flash-mbps", 50)
     assert {row["flash_mbps"] for row in paced} == {50}
     done = cacheroute("bench", "-m", alone, *ARMS, "--flash-mbps", 50)
@@ -66,7 +66,7 @@ def test_outputs_agree(alone: Path) -> None:
     assert cacheroute(*one).stdout.count("\n") == 4
 
 
-def test_the_hook_s_own_time_leaves_out_what_it_waits_for(alone: Path) -> None:
+def test_hook_time_excludes_waiting_for_reads(alone: Path) -> None:
     llm = Llama(str(alone), budget="25%", n_ctx=64, flash_mbps=1, verbose=False)
     tokens = llm.tokenize(b"In the beginning was the word")[:6]
     with llm.decoding():
@@ -77,7 +77,7 @@ def test_the_hook_s_own_time_leaves_out_what_it_waits_for(alone: Path) -> None:
     assert 0 < c.hook_seconds < 0.1 * c.read_seconds, "reads are paced to take what they take"
 
 
-def test_processor_time_of_reads_is_that_of_reads(alone: Path) -> None:
+def test_bench_store_measures_reads_and_their_processor_time(alone: Path) -> None:
     llm = Llama(str(alone), budget="25%", eviction="lru", n_ctx=64, verbose=False)
     row = bench_store.measure(llm, n_misses=2, seconds=0.1, seed=0)
     stats = llm.stats()
@@ -86,7 +86,7 @@ def test_processor_time_of_reads_is_that_of_reads(alone: Path) -> None:
     assert row["resident_mib"] == stats.resident_bytes / 2**20
 
 
-def test_too_little_text_is_a_sentence(alone: Path, tmp_path: Path) -> None:
+def test_too_little_text_is_one_sentence(alone: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("short")
     assert "longer" in sentence(cacheroute("bench", "-m", alone, "-f", text, "-p", 64, "-n", 64), 2)

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-import tiny_models
-from test_store import PAGE, on_a_disk, pages_in_memory
 
 from cacheroute import Llama
 from cacheroute.engine.llama import _api
 from cacheroute.errors import CacherouteError
 from cacheroute.native import bindings
+from support import oracle, tiny_models
+from support.expert_file import PAGE, on_a_disk, pages_in_memory
+from support.hook_abi import CCallback, CHook
 
 CAPACITY = 6
 # experts of 1.1 MiB; the rest is as small as it can be, so that 2,000 tokens pass in seconds
@@ -69,26 +69,6 @@ def page_rounding(llm: Llama) -> int:
     return sum(llm.budget.capacity * len(layer.tensors) for layer in llm.layout.layers) * 2 * PAGE
 
 
-class Experts(ctypes.Structure):
-    """struct llama_expert_event of patches/0001"""
-
-    _fields_ = [
-        *((n, ctypes.c_int32) for n in ("il", "gating", "n_expert", "n_used", "n_tokens")),
-        *((n, ctypes.POINTER(ctypes.c_float)) for n in ("scores", "probs")),
-        ("ids", ctypes.POINTER(ctypes.c_int32)),
-        ("weights", ctypes.POINTER(ctypes.c_float)),
-    ]
-
-
-SELECT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(Experts))
-
-
-class Hook(ctypes.Structure):
-    """struct llama_expert_hook of patches/0001"""
-
-    _fields_ = [("select", SELECT), *((n, ctypes.c_void_p) for n in ("reweight", "user_data", "find", "store"))]
-
-
 @dataclass
 class Seen:
     """What one layer was asked and what it answered, per token."""
@@ -101,7 +81,7 @@ class Seen:
 def overheard(llm: Llama) -> Iterator[list[Seen]]:
     """Listens between llama.cpp and the hook: per layer, the probabilities asked about and the ids answered."""
     seen = [Seen() for _ in llm.layout.layers]
-    native = Hook.from_address(bindings.lib.cr_hook_address(llm._hook))
+    native = CHook.from_address(bindings.lib.cr_hook_address(llm._hook))
 
     def select(user_data: int, event: Any) -> None:
         native.select(user_data, event)
@@ -109,7 +89,7 @@ def overheard(llm: Llama) -> Iterator[list[Seen]]:
         seen[e.il].probs += np.ctypeslib.as_array(e.probs, (e.n_tokens, e.n_expert)).tolist()
         seen[e.il].ids += np.ctypeslib.as_array(e.ids, (e.n_tokens, e.n_used)).tolist()
 
-    ours = Hook(SELECT(select), native.reweight, native.user_data, native.find, native.store)
+    ours = CHook.of(CCallback(select), native.reweight, native.user_data, native.source)
     _api.llama_set_expert_hook(llm._ctx.ctx, ctypes.addressof(ours))
     try:
         yield seen
@@ -251,7 +231,7 @@ def test_after_a_prompt_the_last_distinct_experts_are_in_memory(large: Path, evi
         ("drop-cold:f=0.9", oracle.Routing("drop-cold", f=0.9)),
     ],
 )
-def test_the_live_choice_is_the_oracles(small: Path, spec: str, routing: oracle.Routing) -> None:
+def test_live_choices_match_the_oracle(small: Path, spec: str, routing: oracle.Routing) -> None:
     """Prompt and decode of a live model, replayed by the oracle from the probabilities that the hook was asked about."""
     with loaded(small, routing=spec, eviction="score") as llm:
         with overheard(llm) as seen:
@@ -301,7 +281,7 @@ def test_an_empty_prompt_is_an_error_as_upstream(small: Path) -> None:
         assert llm.n_tokens == 1
 
 
-def test_a_full_context_stops_and_says_so(small: Path) -> None:
+def test_a_full_context_stops_with_a_message(small: Path) -> None:
     with loaded(small) as llm:
         with pytest.raises(CacherouteError, match=r"^257 tokens do not fit the context of 256; .*\(-c, n_ctx=\)\.$"):
             llm.eval([5] * 257)

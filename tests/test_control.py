@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import cacheroute
 
 from cacheroute.bench import memory_limit
 from cacheroute.bench.floor import Floor
@@ -21,6 +20,7 @@ from cacheroute.bench.memory_limit import MemoryLimit
 from cacheroute.bench.runs import Run
 from cacheroute.engine.stats import Counters
 from cacheroute.errors import CacherouteError
+from support.cli import cacheroute
 
 MIB = 2**20
 
@@ -68,7 +68,7 @@ def test_the_process_and_its_group_end_with_the_block() -> None:
     assert groups_left() == []
 
 
-def test_where_nothing_can_limit_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_way_to_limit_memory_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_limit, "_places", list)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(CacherouteError, match=r"^there is no cgroup to write to and no systemd-run$"):
@@ -78,7 +78,7 @@ def test_where_nothing_can_limit_the_reason_is_given(monkeypatch: pytest.MonkeyP
 # ---- the arm --------------------------------------------------------------------------------------
 
 
-def test_a_control_runs_the_same_tokens_and_says_what_it_is(alone: Path) -> None:
+def test_the_control_runs_the_same_tokens_and_is_labelled(alone: Path) -> None:
     limit(64 * MIB)
     table, said = rows(alone, "--control", "--control-repack", "off,on", "--budget", "25%")
     assert said == ""
@@ -138,7 +138,7 @@ def test_the_floor_is_the_larger_of_both_terms() -> None:
 
 
 @pytest.mark.parametrize("pace", [None, 5])
-def test_rows_are_held_against_the_floor(alone: Path, pace: float | None) -> None:
+def test_rows_report_their_share_of_the_floor(alone: Path, pace: float | None) -> None:
     table, _ = rows(alone, "--floor", *(["--flash-mbps", pace] if pace else []))
     assert len(table) == 2
     for row in table:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
-from test_simulate import fed
 from typer.testing import CliRunner
 
 from cacheroute import Llama
@@ -17,6 +15,8 @@ from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.routing import custom_policy, strategies
 from cacheroute.trace import trace_file
 from cacheroute.trace.simulate import Arm, Replay
+from support import tiny_models
+from support.traces import fed
 
 MODULE = """
 import numpy as np
@@ -103,7 +103,7 @@ def policy(name: str) -> str:
     return f"python:policies_of_the_test:{name}"
 
 
-def test_a_policy_that_does_as_the_model_is_the_model(model: Llama) -> None:
+def test_a_policy_that_chooses_the_top_k_gives_the_logits_of_original(model: Llama) -> None:
     expected = run(model, "original")
     np.testing.assert_array_equal(run(model, policy("TopK")), expected)
     stats = model.stats()
@@ -115,7 +115,7 @@ def test_a_policy_that_does_as_the_model_is_the_model(model: Llama) -> None:
     assert TopK.n_resets > 0
 
 
-def test_live_and_simulated_and_native_are_the_same(model: Llama) -> None:
+def test_a_python_policy_equals_its_native_twin_live_and_simulated(model: Llama) -> None:
     np.testing.assert_array_equal(run(model, policy("MaxRank")), run(model, "max-rank:m=7:j=1"))
     assert model.stats().decode.swapped > 0
     replay = Replay(fed(True))
@@ -162,20 +162,20 @@ def test_a_wrong_policy_stops_the_run(model: Llama, name: str, sentence: str) ->
         (policy("np"), "has no class np with a choose"),
     ],
 )
-def test_what_is_no_policy_is_one_sentence(model: Llama, name: str, sentence: str) -> None:
+def test_an_object_that_is_not_a_policy_is_one_sentence(model: Llama, name: str, sentence: str) -> None:
     before = model.stats().routing
     with pytest.raises(UsageError, match=sentence):
         model.configure(routing=name)
     assert model.stats().routing == before
 
 
-def test_a_policy_that_cannot_be_made_is_one_sentence(model: Llama) -> None:
+def test_a_policy_that_fails_to_construct_is_one_sentence(model: Llama) -> None:
     with pytest.raises(CacherouteError, match=r"^Unmade could not be made \(RuntimeError: no\)"):
         model.configure(routing=policy("Unmade"), io="none")
     run(model, "original")
 
 
-def test_the_commands_take_it_and_say_that_it_is_slower(tmp_path: Path) -> None:
+def test_commands_accept_a_policy_and_warn_that_it_is_slower(tmp_path: Path) -> None:
     trace_file.write(tmp_path / "t", fed(False).header, fed(False).records)
     simulated = CliRunner().invoke(app, ["simulate", str(tmp_path / "t"), "--routing", policy("TopK"), "-o", "csv"])
     assert simulated.exit_code == 0 and "slower" in simulated.stderr, simulated.output

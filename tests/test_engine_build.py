@@ -147,7 +147,7 @@ def test_key_stays_when_only_the_header_of_a_patch_changes(bench: Bench) -> None
     assert bench.key() == before
 
 
-def test_portable_has_a_key_of_its_own_that_knows_no_cpu(bench: Bench) -> None:
+def test_a_portable_build_has_its_own_key_without_the_cpu(bench: Bench) -> None:
     native, portable = bench.key(), bench.key(portable=True)
     assert native != portable
     bench.cpu.write_text("avx512f")
@@ -201,7 +201,7 @@ def test_interrupted_build_leaves_nothing(end: BaseException, bench: Bench, monk
     assert engine_build.build(BuildOptions(sdist=bench.sdist)).exists()
 
 
-def test_what_a_killed_build_left_is_cleared(bench: Bench) -> None:
+def test_leftovers_of_a_killed_build_are_removed(bench: Bench) -> None:
     stale = bench.cache / "engine" / ".build-killed"
     stale.mkdir(parents=True)
     (stale / "half.o").write_text("")
@@ -210,7 +210,7 @@ def test_what_a_killed_build_left_is_cleared(bench: Bench) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_children_end_with_us(tmp_path: Path) -> None:
+def test_child_processes_end_with_the_build(tmp_path: Path) -> None:
     def interrupt(line: str) -> None:
         (tmp_path / "pid").write_text(line)
         raise KeyboardInterrupt
@@ -225,7 +225,7 @@ def test_children_end_with_us(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="no signals here")
-def test_a_plain_kill_cleans_up(bench: Bench, tmp_path: Path) -> None:
+def test_sigterm_cleans_up(bench: Bench, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from cacheroute.install.tools import *\n"
         "with workdir(PlainProgress()) as work:\n"
@@ -246,7 +246,7 @@ def test_failing_hunk(bench: Bench) -> None:
     assert "src/a.txt (line 1)" in said
 
 
-def test_patched_file_is_gone(bench: Bench) -> None:
+def test_a_patched_file_that_no_longer_exists(bench: Bench) -> None:
     bench.patch.write_text(PATCH.replace("a.txt", "b.txt"))
     assert "src/b.txt: No such file" in fails(bench)
 
@@ -292,13 +292,13 @@ def test_missing_git(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fails(bench).startswith("git is missing")
 
 
-def test_no_space_is_seen_beforehand(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_detected_before_the_build(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools, "NEEDED_BYTES", 10**18)
     assert fails(bench).startswith("no space in")
     assert bench.builds == 0
 
 
-def test_no_space_on_the_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_during_the_build(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "cc1plus: fatal error: error writing to a.s: No space left on device\n"
     monkeypatch.setattr(engine_build, "run", lambda *a, **k: (1, said))
     assert fails(bench).startswith("no space in")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 from typer.testing import CliRunner
 
 from cacheroute.cli import app
@@ -15,6 +14,7 @@ from cacheroute.evals import frontier
 from cacheroute.evals.results import ResultsFile
 from cacheroute.model import experts, gguf_file
 from cacheroute.plot import figures
+from support import tiny_models
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tiny_models
-from cli import cacheroute, sentence
+from support import tiny_models
+from support.cli import cacheroute, sentence
 
 RUN = ("--temp", 0, "-c", 256, "-t", 2)
 
@@ -60,7 +60,7 @@ def test_a_lossy_routing_is_announced(demo_model: Path) -> None:
     assert "lossy" not in cacheroute("generate", "-p", "Hi", "-n", 2, *RUN).stderr
 
 
-def test_a_reader_that_leaves_ends_it_quietly(demo_model: Path) -> None:
+def test_a_closed_pipe_ends_without_a_message(demo_model: Path) -> None:
     command = f"{sys.executable} -m cacheroute generate -p 'Count to one hundred.' -n 200 -c 256 </dev/null | head -c 1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, cwd=Path(__file__).parent, timeout=300
@@ -82,7 +82,7 @@ def test_ctrl_c_keeps_what_was_written(demo_model: Path) -> None:
     assert b"Traceback" not in errors and b"tok/s" in errors
 
 
-def test_a_full_context_stops_and_says_so(tmp_path: Path) -> None:
+def test_a_full_context_stops_with_a_message(tmp_path: Path) -> None:
     model = tiny_models.write("qwen3moe", tmp_path / "tiny.gguf")
     # llama.cpp rounds a context up to 256 tokens; a letter is a token of this model
     done = cacheroute("generate", "-m", model, "--raw", "-p", "a" * 248, "-n", -1, "-c", 256, "-s", 1)
@@ -91,7 +91,7 @@ def test_a_full_context_stops_and_says_so(tmp_path: Path) -> None:
     assert "-c" in sentence(cacheroute("generate", "-m", model, "--raw", "-p", "a" * 300, "-c", 256), 1)
 
 
-def test_prompts_that_are_none(tmp_path: Path) -> None:
+def test_missing_and_unreadable_prompts(tmp_path: Path) -> None:
     assert "-p" in sentence(cacheroute("generate", "-p", "  "), 2)
     assert "nothing.txt" in sentence(cacheroute("generate", "-f", tmp_path / "nothing.txt"), 2)
     assert "UTF-8" in sentence(cacheroute("generate", stdin=b"\xff\xfe\x00x"), 2)

@@ -18,10 +18,11 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
-import tiny_models
 
 from cacheroute import Llama
 from cacheroute.native import bindings
+from support import tiny_models
+from support.hook_abi import CCallback, CHook
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -83,37 +84,6 @@ def assert_same_bits(a: Floats, b: Floats) -> None:
 # ---- hooks in Python ------------------------------------------------------------------------------
 
 
-class CEvent(ctypes.Structure):
-    """struct llama_expert_event of patches/0001"""
-
-    _fields_ = [
-        *((n, ctypes.c_int32) for n in ("il", "gating", "n_expert", "n_used", "n_tokens")),
-        *((n, ctypes.POINTER(ctypes.c_float)) for n in ("scores", "probs")),
-        ("ids", ctypes.POINTER(ctypes.c_int32)),
-        ("weights", ctypes.POINTER(ctypes.c_float)),
-        ("hidden", ctypes.POINTER(ctypes.c_float)),
-        ("n_embd", ctypes.c_int32),
-    ]
-
-
-CCallback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(CEvent))
-
-
-FIND = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool)
-
-
-class CSource(ctypes.Structure):
-    """struct ggml_expert_source of patches/0005"""
-
-    _fields_ = [("find", FIND), ("user_data", ctypes.c_void_p)]
-
-
-class CHook(ctypes.Structure):
-    """struct llama_expert_hook of patches/0001"""
-
-    _fields_ = [("select", CCallback), ("reweight", CCallback), ("user_data", ctypes.c_void_p), ("source", CSource)]
-
-
 @dataclass
 class Event:
     """What one call of the hook saw and chose, rows are tokens."""
@@ -138,7 +108,7 @@ class PythonHook:
         self._choose = choose
         # ctypes structures do not keep the callbacks alive that they point to
         self._callbacks = CCallback(self._select), CCallback(self._reweight) if reweight else CCallback(0)
-        self.struct = CHook(*self._callbacks)
+        self.struct = CHook.of(*self._callbacks)
 
     def _select(self, _user_data: int, event: Any) -> None:
         e = event.contents
@@ -154,8 +124,8 @@ class PythonHook:
     def attached(self, llm: llama_cpp.Llama) -> Iterator[PythonHook]:
         """Set on a context within the block."""
         set_hook = llama_cpp.llama_cpp._lib.llama_set_expert_hook
-        set_hook.argtypes, set_hook.restype = [ctypes.c_void_p, ctypes.c_void_p], None
-        set_hook(llm._ctx.ctx, ctypes.addressof(self.struct))
+        set_hook.argtypes, set_hook.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_bool
+        assert set_hook(llm._ctx.ctx, ctypes.addressof(self.struct))
         try:
             yield self
         finally:
@@ -371,7 +341,7 @@ def test_large_lambda_swaps_experts_and_keeps_their_weights(case: Case) -> None:
     assert counted.misses < plainly.stats().decode.misses
 
 
-def test_a_dropped_model_is_gone_at_once(tmp_path: Path) -> None:
+def test_a_model_without_references_is_freed_at_once(tmp_path: Path) -> None:
     """Not when the garbage collector gets to it: then llama.cpp's context may be freed before the hook is unset."""
     llm = engine(tiny_models.write("llama", tmp_path / "m.gguf"), routing="original")
     llm.eval([5])
@@ -384,7 +354,7 @@ def test_a_dropped_model_is_gone_at_once(tmp_path: Path) -> None:
         gc.enable()
 
 
-def test_the_demo_model_too(demo_model: Path) -> None:
+def test_original_on_the_demo_model_is_the_unhooked_engine(demo_model: Path) -> None:
     unhooked = run(engine(demo_model, routing=None), n_decode=8)
     for budget, routing in (("25%", "original"), ("all", "original"), ("25%", "cache-prior:lambda=0")):
         assert_same_bits(run(engine(demo_model, routing=routing, budget=budget), n_decode=8), unhooked)

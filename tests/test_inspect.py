@@ -11,12 +11,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tiny_models
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.model.gguf_file import GgufFile, TensorInfo
 from cacheroute.model.report import Report
+from support import tiny_models
 
 inspector = importlib.import_module("cacheroute.model.report")
 command = importlib.import_module("cacheroute.cli.inspect")
@@ -117,7 +117,7 @@ def test_a_split_model_of_100_gb_takes_less_than_a_second(tmp_path: Path, capsys
     assert min(seconds) < 1, seconds
 
 
-def test_a_layer_for_prediction_is_pointed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multi_token_prediction_layers_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_models.write("deepseek2", tmp_path / "m.gguf")
     real = inspector.gguf_file.read(path)
     more = {**real.metadata, "deepseek2.nextn_predict_layers": 1}

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import gguf
 import pytest
-import tiny_models
 
-from cacheroute.engine import stats
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.install import machine
 from cacheroute.model import catalogue, demo_model
 from cacheroute.model.catalogue import ModelEntry
+from support import tiny_models
 
 command = importlib.import_module("cacheroute.cli.models")  # the package's attribute of this name is the function
 CATALOGUE = catalogue.load_catalogue()
@@ -119,7 +119,7 @@ def in_ollama(root: Path, registry: str, owner: str, name: str, tag: str, conten
     return blob
 
 
-def test_nothing_and_demo_are_the_demo_model(home: Path) -> None:
+def test_no_name_and_demo_both_mean_the_demo_model(home: Path) -> None:
     for name in (None, "demo", "DEMO"):
         with pytest.raises(CacherouteError, match=r"run `cacheroute setup`"):
             catalogue.resolve(name)
@@ -127,7 +127,7 @@ def test_nothing_and_demo_are_the_demo_model(home: Path) -> None:
     assert catalogue.resolve(None) == catalogue.resolve("demo") == path
 
 
-def test_a_path_is_itself_and_a_name_wins_over_a_file_called_so(home: Path) -> None:
+def test_a_path_resolves_to_itself_and_a_known_name_comes_before_a_file(home: Path) -> None:
     path = put(home / "some.gguf")
     assert catalogue.resolve(str(path)) == path
     assert catalogue.resolve("some.gguf") == Path("some.gguf")
@@ -267,7 +267,9 @@ def test_models_lists_the_catalogue_and_the_disk(
     assert all(line[at - 1] == " " and line[at] != " " for line in lines)  # aligned
 
 
-def test_a_model_too_large_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_does_not_fit_reports_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(command, "available_memory", lambda: GIB)
     monkeypatch.setattr(command, "free_disk", lambda _: 100 * GIB)
     command.models("json")
@@ -275,15 +277,15 @@ def test_a_model_too_large_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, c
     assert (mixtral["fits"], mixtral["suggested_budget"]) == ("needs 7.4 GiB of memory", None)
 
 
-def test_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
+def test_available_memory_respects_container_limits(tmp_path: Path) -> None:
     group = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 600\nfile 50\n"}
     for name, text in group.items():
         put(tmp_path / name, text.encode())
-    assert stats._container_room(tmp_path) == 350
+    assert machine._container_room(tmp_path) == 350
     put(tmp_path / "memory.max", b"max\n")
-    assert stats._container_room(tmp_path) is None
-    assert stats._container_room(tmp_path / "none") is None
-    assert (stats.available_memory() or 0) > 0
+    assert machine._container_room(tmp_path) is None
+    assert machine._container_room(tmp_path / "none") is None
+    assert (machine.available_memory() or 0) > 0
 
 
 def test_an_unknown_output_lists_what_there_is() -> None:

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from live_hook import EXPERT, HEADER, LIB, N_TENSORS, PACE, SLOW, Live, hooked
-from test_store import on_a_disk
+
+from support.expert_file import on_a_disk
+from support.live_hook import EXPERT, HEADER, LIB, N_TENSORS, PACE, SLOW, Live, hooked
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
 
@@ -48,7 +49,7 @@ def test_each_expert_is_waited_for_on_its_own_in_the_order_of_the_matmuls(live: 
             assert read > 2 or time.monotonic() - start < 6 * EXPERT / SLOW  # the first do not wait for the last
 
 
-def test_what_was_there_comes_in_the_first_round_and_what_is_read_in_the_second(live: Live) -> None:
+def test_resident_experts_come_in_the_first_round_and_read_ones_in_the_second(live: Live) -> None:
     live.select(0, 2, 5)
     live.select(0, 2, 6)
     for tensor in range(N_TENSORS):
@@ -82,7 +83,7 @@ def test_many_threads_wait_at_the_same_time(live: Live) -> None:
 
 
 @pytest.mark.parametrize("when", ["finish", "reset", "save", "resume", "measure", "free"])
-def test_what_needs_quiet_waits_for_the_reads(live: Live, when: str) -> None:
+def test_operations_that_need_idle_readers_wait_for_the_reads(live: Live, when: str) -> None:
     start = time.monotonic()
     saved = LIB.cr_hook_save(live.handle)
     live.select(0, 2, 5)
@@ -99,7 +100,7 @@ def test_what_needs_quiet_waits_for_the_reads(live: Live, when: str) -> None:
         assert time.monotonic() - start >= 6 * EXPERT / PACE
 
 
-def test_a_read_that_fails_wakes_who_waits_for_it_and_is_told(tmp_path: Path) -> None:
+def test_a_failed_read_wakes_its_waiters_and_is_reported(tmp_path: Path) -> None:
     with hooked(on_a_disk(tmp_path) / "experts.bin", "direct") as live:
         os.truncate(live.path, HEADER)
         live.select(0, 2, 5)

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from test_simulate import fed
 from typer.testing import CliRunner, Result
 
 from cacheroute.cli import app
@@ -18,6 +17,7 @@ from cacheroute.errors import UsageError
 from cacheroute.plot import figures
 from cacheroute.routing.strategies import parse_list
 from cacheroute.trace import simulate, trace_file
+from support.traces import fed
 
 PNG, SVG = b"\x89PNG", b"<?xml"
 

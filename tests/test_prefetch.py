@@ -1,4 +1,4 @@
-"""Experts read ahead: which ones, what becomes of right and wrong guesses, and that no choice and no bit depends on it."""
+"""Prefetch: which experts are read, what becomes of correct and wrong predictions, and that no choice and no logit changes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
-from live_hook import EXPERT, LIB, N_EXPERT, N_LAYERS, N_TENSORS, PACE, SLOW, Live, hooked
-from test_store import on_a_disk
 from typer.testing import CliRunner
 
 from cacheroute import Llama
@@ -23,6 +20,10 @@ from cacheroute.errors import UsageError
 from cacheroute.evals.perplexity import log_probabilities
 from cacheroute.model import experts
 from cacheroute.native import bindings
+from cacheroute.native.counters import Counters
+from support import tiny_models
+from support.expert_file import on_a_disk
+from support.live_hook import EXPERT, LIB, N_EXPERT, N_LAYERS, N_TENSORS, PACE, SLOW, Live, hooked
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
 
@@ -59,10 +60,8 @@ class Ahead:
         return [float(v) for v in x / self.norms[1] * self.norms[0]]
 
 
-def counters(live: Live) -> bindings.Counters:
-    c = bindings.Counters()
-    LIB.cr_hook_counters(live.handle, -1, 0, c)
-    return c
+def counters(live: Live) -> Counters:
+    return bindings.counters(LIB.cr_hook_counters, live.handle, -1, prefill=False)
 
 
 def compute(live: Live, layer: int, *needed: int) -> None:
@@ -83,7 +82,7 @@ N_NEW = {(3, 6): 2, (6, 1): 1, (0, 4): 2, (7, 2): 2, (5, 3): 2}  # that a cache 
 
 
 @pytest.mark.parametrize(("norms", "bias"), [(True, True), (False, False)])
-def test_it_reads_what_the_next_router_says_of_the_state(live: Live, norms: bool, bias: bool) -> None:
+def test_it_reads_what_the_next_router_predicts(live: Live, norms: bool, bias: bool) -> None:
     LIB.cr_hook_set_pace(live.handle, 0)
     ahead = Ahead(live, 2, norms=norms, bias=bias)
     for wanted in N_NEW:
@@ -97,7 +96,7 @@ def test_it_reads_what_the_next_router_says_of_the_state(live: Live, norms: bool
         assert now.prefetched - before.prefetched == now.prefetch_used - before.prefetch_used == N_NEW[wanted]
 
 
-def test_a_right_guess_is_there_without_waiting(live: Live) -> None:
+def test_a_correct_prediction_needs_no_wait(live: Live) -> None:
     ahead = Ahead(live, 2)
     live.select(0, 2, 5, hidden=ahead.hidden(3, 6))
     compute(live, 0, 2, 5)
@@ -108,7 +107,7 @@ def test_a_right_guess_is_there_without_waiting(live: Live) -> None:
     settled(live)
 
 
-def test_an_unfinished_right_guess_is_waited_for(live: Live) -> None:
+def test_an_unfinished_correct_prediction_is_waited_for(live: Live) -> None:
     ahead = Ahead(live, 1)
     start = time.monotonic()
     live.select(0, 2, 5, hidden=ahead.hidden(3, 6))
@@ -120,7 +119,7 @@ def test_an_unfinished_right_guess_is_waited_for(live: Live) -> None:
     assert (counters(live).prefetched, counters(live).prefetch_used, counters(live).reads) == (1, 1, 4)
 
 
-def test_a_wrong_guess_is_dropped_and_most_of_it_never_read(live: Live) -> None:
+def test_a_wrong_prediction_is_cancelled_and_mostly_not_read(live: Live) -> None:
     ahead = Ahead(live, 2)
     live.select(0, 2, 5, hidden=ahead.hidden(3, 6))
     compute(live, 0, 2, 5)
@@ -137,7 +136,7 @@ def test_a_wrong_guess_is_dropped_and_most_of_it_never_read(live: Live) -> None:
     assert counters(live).misses == 5
 
 
-def test_a_wrong_guess_may_be_right_the_next_time(live: Live) -> None:
+def test_an_expert_predicted_wrongly_can_be_predicted_again(live: Live) -> None:
     LIB.cr_hook_set_pace(live.handle, SLOW)
     ahead = Ahead(live, 1)
     live.select(0, 2, 5, hidden=ahead.hidden(3, 6))
@@ -151,7 +150,7 @@ def test_a_wrong_guess_may_be_right_the_next_time(live: Live) -> None:
     settled(live)
 
 
-def test_a_new_sequence_knows_no_guess(live: Live) -> None:
+def test_a_new_sequence_starts_without_predictions(live: Live) -> None:
     ahead = Ahead(live, 2)
     live.select(0, 2, 5, hidden=ahead.hidden(3, 6))
     LIB.cr_hook_reset(live.handle)
@@ -162,22 +161,22 @@ def test_a_new_sequence_knows_no_guess(live: Live) -> None:
     assert counters(live).prefetch_used == 0
 
 
-def test_random_guesses_leave_memory_and_cache_as_they_would_be(live: Live) -> None:
+def test_random_predictions_change_neither_memory_nor_cache(live: Live) -> None:
     LIB.cr_hook_set_pace(live.handle, 20e6)
     ahead = Ahead(live, 2)
     rng = np.random.default_rng(0)
     most = 0
     for _ in range(60):
         for layer in range(N_LAYERS):
-            chosen, guess = (rng.choice(N_EXPERT, 2, replace=False).tolist() for _ in range(2))
-            live.select(layer, *chosen, hidden=ahead.hidden(*guess))
+            chosen, prediction = (rng.choice(N_EXPERT, 2, replace=False).tolist() for _ in range(2))
+            live.select(layer, *chosen, hidden=ahead.hidden(*prediction))
             compute(live, layer, *chosen)
         settled(live)
         most = max(most, LIB.cr_hook_resident_bytes(live.handle))
     c = counters(live)
     assert c.prefetched > c.prefetch_used > 0
     whole_pages = EXPERT + 2 * 4096
-    assert most <= N_TENSORS * whole_pages * (4 * N_LAYERS + 2)  # the budget, and room for two guesses
+    assert most <= N_TENSORS * whole_pages * (4 * N_LAYERS + 2)  # the budget, and room for two predictions
 
 
 # ---- models -----------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def test_random_guesses_leave_memory_and_cache_as_they_would_be(live: Live) -> N
 
 @pytest.mark.engine
 @pytest.mark.parametrize("architecture", ["qwen3moe", "deepseek2", "gpt-oss", "granitemoe", "llama"])
-def test_no_bit_depends_on_it(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetch_changes_no_logit_and_no_count(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path))  # what "auto" measures of a tiny model is not for the user's
     path = tiny_models.write(architecture, tmp_path / "m.gguf")
     tokens = np.random.default_rng(1).integers(3, 300, 40).tolist()
@@ -215,7 +214,7 @@ def test_no_bit_depends_on_it(architecture: str, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.engine
-def test_its_guesses_are_better_than_chance(demo_model: Path) -> None:
+def test_predictions_are_better_than_chance(demo_model: Path) -> None:
     llm = Llama(str(demo_model), n_ctx=64, n_threads=1, budget="50%", prefetch=1, verbose=False)
     tokens = llm.tokenize(b"The sea was calm, and the old man rowed out before the sun had risen over the hills of the bay.")
     with llm.decoding():
@@ -234,19 +233,19 @@ def run(*arguments: object) -> Any:
 
 
 @pytest.mark.engine
-def test_bench_compares_and_says_how_often_it_was_right(alone: Path) -> None:
+def test_bench_reports_how_many_predictions_were_chosen(alone: Path) -> None:
     few = ("bench", "-m", alone, "-p", 8, "-n", 12, "-r", 1, "-t", 1, "--budget", "50%", "--routing", "original")
     rows = json.loads(run(*few, "--prefetch", "0,2", "-o", "json").stdout)
     assert [row["prefetch"] for row in rows if row["n_gen"]] == [0, 0, 2]
     assert [row["prefetch_used"] is None for row in rows if row["n_gen"]] == [True, True, False]
     assert all(row["prefetch_used"] is None for row in rows if row["n_prompt"])
-    shown = run(*few, "--prefetch", "1", "--replay", "synthetic:foresight=1").stdout
+    shown = run(*few, "--prefetch", "1", "--replay", "synthetic:prediction=1").stdout
     assert "| prefetch | chosen" in shown and "100%" in shown
     assert "prefetch" not in run(*few).stdout
 
 
 @pytest.mark.engine
-def test_generate_takes_it(alone: Path) -> None:
+def test_generate_accepts_prefetch(alone: Path) -> None:
     result = run("generate", "-m", alone, "-p", "the cat", "-n", 12, "--raw", "--temp", 0, "--prefetch", 2, "-o", "json")
     assert result.exit_code == 0, result.output
     decode = json.loads(result.stdout)["stats"]["decode"]
@@ -254,9 +253,9 @@ def test_generate_takes_it(alone: Path) -> None:
     assert f"read ahead {decode['prefetched']}, {decode['prefetch_used']} of them chosen" in result.stderr
 
 
-def test_a_trace_has_no_guesses(alone: Path) -> None:
+def test_a_trace_has_no_predictions(alone: Path) -> None:
     result = run("bench", "-m", alone, "--replay", "some.trace", "--prefetch", "0,1")
-    assert result.exit_code == 2 and "A trace has no guesses to read ahead by" in result.stderr
+    assert result.exit_code == 2 and "A trace has no predictions to prefetch by" in result.stderr
 
 
 @pytest.mark.engine
@@ -267,12 +266,12 @@ def test_bad_numbers_are_one_sentence(alone: Path, value: str) -> None:
 
 
 @pytest.mark.engine
-def test_a_model_whose_routers_it_cannot_ask(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_routers_cannot_be_evaluated(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "_router", lambda index, floats: None)
     with pytest.raises(UsageError, match="keeps its routers in another type than F32"):
         Llama(str(alone), prefetch=1, verbose=False)
     result = run("generate", "-m", alone, "-p", "the", "--prefetch", 1)
-    assert result.exit_code == 2 and "read ahead" in result.stderr and "Traceback" not in result.stderr
+    assert result.exit_code == 2 and "prefetched" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_the_names_of_routers_and_norms() -> None:

@@ -188,7 +188,7 @@ def test_all_shards_are_fetched(hub: Hub, tmp_path: Path) -> None:
         pull.pull("hf:me/m-GGUF")
 
 
-def test_a_transfer_that_breaks_off_is_taken_up_where_it_was(hub: Hub, tmp_path: Path) -> None:
+def test_an_interrupted_transfer_is_resumed(hub: Hub, tmp_path: Path) -> None:
     data = data_of(25 * MB)
     hub.files["me/m-GGUF"] = {"m.gguf": data}
     hub.cut = [15 * MB]
@@ -199,7 +199,7 @@ def test_a_transfer_that_breaks_off_is_taken_up_where_it_was(hub: Hub, tmp_path:
     assert partial(tmp_path) == []
 
 
-def test_a_stopped_pull_goes_on_in_another_process(hub: Hub, tmp_path: Path) -> None:
+def test_an_interrupted_pull_is_resumed_by_another_process(hub: Hub, tmp_path: Path) -> None:
     data = data_of(25 * MB)
     hub.files["me/m-GGUF"] = {"m.gguf": data}
     hub.cut, hub.stall = [15 * MB], threading.Event()
@@ -244,7 +244,7 @@ def test_a_wrong_checksum_is_refused_and_deletes_nothing(hub: Hub, tmp_path: Pat
     assert pull.pull("hf:me/m-GGUF").read_bytes() == hub.files["me/m-GGUF"]["m.gguf"]
 
 
-def test_a_pattern_that_fits_nothing_or_too_much_lists_what_there_is(hub: Hub) -> None:
+def test_a_pattern_that_matches_nothing_or_too_much_lists_the_files(hub: Hub) -> None:
     hub.files["me/m-GGUF"] = {
         "m-Q4_K_M.gguf": data_of(2000),
         "m-Q8_0.gguf": data_of(3000),
@@ -281,7 +281,7 @@ def test_refusals_are_one_sentence(hub: Hub, tmp_path: Path, monkeypatch: pytest
         pull.pull("hf:me/m-GGUF")
 
 
-def test_without_the_hub_what_is_here_still_serves(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_downloaded_models_still_work(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.files["me/m-GGUF"] = {"m.gguf": data_of(2000)}
     path = pull.pull("hf:me/m-GGUF")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
-from cli import cacheroute, sentence
-from test_simulate import header, made_up
 
 from cacheroute import Llama
 from cacheroute.errors import CacherouteError, UsageError
@@ -22,6 +19,9 @@ from cacheroute.routing.strategies import parse
 from cacheroute.trace import forced_scores, simulate, trace_file
 from cacheroute.trace.forced_scores import ForcedScores
 from cacheroute.trace.trace_file import Header, Records, Trace
+from support import tiny_models
+from support.cli import cacheroute, sentence
+from support.traces import header, made_up
 
 N_PROMPT, N_GEN = 20, 60
 ARCHS = ("qwen3moe", "deepseek2", "gpt-oss")  # softmax; sigmoid and masked groups; softmax over the chosen
@@ -52,8 +52,7 @@ def run(llm: Llama, seed: int) -> list[tuple[int, ...]]:
     counted = []
     for layer in range(len(llm.layout.layers)):
         for prefill in (1, 0):
-            c = bindings.Counters()
-            bindings.lib.cr_hook_counters(llm._hook, layer, prefill, c)
+            c = bindings.counters(bindings.lib.cr_hook_counters, llm._hook, layer, prefill=bool(prefill))
             counted.append((c.tokens, c.hits, c.misses, c.swapped, c.dropped, c.evictions))
     return counted
 
@@ -83,7 +82,9 @@ def bound(llm: Llama, path: Path) -> ForcedScores:
 
 @pytest.mark.parametrize("eviction", evictions.ONLINE)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_models_own_trace_misses_as_it_ran(models: dict[str, Llama], tmp_path: Path, arch: str, eviction: str) -> None:
+def test_replaying_a_models_own_trace_gives_the_same_misses(
+    models: dict[str, Llama], tmp_path: Path, arch: str, eviction: str
+) -> None:
     llm = models[arch]
     live = traced(llm, tmp_path / "t", "original", eviction, seed=1)
     assert forced(llm, bound(llm, tmp_path / "t"), "original", eviction, seed=2) == live  # whatever the text
@@ -163,8 +164,8 @@ def test_the_first_sequence_that_is_long_enough_is_taken(tmp_path: Path) -> None
 
 def wrong_traces() -> dict[str, tuple[Trace, ExpertLayout, str]]:
     t = made_up(3, 32, 4, 40, 3, mass=False)
-    dictated, cut = t.records.copy(), t.records[: 3 * 10 - 1]  # the tenth token lacks its last layer
-    dictated["flags"] |= trace_file.DICTATED
+    prescribed, cut = t.records.copy(), t.records[: 3 * 10 - 1]  # the tenth token lacks its last layer
+    prescribed["flags"] |= trace_file.PRESCRIBED
     prompt: Records = t.records[(t.records["layer"] < 2) | (t.records["token"] > 8)]
     return {
         "experts": (
@@ -178,7 +179,7 @@ def wrong_traces() -> dict[str, tuple[Trace, ExpertLayout, str]]:
             fits(3),
             "has 9 tokens in its longest sequence, and 10 are needed; trace again",
         ),
-        "prescribed": (replace(t, records=dictated), fits(3), "experts the model prescribes"),
+        "prescribed": (replace(t, records=prescribed), fits(3), "experts the model prescribes"),
         "prompt": (replace(t, records=prompt), fits(3), "lacks prompt tokens of its last layer; trace the text token by token"),
     }
 
@@ -203,7 +204,7 @@ def synthetic(text: str, n_tokens: int = 2000, layout: ExpertLayout | None = Non
     return forced_scores.bind(forced_scores.parse(text), layout or fits(2), 0, n_tokens)
 
 
-def test_synthetic_scores_are_what_they_state() -> None:
+def test_synthetic_scores_have_the_stated_statistics() -> None:
     for rho, skew in ((0.0, 0.0), (0.5, 0.3), (0.9, 1.0)):
         # 64 experts cannot tell their common part from what max() took away, so compare differences between experts
         z = synthetic(f"synthetic:rho={rho}:skew={skew}", 4000, fits(1, 64)).z[0].astype(float)
@@ -238,15 +239,15 @@ def test_a_seed_repeats_and_layers_differ() -> None:
     np.testing.assert_array_equal(one.z, again.z)
     assert not np.array_equal(one.z[0], one.z[1]) and not np.array_equal(one.z[0], other.z[0])
     np.testing.assert_array_equal(one.z[0], synthetic("synthetic", 90, fits(5)).z[0][:50])  # of more layers, of more tokens
-    assert one.name == again.name == "synthetic:rho=0.3:skew=0.35:foresight=0.87:seed=0"
+    assert one.name == again.name == "synthetic:rho=0.3:skew=0.35:prediction=0.87:seed=0"
 
 
-def test_guesses_correlate_as_asked() -> None:
-    for foresight in (0.0, 0.5, 1.0):
-        forced = synthetic(f"synthetic:foresight={foresight}", 400)
-        for z, guess in zip(forced.z, forced.guess, strict=True):
-            z, guess = (x.astype(float) - x.mean(axis=1, keepdims=True, dtype=float) for x in (z, guess))
-            assert np.corrcoef(z.ravel(), guess.ravel())[0, 1] == pytest.approx(foresight, abs=0.06)
+def test_predictions_correlate_as_requested() -> None:
+    for prediction in (0.0, 0.5, 1.0):
+        forced = synthetic(f"synthetic:prediction={prediction}", 400)
+        for z, predicted in zip(forced.z, forced.predicted, strict=True):
+            z, predicted = (x.astype(float) - x.mean(axis=1, keepdims=True, dtype=float) for x in (z, predicted))
+            assert np.corrcoef(z.ravel(), predicted.ravel())[0, 1] == pytest.approx(prediction, abs=0.06)
     np.testing.assert_array_equal(forced.z, synthetic("synthetic", 400).z)
 
 
@@ -256,7 +257,7 @@ def test_guesses_correlate_as_asked() -> None:
         ("synthetic:rho=2", "rho is at least 0 and at most 1, not 2"),
         ("synthetic:skew=-1", "skew is at least 0, not -1"),
         ("synthetic:seed=x", "seed='x' is not a number"),
-        ("synthetic:mu=1", r"has no parameter 'mu'; its form is synthetic\[:rho=\]\[:skew=\]\[:foresight=\]\[:seed=\]"),
+        ("synthetic:mu=1", r"has no parameter 'mu'; its form is synthetic\[:rho=\]\[:skew=\]\[:prediction=\]\[:seed=\]"),
     ],
 )
 def test_wrong_parameters_are_one_sentence(text: str, expected: str) -> None:
@@ -274,20 +275,20 @@ def bench(path: Path, *arguments: object) -> tuple[list[dict[str, Any]], str]:
     return json.loads(done.stdout), done.stderr
 
 
-def test_rows_say_what_was_replayed_and_repeat(paths: dict[str, Path]) -> None:
+def test_rows_name_what_was_replayed_and_repeat_exactly(paths: dict[str, Path]) -> None:
     table, said = bench(paths["qwen3moe"], "--replay", "synthetic:rho=0.8", "--floor")
     assert said == "" and len(table) == 4
-    assert {row["replay"] for row in table} == {"synthetic:rho=0.8:skew=0.35:foresight=0.87:seed=0"}
+    assert {row["replay"] for row in table} == {"synthetic:rho=0.8:skew=0.35:prediction=0.87:seed=0"}
     again, _ = bench(paths["qwen3moe"], "--replay", "synthetic:rho=0.8")
     own, _ = bench(paths["qwen3moe"])
     assert {row["replay"] for row in own} == {None}
     for row, same, other in zip(table, again, own, strict=True):
         assert row["miss_rate"] == same["miss_rate"] and (row["n_prompt"] or row["miss_rate"] < other["miss_rate"])
     shown = cacheroute("bench", "-m", paths["qwen3moe"], "-p", 0, "-n", 4, "-r", 1, "-t", 1, "--replay", "synthetic")
-    assert "| replay" in shown.stdout and shown.stdout.count("synthetic:rho=0.3:skew=0.35:foresight=0.87:seed=0") == 3
+    assert "| replay" in shown.stdout and shown.stdout.count("synthetic:rho=0.3:skew=0.35:prediction=0.87:seed=0") == 3
 
 
-def test_the_control_cannot_be_forced(paths: dict[str, Path]) -> None:
+def test_the_control_refuses_a_replay(paths: dict[str, Path]) -> None:
     table, said = bench(paths["qwen3moe"], "--replay", "synthetic", "--control", "--control-repack", "off,on")
     assert said.count("the control chooses its own experts: a replay cannot be forced on it") == 1
     assert all((row["replay"] is None) == row["control"] for row in table)

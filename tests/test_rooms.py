@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "routing": {"native", "model"},
     "trace": {"native", "model", "routing"},
     "engine": {"native", "install", "model", "routing", "trace"},
-    "bench": {"install", "model", "trace", "engine"},
+    "bench": {"native", "install", "model", "trace", "engine"},
     "evals": {"native", "install", "model", "routing", "trace", "engine"},
     "plot": {"trace"},
     "cli": {"install", "model", "routing", "trace", "engine", "bench", "evals", "plot"},

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_router import native_layer
-from oracle import Event, Routing, Vector
 
 from cacheroute.errors import CacherouteError
+from support import oracle
+from support.native_router import native_layer
+from support.oracle import Event, Routing, Vector
 
 KINDS = ("smooth", "ties", "constant", "groups", "few")
 MAX_LOSS = (None, 0.0, 1 / 64, 1 / 8, 0.5, 1.0)
@@ -103,7 +103,7 @@ def run_native(trial: Trial, routing: Routing, eviction: str = "lru") -> list[Ev
 
 @given(routed_trials())
 @settings(max_examples=200)
-def test_every_event_is_the_oracles(case: tuple[Trial, Routing, str]) -> None:
+def test_every_event_matches_the_oracle(case: tuple[Trial, Routing, str]) -> None:
     trial, routing, eviction = case
     expected = oracle.Layer(trial.n_expert, trial.n_used, trial.capacity, routing, eviction)
     with native_layer(trial.n_expert, trial.n_used, trial.capacity, routing, eviction) as layer:
@@ -134,7 +134,7 @@ def limits(trial: Trial) -> list[Routing]:
 
 @given(trials(), st.sampled_from(oracle.EVICTIONS))
 @settings(max_examples=25)
-def test_limits_are_original(trial: Trial, eviction: str) -> None:
+def test_parameters_at_their_limits_give_original(trial: Trial, eviction: str) -> None:
     if trial.kind == "few":
         trial = replace(trial, kind="ties")  # 1/E is a share of the experts that may be chosen
     original = run_native(trial, Routing(), eviction)
@@ -204,7 +204,7 @@ def test_no_token_evicts_its_own_experts_and_the_budget_holds(case: tuple[Trial,
 
 
 @given(routed_trials())
-def test_reset_repeats_exactly(case: tuple[Trial, Routing, str]) -> None:
+def test_a_run_after_a_reset_repeats_exactly(case: tuple[Trial, Routing, str]) -> None:
     trial, routing, eviction = case
     with native_layer(trial.n_expert, trial.n_used, trial.capacity, routing, eviction) as layer:
         runs = []
@@ -215,8 +215,8 @@ def test_reset_repeats_exactly(case: tuple[Trial, Routing, str]) -> None:
         assert runs[0] == runs[1]
 
 
-def test_the_bonus_swaps_and_the_mass_decides_who_is_recent() -> None:
-    """One sequence by hand: the order of events of method.md."""
+def test_the_bonus_swaps_and_the_mass_orders_recency() -> None:
+    """One small sequence: the order of events within a token."""
     with native_layer(4, 2, 2, Routing("cache-prior", lam=1.0, j=1)) as layer:
         first = layer.step(np.array([3.0, 2.0, 1.0, 0.0]), np.array([0.6, 0.3, 0.1, 0.0]))
         assert (first.run, first.missed, first.evicted, first.swapped) == ([0, 1], [0, 1], [], 0)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 
 from cacheroute import Llama
 from cacheroute.errors import CacherouteError
@@ -16,6 +15,7 @@ from cacheroute.evals import loading
 from cacheroute.evals.runner import Job, Request, Runner
 from cacheroute.evals.text import Chunk
 from cacheroute.routing.strategies import Routing, parse
+from support import tiny_models
 
 
 @pytest.fixture(scope="module", params=["qwen3moe", "deepseek2"])

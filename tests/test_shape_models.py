@@ -81,14 +81,14 @@ def test_tokens_do_not_all_choose_the_same_experts(tmp_path: Path) -> None:
     with_cache.close()
 
 
-def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+def test_an_existing_file_is_not_overwritten_without_force(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_text("mine")
     done = run("mixtral-8x7b", "--out", tmp_path / "m.gguf")
     assert done.returncode == 2 and done.stderr == f"make_shape_model: {tmp_path}/m.gguf exists; give another name, or --force.\n"
     assert (tmp_path / "m.gguf").read_text() == "mine"
 
 
-def test_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
+def test_a_number_of_layers_the_model_cannot_have_is_refused(tmp_path: Path) -> None:
     done = run("deepseek-v2-lite", "--layers", 1, "--out", tmp_path / "m.gguf")
     assert done.returncode == 2
     assert done.stderr == "make_shape_model: deepseek-v2-lite has 27 layers, so give --layers 2 to 27.\n"

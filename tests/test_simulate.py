@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
-import study_layer_budgets
-import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
 
 from cacheroute import Llama
 from cacheroute.errors import UsageError
 from cacheroute.native import bindings
+from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing.strategies import parse
 from cacheroute.trace import simulate, trace_file
 from cacheroute.trace.simulate import Arm, Replay
-from cacheroute.trace.trace_file import DECODE, SOFTMAX_MASS, Header, Records, Trace
+from cacheroute.trace.trace_file import DECODE, Header, Records, Trace
+from support import oracle, tiny_models
+from support.native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
+from support.traces import fed, header, made_up
 
 ROUTINGS = (
     "original",
@@ -37,39 +36,6 @@ ROUTINGS = (
 ONLINE = tuple(evictions.ONLINE)
 
 
-def header(n_layers: int, n_expert: int, n_used: int, capacity: int = 0) -> Header:
-    layers = tuple(range(n_layers))
-    return Header("made up", "none", n_expert, n_used, layers, (1 << 20,) * n_layers, "original", "lru", capacity or n_used)
-
-
-def made_up(n_layers: int, n_expert: int, n_used: int, n_tokens: int, seed: int, *, mass: bool, n_prompt: int = 5) -> Trace:
-    """A trace whose neighbouring tokens share experts; two sequences; now and then a masked group."""
-    rng = np.random.default_rng(seed)
-    records: Records = np.zeros(n_tokens * n_layers, trace_file.record_dtype(n_expert, n_used, mass=mass))
-    habit = rng.normal(0, 2, (n_layers, n_expert))
-    for t in range(n_tokens):
-        habit = 0.9 * habit + rng.normal(0, 0.8, habit.shape)
-        for layer in range(n_layers):
-            z = habit[layer] + rng.normal(0, 0.5, n_expert)
-            if rng.random() < 0.1:
-                z[: n_expert // 4] = -np.inf
-            record = records[t * n_layers + layer]
-            record["sequence"], record["token"] = divmod(t, -(-n_tokens // 2))
-            record["layer"] = layer
-            record["flags"] = DECODE * (record["token"] >= n_prompt) + SOFTMAX_MASS * (not mass)
-            record["z"] = z - z.max()
-            record["ids"] = np.argsort(-record["z"].astype(float), kind="stable")[:n_used]
-            record["n_run"] = n_used
-            if mass:
-                record["mass"] = rng.random(n_expert) * np.isfinite(z)
-    return Trace(header(n_layers, n_expert, n_used), records, complete=True)
-
-
-@functools.cache
-def fed(mass: bool) -> Trace:
-    return made_up(2, 24, 4, 160, 11, mass=mass)
-
-
 # ---- the live run ---------------------------------------------------------------------------------
 
 
@@ -78,7 +44,7 @@ class Live:
     """A model's own run: its trace and what its counters said."""
 
     trace: Trace
-    counters: list[bindings.Counters]
+    counters: list[Counters]
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +69,7 @@ def live(llm: Llama, path: Path, eviction: str, budget: str = "50%", routing: st
             with llm.decoding():
                 for token in rng.integers(3, 250, 40).tolist():
                     llm.eval([token])
-    counters = []
-    for layer in range(len(h.layers)):
-        counters.append(bindings.Counters())
-        bindings.lib.cr_hook_counters(llm._hook, layer, 0, counters[-1])
-    return Live(trace_file.read(path), counters)
+    return Live(trace_file.read(path), llm.decoded_by_layer())
 
 
 @pytest.mark.parametrize("eviction", ONLINE)
@@ -267,10 +229,3 @@ def test_a_prompt_alone_has_nothing_to_simulate() -> None:
     t = made_up(1, 8, 2, 10, 0, mass=False, n_prompt=99)
     with pytest.raises(UsageError, match="no decoded token"):
         Replay(t)
-
-
-def test_layer_budgets_go_where_misses_fall_most() -> None:
-    curve = np.array([[90, 50, 9], [80, 50, 5], [70, 10, 3], [60, 9, 2]])  # 1 gains nothing by one more expert, much by two
-    assert study_layer_budgets.allocate(curve, 2).tolist() == [0, 2, 0]
-    assert study_layer_budgets.allocate(curve, 4).tolist() == [2, 2, 0]
-    assert study_layer_budgets.allocate(curve, 9).tolist() == [3, 3, 3]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_simulate import fed
 from typer.testing import CliRunner
 
 from cacheroute import Llama
@@ -18,6 +17,7 @@ from cacheroute.errors import UsageError
 from cacheroute.native import bindings
 from cacheroute.trace import task_profile
 from cacheroute.trace.task_profile import TaskProfile
+from support.traces import fed
 
 
 def task(n_used: int = 20) -> TaskProfile:
@@ -76,13 +76,13 @@ def test_the_first_tokens_hit(tiny: Path, tmp_path: Path) -> None:
     traced += ["--save-profile", str(profile)]
     assert runner.invoke(app, traced).exit_code == 0
     run = ["generate", *common, "-p", "the cat", "-n", "8", "--temp", "0", "-o", "json", "--budget", "75%", "-c", "64", "--raw"]
-    cold, warm = (json.loads(runner.invoke(app, [*run, *more]).stdout) for more in ([], ["--profile", str(profile)]))
+    cold, warm = (json.loads(runner.invoke(app, [*run, *more]).stdout) for more in ([], ["--warm-start", str(profile)]))
     assert warm["text"] == cold["text"]
     assert warm["stats"]["prefill"]["misses"] < cold["stats"]["prefill"]["misses"]
     assert warm["stats"]["decode"]["misses"] <= cold["stats"]["decode"]["misses"]
     bench = ["bench", *common, "-f", str(tmp_path / "text"), "-p", "4", "-n", "4", "-r", "1", "-o", "json"]
     bench += ["--routing", "original"]
-    rows = [json.loads(runner.invoke(app, [*bench, *more]).stdout) for more in ([], ["--profile", str(profile)])]
+    rows = [json.loads(runner.invoke(app, [*bench, *more]).stdout) for more in ([], ["--warm-start", str(profile)])]
     assert rows[1][0]["miss_rate"] < rows[0][0]["miss_rate"]
 
 
@@ -101,5 +101,5 @@ def test_what_does_not_fit_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="is a damaged task profile"):
             task_profile.load(path)
         task_profile.save(task(), path, force=True)
-    result = CliRunner().invoke(app, ["generate", "-m", str(tiny), "-p", "a", "--profile", str(tiny)])
+    result = CliRunner().invoke(app, ["generate", "-m", str(tiny), "-p", "a", "--warm-start", str(tiny)])
     assert result.exit_code == 2 and "is not a cacheroute-task-profile file" in result.stderr

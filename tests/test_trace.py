@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
-from test_simulate import fed, header, made_up
 from typer.testing import CliRunner, Result
 
 from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.trace import task_profile, trace_file
-from cacheroute.trace.trace_file import DECODE, DICTATED, Header, TraceWriter
+from cacheroute.trace.trace_file import DECODE, PRESCRIBED, Header, TraceWriter
+from support.native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
+from support.traces import fed, header, made_up
 
 
 def cacheroute(*arguments: object) -> Result:
@@ -100,13 +100,13 @@ def test_a_damaged_trace_is_one_sentence(tmp_path: Path, change: str, sentence: 
         trace_file.read(path)
 
 
-def test_no_trace_is_one_sentence(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_trace_is_one_sentence(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
         result = cacheroute("simulate", path)
         assert result.exit_code == 2 and "cannot be read" in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_nothing_is_overwritten_unasked_and_nothing_is_half_there(tmp_path: Path) -> None:
+def test_no_file_is_overwritten_unasked_or_left_half_written(tmp_path: Path) -> None:
     t, path = fed(False), tmp_path / "t"
     path.write_text("precious")
     with pytest.raises(UsageError, match="exists; --force"):
@@ -162,14 +162,14 @@ def test_rounding_keeps_the_choice_and_its_order(seed: int, gating: int, spread:
             assert sorted(own, key=lambda i: (-row[i], i)) == sorted(own, key=lambda i: (-mass[i], i))
 
 
-def test_dictated_ids_are_marked_and_replayed(tmp_path: Path) -> None:
+def test_prescribed_ids_are_marked_and_replayed(tmp_path: Path) -> None:
     """Some models prescribe the ids of a layer; whatever the scores, the replay runs those."""
     from cacheroute.routing.strategies import parse
     from cacheroute.trace.simulate import Arm, Replay
 
     t = made_up(1, 8, 2, 40, 1, mass=False)
     records = t.records.copy()
-    records["flags"] |= DICTATED
+    records["flags"] |= PRESCRIBED
     rng = np.random.default_rng(0)
     records["ids"] = [rng.permutation(8)[:2] for _ in records]
     row = Replay(trace_file.Trace(t.header, records, True)).run(Arm("2", parse("cache-prior:lambda=1"), "lru"))[0]
@@ -181,7 +181,7 @@ def test_dictated_ids_are_marked_and_replayed(tmp_path: Path) -> None:
 # ---- recording ------------------------------------------------------------------------------------
 
 
-def test_a_prompts_tokens_are_told_apart(tiny: Path, tmp_path: Path) -> None:
+def test_prompt_tokens_are_marked(tiny: Path, tmp_path: Path) -> None:
     llm = Llama(str(tiny), io="none", budget="25%", n_ctx=128, n_ubatch=16, n_threads=1, n_threads_batch=1, verbose=False)
     with TraceWriter(tmp_path / "t", Header.of(llm.layout, "original", "lru", 8)) as writer, llm.tracing(writer.append):
         llm.eval(list(range(3, 44)))
@@ -200,7 +200,7 @@ def test_a_prompts_tokens_are_told_apart(tiny: Path, tmp_path: Path) -> None:
     assert len(trace_file.read(tmp_path / "t").records) == len(records)
 
 
-def test_the_command_records_what_it_says(tiny: Path, tmp_path: Path) -> None:
+def test_the_command_records_what_it_reports(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("the cat of the sea and the sea of the cat " * 8)
     out, task = tmp_path / "t", tmp_path / "task.json"
@@ -254,7 +254,7 @@ def test_an_interrupted_command_leaves_a_readable_part(tiny: Path, tmp_path: Pat
     assert not t.complete and len(t.records) > 50 and not out.exists()
 
 
-def test_an_unwritable_place_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
     result = cacheroute("trace", "-m", tiny, "-o", tmp_path / "no" / "t")
     assert result.exit_code == 1 and "t.part cannot be written (No such file or directory)." in result.stderr
 

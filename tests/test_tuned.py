@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_simulate import fed
 
 from cacheroute import Llama
 from cacheroute.errors import UsageError
@@ -17,6 +16,7 @@ from cacheroute.routing import strategies, tuned
 from cacheroute.routing.tuned import TunedRouting
 from cacheroute.trace import simulate
 from cacheroute.trace.simulate import Arm
+from support.traces import fed
 
 TINY = TunedRouting(
     model="tiny qwen3moe",
@@ -72,7 +72,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, change: dict[str, object],
         strategies.parse(f"tuned:{path}")
 
 
-def test_no_tuned_file_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_tuned_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere cannot be read"):
         strategies.parse(f"tuned:{tmp_path}/nowhere")
     (tmp_path / "x").write_text("{")
@@ -89,7 +89,7 @@ def test_no_tuned_file_is_one_sentence(tmp_path: Path) -> None:
         ({"parameters": ({"lambda": 0.1}, {"lambda": 0.1, "j": 9})}, "j is at most 4"),
     ],
 )
-def test_that_of_another_model_is_refused(alone: Path, tmp_path: Path, other: dict[str, object], sentence: str) -> None:
+def test_a_tuned_file_of_another_model_is_refused(alone: Path, tmp_path: Path, other: dict[str, object], sentence: str) -> None:
     tuned.save(replace(TINY, **other), tmp_path / "p.json")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=sentence):
         Llama(str(alone), routing=f"tuned:{tmp_path}/p.json", verbose=False)
@@ -102,16 +102,14 @@ def test_each_layer_has_its_own_parameters(alone: Path, tmp_path: Path) -> None:
     with llm.decoding():
         for token in range(3, 40):
             llm.eval([token])
-    by_layer = [bindings.Counters(), bindings.Counters()]
-    for layer, counters in enumerate(by_layer):
-        bindings.lib.cr_hook_counters(llm._hook, layer, 0, counters)
+    by_layer = llm.decoded_by_layer()
     assert by_layer[0].swapped == 0 < by_layer[1].swapped
 
 
 HELD = replace(TINY, parameters=({"lambda": 0.2, "experts": 5}, {"lambda": 0.2, "experts": 11}))
 
 
-def test_layers_share_a_budget_in_their_own_way(alone: Path, tmp_path: Path) -> None:
+def test_layers_may_share_a_budget_unevenly(alone: Path, tmp_path: Path) -> None:
     tuned.save(HELD, tmp_path / "p.json")
     llm = Llama(str(alone), routing=f"tuned:{tmp_path}/p.json", budget=8, n_ctx=64, n_threads=1, verbose=False)
     llm.eval(list(range(3, 20)))
@@ -139,7 +137,9 @@ def test_layers_share_a_budget_in_their_own_way(alone: Path, tmp_path: Path) -> 
         ((float("inf"), 8), 8, "layer 0: experts is a whole number, not inf"),
     ],
 )
-def test_experts_that_cannot_be_held(alone: Path, tmp_path: Path, experts: tuple[float, ...], budget: str, sentence: str) -> None:
+def test_shares_that_do_not_fit_the_budget_are_refused(
+    alone: Path, tmp_path: Path, experts: tuple[float, ...], budget: str, sentence: str
+) -> None:
     tuned.save(replace(HELD, parameters=tuple({"lambda": 0.2, "experts": n} for n in experts)), tmp_path / "p.json")
     with pytest.raises(UsageError, match=sentence):
         Llama(str(alone), routing=f"tuned:{tmp_path}/p.json", budget=budget, verbose=False)
@@ -157,7 +157,7 @@ def test_a_simulation_gives_each_layer_its_experts(tmp_path: Path) -> None:
         replay.run(Arm("8", strategies.parse(f"tuned:{tmp_path}/p.json"), "lru"))
 
 
-def test_a_simulation_takes_it_too(tmp_path: Path) -> None:
+def test_a_simulation_accepts_a_tuned_file(tmp_path: Path) -> None:
     of_trace = replace(TINY, model="made up", n_expert=24, parameters=({"lambda": 0.0}, {"lambda": 0.8, "j": 1}))
     tuned.save(of_trace, tmp_path / "p.json")
     rows = simulate.Replay(fed(False)).run(Arm("9", strategies.parse(f"tuned:{tmp_path}/p.json"), "lru"), per_layer=True)

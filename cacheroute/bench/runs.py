@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from cacheroute.engine.stats import Counters, kernel_counters
+from cacheroute.engine.stats import kernel_counters
+from cacheroute.native.counters import Counters
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama

@@ -88,7 +88,7 @@ def bench(
     task = task_profile.load(warm_start) if warm_start else None
     source = forced_scores.parse(replay) if replay else None
     if source and source.trace and any(aheads):
-        raise UsageError("A trace has no guesses to read ahead by; replay synthetic scores, or leave --prefetch out.")
+        raise UsageError("A trace has no predictions to prefetch by; replay synthetic scores, or leave --prefetch out.")
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue
     from cacheroute.routing import tuned

@@ -8,16 +8,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from cacheroute.engine import stores
 from cacheroute.engine.checkpoint import Checkpoint, load_sequence, save_sequence
-from cacheroute.engine.stats import UNKNOWN_BYTES, Counters, Stats
+from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
 from cacheroute.model import experts, gguf_file
 from cacheroute.native import bindings
+from cacheroute.native.counters import Counters
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import custom_policy, strategies
 from cacheroute.routing import eviction as evictions
@@ -29,7 +29,7 @@ _LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
 
 _api = _llama_cpp.llama_cpp._lib
 _api.llama_set_expert_hook.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-_api.llama_set_expert_hook.restype = None
+_api.llama_set_expert_hook.restype = ctypes.c_bool
 _api.llama_model_tensor_data.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
 _api.llama_model_tensor_data.restype = ctypes.c_void_p
 
@@ -119,7 +119,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if io not in stores.ALL:
             raise UsageError(f"There is no io {io!r}; there are {', '.join(stores.ALL[:-1])} and {stores.ALL[-1]}.")
         if prefetch and not any(layer.router for layer in self.layout.layers[1:]):
-            raise UsageError("Experts cannot be read ahead: the model keeps its routers in another type than F32.")
+            raise UsageError("Experts cannot be prefetched: the model keeps its routers in another type than F32.")
         resolved = budgets.parse(budget, self.layout)
         strategies.capacities(parsed, resolved, self.layout)
         return resolved, parsed, eviction, io, prefetch
@@ -143,15 +143,16 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if policy:
             self._policy = policy
             bindings.lib.cr_hook_set_policy(self._hook, policy.callback, None)
-        _api.llama_set_expert_hook(self._ctx.ctx, bindings.lib.cr_hook_address(self._hook))
+        if not _api.llama_set_expert_hook(self._ctx.ctx, bindings.lib.cr_hook_address(self._hook)):
+            raise CacherouteError("The engine and cacheroute were built from different versions; run `cacheroute setup`.")
         self.flash_mbps = self._flash_mbps
         if self.forced:
             none = (None,) * n
             for i, (z, *others) in enumerate(
-                zip(self.forced.z, self.forced.mass or none, self.forced.guess or none, strict=True)
+                zip(self.forced.z, self.forced.mass or none, self.forced.predicted or none, strict=True)
             ):
-                mass, guess = (None if x is None else x.ctypes.data for x in others)
-                bindings.lib.cr_hook_force(self._hook, i, len(z), z.ctypes.data, mass, guess)
+                mass, predicted = (None if x is None else x.ctypes.data for x in others)
+                bindings.lib.cr_hook_force(self._hook, i, len(z), z.ctypes.data, mass, predicted)
         if prefetch:
             self._prefetch()
 
@@ -368,33 +369,12 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if self._hook is None:
             return None
         measured = int(bindings.lib.cr_hook_measure_resident(self._hook))
-        return None if measured == UNKNOWN_BYTES else measured
+        return None if measured == bindings.UNKNOWN_BYTES else measured
 
     def _counters(self, *, prefill: bool) -> Counters:
-        if self._hook is None:
-            return Counters()
-        # every token passes the first layer; of a prompt llama.cpp takes only the wanted outputs through the last one
-        first = self._layer_counters(0, prefill=prefill)
-        return replace(self._layer_counters(-1, prefill=prefill), tokens=first.tokens)
+        """Of all layers together."""
+        return self._layer_counters(-1, prefill=prefill) if self._hook is not None else Counters()
 
     def _layer_counters(self, layer: int, *, prefill: bool) -> Counters:
-        """Of one layer, -1: the sums over all."""
-        c = bindings.Counters()
-        bindings.lib.cr_hook_counters(self._hook, layer, prefill, c)
-        return Counters(
-            tokens=c.tokens,
-            examined=c.examined,
-            hits=c.hits,
-            misses=c.misses,
-            swapped=c.swapped,
-            dropped=c.dropped,
-            evictions=c.evictions,
-            lost_mass=c.lost_mass,
-            reads=c.reads,
-            read_bytes=c.read_bytes,
-            read_seconds=c.read_ns / 1e9,
-            evict_seconds=c.evict_ns / 1e9,
-            prefetched=c.prefetched,
-            prefetch_used=c.prefetch_used,
-            hook_seconds=c.hook_ns / 1e9,
-        )
+        assert self._hook is not None
+        return bindings.counters(bindings.lib.cr_hook_counters, self._hook, layer, prefill=prefill)

@@ -111,10 +111,10 @@ def _measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:
     while done < _ROUNDS and sum(spent.values()) < _SECONDS:
         layer = order.randrange(len(layout.layers))
         for name in order.sample(list(stores), len(stores)):
-            ids = (ctypes.c_int32 * n)(*order.sample(range(layout.n_expert), n))
+            ids = order.sample(range(layout.n_expert), n)
             start = time.perf_counter()
-            lib.cr_store_exchange(stores[name], layer, ids, n, None, 0)
-            lib.cr_store_exchange(stores[name], layer, None, 0, ids, n)
+            bindings.exchange(stores[name], layer, load=ids)
+            bindings.exchange(stores[name], layer, evict=ids)
             spent[name] += time.perf_counter() - start
         done += 1
     return {name: s / (done * n) for name, s in spent.items()}

@@ -1,7 +1,6 @@
 """Gets the engine: llama-cpp-python's own source, patched, compiled once, cached, installed.
 
-Knows nothing of models, routing or how a command line looks. It imports no third-party package up
-front, because `scripts/build_engine.py` runs it before most of what cacheroute needs is installed.
+Knows nothing of models, routing or how a command line looks.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from cacheroute.install.tools import (
 # What is built. REVISION counts changes that only the patches make; the three change nowhere else.
 VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-REVISION = 3
+REVISION = 4
 
 LOCAL_VERSION = f"{VERSION}+cacheroute.{REVISION}"
 

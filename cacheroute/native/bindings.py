@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sysconfig
-from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint8, c_uint64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError
 from cacheroute.files import PACKAGE
+from cacheroute.native.counters import CCounters, Counters
 
 
 class Routing(ctypes.Structure):
@@ -41,21 +43,14 @@ class RouterWeights(ctypes.Structure):
     _fields_ = [(n, c_void_p) for n in ("weight", "bias", "norm")]
 
 
-class Counters(ctypes.Structure):
-    """struct cr_counters"""
-
-    _fields_ = [
-        *((n, c_uint64) for n in ("tokens", "examined", "hits", "misses", "swapped", "dropped", "evictions", "held")),
-        ("lost_mass", c_double),
-        *((n, c_uint64) for n in ("read_bytes", "reads", "read_ns", "evict_ns", "prefetched", "prefetch_used", "hook_ns")),
-    ]
-
-
 class Tensor(ctypes.Structure):
     """struct cr_tensor"""
 
     _fields_ = [("layer", c_int32), ("file", c_int32), ("offset", c_uint64), ("expert_bytes", c_uint64), ("address", c_void_p)]
 
+
+ABI_VERSION = 5  # CR_ABI_VERSION
+UNKNOWN_BYTES = 2**64 - 1  # of expert_files.h
 
 _I32P, _F64P = POINTER(c_int32), POINTER(c_double)
 
@@ -64,19 +59,20 @@ POLICY = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, _F64P, _F64P, POINTER(c_ui
 
 _STORE_NEW: list[Any] = [POINTER(c_char_p), c_int32, POINTER(Tensor), c_int32, c_int32, c_int32, c_char_p, c_int32]
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "cr_abi_matches": (c_int32, [c_uint32] * 6),
     "cr_router_new": (c_void_p, [POINTER(Shape), POINTER(Routing), c_char_p, c_int32]),
     "cr_router_free": (None, [c_void_p]),
-    "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, _I32P, _I32P, _I32P, _I32P, _I32P]),
-    "cr_router_replay": (None, [c_void_p, c_int32, c_int64, *[c_void_p] * 7]),
+    "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, c_int32, *[_I32P] * 5]),
+    "cr_router_replay": (c_int32, [c_void_p, c_int32, c_int64, *[c_void_p] * 7]),
     "cr_router_set_policy": (None, [c_void_p, POLICY, c_void_p]),
     "cr_router_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),
     "cr_router_mean_range": (c_double, [c_void_p, c_int32]),
-    "cr_router_counters": (None, [c_void_p, c_int32, c_int32, POINTER(Counters)]),
+    "cr_router_counters": (None, [c_void_p, c_int32, c_int32, POINTER(CCounters)]),
     "cr_router_reset": (None, [c_void_p]),
     "cr_store_new": (c_void_p, _STORE_NEW),
     "cr_store_new_direct": (c_void_p, _STORE_NEW),
     "cr_store_free": (None, [c_void_p]),
-    "cr_store_exchange": (None, [c_void_p, c_int32, _I32P, c_int32, _I32P, c_int32]),
+    "cr_store_exchange": (c_int32, [c_void_p, c_int32, _I32P, c_int32, _I32P, c_int32, c_char_p, c_int32]),
     "cr_store_find": (c_void_p, [c_void_p, c_void_p]),
     "cr_store_clear": (None, [c_void_p]),
     "cr_store_set_pace": (None, [c_void_p, c_double]),
@@ -100,7 +96,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_hook_prefetch": (None, [c_void_p, c_int32, c_int32, POINTER(RouterWeights)]),
     "cr_hook_trace": (None, [c_void_p, c_int32]),
     "cr_hook_trace_take": (c_uint64, [c_void_p, c_void_p, c_uint64]),
-    "cr_hook_counters": (None, [c_void_p, c_int32, c_int32, POINTER(Counters)]),
+    "cr_hook_counters": (None, [c_void_p, c_int32, c_int32, POINTER(CCounters)]),
     "cr_hook_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),
     "cr_hook_resident_bytes": (c_uint64, [c_void_p]),
     "cr_hook_measure_resident": (c_uint64, [c_void_p]),
@@ -114,14 +110,26 @@ def _load() -> ctypes.CDLL:
     paths = [folder / "lib" / f"libcacheroute{suffix}" for folder in folders for suffix in (".so", ".dylib")]
     if "CACHEROUTE_LIBRARY" in os.environ:  # scripts/sanitize: a build with a sanitizer, instead of the installed one
         paths = [Path(os.environ["CACHEROUTE_LIBRARY"])]
-    for path in paths:
-        if path.exists():
-            loaded = ctypes.CDLL(str(path))
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(loaded, name)
-                function.restype, function.argtypes = result, arguments
-            return loaded
-    raise CacherouteError("The native library of cacheroute is missing; install cacheroute again with pip.")
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise CacherouteError("The native library of cacheroute is missing; install cacheroute again with pip.")
+    return load(path)
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library, its functions typed. Raises CacherouteError when it was not built from this cacheroute.h."""
+    loaded = ctypes.CDLL(str(path))
+    structs = (Routing, Shape, RouterWeights, CCounters, Tensor)
+    try:
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = result, arguments
+        matches = loaded.cr_abi_matches(ABI_VERSION, *(ctypes.sizeof(s) for s in structs))
+    except AttributeError:  # older than a function that is needed
+        matches = 0
+    if not matches:
+        raise CacherouteError(f"{path} was built from another version of cacheroute; install cacheroute again with pip.")
+    return loaded
 
 
 lib = _load()
@@ -134,3 +142,18 @@ def checked(make: Any, *arguments: Any) -> int:
     if not handle:
         raise CacherouteError(error.value.decode("utf-8", "replace") + ".")
     return int(handle)
+
+
+def exchange(store: int, layer: int, load: Sequence[int] = (), evict: Sequence[int] = ()) -> None:
+    """cr_store_exchange. Raises CacherouteError when a read fails."""
+    error = ctypes.create_string_buffer(512)
+    loaded, evicted = ((c_int32 * len(ids))(*ids) for ids in (load, evict))
+    if lib.cr_store_exchange(store, layer, loaded, len(load), evicted, len(evict), error, len(error)):
+        raise CacherouteError(error.value.decode("utf-8", "replace") + ".")
+
+
+def counters(call: Any, handle: int, layer: int, *, prefill: bool) -> Counters:
+    """What cr_router_counters or cr_hook_counters says of one layer, or of all together (-1)."""
+    found = CCounters()
+    call(handle, layer, prefill, found)
+    return found.value

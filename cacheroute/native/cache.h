@@ -8,9 +8,9 @@ namespace cacheroute {
 
 enum class Eviction : int32_t {
     lru   = 0, // least recently used (the paper's)
-    lfu   = 1, // least often used, older use first among equals
+    lfu   = 1, // least often used since the sequence began, prompt included, also before an earlier eviction; older use first among equals
     score = 2, // least running mean of the normalised router score (method.md, 'Beyond the paper')
-    belady = 3, // needed last: offline only, somebody must foresee()
+    belady = 3, // needed last: offline only, set_next_use() must be called
     soft_lfu = 4, // least often used of late, a near miss counting almost as a use
 };
 
@@ -25,7 +25,7 @@ class ExpertCache {
     void observe(const std::vector<double> & z);
 
     // belady: when the expert is needed next, in any unit; the latest goes first.
-    void foresee(int32_t expert, int32_t next_use) { next_use_[expert] = next_use; }
+    void set_next_use(int32_t expert, int32_t next_use) { next_use_[expert] = next_use; }
 
     // Makes the expert resident and the most recent.
     void touch(int32_t expert);

@@ -12,9 +12,9 @@ void CachedRouter::reset() {
     cache_.reset();
 }
 
-const std::vector<int32_t> & CachedRouter::foresee(const Scores & scores) {
+const std::vector<int32_t> & CachedRouter::predict(const Scores & scores) {
     Selection & sel = event_.selection;
-    router_.select(scores, cache_.resident(), router_.custom(), sel);
+    router_.select(scores, cache_.resident(), router_.custom(), nullptr, sel);
     event_.missed.clear();
     for (int32_t i = 0; i < sel.n_run; i++) {
         if (!cache_.resident()[sel.ids[i]]) event_.missed.push_back(sel.ids[i]);
@@ -39,7 +39,7 @@ void CachedRouter::warm(const std::vector<int32_t> & ids) {
     cache_.trim({}, true, event_.evicted);
 }
 
-const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32_t * dictated) {
+const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32_t * model_ids, bool prescribed) {
     const bool  prefill = phase == Phase::prefill;
     Selection & sel     = event_.selection;
 
@@ -47,10 +47,10 @@ const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32
     cache_.observe(scores.traced.empty() ? scores.z : scores.traced);
 
     // 1, 2: choose by the cache before this token
-    if (dictated) {
-        sel = Selection{{dictated, dictated + n_used_}, n_used_, 0, 0.0};
+    if (prescribed) {
+        sel = Selection{{model_ids, model_ids + n_used_}, n_used_, 0, 0.0};
     } else {
-        router_.select(scores, cache_.resident(), prefill, sel);
+        router_.select(scores, cache_.resident(), prefill, model_ids, sel);
     }
 
     // 3: count against that same cache

@@ -3,24 +3,13 @@
 #pragma once
 
 #include "cache.h"
+#include "counters.h"
 #include "router.h"
 
 #include <cstdint>
 #include <vector>
 
 namespace cacheroute {
-
-struct Counters {
-    uint64_t tokens    = 0; // (token, layer) events
-    uint64_t examined  = 0; // slots filled: K per event
-    uint64_t hits      = 0; // slots whose expert was resident before the token
-    uint64_t misses    = 0; // slots whose expert was not
-    uint64_t swapped   = 0; // slots given to an expert outside the top-K
-    uint64_t dropped   = 0; // slots that did not run
-    uint64_t evictions = 0;
-    uint64_t held      = 0; // sum over events of the experts in the cache after it
-    double   lost_mass = 0; // sum over events of 1 - mass(run) / mass(top-K)
-};
 
 enum class Phase : int32_t { prefill = 0, decode = 1 };
 
@@ -37,12 +26,12 @@ class CachedRouter {
     // capacity >= n_used, else the caller has made a mistake.
     CachedRouter(int n_expert, int n_used, int capacity, const Routing & routing, Eviction eviction);
 
-    // One token. In prefill the choice is `original` and the eviction is by recency. `dictated`, if not null, are the
-    // ids [K] that the model itself prescribes.
-    const Event & step(const Scores & scores, Phase phase, const int32_t * dictated = nullptr);
+    // One token. In prefill the choice is `original` and the eviction is by recency. `model_ids`, if not null, are the ids [K]
+    // that the model itself would run, best first; `prescribed`: they run whatever the routing.
+    const Event & step(const Scores & scores, Phase phase, const int32_t * model_ids = nullptr, bool prescribed = false);
 
     // What a decoded token of these scores would miss, best first. Changes nothing: a custom policy is not asked, `original` is.
-    const std::vector<int32_t> & foresee(const Scores & scores);
+    const std::vector<int32_t> & predict(const Scores & scores);
 
     // Puts experts into the cache, the last of them most recent: what a sequence starts with. At most `capacity` of them.
     void warm(const std::vector<int32_t> & ids);
@@ -65,7 +54,7 @@ class CachedRouter {
     const int   n_used_;
     Router      router_;
     ExpertCache cache_;
-    Counters    counters_[2];
+    Counters    counters_[2] = {};
     Event       event_;
     std::vector<int32_t> run_;
 };

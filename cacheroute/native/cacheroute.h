@@ -9,7 +9,10 @@
  * may run at the same time, but for cr_hook_measure_resident() and cr_hook_resident_bytes(), which any thread may call at any
  * time.
  *
- * Errors: constructors return NULL and write one sentence into `error`. */
+ * Errors: constructors return NULL and write one sentence into `error`; what fails later in a hook is in cr_hook_error(). Nothing
+ * throws through this header.
+ *
+ * cr_abi_matches() must be asked first: a library and a caller of different versions do not work together. */
 #ifndef CACHEROUTE_H
 #define CACHEROUTE_H
 
@@ -20,6 +23,9 @@ extern "C" {
 #endif
 
 #define CR_API __attribute__((visibility("default")))
+
+/* Counts changes of anything in this header. */
+#define CR_ABI_VERSION 5
 
 /* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (router.h says what they do). */
 struct cr_routing {
@@ -39,10 +45,10 @@ struct cr_shape {
     int32_t n_expert;
     int32_t n_used;
     int32_t capacity; /* experts per layer, n_used..n_expert, where a layer has no number of its own */
-    int32_t eviction; /* 0 lru, 1 lfu, 2 score, 3 belady (replay of dictated ids only) */
+    int32_t eviction; /* 0 lru, 1 lfu, 2 score, 3 belady (replay of prescribed ids only), 4 soft-lfu (cache.h says what they do) */
 };
 
-/* The router of a MoE layer, in the model's memory: weight [E][n_embd] (NULL: nothing is read ahead for the layer), bias [E] or
+/* The router of a MoE layer, in the model's memory: weight [E][n_embd] (NULL: nothing is prefetched for the layer), bias [E] or
  * NULL, norm [n_embd] of what it is given, or NULL. */
 struct cr_router_weights {
     const float * weight;
@@ -50,13 +56,25 @@ struct cr_router_weights {
     const float * norm;
 };
 
-struct cr_counters { /* sums over layers and tokens; see Counters in cached_router.h */
-    uint64_t tokens, examined, hits, misses, swapped, dropped, evictions, held;
-    double   lost_mass;
-    /* of the store; 0 for a bare router */
-    uint64_t read_bytes, reads, read_ns, evict_ns;
-    uint64_t prefetched, prefetch_used; /* experts read ahead; of those, chosen */
-    uint64_t hook_ns;                   /* in the hook, without read_ns: what routing costs */
+/* Sums over tokens and layers of one phase, prompt or decode. Mirrored once, in native/counters.py. */
+struct cr_counters {
+    uint64_t tokens;        /* passed through the (first) layer: llama.cpp takes only wanted outputs of a prompt through the last */
+    uint64_t examined;      /* slots filled: K per token and layer */
+    uint64_t hits;          /* slots whose expert was in the cache before the token */
+    uint64_t misses;        /* slots whose expert was not */
+    uint64_t swapped;       /* slots given to an expert outside the top-K */
+    uint64_t dropped;       /* slots that did not run */
+    uint64_t evictions;
+    uint64_t held;          /* sum over tokens and layers of the experts in the cache after them */
+    double   lost_mass;     /* sum over tokens and layers of 1 - mass(run) / mass(top-K) */
+    /* of the store; 0 for a bare router and for a single layer */
+    uint64_t reads;         /* experts made resident */
+    uint64_t read_bytes;    /* asked of the device, whole pages */
+    double   read_seconds;  /* waited: for an exchange to begin, for an expert, for the last read */
+    double   evict_seconds; /* of that, spent on evicting */
+    uint64_t prefetched;    /* experts whose reads began before their layer chose */
+    uint64_t prefetch_used; /* of those, chosen: misses all the same */
+    double   hook_seconds;  /* in the hook, without read_seconds: what routing costs */
 };
 
 /* strategy custom: fills ids[K], distinct, 0..E-1, and returns 0; anything else: no choice, `original` runs. z, mass: double[E],
@@ -64,7 +82,7 @@ struct cr_counters { /* sums over layers and tokens; see Counters in cached_rout
 typedef int32_t (*cr_policy)(void * user, int32_t layer, const double * z, const double * mass, const uint8_t * resident,
                              int32_t * ids);
 
-/* One expert tensor of one layer; see ExpertTensor in store.h. */
+/* One expert tensor of one layer; see ExpertTensor in expert_files.h. */
 struct cr_tensor {
     int32_t      layer;
     int32_t      file;
@@ -73,6 +91,10 @@ struct cr_tensor {
     const void * address;
 };
 
+/* 1 if the caller was compiled for this version and for structs of these sizes. */
+CR_API int32_t cr_abi_matches(uint32_t version, uint32_t routing_bytes, uint32_t shape_bytes, uint32_t router_weights_bytes,
+                              uint32_t counters_bytes, uint32_t tensor_bytes);
+
 /* ---- a bare router with its cache, all layers: simulator and tests ---- */
 
 typedef struct cr_router cr_router;
@@ -80,17 +102,18 @@ typedef struct cr_router cr_router;
 /* routing: one per layer. */
 CR_API cr_router * cr_router_new(const struct cr_shape * shape, const struct cr_routing * routing, char * error, int32_t error_size);
 CR_API void cr_router_free(cr_router * router);
-/* One token in one layer. z, mass: double[E]; prefill: 0/1; dictated: int32[K] or NULL. Fills ids[K] (best z first) and,
- * if not NULL, missed[K], evicted[E] with their counts. Returns how many of the ids run. */
+/* One token in one layer. z, mass: double[E]; prefill: 0/1; model_ids: int32[K] that the model itself would run, best first, or
+ * NULL; prescribed: 0/1, they run whatever the routing. Fills ids[K] (best z first) and, if not NULL, missed[K], evicted[E] with
+ * their counts. Returns how many of the ids run; -1: no memory. */
 CR_API int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, const double * mass, int32_t prefill,
-                              const int32_t * dictated, int32_t * ids, int32_t * missed, int32_t * n_missed,
+                              const int32_t * model_ids, int32_t prescribed, int32_t * ids, int32_t * missed, int32_t * n_missed,
                               int32_t * evicted, int32_t * n_evicted);
-/* n_events of one layer, recorded: z [n][E] in half precision; mass [n][E] likewise, NULL: exp(z); decode [n] 0/1; dictated
- * [n][K], NULL or a row that starts with -1: chosen by the routing; next_use [n][K], belady only: when the dictated expert is
- * needed next. Fills, if not NULL, ids [n][K] and resident [n][ceil(E/8)]: the cache before the event, bit e % 8 of byte e / 8. */
-CR_API void cr_router_replay(cr_router * router, int32_t layer, int64_t n_events, const uint16_t * z, const uint16_t * mass,
-                             const uint8_t * decode, const int32_t * dictated, const int32_t * next_use, int32_t * ids,
-                             uint8_t * resident);
+/* n_events of one layer, recorded: z [n][E] in half precision; mass [n][E] likewise, NULL: exp(z); decode [n] 0/1; prescribed
+ * [n][K], NULL or a row that starts with -1: chosen by the routing; next_use [n][K], belady only: when the prescribed expert is
+ * needed next. Returns 0; -1: no memory. Fills, if not NULL, ids [n][K] and resident [n][ceil(E/8)]: the cache before the event, bit e % 8 of byte e / 8. */
+CR_API int32_t cr_router_replay(cr_router * router, int32_t layer, int64_t n_events, const uint16_t * z, const uint16_t * mass,
+                                const uint8_t * decode, const int32_t * prescribed, const int32_t * next_use, int32_t * ids,
+                                uint8_t * resident);
 CR_API void cr_router_set_policy(cr_router * router, cr_policy policy, void * user);
 CR_API void cr_router_resident(const cr_router * router, int32_t layer, uint8_t * mask /* [E] */);
 CR_API double cr_router_mean_range(const cr_router * router, int32_t layer);
@@ -107,9 +130,9 @@ CR_API cr_store * cr_store_new(const char * const * files, int32_t n_files, cons
 CR_API cr_store * cr_store_new_direct(const char * const * files, int32_t n_files, const struct cr_tensor * tensors,
                                       int32_t n_tensors, int32_t n_layers, int32_t n_expert, char * error, int32_t error_size);
 CR_API void cr_store_free(cr_store * store);
-/* Returns when everything has been read. */
-CR_API void cr_store_exchange(cr_store * store, int32_t layer, const int32_t * load, int32_t n_load, const int32_t * evict,
-                              int32_t n_evict);
+/* Returns when everything has been read: 0, or -1 with one sentence in `error`. */
+CR_API int32_t cr_store_exchange(cr_store * store, int32_t layer, const int32_t * load, int32_t n_load, const int32_t * evict,
+                                 int32_t n_evict, char * error, int32_t error_size);
 /* Where the bytes of an expert are, given its place in the mapping; waits for them. */
 CR_API const void * cr_store_find(cr_store * store, const void * expert);
 CR_API void cr_store_clear(cr_store * store);
@@ -128,7 +151,7 @@ typedef struct cr_checkpoint cr_checkpoint;
 CR_API cr_hook * cr_hook_new(const struct cr_shape * shape, const struct cr_routing * routing, const int32_t * layer_of,
                              int32_t n_il, cr_store * store, char * error, int32_t error_size);
 CR_API void cr_hook_free(cr_hook * hook);
-CR_API const void * cr_hook_address(cr_hook * hook); /* const struct llama_expert_hook * */
+CR_API const void * cr_hook_address(cr_hook * hook); /* const struct llama_expert_hook *, of expert_event.h */
 CR_API void cr_hook_set_phase(cr_hook * hook, int32_t decode);
 CR_API void cr_hook_set_pace(cr_hook * hook, double bytes_per_second);
 CR_API void cr_hook_finish(cr_hook * hook); /* after each llama_decode() */
@@ -136,7 +159,7 @@ CR_API void cr_hook_reset(cr_hook * hook);  /* forget the sequence, drop every e
 CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
 /* Brings experts of a layer (n <= capacity) into memory before a sequence; the last is the most recent. */
 CR_API void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n);
-/* Caches and running means as they are now, the caller's to free. */
+/* Caches and running means as they are now, the caller's to free. NULL: cr_hook_error() says why. */
 CR_API cr_checkpoint * cr_hook_save(cr_hook * hook);
 /* Brings them back, also into another hook, under its own routing; counters go on. 0: the caches are of another size or
  * eviction. */
@@ -148,7 +171,7 @@ CR_API void cr_hook_set_position(cr_hook * hook, int64_t token);
  * cr_router_replay, one row for each token of a sequence; a row that starts with NaN is not known, and asking for it is an error.
  * Copied. n_tokens 0: the model's own again. Gate weights are always the model's. */
 CR_API void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass,
-                          const uint16_t * guess /* of z, for cr_hook_prefetch(); or NULL: the layer is not read ahead */);
+                          const uint16_t * predicted /* stands for a prediction of z, for cr_hook_prefetch(); NULL: none */);
 /* From now on, while a layer computes on a decoded token, up to n experts are read that the next layer would miss if its router
  * were given this layer's hidden state. What is chosen stays the same. layers: [n_layers]. */
 CR_API void cr_hook_prefetch(cr_hook * hook, int32_t n, int32_t n_embd, const struct cr_router_weights * layers);

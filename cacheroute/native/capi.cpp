@@ -20,7 +20,8 @@ struct cr_store {
 };
 
 struct cr_hook {
-    Hook hook;
+    Hook        hook;
+    std::string error = {}; // of a call, not of a batch
 };
 
 struct cr_checkpoint {
@@ -48,30 +49,38 @@ std::vector<CachedRouter> make_routers(const cr_shape & s, const cr_routing * ro
     return layers;
 }
 
+void write_error(const char * what, char * error, int32_t error_size) {
+    if (error && error_size > 0) std::snprintf(error, size_t(error_size), "%s", what);
+}
+
+// What `make` returns, or null and its sentence in `error`.
 template <typename F> auto guarded(char * error, int32_t error_size, F make) -> decltype(make()) {
     try {
         return make();
     } catch (const std::exception & e) {
-        if (error && error_size > 0) std::snprintf(error, size_t(error_size), "%s", e.what());
+        write_error(e.what(), error, error_size);
         return nullptr;
     }
 }
 
-void sum_counters(std::vector<CachedRouter> & layers, int32_t layer, int32_t prefill, cr_counters & out) {
-    out = cr_counters{};
-    for (int32_t l = 0; l < int32_t(layers.size()); l++) {
-        if (layer >= 0 && l != layer) continue;
-        const Counters & c = layers[size_t(l)].counters(prefill ? Phase::prefill : Phase::decode);
-        out.tokens    += c.tokens;
-        out.examined  += c.examined;
-        out.hits      += c.hits;
-        out.misses    += c.misses;
-        out.swapped   += c.swapped;
-        out.dropped   += c.dropped;
-        out.evictions += c.evictions;
-        out.held      += c.held;
-        out.lost_mass += c.lost_mass;
+// Whether f ran to its end; what stopped it is then the hook's error.
+template <typename F> bool attempt(cr_hook * hook, F f) {
+    try {
+        f(hook->hook);
+        return true;
+    } catch (const std::exception & e) {
+        hook->error = e.what();
+        return false;
     }
+}
+
+void sum_counters(std::vector<CachedRouter> & layers, int32_t layer, int32_t prefill, cr_counters & out) {
+    const Phase phase = prefill ? Phase::prefill : Phase::decode;
+    out               = cr_counters{};
+    for (int32_t l = 0; l < int32_t(layers.size()); l++) {
+        if (layer < 0 || l == layer) out += layers[size_t(l)].counters(phase);
+    }
+    if (layer < 0) out.tokens = layers[0].counters(phase).tokens;
 }
 
 void copy_ids(const std::vector<int32_t> & from, int32_t * to, int32_t * n) {
@@ -88,6 +97,14 @@ std::vector<ExpertTensor> expert_tensors(const cr_tensor * tensors, int32_t n_te
     return all;
 }
 
+cr_store * new_store(const char * const * files, int32_t n_files, const cr_tensor * tensors, int32_t n_tensors, int32_t n_layers,
+                     int32_t n_expert, const Store::MakeBackend & make, char * error, int32_t error_size) {
+    return guarded(error, error_size, [&] {
+        const std::vector<std::string> names(files, files + n_files);
+        return new cr_store{std::make_unique<Store>(names, n_layers, n_expert, expert_tensors(tensors, n_tensors), make)};
+    });
+}
+
 std::vector<int32_t> ids(const int32_t * from, int32_t n) { return {from, from + n}; }
 
 void set_policies(std::vector<CachedRouter> & layers, cr_policy policy, void * user) {
@@ -98,7 +115,20 @@ void set_policies(std::vector<CachedRouter> & layers, cr_policy policy, void * u
     }
 }
 
+// The cache of a layer as bits.
+void pack(const Mask & mask, uint8_t * bits) {
+    std::fill(bits, bits + (mask.size() + 7) / 8, uint8_t(0));
+    for (size_t e = 0; e < mask.size(); e++) bits[e / 8] |= uint8_t(mask[e] << (e % 8));
+}
+
 } // namespace
+
+int32_t cr_abi_matches(uint32_t version, uint32_t routing_bytes, uint32_t shape_bytes, uint32_t router_weights_bytes,
+                       uint32_t counters_bytes, uint32_t tensor_bytes) {
+    return version == CR_ABI_VERSION && routing_bytes == sizeof(cr_routing) && shape_bytes == sizeof(cr_shape) &&
+           router_weights_bytes == sizeof(cr_router_weights) && counters_bytes == sizeof(cr_counters) &&
+           tensor_bytes == sizeof(cr_tensor);
+}
 
 cr_router * cr_router_new(const cr_shape * shape, const cr_routing * routing, char * error, int32_t error_size) {
     return guarded(error, error_size, [&] { return new cr_router{make_routers(*shape, routing), {}}; });
@@ -107,38 +137,38 @@ cr_router * cr_router_new(const cr_shape * shape, const cr_routing * routing, ch
 void cr_router_free(cr_router * router) { delete router; }
 
 int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, const double * mass, int32_t prefill,
-                       const int32_t * dictated, int32_t * out_ids, int32_t * missed, int32_t * n_missed, int32_t * evicted,
-                       int32_t * n_evicted) {
+                       const int32_t * model_ids, int32_t prescribed, int32_t * out_ids, int32_t * missed, int32_t * n_missed,
+                       int32_t * evicted, int32_t * n_evicted) try {
     CachedRouter & r = router->layers[size_t(layer)];
     const size_t   n = r.cache().resident().size();
     router->scores.z.assign(z, z + n);
     router->scores.mass.assign(mass, mass + n);
-    const Event & event = r.step(router->scores, prefill ? Phase::prefill : Phase::decode, dictated);
+    const Event & event = r.step(router->scores, prefill ? Phase::prefill : Phase::decode, model_ids, prescribed != 0);
     copy_ids(event.selection.ids, out_ids, nullptr);
     copy_ids(event.missed, missed, n_missed);
     copy_ids(event.evicted, evicted, n_evicted);
     return event.selection.n_run;
+} catch (const std::exception &) {
+    return -1;
 }
 
-void cr_router_replay(cr_router * router, int32_t layer, int64_t n_events, const uint16_t * z, const uint16_t * mass,
-                      const uint8_t * decode, const int32_t * dictated, const int32_t * next_use, int32_t * out_ids,
-                      uint8_t * out_resident) {
-    CachedRouter & r = router->layers[size_t(layer)];
-    const size_t   n = r.cache().resident().size(), k = size_t(r.n_used());
-    Scores &       s = router->scores;
-    for (int64_t i = 0; i < n_events; i++) {
-        s.read_back(z + size_t(i) * n, mass ? mass + size_t(i) * n : nullptr, int(n));
-        const int32_t * told = dictated && dictated[size_t(i) * k] >= 0 ? dictated + size_t(i) * k : nullptr;
-        for (size_t j = 0; told && next_use && j < k; j++) r.cache().foresee(told[j], next_use[size_t(i) * k + j]);
-        if (out_resident) {
-            uint8_t *    bits     = out_resident + size_t(i) * ((n + 7) / 8);
-            const auto & resident = r.cache().resident();
-            std::fill(bits, bits + (n + 7) / 8, uint8_t(0));
-            for (size_t e = 0; e < n; e++) bits[e / 8] |= uint8_t(resident[e] << (e % 8));
-        }
-        const Event & event = r.step(s, decode[i] ? Phase::decode : Phase::prefill, told);
-        if (out_ids) std::copy(event.selection.ids.begin(), event.selection.ids.end(), out_ids + size_t(i) * k);
+int32_t cr_router_replay(cr_router * router, int32_t layer, int64_t n_events, const uint16_t * z, const uint16_t * mass,
+                         const uint8_t * decode, const int32_t * prescribed, const int32_t * next_use, int32_t * out_ids,
+                         uint8_t * out_resident) try {
+    CachedRouter &  r = router->layers[size_t(layer)];
+    const size_t    n = r.cache().resident().size(), k = size_t(r.n_used());
+    const ScoreRows rows{z, mass, size_t(n_events), n};
+    for (size_t i = 0; i < size_t(n_events); i++) {
+        rows.read(i, router->scores);
+        const int32_t * own = prescribed && prescribed[i * k] >= 0 ? prescribed + i * k : nullptr;
+        for (size_t j = 0; own && next_use && j < k; j++) r.cache().set_next_use(own[j], next_use[i * k + j]);
+        if (out_resident) pack(r.cache().resident(), out_resident + i * ((n + 7) / 8));
+        const Event & event = r.step(router->scores, decode[i] ? Phase::decode : Phase::prefill, own, own != nullptr);
+        if (out_ids) std::copy(event.selection.ids.begin(), event.selection.ids.end(), out_ids + i * k);
     }
+    return 0;
+} catch (const std::exception &) {
+    return -1;
 }
 
 void cr_router_set_policy(cr_router * router, cr_policy policy, void * user) { set_policies(router->layers, policy, user); }
@@ -160,24 +190,24 @@ void cr_router_reset(cr_router * router) {
 
 cr_store * cr_store_new(const char * const * files, int32_t n_files, const cr_tensor * tensors, int32_t n_tensors,
                         int32_t n_layers, int32_t n_expert, char * error, int32_t error_size) {
-    return guarded(error, error_size, [&] {
-        return new cr_store{make_mmap_store({files, files + n_files}, n_layers, n_expert, expert_tensors(tensors, n_tensors))};
-    });
+    return new_store(files, n_files, tensors, n_tensors, n_layers, n_expert, make_mapped_backend, error, error_size);
 }
 
 cr_store * cr_store_new_direct(const char * const * files, int32_t n_files, const cr_tensor * tensors, int32_t n_tensors,
                                int32_t n_layers, int32_t n_expert, char * error, int32_t error_size) {
-    return guarded(error, error_size, [&] {
-        return new cr_store{make_direct_store({files, files + n_files}, n_layers, n_expert, expert_tensors(tensors, n_tensors))};
-    });
+    return new_store(files, n_files, tensors, n_tensors, n_layers, n_expert, make_slot_backend, error, error_size);
 }
 
 void cr_store_free(cr_store * store) { delete store; }
 
-void cr_store_exchange(cr_store * store, int32_t layer, const int32_t * load, int32_t n_load, const int32_t * evict,
-                       int32_t n_evict) {
+int32_t cr_store_exchange(cr_store * store, int32_t layer, const int32_t * load, int32_t n_load, const int32_t * evict,
+                          int32_t n_evict, char * error, int32_t error_size) try {
     store->store->exchange(layer, ids(load, n_load), ids(evict, n_evict));
     store->store->finish();
+    return 0;
+} catch (const std::exception & e) {
+    write_error(e.what(), error, error_size);
+    return -1;
 }
 
 const void * cr_store_find(cr_store * store, const void * expert) {
@@ -197,7 +227,7 @@ cr_hook * cr_hook_new(const cr_shape * shape, const cr_routing * routing, const 
     if (store) owned = std::move(store->store);
     delete store;
     return guarded(error, error_size, [&] {
-        if (shape->eviction == int32_t(Eviction::belady)) throw std::runtime_error("belady looks ahead, it cannot run live");
+        if (shape->eviction == int32_t(Eviction::belady)) throw std::runtime_error("belady needs the future, it cannot run live");
         bool reweights = false;
         for (int32_t l = 0; l < shape->n_layers; l++) {
             const auto s = Strategy(routing[l].strategy);
@@ -210,33 +240,58 @@ cr_hook * cr_hook_new(const cr_shape * shape, const cr_routing * routing, const 
 void         cr_hook_free(cr_hook * hook) { delete hook; }
 const void * cr_hook_address(cr_hook * hook) { return hook->hook.address(); }
 void         cr_hook_set_phase(cr_hook * hook, int32_t decode) { hook->hook.set_phase(decode ? Phase::decode : Phase::prefill); }
-void         cr_hook_finish(cr_hook * hook) { hook->hook.finish(); }
-void         cr_hook_reset(cr_hook * hook) { hook->hook.reset(); }
 void         cr_hook_set_position(cr_hook * hook, int64_t token) { hook->hook.set_position(uint32_t(token)); }
-void         cr_hook_trace(cr_hook * hook, int32_t on) { hook->hook.trace(on != 0); }
 void         cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user) { set_policies(hook->hook.routers(), policy, user); }
 
-cr_checkpoint * cr_hook_save(cr_hook * hook) { return new cr_checkpoint{hook->hook.save()}; }
+void cr_hook_finish(cr_hook * hook) {
+    attempt(hook, [](Hook & h) { h.finish(); });
+}
 
-int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint) { return hook->hook.resume(checkpoint->routers) ? 1 : 0; }
+void cr_hook_reset(cr_hook * hook) {
+    hook->error.clear();
+    attempt(hook, [](Hook & h) { h.reset(); });
+}
+
+void cr_hook_trace(cr_hook * hook, int32_t on) {
+    attempt(hook, [on](Hook & h) { h.trace(on != 0); });
+}
+
+void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n) {
+    attempt(hook, [=](Hook & h) { h.warm(layer, ids(experts, n)); });
+}
+
+cr_checkpoint * cr_hook_save(cr_hook * hook) {
+    cr_checkpoint * saved = nullptr;
+    attempt(hook, [&](Hook & h) { saved = new cr_checkpoint{h.save()}; });
+    return saved;
+}
+
+int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint) {
+    bool fits = false;
+    return attempt(hook, [&](Hook & h) { fits = h.resume(checkpoint->routers); }) && fits;
+}
 
 void cr_checkpoint_free(cr_checkpoint * checkpoint) { delete checkpoint; }
 
 void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass,
-                   const uint16_t * guess) {
-    const size_t n = size_t(n_tokens) * hook->hook.routers()[size_t(layer)].cache().resident().size();
-    ForcedScores forced;
-    if (n) forced.z.assign(z, z + n);
-    if (n && mass) forced.mass.assign(mass, mass + n);
-    if (n && guess) forced.guess.assign(guess, guess + n);
-    hook->hook.force(layer, std::move(forced));
+                   const uint16_t * predicted) {
+    attempt(hook, [=](Hook & h) {
+        ForcedScores forced;
+        forced.n_expert = h.routers()[size_t(layer)].cache().resident().size();
+        const size_t n  = size_t(n_tokens) * forced.n_expert;
+        if (n) forced.z.assign(z, z + n);
+        if (n && mass) forced.mass.assign(mass, mass + n);
+        if (n && predicted) forced.predicted.assign(predicted, predicted + n);
+        h.force(layer, std::move(forced));
+    });
 }
 
 void cr_hook_prefetch(cr_hook * hook, int32_t n, int32_t n_embd, const cr_router_weights * layers) {
-    const auto &               routers = hook->hook.routers();
-    std::vector<RouterWeights> weights;
-    for (size_t l = 0; l < routers.size(); l++) weights.push_back({layers[l].weight, layers[l].bias, layers[l].norm});
-    hook->hook.prefetch(n, NextRouter(int(routers[0].cache().resident().size()), n_embd, std::move(weights)));
+    attempt(hook, [=](Hook & h) {
+        std::vector<RouterWeights> weights;
+        for (size_t l = 0; l < h.routers().size(); l++) weights.push_back({layers[l].weight, layers[l].bias, layers[l].norm});
+        h.prefetch(n, Prediction(int(h.routers()[0].cache().resident().size()), n_embd, std::move(weights)));
+    });
 }
 
 uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size) {
@@ -250,9 +305,7 @@ uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size) {
     return n;
 }
 
-void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n) { hook->hook.warm(layer, ids(experts, n)); }
-
-const char * cr_hook_error(const cr_hook * hook) { return hook->hook.error().c_str(); }
+const char * cr_hook_error(const cr_hook * hook) { return (hook->error.empty() ? hook->hook.error() : hook->error).c_str(); }
 
 void cr_hook_set_pace(cr_hook * hook, double bytes_per_second) {
     if (hook->hook.store()) hook->hook.store()->set_pace(bytes_per_second);
@@ -260,15 +313,7 @@ void cr_hook_set_pace(cr_hook * hook, double bytes_per_second) {
 
 void cr_hook_counters(cr_hook * hook, int32_t layer, int32_t prefill, cr_counters * out) {
     sum_counters(hook->hook.routers(), layer, prefill, *out);
-    const StoreCounters & s = hook->hook.reads(prefill ? Phase::prefill : Phase::decode);
-    if (layer >= 0) return; // the store does not count by layer
-    out->read_bytes = s.read_bytes;
-    out->reads      = s.reads;
-    out->read_ns    = s.read_ns;
-    out->evict_ns   = s.evict_ns;
-    out->prefetched    = s.ahead;
-    out->prefetch_used = s.ahead_used;
-    out->hook_ns       = hook->hook.own_ns(prefill ? Phase::prefill : Phase::decode);
+    if (layer < 0) *out += hook->hook.counters(prefill ? Phase::prefill : Phase::decode); // the store does not count by layer
 }
 
 void cr_hook_resident(cr_hook * hook, int32_t layer, uint8_t * mask) {

@@ -1,12 +1,19 @@
 #include "readers.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <utility>
 
 namespace cacheroute {
 
 Readers::Readers(int n_threads, Read read) : read_(std::move(read)) {
-    for (int i = 0; i < n_threads; i++) threads_.emplace_back([this] { loop(); });
+    try {
+        for (int i = 0; i < n_threads; i++) threads_.emplace_back([this] { loop(); });
+    } catch (const std::system_error & e) { // a limit of the system: one reader does, too
+        if (threads_.empty()) throw std::runtime_error(std::string("no thread to read experts with: ") + e.what());
+    }
 }
 
 Readers::~Readers() {
@@ -18,10 +25,10 @@ Readers::~Readers() {
     for (auto & thread : threads_) thread.join();
 }
 
-void Readers::add(const PageRun & run, uint64_t piece_bytes, Left & left) {
+void Readers::add(const PageRun & run, uint64_t piece_bytes, PendingPieces & pending) {
     for (uint64_t at = 0; at < run.bytes; at += piece_bytes) {
-        added_.push_back({{run.file, run.offset + at, run.address + at, std::min(piece_bytes, run.bytes - at)}, &left, {}});
-        left.fetch_add(1, std::memory_order_relaxed);
+        added_.push_back({{run.file, run.offset + at, run.address + at, std::min(piece_bytes, run.bytes - at)}, &pending, {}});
+        pending.fetch_add(1, std::memory_order_relaxed);
     }
 }
 
@@ -39,13 +46,13 @@ void Readers::start(Clock::time_point since) {
     wake_.notify_one();
 }
 
-uint64_t Readers::cancel(Left & left) {
+uint64_t Readers::cancel(PendingPieces & pending) {
     std::lock_guard<std::mutex> lock(mutex_);
     uint64_t bytes = 0;
     const auto begun = std::remove_if(queue_.begin(), queue_.end(), [&](const Piece & piece) {
-        if (piece.left != &left) return false;
+        if (piece.pending != &pending) return false;
         bytes += piece.run.bytes;
-        left.fetch_sub(1, std::memory_order_relaxed);
+        pending.fetch_sub(1, std::memory_order_relaxed);
         return true;
     });
     pending_ -= uint64_t(queue_.end() - begun);
@@ -81,7 +88,7 @@ void Readers::loop() {
             lock.lock();
         }
         if (error) error_ = error;
-        const bool last = piece.left->fetch_sub(1, std::memory_order_release) == 1;
+        const bool last = piece.pending->fetch_sub(1, std::memory_order_release) == 1;
         pending_--;
         if (last || !pending_) done_.notify_all();
     }
@@ -93,7 +100,7 @@ void Readers::pause() {
     done_.wait(lock, [this] { return reading_ == 0; });
 }
 
-void Readers::go_on() {
+void Readers::resume() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         paused_ = false;
@@ -101,8 +108,8 @@ void Readers::go_on() {
     wake_.notify_one();
 }
 
-void Readers::wait_for(const Left & left) {
-    const auto there = [&] { return left.load(std::memory_order_acquire) == 0; };
+void Readers::wait_for(const PendingPieces & pending) {
+    const auto there = [&] { return pending.load(std::memory_order_acquire) == 0; };
     if (there()) return;
     std::unique_lock<std::mutex> lock(mutex_);
     if (waiting_++ == 0) {
@@ -115,7 +122,7 @@ void Readers::wait_for(const Left & left) {
         while (!there()) std::this_thread::yield();
         lock.lock();
     }
-    if (--waiting_ == 0) waited_ns_ += ns_since(waiting_since_);
+    if (--waiting_ == 0) waited_seconds_ += seconds_since(waiting_since_);
 }
 
 void Readers::wait_for_all() const {
@@ -133,9 +140,9 @@ void Readers::set_pace(double bytes_per_second) {
     pace_ = bytes_per_second;
 }
 
-uint64_t Readers::waited_ns() const {
+double Readers::waited_seconds() const {
     std::lock_guard<std::mutex> lock(mutex_);
-    return waited_ns_;
+    return waited_seconds_;
 }
 
 } // namespace cacheroute

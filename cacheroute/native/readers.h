@@ -23,38 +23,39 @@ struct PageRun {
     uint64_t  bytes;
 };
 
-// What waits for its pieces: one expert of one tensor.
-using Left = std::atomic<uint32_t>; // pieces that have not been read
+// Pieces that have not been read, of one expert of one tensor.
+using PendingPieces = std::atomic<uint32_t>;
 
 class Readers {
   public:
     using Read = std::function<int(const PageRun &)>; // 0 or an errno; called by several threads
 
+    // With fewer threads where the system does not allow so many. Throws std::runtime_error when it allows none.
     Readers(int n_threads, Read read);
     ~Readers();
 
-    // Queues the run in pieces of at most `piece_bytes`; `left` counts them down.
-    void add(const PageRun & run, uint64_t piece_bytes, Left & left);
+    // Queues the run in pieces of at most `piece_bytes`; `pending` counts them down.
+    void add(const PageRun & run, uint64_t piece_bytes, PendingPieces & pending);
     void start(Clock::time_point since); // what was added; the pace counts from `since`
 
     // Takes back what has not begun of those pieces, and returns its bytes. What has begun goes on.
-    uint64_t cancel(Left & left);
+    uint64_t cancel(PendingPieces & pending);
 
     // Between the two no piece is being read; what has begun is read to its end first.
     void pause();
-    void go_on();
+    void resume();
 
-    void wait_for(const Left & left); // any thread
+    void wait_for(const PendingPieces & pending); // any thread
     void wait_for_all() const;        // any thread
     int  take_error();                // of any read since the last call: 0 or an errno
 
     void     set_pace(double bytes_per_second);
-    uint64_t waited_ns() const; // time during which at least one thread was in wait_for()
+    double   waited_seconds() const; // time during which at least one thread was in wait_for()
 
   private:
     struct Piece {
         PageRun           run;
-        Left *            left;
+        PendingPieces *   pending;
         Clock::time_point since; // when it was asked for
     };
 
@@ -75,12 +76,10 @@ class Readers {
     bool                            stop_    = false;
     int                             waiting_ = 0;
     Clock::time_point               waiting_since_{};
-    uint64_t                        waited_ns_ = 0;
+    double                          waited_seconds_ = 0;
     std::vector<std::thread>        threads_;
 };
 
-inline uint64_t ns_since(Clock::time_point t) {
-    return uint64_t(std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - t).count());
-}
+inline double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
 
 } // namespace cacheroute

@@ -55,7 +55,7 @@ static void keep_order(std::vector<double> & values, const std::vector<int32_t> 
     }
 }
 
-void Scores::round_for_trace(int n_used, const int32_t * dictated) {
+void Scores::round_for_trace(int n_used, const int32_t * model_ids, bool prescribed) {
     const double top = *std::max_element(z.begin(), z.end());
     traced.resize(z.size());
     traced_mass.resize(z.size());
@@ -65,20 +65,24 @@ void Scores::round_for_trace(int n_used, const int32_t * dictated) {
     }
     std::vector<int32_t> order(z.size());
     std::iota(order.begin(), order.end(), 0);
-    if (dictated) order.assign(dictated, dictated + n_used);
     auto by = [&](const std::vector<double> & key) {
         return [&key](int32_t a, int32_t b) { return key[a] > key[b] || (key[a] == key[b] && a < b); };
     };
-    std::partial_sort(order.begin(), order.begin() + n_used, order.end(), by(z));
-    order.resize(n_used);
-    keep_order(traced, order, !dictated);
+    if (model_ids) {
+        order.assign(model_ids, model_ids + n_used);
+        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return z[a] > z[b]; });
+    } else {
+        std::partial_sort(order.begin(), order.begin() + n_used, order.end(), by(z));
+        order.resize(n_used);
+    }
+    keep_order(traced, order, !prescribed);
     std::sort(order.begin(), order.end(), by(mass));
     keep_order(traced_mass, order, false);
 }
 
 Router::Router(int n_expert, int n_used, const Routing & routing)
-    : n_expert_(n_expert), n_used_(n_used), routing_(routing), index_(n_expert), biased_(n_expert), in_top_(n_expert),
-      in_chosen_(n_expert) {}
+    : n_expert_(n_expert), n_used_(n_used), routing_(routing), index_(n_expert), place_(n_expert), biased_(n_expert),
+      in_top_(n_expert), in_chosen_(n_expert) {}
 
 void Router::reset() {
     mean_range_ = 0.0;
@@ -97,10 +101,10 @@ void Router::observe(const std::vector<double> & z) {
     mean_range_ += ((hi >= lo ? hi - lo : 0.0) - mean_range_) / double(n_seen_);
 }
 
-// order: the n best by key, ties to the lower index
+// order: the n best by key, ties by place_
 void Router::rank(const std::vector<double> & key, int n, std::vector<int32_t> & order) const {
     std::iota(index_.begin(), index_.end(), 0);
-    auto better = [&](int32_t a, int32_t b) { return key[a] > key[b] || (key[a] == key[b] && a < b); };
+    auto better = [&](int32_t a, int32_t b) { return key[a] > key[b] || (key[a] == key[b] && place_[a] < place_[b]); };
     if (n < n_expert_) {
         std::nth_element(index_.begin(), index_.begin() + (n - 1), index_.end(), better);
     }
@@ -112,7 +116,7 @@ void Router::rank(const std::vector<double> & key, int n, std::vector<int32_t> &
 void Router::max_rank(int m, const std::vector<double> & z, const std::vector<uint8_t> & resident) {
     const int j = std::min(routing_.j, n_used_);
     m           = std::min(std::max(m, n_used_), n_expert_);
-    while (m > n_used_ && z[order_[m - 1]] == NEG_INF) m--; // masked experts are nobody's candidates
+    while (m > n_used_ && z[order_[m - 1]] == NEG_INF) m--; // masked experts are no candidates
     chosen_.assign(order_.begin(), order_.begin() + j);
     for (int r = j; r < m && int(chosen_.size()) < n_used_; r++) {
         if (resident[order_[r]]) chosen_.push_back(order_[r]);
@@ -168,13 +172,21 @@ void Router::guard(const std::vector<double> & mass) {
     }
 }
 
-void Router::select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, Selection & out) {
+void Router::select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, const int32_t * model_ids,
+                    Selection & out) {
     const auto &   z    = scores.z;
     const auto &   mass = scores.mass;
     const Strategy s    = plain ? Strategy::original : routing_.strategy;
     const bool     all  = s == Strategy::max_rank || s == Strategy::cumsum;
 
-    rank(z, all ? n_expert_ : n_used_, order_);
+    // among equals the model's own choice comes first, in its order: what changes nothing changes no bit
+    std::iota(place_.begin(), place_.end(), model_ids ? n_used_ : 0);
+    for (int i = 0; model_ids && i < n_used_; i++) place_[model_ids[i]] = i;
+    if (model_ids && !all) {
+        order_.assign(model_ids, model_ids + n_used_);
+    } else {
+        rank(z, all ? n_expert_ : n_used_, order_);
+    }
     chosen_.assign(order_.begin(), order_.begin() + n_used_);
 
     switch (s) {
@@ -221,7 +233,7 @@ void Router::select(const Scores & scores, const std::vector<uint8_t> & resident
 
     // Router order whatever the strategy: where the same experts run, the same sums are formed in the same
     // order, and the logits are the same bits.
-    std::sort(chosen_.begin(), chosen_.end(), [&](int32_t a, int32_t b) { return z[a] > z[b] || (z[a] == z[b] && a < b); });
+    std::sort(chosen_.begin(), chosen_.end(), [&](int32_t a, int32_t b) { return z[a] > z[b] || (z[a] == z[b] && place_[a] < place_[b]); });
     out.n_run   = int(chosen_.size());
     out.swapped = 0;
     double top = 0.0, kept = 0.0;

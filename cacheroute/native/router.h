@@ -38,8 +38,9 @@ struct Scores {
     // [E] router mass, >= 0: what the gate weights are proportional to.
     std::vector<double> mass;
 
-    // What a trace keeps of z and mass, in half precision; empty unless round_for_trace() has filled them. A running mean that
-    // decides must be formed from these, or a replay would not come to the same decisions.
+    // What a trace keeps of z and mass, in half precision; empty unless round_for_trace() has filled them. The eviction's running
+    // means are formed from these, so that a replay comes to the same evictions. The mean range of cache-prior is of full precision:
+    // a lossy routing replays on rounded scores.
     std::vector<double> traced, traced_mass;
 
     // Fills z and mass from what the graph of llama.cpp ranks (`scores`) and weighs by (`probs`), float[E] each.
@@ -53,8 +54,9 @@ struct Scores {
 
     // traced = z - max(z), traced_mass = mass, rounded to half precision. Rounding makes ties, which go to the lower index:
     // where that would change the K best of z, their order, or the order of their masses, values are lowered by the
-    // few units in the last place that keep it. `dictated`: the ids [K] that stand for the K best, or null.
-    void round_for_trace(int n_used, const int32_t * dictated);
+    // few units in the last place that keep it. `model_ids`: the ids [K] that are the K best, or null: ties to the lower index;
+    // `prescribed`: they need not be the best.
+    void round_for_trace(int n_used, const int32_t * model_ids, bool prescribed);
 };
 
 struct Selection {
@@ -64,10 +66,10 @@ struct Selection {
     double               lost_mass = 0.0; // 1 - mass(run) / mass(top-K), at least 0
 };
 
-// A choice of somebody else's: fills ids [K], distinct and in range; false: it could not.
+// A choice made outside: fills ids [K], distinct and in range; false: it could not.
 using Policy = std::function<bool(const Scores & scores, const std::vector<uint8_t> & resident, std::vector<int32_t> & ids)>;
 
-// One layer's router. Ties go to the lower index. Not thread-safe.
+// One layer's router. Ties go to the model's own choice, then to the lower index. Not thread-safe.
 class Router {
   public:
     Router(int n_expert, int n_used, const Routing & routing);
@@ -76,8 +78,9 @@ class Router {
     // max(z) - min(z) over the finite entries (method: D_t = D_{t-1} + (range_t - D_{t-1}) / t).
     void observe(const std::vector<double> & z);
 
-    // `resident`: [E] 0/1, the cache before this token. `plain` chooses by `original` whatever the routing (prompt).
-    void select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, Selection & out);
+    // `resident`: [E] 0/1, the cache before this token. `plain` chooses by `original` whatever the routing (prompt). `model_ids`:
+    // [K] the model's own top-K of z, best first, which `original` returns as it is; null: ranked here.
+    void select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, const int32_t * model_ids, Selection & out);
 
     // What `custom` asks; without one, and where it fails, the choice is `original`.
     void set_policy(Policy policy) { policy_ = std::move(policy); }
@@ -110,6 +113,7 @@ class Router {
 
     // scratch, kept to spare allocations in the hot path
     mutable std::vector<int32_t> index_;
+    std::vector<int32_t> place_;  // [E] orders experts of equal key
     std::vector<int32_t> order_;  // experts by z
     std::vector<int32_t> chosen_; // this token's set
     std::vector<int32_t> custom_ids_;

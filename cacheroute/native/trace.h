@@ -11,7 +11,7 @@ namespace cacheroute {
 
 enum TraceFlags : uint8_t {
     TRACE_DECODE       = 1, // not of a prompt
-    TRACE_DICTATED     = 2, // the model prescribed the ids
+    TRACE_PRESCRIBED   = 2, // the model prescribed the ids
     TRACE_SOFTMAX_MASS = 4, // the mass is softmax(z)
 };
 

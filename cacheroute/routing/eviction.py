@@ -7,4 +7,4 @@ ALL = {"lru": 0, "lfu": 1, "score": 2, "soft-lfu": 4, BELADY: 3}
 ONLINE = {name: number for name, number in ALL.items() if name != BELADY}
 
 DEFAULT = "soft-lfu"
-"""Misses least on held-out traces of two models (`scripts/strategy_table.py`, README)."""
+"""Misses least on held-out traces of two models (`scripts/strategy_table.py`, scripts/RESULTS.md)."""

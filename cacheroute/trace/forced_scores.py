@@ -6,7 +6,7 @@ routing and eviction acts on these scores. Expert e of a layer is expert e of th
 layers of the model are spread evenly over the recorded ones (layer i of n takes recorded layer i * m // n of m). The first
 sequence that is long enough is taken, its first tokens as the prompt, however they were recorded.
 
-`synthetic:rho=0.3:skew=0.35:foresight=0.87:seed=0` needs no trace. Each expert's score is its popularity plus a first-order
+`synthetic:rho=0.3:skew=0.35:prediction=0.87:seed=0` needs no trace. Each expert's score is its popularity plus a first-order
 autoregression,
 
     z[t, e] = skew * b[e] + x[t, e],    x[t, e] = rho * x[t-1, e] + sqrt(1 - rho^2) * noise,    b, x, noise ~ N(0, 1)
@@ -16,8 +16,8 @@ in standard deviations of x. Layers are independent. The defaults are those of t
 layers: 0.29 and 0.36), and with its E and K they miss as it does: at 25/50/75% of the experts lru misses .58/.35/.15 of those
 chosen, and .57/.32/.13 on its trace.
 
-Where experts are read ahead, the next layer's router has no opinion of such scores; a guess that correlates with them by
-`foresight` stands for it. On the demo model that correlation is 0.87, the mean over its layers. A trace has no guesses.
+Where experts are prefetched, the next layer's router cannot predict such scores; scores that correlate with them by `prediction`
+stand for it. On the demo model that correlation is 0.87, the mean over its layers. A trace has none.
 
 Knows traces and a model's layout, no model; engine.Llama.force() takes the scores.
 """
@@ -41,10 +41,10 @@ SYNTHETIC = "synthetic"
 PARAMETERS = (
     Parameter("rho", "correlation of an expert's score from one token to the next", 0, 1, required=False),
     Parameter("skew", "spread of the experts' popularity, in standard deviations of their scores", 0, None, required=False),
-    Parameter("foresight", "correlation of the guesses by which experts are read ahead", 0, 1, required=False),
+    Parameter("prediction", "correlation of the predictions by which experts are prefetched", 0, 1, required=False),
     Parameter("seed", "of the random numbers", 0, None, integer=True, required=False),
 )
-DEFAULTS = {"rho": 0.3, "skew": 0.35, "foresight": 0.87, "seed": 0}
+DEFAULTS = {"rho": 0.3, "skew": 0.35, "prediction": 0.87, "seed": 0}
 FORM = f"TRACE|{strategies.form(SYNTHETIC, PARAMETERS)}"
 HELP = "; ".join(f"{p.name}: {p.meaning} ({DEFAULTS[p.name]:g})" for p in PARAMETERS) + "."
 
@@ -67,14 +67,14 @@ class Source:
 class ForcedScores:
     """`z`: one array [n_tokens, E] for each MoE layer of a model, as a trace keeps them; a row that starts with NaN is not known.
 
-    `mass` likewise, empty where it is softmax(z). `guess`: what stands for the next router's opinion of z, by which experts are
-    read ahead; empty: none are. `name` says where they came from.
+    `mass` likewise, empty where it is softmax(z). `predicted`: what stands for a prediction of z, by which experts are
+    prefetched; empty: none are. `name` says where they came from.
     """
 
     name: str
     z: tuple[Halves, ...]
     mass: tuple[Halves, ...] = ()
-    guess: tuple[Halves, ...] = ()
+    predicted: tuple[Halves, ...] = ()
 
 
 def parse(text: str) -> Source:
@@ -98,8 +98,9 @@ def bind(source: Source, layout: ExpertLayout, n_prompt: int, n_gen: int) -> For
         _autoregression(np.random.default_rng([seed, i]), n_prompt + n_gen, layout.n_expert, source.parameters)
         for i in range(n_layers)
     ]
-    guesses = [_guess(np.random.default_rng([seed, i, 1]), z, source.parameters["foresight"]) for i, z in enumerate(layers)]
-    return ForcedScores(str(source), tuple(map(_halves, layers)), guess=tuple(map(_halves, guesses)))
+    correlation = source.parameters["prediction"]
+    predicted = [_predicted(np.random.default_rng([seed, i, 1]), z, correlation) for i, z in enumerate(layers)]
+    return ForcedScores(str(source), tuple(map(_halves, layers)), predicted=tuple(map(_halves, predicted)))
 
 
 def _autoregression(rng: np.random.Generator, n_tokens: int, n_expert: int, parameters: dict[str, float]) -> Floats:
@@ -113,10 +114,10 @@ def _autoregression(rng: np.random.Generator, n_tokens: int, n_expert: int, para
     return z
 
 
-def _guess(rng: np.random.Generator, z: Floats, foresight: float) -> Floats:
+def _predicted(rng: np.random.Generator, z: Floats, prediction: float) -> Floats:
     noise = z.std() * rng.standard_normal(z.shape)
-    guess: Floats = foresight * (z - z.mean()) + np.sqrt(1 - foresight * foresight) * noise
-    return guess
+    predicted: Floats = prediction * (z - z.mean()) + np.sqrt(1 - prediction * prediction) * noise
+    return predicted
 
 
 def _halves(z: Floats) -> Halves:
@@ -133,7 +134,7 @@ def _recorded(path: Path, layout: ExpertLayout, n_prompt: int, n_gen: int) -> Fo
             f"{layout.n_expert}; replay a trace of such a model, or {SYNTHETIC}."
         )
     own = _long_enough(path, trace, n_tokens)
-    if (own["flags"] & trace_file.DICTATED).any():
+    if (own["flags"] & trace_file.PRESCRIBED).any():
         raise UsageError(f"{path} has layers whose experts the model prescribes; those have no scores to replay.")
     wanted = [i * len(h.layers) // n_layers for i in range(n_layers)]
     with_mass = "mass" in (own.dtype.names or ())

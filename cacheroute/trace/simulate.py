@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cacheroute.errors import UsageError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB
 from cacheroute.native import bindings
+from cacheroute.native.counters import Counters
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import custom_policy, strategies
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing.eviction import BELADY
 from cacheroute.routing.strategies import Routing
-from cacheroute.trace.trace_file import DECODE, DICTATED, Trace
+from cacheroute.trace.trace_file import DECODE, PRESCRIBED, Trace
 
 _NEVER = np.iinfo(np.int32).max
 
@@ -137,7 +138,7 @@ class Replay:
             own = records[records["layer"] == layer]
             if self.shuffled:
                 own = own[np.argsort([place.get(t, -1) for t in own["token"].tolist()], kind="stable")]
-            prescribed = own["flags"] & DICTATED > 0
+            prescribed = own["flags"] & PRESCRIBED > 0
             layers.append(
                 LayerEvents(
                     z=np.ascontiguousarray(own["z"]).view(np.uint16),
@@ -151,7 +152,6 @@ class Replay:
     def _row(self, router: _Router, arm: Arm, budget: budgets.Budget, layer: int) -> Row:
         h, c = self.header, router.counters(layer)
         of = range(len(h.layers)) if layer < 0 else (layer,)
-        tokens = router.counters(0 if layer < 0 else layer).tokens
         missed = sum(router.counters(i).misses * h.expert_bytes[i] for i in of)
         return Row(
             model=h.model,
@@ -162,7 +162,7 @@ class Replay:
             budget_mib=budget.capacity * sum(h.expert_bytes[i] for i in of) / MIB,
             shuffled=self.shuffled,
             layer=None if layer < 0 else h.layers[layer],
-            tokens=tokens,
+            tokens=c.tokens,
             hits=c.hits,
             misses=c.misses,
             swapped=c.swapped,
@@ -171,8 +171,8 @@ class Replay:
             miss_rate=c.misses / max(c.hits + c.misses, 1),
             swap_rate=c.swapped / max(c.examined, 1),
             drop_rate=c.dropped / max(c.examined, 1),
-            lost_mass=c.lost_mass / max(c.tokens, 1),
-            missed_mib_per_token=missed / MIB / max(tokens, 1),
+            lost_mass=c.lost_mass * h.n_used / max(c.examined, 1),
+            missed_mib_per_token=missed / MIB / max(c.tokens, 1),
             lifetime_tokens=c.held / c.evictions if c.evictions else None,
         )
 
@@ -265,14 +265,13 @@ class _Router:
 
     def _replay(self, layer: int, events: LayerEvents, *more: npt.NDArray[Any] | None) -> None:
         arrays = (events.z, events.mass, events.decode, events.prescribed, *more)
-        bindings.lib.cr_router_replay(self._handle, layer, len(events.z), *(_address(a) for a in arrays))
+        if bindings.lib.cr_router_replay(self._handle, layer, len(events.z), *(_address(a) for a in arrays)):
+            raise CacherouteError("There is not enough memory to replay the trace.")
         if self._policy:
             self._policy.check()
 
-    def counters(self, layer: int) -> bindings.Counters:
-        counters = bindings.Counters()
-        bindings.lib.cr_router_counters(self._handle, layer, 0, counters)
-        return counters
+    def counters(self, layer: int) -> Counters:
+        return bindings.counters(bindings.lib.cr_router_counters, self._handle, layer, prefill=False)
 
 
 def _address(array: npt.NDArray[Any] | None) -> ctypes.c_void_p | None:

@@ -47,7 +47,7 @@ from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.model.experts import ExpertLayer, ExpertLayout, ExpertTensor
 
 FORMAT, VERSION = "cacheroute-trace", 1
-DECODE, DICTATED, SOFTMAX_MASS = 1, 2, 4
+DECODE, PRESCRIBED, SOFTMAX_MASS = 1, 2, 4
 _ALIGN, _END = 64, b"end\n"
 
 Records = npt.NDArray[np.void]

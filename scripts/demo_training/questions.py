@@ -1,6 +1,6 @@
 """Everyday questions that the parent answers to make chat text for distillation.
 
-Written for this project. `JUDGED` are the ten questions the finished model is shown with; they and
+Written for this project. `JUDGED` are ten questions for looking at the finished model's answers; they and
 their topics are left out of what `training_questions` returns.
 """
 

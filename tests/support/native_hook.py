@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-from test_identity import CEvent, CHook
 
 from cacheroute.native import bindings
+from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
 from cacheroute.trace.trace_file import Records, record_dtype
+from support import hook_abi
 
 SOFTMAX, SIGMOID, SOFTMAX_WEIGHT = 1, 2, 3  # llama_expert_gating_func_type
 Floats = npt.NDArray[np.float32]
@@ -27,28 +28,16 @@ class BareHook:
         layer_of = (ctypes.c_int32 * shape.n_layers)(*range(shape.n_layers))
         per_layer = strategies.to_native(strategies.parse(name), shape.n_used, shape.n_layers)
         self.handle = bindings.checked(bindings.lib.cr_hook_new, shape, per_layer, layer_of, shape.n_layers, None)
-        self._native = CHook.from_address(bindings.lib.cr_hook_address(self.handle))
+        self._address = bindings.lib.cr_hook_address(self.handle)
         bindings.lib.cr_hook_trace(self.handle, 1)
 
     def select(self, layer: int, scores: Floats, probs: Floats | None, gating: int, *, decode: bool) -> npt.NDArray[np.int32]:
         """One event of `len(scores)` tokens; `probs` None: the scores themselves."""
-        n, s = len(scores), self.shape
-        scores = np.ascontiguousarray(scores, np.float32)
-        probs = scores if probs is None else np.ascontiguousarray(probs, np.float32)
-        ids = np.zeros((n, s.n_used), np.int32)
-        floats, ints = ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_int32)
-        event = CEvent(
-            layer, gating, s.n_expert, s.n_used, n, scores.ctypes.data_as(floats), probs.ctypes.data_as(floats),
-            ids.ctypes.data_as(ints), None,
-        )  # fmt: skip
         bindings.lib.cr_hook_set_phase(self.handle, decode)
-        self._native.select(self._native.user_data, ctypes.byref(event))
-        return ids
+        return hook_abi.select(self._address, layer, scores, self.shape.n_used, probs=probs, gating=gating)
 
-    def counters(self, layer: int, prefill: bool = False) -> bindings.Counters:
-        counters = bindings.Counters()
-        bindings.lib.cr_hook_counters(self.handle, layer, prefill, counters)
-        return counters
+    def counters(self, layer: int, prefill: bool = False) -> Counters:
+        return bindings.counters(bindings.lib.cr_hook_counters, self.handle, layer, prefill=prefill)
 
     def take(self) -> Records:
         """The records since the last call, with mass."""

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_identity import CEvent, CHook
 
 from cacheroute.errors import CacherouteError
 from cacheroute.native import bindings
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
+from support import hook_abi
+from support.hook_abi import CHook
 
 LIB = bindings.lib
 N_LAYERS, N_TENSORS, N_EXPERT, N_USED = 2, 3, 8, 2
@@ -41,16 +42,9 @@ class Live:
         """One decoded token whose best experts are these; `hidden` is what the layer's router was given."""
         scores = np.zeros(N_EXPERT, np.float32)
         scores[list(experts)] = 5 - np.arange(len(experts))
-        ids = np.zeros(N_USED, np.int32)
-        pointer = scores.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        state = np.array(hidden, np.float32)
-        event = CEvent(
-            layer, 1, N_EXPERT, N_USED, 1, pointer, pointer, ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), None,
-            state.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), len(state),
-        )  # fmt: skip
         LIB.cr_hook_set_phase(self.handle, 1)
-        self._native.select(self._native.user_data, ctypes.byref(event))
-        assert set(ids) == set(experts)
+        ids = hook_abi.select(LIB.cr_hook_address(self.handle), layer, scores[None], N_USED, hidden=hidden)
+        assert set(ids[0]) == set(experts)
 
     def find(self, layer: int, tensor: int, expert: int, late: bool) -> int | None:
         place = self.address + HEADER + ((layer * N_TENSORS + tensor) * N_EXPERT + expert) * EXPERT

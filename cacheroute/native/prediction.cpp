@@ -1,11 +1,11 @@
-#include "next_router.h"
+#include "prediction.h"
 
 #include <cstddef>
 #include <utility>
 
 namespace cacheroute {
 
-NextRouter::NextRouter(int n_expert, int n_embd, std::vector<RouterWeights> layers)
+Prediction::Prediction(int n_expert, int n_embd, std::vector<RouterWeights> layers)
     : n_embd_(n_embd), layers_(std::move(layers)), hidden_(size_t(n_embd)), scores_(size_t(n_expert)) {}
 
 // In as many partial sums as a compiler puts into vectors without being told to reorder.
@@ -22,7 +22,7 @@ static float dot(const float * a, const float * b, int n) {
     return sum;
 }
 
-const std::vector<float> * NextRouter::scores(int layer, const float * hidden) {
+const std::vector<float> * Prediction::scores(int layer, const float * hidden) {
     const size_t next = size_t(layer) + 1;
     if (next >= layers_.size() || !layers_[next].weight) return nullptr;
     const RouterWeights & own = layers_[next - 1];

@@ -1,6 +1,7 @@
 """What cacheroute must do, once more, in the plainest numpy: the oracle that the C++ core is tested against.
 
-Written from method.md, not from the core. Knows no bytes, no llama.cpp and no speed.
+Written from the paper (arXiv 2412.00099) and the definitions of our own strategies, not from the core. Knows no bytes and no
+llama.cpp, and is not fast.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SOFT_RATE, SOFT_WIDTH = 0.01, 0.02
 
 @dataclass(frozen=True)
 class Routing:
-    """A strategy of method.md with its parameters; each strategy reads its own."""
+    """A strategy with its parameters; each strategy reads its own."""
 
     strategy: str = "original"
     k: int = 1
@@ -69,7 +70,7 @@ def cumsum_candidates(z: Vector, p: float) -> int:
 
 def _max_rank(z: Vector, resident: set[int], n_used: int, m: int, j: int) -> set[int]:
     order = ranked(z)
-    # -inf is the model's word that an expert may not be chosen: it is nobody's candidate.
+    # a score of -inf: the model may not choose this expert, so it is no candidate
     kept, candidates = order[:j], [e for e in order[j : max(m, n_used)] if z[e] > -math.inf]
     cached = [e for e in candidates if e in resident]
     rest = [e for e in order[j:] if e not in cached]
@@ -77,7 +78,7 @@ def _max_rank(z: Vector, resident: set[int], n_used: int, m: int, j: int) -> set
 
 
 def _cache_prior(z: Vector, resident: set[int], n_used: int, bonus: float, j: int) -> set[int]:
-    always = ranked(z)[:j]  # with the full bonus nobody can pass them, but for rounding
+    always = ranked(z)[:j]  # with the full bonus no other expert can pass them, but for rounding
     biased = z + bonus * np.array([e in resident for e in range(len(z))], dtype=np.float64)
     return set((always + [e for e in ranked(biased) if e not in always])[:n_used])
 
@@ -155,7 +156,7 @@ class Cache:
         self.resident.add(expert)
 
     def trim(self, keep: Sequence[int], by_recency: bool) -> list[int]:
-        """Evicts down to the capacity, never one of `keep`; returns who went, in order."""
+        """Evicts down to the capacity, never one of `keep`; returns the evicted, in order."""
         evicted = []
         while len(self.resident) > self.capacity:
             # min() takes the first of equals: the least recently used
@@ -179,14 +180,14 @@ class Layer:
         self.cache = Cache(n_expert, n_used, capacity, eviction)
         self.mean_range, self.n_tokens = 0.0, 0
 
-    def step(self, z: Vector, mass: Vector, *, prefill: bool = False, dictated: Sequence[int] | None = None) -> Event:
+    def step(self, z: Vector, mass: Vector, *, prefill: bool = False, prescribed: Sequence[int] | None = None) -> Event:
         self.n_tokens += 1
         self.mean_range += (finite_range(z) - self.mean_range) / self.n_tokens
         self.cache.observe(z)
         before = set(self.cache.resident)
         top = ranked(z)[: self.n_used]
-        if dictated is not None:
-            run = top = list(dictated)
+        if prescribed is not None:
+            run = top = list(prescribed)
         else:
             routing = Routing() if prefill else self.routing
             run = choose(routing, z, mass, before, self.mean_range, self.n_used)

@@ -6,10 +6,10 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from oracle import STRATEGIES, Event, Routing, Vector
-
 from cacheroute.native import bindings
+from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
+from support.oracle import STRATEGIES, Event, Routing, Vector
 
 
 def _doubles(values: Vector) -> ctypes.Array[ctypes.c_double]:
@@ -34,14 +34,14 @@ class NativeLayer:
         shape = bindings.Shape(1, n_expert, n_used, capacity, evictions.ONLINE[eviction])
         self.handle = bindings.checked(bindings.lib.cr_router_new, shape, native)
 
-    def step(self, z: Vector, mass: Vector, *, prefill: bool = False, dictated: Sequence[int] | None = None) -> Event:
+    def step(self, z: Vector, mass: Vector, *, prefill: bool = False, prescribed: Sequence[int] | None = None) -> Event:
         """One token; slots that do not run must repeat the first id."""
         before = self.counters(prefill)
         ids, missed = (ctypes.c_int32 * self.n_used)(), (ctypes.c_int32 * self.n_used)()
         evicted, n_missed, n_evicted = (ctypes.c_int32 * self.n_expert)(), ctypes.c_int32(), ctypes.c_int32()
-        told = None if dictated is None else (ctypes.c_int32 * self.n_used)(*dictated)
+        own = None if prescribed is None else (ctypes.c_int32 * self.n_used)(*prescribed)
         n_run = bindings.lib.cr_router_step(
-            self.handle, 0, _doubles(z), _doubles(mass), prefill, told, ids, missed, n_missed, evicted, n_evicted
+            self.handle, 0, _doubles(z), _doubles(mass), prefill, own, own is not None, ids, missed, n_missed, evicted, n_evicted
         )
         assert list(ids[n_run:]) == [ids[0]] * (self.n_used - n_run)
         after = self.counters(prefill)
@@ -53,10 +53,8 @@ class NativeLayer:
             after.lost_mass - before.lost_mass,
         )
 
-    def counters(self, prefill: bool = False) -> bindings.Counters:
-        counters = bindings.Counters()
-        bindings.lib.cr_router_counters(self.handle, -1, prefill, counters)
-        return counters
+    def counters(self, prefill: bool = False) -> Counters:
+        return bindings.counters(bindings.lib.cr_router_counters, self.handle, -1, prefill=prefill)
 
     @property
     def resident(self) -> set[int]:

@@ -17,7 +17,7 @@ def cacheroute(
         input=stdin.encode() if isinstance(stdin, str) else stdin,
         capture_output=True,
         env={**os.environ, **(env or {})},
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parent.parent,
         timeout=300,
     )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())

@@ -1,8 +1,9 @@
 // Experts in slots of our own memory, read past the page cache. A slot is faulted in once and then handed from the evicted
-// expert to the loaded one, so that a miss costs the read and nothing else.
-#include "reading_store.h"
+// expert to the admitted one, so that a miss costs the read and nothing else.
+#include "backend.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -28,60 +29,48 @@ struct Pool {
     uint64_t               slot_bytes = 0; // whole pages, enough for any expert wherever it begins in its first page
     uint64_t               n_slots    = 0;
     uint8_t *              base       = nullptr;
-    std::vector<uint8_t *> free;      // in memory, and nobody's
+    std::vector<uint8_t *> free;      // in memory, and unassigned
     std::vector<uint8_t *> empty;     // not in memory, the first one last
-    size_t                 spare = 0; // most slots that prefetches ever held at once: so many stay free, and in memory
+    size_t                 spare = 0; // so many free slots stay in memory
 
     uint64_t bytes() const { return n_slots * slot_bytes; }
 };
 
-class DirectStore final : public ReadingStore {
+class SlotBackend final : public Backend {
   public:
-    DirectStore(const std::vector<std::string> & files, int n_layers, int n_expert, const std::vector<ExpertTensor> & tensors)
-        : ReadingStore(files, n_layers, n_expert, tensors), slot_(tensors.size() * size_t(n_expert)) {
+    explicit SlotBackend(const ExpertFiles & files)
+        : files_(files), slot_(files.tensors().size() * size_t(files.n_expert())) {
         try {
-            for (const auto & name : files) open_direct(name);
-            for (size_t t = 0; t < tensors.size(); t++) pool_of_.push_back(find_pool(t));
+            for (const auto & name : files_.names()) open_direct(name);
+            for (size_t t = 0; t < files_.tensors().size(); t++) pool_of_.push_back(find_pool(t));
             for (Pool & pool : pools_) reserve(pool);
         } catch (...) {
             release();
             throw;
         }
-        start_readers(N_READERS, PIECE, [this](const PageRun & r) { return read_piece(r); });
     }
 
-    ~DirectStore() override {
-        stop_readers();
-        release();
+    ~SlotBackend() override { release(); }
+
+    int      n_readers() const override { return N_READERS; }
+    uint64_t piece_bytes() const override { return PIECE; }
+
+    PageRun admit(size_t tensor, int32_t e, Urgency urgency) override {
+        uint8_t *& slot = slot_[files_.index(tensor, e)];
+        slot            = take(pools_[pool_of_[tensor]], urgency);
+        PageRun run     = files_.pages(tensor, e, 1);
+        run.address     = slot;
+        return run;
     }
 
-  protected:
-    void begin(const std::vector<size_t> & tensors, const std::vector<int32_t> & load, const std::vector<int32_t> & evict) override {
-        for (size_t t : tensors) {
-            Pool & pool = pools_[pool_of_[t]];
-            for (int32_t e : evict) {
-                if (!slot(t, e)) continue;
-                pool.free.push_back(slot(t, e));
-                slot(t, e) = nullptr;
-            }
-            for (int32_t e : load) {
-                slot(t, e)  = take(pool);
-                PageRun run = pages(t, e, 1);
-                run.address = slot(t, e);
-                read(t, e, run);
-            }
-        }
-        if (!ahead()) return;
+    void evict(size_t tensor, int32_t e) override {
+        uint8_t *& slot = slot_[files_.index(tensor, e)];
+        if (slot) pools_[pool_of_[tensor]].free.push_back(slot);
+        slot = nullptr;
+    }
+
+    void trim() override {
         for (Pool & pool : pools_) {
-            size_t n = 0;
-            for (size_t t : tensors) n += pools_[pool_of_[t]].base == pool.base ? n_ahead() + load.size() : 0;
-            pool.spare = std::max(pool.spare, n);
-        }
-    }
-
-    void drop(const std::vector<size_t> & tensors, const std::vector<int32_t> &) override {
-        for (size_t t : tensors) {
-            Pool & pool = pools_[pool_of_[t]];
             for (; pool.free.size() > pool.spare; pool.free.pop_back()) {
                 madvise(pool.free.back(), pool.slot_bytes, MADV_DONTNEED);
                 pool.empty.push_back(pool.free.back());
@@ -90,28 +79,52 @@ class DirectStore final : public ReadingStore {
         }
     }
 
-    bool drops_in_quiet() const override { return false; }
+    bool trim_needs_idle_readers() const override { return false; }
 
-    void drop_all() override {
+    void keep_room(const std::vector<size_t> & tensors, size_t n_experts) override {
+        for (size_t p = 0; p < pools_.size(); p++) {
+            size_t n = 0;
+            for (size_t t : tensors) n += pool_of_[t] == p ? n_experts : 0;
+            pools_[p].spare = std::max(pools_[p].spare, n);
+        }
+    }
+
+    int read(const PageRun & piece) override {
+        const auto     file   = size_t(piece.file);
+        const uint64_t wanted = std::min(piece.bytes, sizes_[file] - piece.offset); // the last page reaches past the end of the file
+        for (uint64_t at = 0; at < wanted;) {
+            const ssize_t n = pread(direct_[file], piece.address + at, piece.bytes - at, off_t(piece.offset + at));
+            if (n < 0 && errno == EINTR) continue;
+            if (n < 0) return errno;
+            if (n == 0) return ENODATA; // somebody has made the file shorter
+            at += uint64_t(n);
+        }
+        return 0;
+    }
+
+    const void * address(size_t tensor, int32_t e) const override {
+        const ExpertTensor & t      = files_.tensors()[tensor];
+        const uint8_t *      mapped = t.address + uint64_t(e) * t.expert_bytes;
+        const uint8_t *      own    = slot_[files_.index(tensor, e)];
+        if (!own) return mapped; // not resident: the mapping has it too
+        return own + reinterpret_cast<uintptr_t>(mapped) % files_.page_bytes();
+    }
+
+    void clear() override {
         std::fill(slot_.begin(), slot_.end(), nullptr);
         for (Pool & pool : pools_) {
             madvise(pool.base, pool.bytes(), MADV_DONTNEED);
             all_empty(pool);
         }
+        resident_bytes_ = 0;
     }
 
-    const void * address(size_t tensor, int32_t e) const override {
-        const ExpertTensor & t      = tensors()[tensor];
-        const uint8_t *      mapped = t.address + uint64_t(e) * t.expert_bytes;
-        const uint8_t *      own    = slot_[tensor * size_t(n_expert()) + size_t(e)];
-        if (!own) return mapped; // nobody has asked for it: the mapping has it too
-        return own + reinterpret_cast<uintptr_t>(mapped) % page_bytes();
-    }
+    uint64_t resident_bytes() const override { return resident_bytes_; }
 
     uint64_t measure() const override { // anonymous memory is ours: the kernel tells
         uint64_t bytes = 0;
         for (const Pool & pool : pools_) {
-            const uint64_t n = in_memory(pool.base, pool.bytes(), page_bytes());
+            const uint64_t n = files_.in_memory(pool.base, pool.bytes());
             if (n == UNKNOWN_BYTES) return n;
             bytes += n;
         }
@@ -129,20 +142,20 @@ class DirectStore final : public ReadingStore {
 
     bool reads(int fd) const {
         void * page = nullptr;
-        if (posix_memalign(&page, page_bytes(), page_bytes()) != 0) return false;
-        const bool ok = pread(fd, page, page_bytes(), 0) > 0;
+        if (posix_memalign(&page, files_.page_bytes(), files_.page_bytes()) != 0) return false;
+        const bool ok = pread(fd, page, files_.page_bytes(), 0) > 0;
         std::free(page);
         return ok;
     }
 
     size_t find_pool(size_t tensor) {
         uint64_t bytes = 0;
-        for (int e = 0; e < n_expert(); e++) bytes = std::max(bytes, pages(tensor, e, 1).bytes);
+        for (int e = 0; e < files_.n_expert(); e++) bytes = std::max(bytes, files_.pages(tensor, e, 1).bytes);
         size_t i = 0;
         while (i < pools_.size() && pools_[i].slot_bytes != bytes) i++;
         if (i == pools_.size()) pools_.emplace_back();
         pools_[i].slot_bytes = bytes;
-        pools_[i].n_slots += uint64_t(n_expert());
+        pools_[i].n_slots += uint64_t(files_.n_expert());
         return i;
     }
 
@@ -163,33 +176,18 @@ class DirectStore final : public ReadingStore {
         for (uint64_t i = pool.n_slots; i-- > 0;) pool.empty.push_back(pool.base + i * pool.slot_bytes);
     }
 
-    uint8_t *& slot(size_t tensor, int32_t e) { return slot_[tensor * size_t(n_expert()) + size_t(e)]; }
-
-    uint8_t * take(Pool & pool) {
+    uint8_t * take(Pool & pool, Urgency urgency) {
         auto &    from = pool.free.empty() ? pool.empty : pool.free;
         uint8_t * slot = from.back();
         if (pool.free.empty()) {
             resident_bytes_ += pool.slot_bytes;
             // this expert may end a page earlier than the slot does, the next one not: a slot is in memory as a whole, and one
-            // that is read ahead even if it is not read to its end
-            const uint64_t last = pool.slot_bytes - page_bytes();
-            for (uint64_t at = ahead() ? 0 : last; at <= last; at += page_bytes()) *static_cast<volatile uint8_t *>(slot + at) = 0;
+            // that is prefetched even if it is not read to its end
+            const uint64_t page = files_.page_bytes(), last = pool.slot_bytes - page;
+            for (uint64_t at = urgency == Urgency::prefetch ? 0 : last; at <= last; at += page) *static_cast<volatile uint8_t *>(slot + at) = 0;
         }
         from.pop_back();
         return slot;
-    }
-
-    int read_piece(const PageRun & piece) const {
-        const auto     file   = size_t(piece.file);
-        const uint64_t wanted = std::min(piece.bytes, sizes_[file] - piece.offset); // the last page reaches past the end of the file
-        for (uint64_t at = 0; at < wanted;) {
-            const ssize_t n = pread(direct_[file], piece.address + at, piece.bytes - at, off_t(piece.offset + at));
-            if (n < 0 && errno == EINTR) continue;
-            if (n < 0) return errno;
-            if (n == 0) return ENODATA; // somebody has made the file shorter
-            at += uint64_t(n);
-        }
-        return 0;
     }
 
     void release() {
@@ -199,18 +197,17 @@ class DirectStore final : public ReadingStore {
         for (int fd : direct_) close(fd);
     }
 
+    const ExpertFiles &    files_;
     std::vector<int>       direct_;
     std::vector<uint64_t>  sizes_; // of the files, bytes
     std::vector<Pool>      pools_;
     std::vector<size_t>    pool_of_; // [tensor]
     std::vector<uint8_t *> slot_;    // [tensor][E] where the expert is, or null
+    std::atomic<uint64_t>  resident_bytes_{0};
 };
 
 } // namespace
 
-std::unique_ptr<Store> make_direct_store(const std::vector<std::string> & files, int n_layers, int n_expert,
-                                         const std::vector<ExpertTensor> & tensors) {
-    return std::make_unique<DirectStore>(files, n_layers, n_expert, tensors);
-}
+std::unique_ptr<Backend> make_slot_backend(const ExpertFiles & files) { return std::make_unique<SlotBackend>(files); }
 
 } // namespace cacheroute

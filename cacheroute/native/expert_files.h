@@ -1,0 +1,60 @@
+// The files of a model and where each expert is in them and in llama.cpp's mapping. Knows pages; reads nothing.
+#pragma once
+
+#include "readers.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace cacheroute {
+
+// The experts of one tensor of one layer: `n_expert` byte ranges of equal size, one after the other.
+struct ExpertTensor {
+    int       layer;
+    int       file;         // index into the files
+    uint64_t  offset;       // of expert 0 in the file, bytes
+    uint64_t  expert_bytes;
+    uint8_t * address;      // of expert 0 in memory: the mapping that llama.cpp made
+};
+
+constexpr uint64_t UNKNOWN_BYTES = UINT64_MAX;
+
+class ExpertFiles {
+  public:
+    // Throws std::runtime_error when a file cannot be opened.
+    ExpertFiles(const std::vector<std::string> & names, int n_layers, int n_expert, const std::vector<ExpertTensor> & tensors);
+    ~ExpertFiles();
+    ExpertFiles(const ExpertFiles &)             = delete;
+    ExpertFiles & operator=(const ExpertFiles &) = delete;
+
+    int                               n_expert() const { return n_expert_; }
+    uint64_t                          page_bytes() const { return page_; }
+    const std::vector<std::string> &  names() const { return names_; }
+    const std::vector<int> &          descriptors() const { return fds_; } // of the files, buffered
+    const std::vector<ExpertTensor> & tensors() const { return tensors_; }
+    const std::vector<size_t> &       tensors_of(int layer) const { return layers_[size_t(layer)]; }
+    size_t                            index(size_t tensor, int32_t e) const { return tensor * size_t(n_expert_) + size_t(e); }
+
+    // Which expert of which tensor lies at that address of the mapping. False: none of ours.
+    bool locate(const void * address, size_t & tensor, int32_t & e) const;
+
+    PageRun                      pages(size_t tensor, int first, int n) const; // that these experts touch in the mapping
+    const std::vector<PageRun> & all_pages() const { return all_; }            // of all expert tensors, each once
+
+    // Bytes of a range of memory that are there as the kernel says (mincore); UNKNOWN_BYTES where it does not tell.
+    uint64_t in_memory(const void * address, uint64_t bytes) const;
+
+  private:
+    const int                        n_expert_;
+    const uint64_t                   page_;
+    const std::vector<std::string>   names_;
+    const std::vector<ExpertTensor>  tensors_;
+    std::vector<int>                 fds_;
+    std::vector<std::vector<size_t>> layers_;     // tensors of each layer
+    std::vector<size_t>              by_address_; // tensors, ascending
+    std::vector<PageRun>             all_;
+};
+
+} // namespace cacheroute

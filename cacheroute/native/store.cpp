@@ -1,0 +1,164 @@
+#include "store.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include <fcntl.h>
+
+namespace cacheroute {
+
+Store::Store(const std::vector<std::string> & files, int n_layers, int n_expert, const std::vector<ExpertTensor> & tensors,
+             const MakeBackend & make)
+    : files_(files, n_layers, n_expert, tensors), backend_(make(files_)), states_(tensors.size() * size_t(n_expert)),
+      readers_(std::make_unique<Readers>(backend_->n_readers(), [this](const PageRun & run) { return backend_->read(run); })) {}
+
+void Store::exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evicted) {
+    const auto start = Clock::now();
+    for (State * s : late_) {
+        readers_->wait_for(s->pending); // finish() reports an error of theirs
+        s->late = false;
+    }
+    late_.clear();
+    leaving_ = evicted;
+    resolve_prefetch(layer, leaving_);
+    evict_cancelled(layer, load); // before the loads: a page that is shared with a cancelled expert is theirs to read
+    evict(layer, leaving_);
+    admit(layer, load, Urgency::needed);
+    if (!leaving_.empty()) trim();
+    readers_->start(start);
+    counters_.read_seconds += seconds_since(start);
+}
+
+void Store::admit(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
+    const bool prefetch = urgency == Urgency::prefetch;
+    for (size_t t : files_.tensors_of(layer)) {
+        for (int32_t e : experts) {
+            const PageRun run = backend_->admit(t, e, urgency);
+            if (!run.bytes) continue;
+            State & s = state(t, e);
+            if (!prefetch) make_late(s);
+            // a prefetch in smaller pieces: those that have begun are in the way of what is needed
+            readers_->add(run, prefetch ? backend_->piece_bytes() / 4 : backend_->piece_bytes(), s.pending);
+            counters_.read_bytes += run.bytes;
+        }
+    }
+    counters_.reads += experts.size();
+}
+
+void Store::make_late(State & s) {
+    s.late = true;
+    late_.push_back(&s);
+}
+
+void Store::evict(int layer, const std::vector<int32_t> & experts) {
+    const auto & tensors = files_.tensors_of(layer);
+    // from the last one on: what is freed last is taken first, by the same tensor
+    for (auto t = tensors.rbegin(); t != tensors.rend(); ++t) {
+        for (int32_t e : experts) backend_->evict(*t, e);
+    }
+}
+
+void Store::trim() {
+    const auto start = Clock::now();
+    if (backend_->trim_needs_idle_readers()) readers_->pause();
+    backend_->trim();
+    if (backend_->trim_needs_idle_readers()) readers_->resume();
+    counters_.evict_seconds += seconds_since(start);
+}
+
+void Store::prefetch(int layer, const std::vector<int32_t> & experts) {
+    evict_cancelled(layer, experts);
+    admit(layer, experts, Urgency::prefetch);
+    backend_->keep_room(files_.tensors_of(layer), prefetched_.size() + cancelled_.size() + experts.size());
+    for (int32_t e : experts) prefetched_.push_back({layer, e});
+    readers_->start(Clock::now());
+    counters_.prefetched += experts.size();
+}
+
+// Of the experts that were prefetched for this layer: those that stay are waited for like the others; of the rest, which is taken
+// out of `evict`, what has not begun is never read, and what has begun leaves when it ends.
+void Store::resolve_prefetch(int layer, std::vector<int32_t> & evict) {
+    if (prefetched_.empty()) return;
+    const auto own = std::partition(prefetched_.begin(), prefetched_.end(), [&](const Expert & x) { return x.layer != layer; });
+    for (auto x = own; x != prefetched_.end(); ++x) {
+        const auto at    = std::find(evict.begin(), evict.end(), x->id);
+        const bool stays = at == evict.end();
+        for (size_t t : files_.tensors_of(layer)) {
+            State & s = state(t, x->id);
+            if (!stays) {
+                counters_.read_bytes -= readers_->cancel(s.pending);
+            } else if (s.pending.load(std::memory_order_acquire) != 0) {
+                make_late(s);
+            }
+        }
+        counters_.prefetch_used += stays;
+        if (stays) continue;
+        evict.erase(at);
+        cancelled_.push_back(*x);
+    }
+    prefetched_.erase(own, prefetched_.end());
+}
+
+// Evicts the cancelled experts whose reads have ended; those of `layer` that are `wanted` again are waited for.
+void Store::evict_cancelled(int layer, const std::vector<int32_t> & wanted) {
+    for (size_t i = cancelled_.size(); i-- > 0;) {
+        const Expert x     = cancelled_[i];
+        const bool   wait  = x.layer == layer && std::find(wanted.begin(), wanted.end(), x.id) != wanted.end();
+        bool         ended = true;
+        for (size_t t : files_.tensors_of(x.layer)) {
+            State & s = state(t, x.id);
+            if (wait) readers_->wait_for(s.pending);
+            ended = ended && s.pending.load(std::memory_order_acquire) == 0;
+        }
+        if (!ended) continue;
+        evict(x.layer, {x.id});
+        trim();
+        cancelled_.erase(cancelled_.begin() + std::ptrdiff_t(i));
+    }
+}
+
+void Store::finish() {
+    const auto start = Clock::now();
+    readers_->wait_for_all();
+    evict_cancelled(-1, {});
+    counters_.read_seconds += seconds_since(start);
+    if (const int error = readers_->take_error()) {
+        throw std::runtime_error(std::string("reading experts failed: ") + std::strerror(error));
+    }
+}
+
+const void * Store::find(const void * expert, bool late) {
+    size_t  t;
+    int32_t e;
+    if (!files_.locate(expert, t, e)) return late ? nullptr : expert; // not ours
+    const State & s = state(t, e);
+    if (s.late != late) return nullptr;
+    if (late) readers_->wait_for(s.pending);
+    return backend_->address(t, e);
+}
+
+void Store::clear() {
+    readers_->wait_for_all();
+    readers_->take_error(); // of a sequence that is forgotten
+    prefetched_.clear();
+    cancelled_.clear();
+    backend_->clear();
+#ifdef __linux__
+    // and what llama.cpp read of the dense weights, which it has copied
+    for (int fd : files_.descriptors()) posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+#endif
+}
+
+uint64_t Store::measure_resident() const {
+    readers_->wait_for_all();
+    return backend_->measure();
+}
+
+Counters Store::counters() const {
+    Counters c = counters_;
+    c.read_seconds += readers_->waited_seconds();
+    return c;
+}
+
+} // namespace cacheroute
