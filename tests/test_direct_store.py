@@ -201,8 +201,13 @@ def test_io_can_be_changed_and_changed_back(small: Path) -> None:
 @pytest.mark.engine
 def test_a_file_that_becomes_shorter_is_an_error(small: Path) -> None:
     with contextlib.closing(Llama(str(small), io="direct", **SIZES)) as llm:
-        os.truncate(small, small.stat().st_size // 2)
-        with pytest.raises(CacherouteError, match=r"reading experts failed: No data available\.$"):
+        llm.eval([5, 6, 7])
+        os.truncate(small, small.stat().st_size // 4)
+        with pytest.raises(CacherouteError, match=r"reading experts failed: No data available\.$"), llm.decoding():
+            for token in range(3, 200):
+                llm.eval([token])
+        llm.reset()
+        with pytest.raises(CacherouteError, match=r"was changed after it was loaded; load the model again\.$"):
             llm.eval([5, 6, 7])
 
 

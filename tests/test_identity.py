@@ -251,7 +251,7 @@ def engine(path: Path, **options: Any) -> Llama:
 @contextlib.contextmanager
 def observed(llm: Llama) -> Iterator[PythonHook]:
     """Within the block a Python hook stands before the native one, and sees its choices and the gate weights."""
-    native = CHook.from_address(bindings.lib.cr_hook_address(llm._hook))
+    native = CHook.from_address(bindings.lib.cr_hook_address(llm._hook.handle))
     hook = PythonHook(lambda e: native.select(native.user_data, ctypes.byref(e)), reweight=True)
     with hook.attached(llm):
         yield hook

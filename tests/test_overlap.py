@@ -32,7 +32,7 @@ def test_the_choice_returns_before_the_reads_end(live: Live) -> None:
     start = time.monotonic()
     live.select(0, 2, 5)
     assert time.monotonic() - start < 6 * EXPERT / SLOW
-    LIB.cr_hook_finish(live.handle)
+    LIB.cr_hook_finish(live.handle, 1)
     assert time.monotonic() - start >= 6 * EXPERT / SLOW
     assert live.error() == ""
 
@@ -73,7 +73,7 @@ def test_many_threads_wait_at_the_same_time(live: Live) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         live.select(0, 1, 4)
-        LIB.cr_hook_finish(live.handle)
+        LIB.cr_hook_finish(live.handle, 1)
         for missing in (7, 2, 3, 5, 6):  # 4 stays
             live.select(0, 4, missing)
             for found in pool.map(compute, range(4)):
@@ -94,7 +94,7 @@ def test_operations_that_need_idle_readers_wait_for_the_reads(live: Live, when: 
     elif when == "resume":
         assert LIB.cr_hook_resume(live.handle, saved)
     elif when != "free":
-        getattr(LIB, f"cr_hook_{when}")(live.handle)
+        LIB.cr_hook_finish(live.handle, 1) if when == "finish" else LIB.cr_hook_reset(live.handle)
     LIB.cr_checkpoint_free(saved)
     if when != "free":  # or nothing touches the memory of a store that is gone
         assert time.monotonic() - start >= 6 * EXPERT / PACE
@@ -107,5 +107,5 @@ def test_a_failed_read_wakes_its_waiters_and_is_reported(tmp_path: Path) -> None
         assert live.find(0, 2, 5, late=True) is not None  # computes on anything, and the decode is stopped
         live.select(1, 2, 5)
         assert live.find(1, 0, 5, late=True) is not None
-        LIB.cr_hook_finish(live.handle)
+        LIB.cr_hook_finish(live.handle, 1)
         assert live.error() == "reading experts failed: No data available"

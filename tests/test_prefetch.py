@@ -73,7 +73,7 @@ def compute(live: Live, layer: int, *needed: int) -> None:
 
 def settled(live: Live) -> None:
     """After a token: no error, and memory holds what the store has counted."""
-    LIB.cr_hook_finish(live.handle)
+    LIB.cr_hook_finish(live.handle, 1)
     assert live.error() == ""
     assert LIB.cr_hook_measure_resident(live.handle) == LIB.cr_hook_resident_bytes(live.handle) > 0
 

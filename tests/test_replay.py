@@ -52,7 +52,7 @@ def run(llm: Llama, seed: int) -> list[tuple[int, ...]]:
     counted = []
     for layer in range(len(llm.layout.layers)):
         for prefill in (1, 0):
-            c = bindings.counters(bindings.lib.cr_hook_counters, llm._hook, layer, prefill=bool(prefill))
+            c = bindings.counters(bindings.lib.cr_hook_counters, llm._hook.handle, layer, prefill=bool(prefill))
             counted.append((c.tokens, c.hits, c.misses, c.swapped, c.dropped, c.evictions))
     return counted
 

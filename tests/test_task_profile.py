@@ -27,7 +27,7 @@ def task(n_used: int = 20) -> TaskProfile:
 
 def resident(llm: Llama, layer: int) -> set[int]:
     mask = (ctypes.c_uint8 * 32)()
-    bindings.lib.cr_hook_resident(llm._hook, layer, mask)
+    bindings.lib.cr_hook_resident(llm._hook.handle, layer, mask)
     return {e for e in range(32) if mask[e]}
 
 

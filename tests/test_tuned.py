@@ -119,7 +119,7 @@ def test_layers_may_share_a_budget_unevenly(alone: Path, tmp_path: Path) -> None
             counts = []
             for layer in range(2):
                 mask = (ctypes.c_uint8 * 32)()
-                bindings.lib.cr_hook_resident(llm._hook, layer, mask)
+                bindings.lib.cr_hook_resident(llm._hook.handle, layer, mask)
                 counts.append(sum(mask))
             assert counts[0] == 5 and counts[1] <= 11
     assert counts == [5, 11]

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cacheroute.errors import CacherouteError
 from cacheroute.install import patched_llama_cpp
 from cacheroute.native import bindings
 
+if TYPE_CHECKING:
+    from cacheroute.engine.hook import Hook
+
 
 class Checkpoint:
     """After `tokens`: the caches and running means of a hook and, as `sequence`, the state of llama.cpp (the KV cache), or None.
 
-    It can be brought back as often as one likes, also into another hook and context than it was taken from.
+    It can be brought back as often as one likes, also into another hook and context than it was taken from. A copy made by pickle
+    has no routing state.
     """
 
-    def __init__(self, hook: int | None, tokens: list[int], sequence: bytes | None) -> None:
+    def __init__(self, hook: Hook | None, tokens: list[int], sequence: bytes | None) -> None:
         self.tokens, self.sequence = tokens, sequence
-        self._handle = bindings.lib.cr_hook_save(hook) if hook is not None else None
+        self._handle = bindings.lib.cr_hook_save(hook.handle) if hook else None
 
-    def resume(self, hook: int | None) -> None:
-        """Raises CacherouteError when the caches of the hook have another size or eviction."""
-        if (hook is None) != (self._handle is None) or (hook is not None and not bindings.lib.cr_hook_resume(hook, self._handle)):
-            raise CacherouteError("A checkpoint fits the budget and the eviction that it was taken with.")
+    def fits(self, hook: Hook | None) -> bool:
+        """Puts the routing state into a hook, unless its caches have another size or eviction."""
+        if hook is None or self._handle is None:
+            return hook is None and self._handle is None
+        return bool(bindings.lib.cr_hook_resume(hook.handle, self._handle))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handle": None}
 
     def __del__(self, free: Callable[[Any], None] = bindings.lib.cr_checkpoint_free) -> None:
         if getattr(self, "_handle", None) is not None:

@@ -6,32 +6,27 @@ One token passes: command -> Llama -> llama.cpp -> hook -> router -> store (nati
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import os
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from cacheroute.engine import stores
 from cacheroute.engine.checkpoint import Checkpoint, load_sequence, save_sequence
+from cacheroute.engine.hook import Hook, Interrupt, Settings
+from cacheroute.engine.open_files import OpenFiles
 from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
 from cacheroute.model import experts, gguf_file
-from cacheroute.native import bindings
 from cacheroute.native.counters import Counters
-from cacheroute.routing import budget as budgets
-from cacheroute.routing import custom_policy, strategies
 from cacheroute.routing import eviction as evictions
+from cacheroute.routing import strategies
 from cacheroute.trace.forced_scores import ForcedScores
 from cacheroute.trace.task_profile import TaskProfile
 
 _llama_cpp = patched_llama_cpp.module()
 _LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
-
-_api = _llama_cpp.llama_cpp._lib
-_api.llama_set_expert_hook.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-_api.llama_set_expert_hook.restype = ctypes.c_bool
-_api.llama_model_tensor_data.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-_api.llama_model_tensor_data.restype = ctypes.c_void_p
+_OWN = ("use_mmap", "use_mlock", "lazy_mode")  # arguments of llama_cpp.Llama that are not for the caller
 
 
 class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
@@ -41,7 +36,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         model_path: a GGUF file, or the first shard of a split one.
         budget: "50%" or 30 (of the experts of each layer), "2GiB" (all layers together), "all".
         routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); None leaves the hook unset: experts are
-            mapped and left to the kernel, and the budget is nobody's.
+            mapped and left to the kernel, and no budget is kept.
         eviction: "lru", "lfu", "score" or "soft-lfu".
         io: how misses are read; "mmap" (through the page cache) or "direct" (past it, where the filesystem can), "auto"
             (the faster one, measured once for each filesystem and said on stderr), "none" (misses are counted, memory is left to
@@ -51,11 +46,15 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             router were given this layer's hidden state. They take memory beside the budget; what is chosen stays the same.
         Everything else: as llama_cpp.Llama.
 
-    Policies act on decoded tokens; prompts are routed by `original`. Tokens of generate() and everything above it are told
-    apart; tokens given to eval() directly are prompt, except within `decoding()`.
+    Policies act on decoded tokens; prompts are routed by `original`. generate() and everything above it know which is which;
+    tokens given to eval() directly are prompt, except within `decoding()`.
 
     Routing state belongs to a sequence: reset() and, with a lossy routing, any generate() that does not continue the
-    tokens already evaluated start from an empty cache, so that a run can be repeated exactly.
+    tokens already evaluated start from an empty cache, so that a run can be repeated exactly; with `original` a prompt that
+    shares a prefix with them keeps the cache, whose state changes no logits. save_state() and load_state(), and with them
+    set_cache(), carry the routing state; a state of other settings, or one that was pickled, starts from an empty cache.
+
+    A process that is forked from one with a loaded model may leave it alone, and end; it cannot compute with it.
 
     Raises UsageError for arguments that do not fit the model, CacherouteError when the model cannot be loaded.
     """
@@ -72,24 +71,33 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         prefetch: int = 0,
         **kwargs: Any,
     ) -> None:
-        self._hook: int | None = None
-        self._policy: custom_policy.Policy | None = None  # alive as long as the hook calls it
+        self._hook: Hook | None = None
+        self._closed = False
         self._task: TaskProfile | None = None
         self.forced: ForcedScores | None = None  # force() sets it
+        self._decoding = False
         self._untouched = False  # no token since the last reset: resetting once more would read a warm cache twice
         self._trace_sink: Callable[[bytes], None] | None = None
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
         self._flash_mbps = flash_mbps
+        self._owner = os.getpid()
         self.layout = experts.layout(gguf_file.read(model_path))
-        settings = self._settings(budget, routing, eviction, io, prefetch)
-        for name in ("use_mmap", "use_mlock", "lazy_mode"):
+        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch)
+        for name in _OWN:
             if name in kwargs:
                 raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
+        self._files = OpenFiles(self.layout.paths)
         try:
             super().__init__(str(model_path), use_mmap=False, lazy_mode=_LAZY_MODE_EXPERTS, **kwargs)
         except ValueError as e:
             raise CacherouteError(f"llama.cpp cannot load {model_path}: {e} (verbose=True shows why).") from e
-        self._attach(*settings)
+        self._interrupt = Interrupt()
+        self._interrupt.attach(self._ctx.ctx)
+        # every path that computes ends in this call: eval(), embed(), draft models, whatever upstream adds
+        self._compute = self._ctx.decode
+        this = weakref.ref(self)  # a circle would keep a model that is dropped
+        self._ctx.decode = lambda batch: this()._decode(batch)  # type: ignore[union-attr]
+        self._apply(settings)
 
     def configure(
         self,
@@ -100,87 +108,51 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         io: str = "mmap",
         prefetch: int = 0,
     ) -> None:
-        """Changes the settings of a loaded model: no expert is resident, the sequence is forgotten, counters start at 0."""
-        settings = self._settings(budget, routing, eviction, io, prefetch)
-        self._detach()
-        self._attach(*settings)
+        """Changes the settings of a loaded model: no expert is resident, the sequence is forgotten, counters start at 0.
+
+        When it fails, nothing has changed but that experts may have left memory.
+        """
+        self._check_usable()
+        self._apply(Settings.of(self.layout, budget, routing, eviction, io, prefetch))
         super().reset()
         self._warm()
 
-    def _settings(
-        self, budget: str | int, routing: str | strategies.Routing | None, eviction: str, io: str, prefetch: int
-    ) -> tuple[budgets.Budget, strategies.Routing | None, str, str, int]:
-        """Checks settings against the model before anything is changed."""
-        parsed = strategies.parse(routing) if isinstance(routing, str) else routing
-        if parsed:
-            parsed.check(self.layout.n_expert, self.layout.n_used, self.layout.indices, self.layout.model)
-        if eviction not in evictions.ONLINE:
-            raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(evictions.ONLINE)}.")
-        if io not in stores.ALL:
-            raise UsageError(f"There is no io {io!r}; there are {', '.join(stores.ALL[:-1])} and {stores.ALL[-1]}.")
-        if prefetch and not any(layer.router for layer in self.layout.layers[1:]):
-            raise UsageError("Experts cannot be prefetched: the model keeps its routers in another type than F32.")
-        resolved = budgets.parse(budget, self.layout)
-        strategies.capacities(parsed, resolved, self.layout)
-        return resolved, parsed, eviction, io, prefetch
+    def _apply(self, settings: Settings) -> None:
+        """Makes the new hook before the old one goes."""
+        hook = Hook(self.layout, settings, self._model.model, self.forced, self._files.paths) if settings.routing else None
+        if hook:
+            hook.attach(self._ctx.ctx)
+            hook.set_pace(self._flash_mbps)
+        if self._hook:
+            self._hook.close(None if hook else self._ctx.ctx)
+        self._hook = hook
+        self.budget, self.routing, self.eviction = settings.budget, settings.routing, settings.eviction
+        self.io, self.prefetch = hook.io if hook else settings.io, settings.prefetch
 
-    def _attach(self, budget: budgets.Budget, routing: strategies.Routing | None, eviction: str, io: str, prefetch: int) -> None:
-        self.budget, self.routing, self.eviction, self.io, self.prefetch = budget, routing, eviction, io, prefetch
-        if not routing:
-            return
-        layout = self.layout
-        n = len(layout.layers)
-        policy = custom_policy.Policy(routing.policy, layout.n_expert, layout.n_used, n) if routing.policy else None
-        shape = bindings.Shape(n, layout.n_expert, layout.n_used, budget.capacity, evictions.ONLINE[eviction])
-        per_layer = strategies.to_native(routing, layout.n_used, n)
-        ids = [-1] * (layout.layers[-1].index + 1)
-        for i, layer in enumerate(layout.layers):
-            ids[layer.index] = i
-        layer_of = (ctypes.c_int32 * len(ids))(*ids)
-        store, self.io = stores.open_store(io, layout, self._address)
-        self._hook = bindings.checked(bindings.lib.cr_hook_new, shape, per_layer, layer_of, len(ids), store)
-        bindings.lib.cr_hook_reset(self._hook)  # what the page cache holds of the experts is not ours to count on
-        if policy:
-            self._policy = policy
-            bindings.lib.cr_hook_set_policy(self._hook, policy.callback, None)
-        if not _api.llama_set_expert_hook(self._ctx.ctx, bindings.lib.cr_hook_address(self._hook)):
-            raise CacherouteError("The engine and cacheroute were built from different versions; run `cacheroute setup`.")
-        self.flash_mbps = self._flash_mbps
-        if self.forced:
-            none = (None,) * n
-            for i, (z, *others) in enumerate(
-                zip(self.forced.z, self.forced.mass or none, self.forced.predicted or none, strict=True)
-            ):
-                mass, predicted = (None if x is None else x.ctypes.data for x in others)
-                bindings.lib.cr_hook_force(self._hook, i, len(z), z.ctypes.data, mass, predicted)
-        if prefetch:
-            self._prefetch()
-
-    def _prefetch(self) -> None:
-        routers = [layer.router for layer in self.layout.layers]
-        weights = (bindings.RouterWeights * len(routers))()
-        for own, router in zip(weights, routers, strict=True):
-            if router:
-                own.weight, own.bias, own.norm = (self._address(name) for name in (router.weight, router.bias, router.norm))
-        width = next(router.width for router in routers if router)
-        bindings.lib.cr_hook_prefetch(self._hook, self.prefetch, width, weights)
-
-    def _address(self, tensor: str) -> int | None:
-        """Of its data in memory; None where llama.cpp has no such tensor on the CPU."""
-        address: int | None = _api.llama_model_tensor_data(self._model.model, tensor.encode()) if tensor else None
-        return address
-
-    def _detach(self) -> None:
-        if self._hook is not None:
-            if self._ctx.ctx is not None:  # the garbage collector may have closed it first
-                _api.llama_set_expert_hook(self._ctx.ctx, None)
-            bindings.lib.cr_hook_free(self._hook)
-            self._hook = self._policy = None
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise CacherouteError("The model is closed; load it again.")
+        if os.getpid() != self._owner:
+            raise CacherouteError("The model was loaded before this process was forked; load it again here.")
 
     def close(self) -> None:
-        """Frees the model. The hook goes first: it works on the model's mappings."""
-        self._detach()
-        super().close()
+        """Frees the model. The hook goes first: it works on the model's mappings. May be called twice."""
+        self._closed = True
+        if self._hook:
+            context = getattr(self, "_ctx", None)
+            self._hook.close(context.ctx if context else None)  # the garbage collector may have closed it first
+            self._hook = None
+        if hasattr(self, "_files"):
+            self._files.close()
+        if os.getpid() == self._owner:
+            super().close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As llama_cpp.Llama: what makes the same model again, settings included, the sequence not."""
+        self._check_usable()
+        state = {k: v for k, v in super().__getstate__().items() if k not in _OWN}
+        own = {"budget": self.budget.capacity, "routing": self.routing, "eviction": self.eviction, "io": self.io}
+        return state | own | {"flash_mbps": self._flash_mbps, "prefetch": self.prefetch}
 
     @property
     def flash_mbps(self) -> float | None:
@@ -190,55 +162,82 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     @flash_mbps.setter
     def flash_mbps(self, value: float | None) -> None:
         self._flash_mbps = value
-        if self._hook is not None:
-            bindings.lib.cr_hook_set_pace(self._hook, (value or 0) * 1e6)
+        if self._hook:
+            self._hook.set_pace(value)
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
         """Within it, tokens given to eval() count as decoded: the routing acts on them."""
-        self._set_decode(True)
+        before, self._decoding = self._decoding, True
         try:
             yield
         finally:
-            self._set_decode(False)
-
-    def _set_decode(self, decode: bool) -> None:
-        if self._hook is not None:
-            bindings.lib.cr_hook_set_phase(self._hook, decode)
+            self._decoding = before
 
     def eval(self, tokens: Sequence[int]) -> None:
         """As llama_cpp.Llama.eval.
 
-        Raises CacherouteError when the context is full, or when the model does not do what its file says.
+        Raises CacherouteError when the context is full, an expert cannot be read, or the model does not do what its file says.
         """
+        self._check_usable()
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise CacherouteError(
                 f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; give a larger one (-c, n_ctx=)."
             )
-        self._untouched = False
-        if self._hook is not None:
-            bindings.lib.cr_hook_set_position(self._hook, self.n_tokens)
+        super().eval(tokens)
+
+    def _decode(self, batch: Any) -> None:
+        """The one gate before llama_decode(): budget, phase and errors, whoever computes."""
+        self._check_usable()
+        first = int(batch.batch.pos[0]) if batch.batch.n_tokens and batch.batch.pos else self.n_tokens
+        if first == 0:
+            self._files.check()
+        self._untouched = complete = False
+        if self._hook:
+            self._hook.begin(first, decode=self._decoding)
         try:
-            super().eval(tokens)
+            self._compute(batch)
+            complete = True
+        except RuntimeError:
+            if self._interrupt.take():
+                raise KeyboardInterrupt from None
+            raise
         finally:
-            if self._hook is not None:
-                bindings.lib.cr_hook_finish(self._hook)
-        if self._hook is not None:
-            error = bindings.lib.cr_hook_error(self._hook).decode()
-            if error:
-                raise CacherouteError(f"{self.model_path}: {error}.")
-            if self._policy:
-                self._policy.check()
-            if self._trace_sink:
-                self._trace_sink(self._take_trace())
+            if self._hook:
+                self._hook.finish(complete=complete)
+        if self._hook and self._trace_sink:
+            self._trace_sink(self._hook.take_trace())
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """As llama_cpp.Llama.embed. Forgets the sequence; experts stay in memory, within the budget."""
+        self._check_usable()
+        super().reset()
+        try:
+            return super().embed(*args, **kwargs)
+        finally:
+            super().reset()
+
+    def tokenize(self, *args: Any, **kwargs: Any) -> Any:
+        """As llama_cpp.Llama.tokenize."""
+        self._check_usable()
+        return super().tokenize(*args, **kwargs)
+
+    def detokenize(self, *args: Any, **kwargs: Any) -> Any:
+        """As llama_cpp.Llama.detokenize."""
+        self._check_usable()
+        return super().detokenize(*args, **kwargs)
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        """As llama_cpp.Llama.sample."""
+        self._check_usable()
+        return super().sample(*args, **kwargs)
 
     def reset(self) -> None:
         """Forgets the sequence and, with it, which experts are resident."""
+        self._check_usable()
         super().reset()
-        if self._hook is not None and not self._untouched:
-            bindings.lib.cr_hook_reset(self._hook)
-            if self._policy:
-                self._policy.reset()
+        if self._hook and not self._untouched:
+            self._hook.reset()
             self._warm()
 
     def rewind(self) -> None:
@@ -247,27 +246,47 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def checkpoint(self, *, sequence: bool = False) -> Checkpoint:
         """Keeps the routing state, for return_to(); with `sequence` also the model's, so that it outlives this sequence."""
+        self._check_usable()
         state = save_sequence(self._ctx.ctx) if sequence else None
         return Checkpoint(self._hook, [int(t) for t in self.input_ids[: self.n_tokens]], state)
 
     def return_to(self, mark: Checkpoint) -> None:
-        """Goes on after the tokens of a checkpoint of the same budget and eviction; the routing may be another. Counters go on.
+        """Continues after the tokens of a checkpoint of the same budget and eviction; the routing may be another. Counters go on.
 
         Without its `sequence`, those tokens must still be the first ones here, and the model must not be recurrent, as its state
         has no past. Not for a policy in Python, whose state is its own. Raises CacherouteError for what does not fit.
         """
-        mark.resume(self._hook)
+        self._check_usable()
+        if not mark.fits(self._hook):
+            raise CacherouteError("A checkpoint fits the budget and the eviction that it was taken with.")
         self._untouched = False
         if mark.sequence is not None:
             load_sequence(self._ctx.ctx, mark.sequence)
             self.input_ids[: len(mark.tokens)] = mark.tokens
         self.n_tokens = len(mark.tokens)
 
+    def save_state(self) -> Any:
+        """As llama_cpp.Llama.save_state, with the routing state."""
+        self._check_usable()
+        state = super().save_state()
+        state.routing = self.checkpoint()
+        return state
+
+    def load_state(self, state: Any) -> None:
+        """As llama_cpp.Llama.load_state; a state without routing state, or of another budget or eviction, starts from an empty
+        cache."""
+        self._check_usable()
+        super().load_state(state)
+        mark = getattr(state, "routing", None)
+        self._untouched = False
+        if self._hook and not (mark and mark.fits(self._hook)):
+            self._hook.reset()
+
     def load_experts(self, layer: int, ids: Sequence[int]) -> None:
         """Brings experts of a layer (by its place in `layout`) into memory; they count as used, the last as the most recent."""
-        if self._hook is not None:
+        if self._hook:
             self._untouched = False
-            bindings.lib.cr_hook_warm(self._hook, layer, (ctypes.c_int32 * len(ids))(*ids), len(ids))
+            self._hook.warm(layer, ids)
 
     def warm(self, task: TaskProfile | None) -> None:
         """From now on every sequence starts with the experts that a task uses most in the cache; None: with an empty one.
@@ -281,7 +300,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self.reset()
 
     def _warm(self) -> None:
-        if self._task and self._hook is not None:
+        if self._task and self._hook:
             for layer, capacity in enumerate(strategies.capacities(self.routing, self.budget, self.layout)):
                 self.load_experts(layer, self._task.best(layer, capacity))
         self._untouched = True
@@ -302,10 +321,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @contextlib.contextmanager
     def tracing(self, sink: Callable[[bytes], None]) -> Iterator[None]:
-        """Within it `sink` is given the records (trace.py) of every token, after each eval(); starts with a new sequence."""
+        """Within it `sink` is given the records (trace/trace_file.py) of every token, after each batch; starts a new sequence."""
         if self._hook is None:
             raise UsageError("There is nothing to trace without a routing.")
-        bindings.lib.cr_hook_trace(self._hook, 1)
+        self._hook.trace(True)
         self._trace_sink = sink
         self._untouched = False
         self.reset()
@@ -313,14 +332,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             yield
         finally:
             self._trace_sink = None
-            if self._hook is not None:
-                bindings.lib.cr_hook_trace(self._hook, 0)
-
-    def _take_trace(self) -> bytes:
-        size = bindings.lib.cr_hook_trace_take(self._hook, None, 0)
-        records = (ctypes.c_uint8 * size)()
-        bindings.lib.cr_hook_trace_take(self._hook, records, size)
-        return bytes(records)
+            if self._hook:
+                self._hook.trace(False)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As llama_cpp.Llama.generate; the prompt is prefill, what follows is decode."""
@@ -331,20 +344,18 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         try:
             token = next(inner)
             while True:
-                self._set_decode(True)
                 more = yield token
                 if self.n_tokens >= self._n_ctx:
                     return  # full: the last token was sampled and cannot be evaluated
-                token = inner.send(more)
+                with self.decoding():  # only while it runs: a generator that is left alone changes nothing
+                    token = inner.send(more)
         except StopIteration:
             return
         finally:
-            self._set_decode(False)
             inner.close()
 
     def stats(self) -> Stats:
-        """Counters since the model was loaded."""
-        resident = bindings.lib.cr_hook_resident_bytes(self._hook) if self._hook is not None else 0
+        """Counters since the model was loaded or configured."""
         return Stats(
             routing=str(self.routing) if self.routing else "none",
             eviction=self.eviction,
@@ -354,27 +365,16 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             n_layers=len(self.layout.layers),
             capacity=self.budget.capacity,
             budget_bytes=self.budget.nbytes,
-            resident_bytes=resident,
-            prefill=self._counters(prefill=True),
-            decode=self._counters(prefill=False),
+            resident_bytes=self._hook.resident_bytes if self._hook else 0,
+            prefill=self._hook.counters(prefill=True) if self._hook else Counters(),
+            decode=self._hook.counters(prefill=False) if self._hook else Counters(),
         )
 
     def decoded_by_layer(self) -> list[Counters]:
         """Counters of the decoded tokens, one per MoE layer; reads are not told apart by layer."""
-        return [self._layer_counters(i, prefill=False) for i in range(len(self.layout.layers))] if self._hook is not None else []
+        return [self._hook.counters(i, prefill=False) for i in range(len(self.layout.layers))] if self._hook else []
 
     def measure_resident(self) -> int | None:
-        """Bytes of expert tensors in memory as the kernel says (mincore), whole pages; None where it does not tell (a file
-        that belongs to somebody else)."""
-        if self._hook is None:
-            return None
-        measured = int(bindings.lib.cr_hook_measure_resident(self._hook))
-        return None if measured == bindings.UNKNOWN_BYTES else measured
-
-    def _counters(self, *, prefill: bool) -> Counters:
-        """Of all layers together."""
-        return self._layer_counters(-1, prefill=prefill) if self._hook is not None else Counters()
-
-    def _layer_counters(self, layer: int, *, prefill: bool) -> Counters:
-        assert self._hook is not None
-        return bindings.counters(bindings.lib.cr_hook_counters, self._hook, layer, prefill=prefill)
+        """Bytes of experts in memory as the kernel says (mincore), whole pages, of slots and of the file alike; None where it
+        does not tell (a file that belongs to another user)."""
+        return self._hook.measure_resident() if self._hook else None

@@ -9,7 +9,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +28,40 @@ _SECONDS = 1.0  # after which it ends
 Arguments = tuple[Any, ...]
 
 
-def open_store(io: str, layout: ExpertLayout, address: Callable[[str], int | None]) -> tuple[int | None, str]:
+def open_store(
+    io: str, layout: ExpertLayout, address: Callable[[str], int | None], paths: Sequence[str] = ()
+) -> tuple[int | None, str]:
     """(handle, what `io` has become): None for "none", and for "auto" one of the others.
 
-    `address`: where llama.cpp has mapped a tensor. Raises CacherouteError where it has not, and for what the filesystem cannot.
+    `address`: where llama.cpp has mapped a tensor; `paths`: of the files, by default those of the layout. Raises CacherouteError
+    where it has not, and for what the filesystem cannot do.
     """
     if io == NONE:
         return None, io
-    arguments = _arguments(layout, address)
+    names = [str(p) for p in layout.paths]
+    arguments = _arguments(layout, address, paths or names)
     if io != AUTO:
-        return bindings.checked(_NEW[io], *arguments), io
+        return _new(io, arguments, names), io
     try:
         io = _choose(layout, arguments)
-        return bindings.checked(_NEW[io], *arguments), io
+        return _new(io, arguments, names), io
     except CacherouteError as e:
         _say(f"reads through the page cache: {e}")
-        return bindings.checked(_NEW[MMAP], *arguments), MMAP
+        return _new(MMAP, arguments, names), MMAP
 
 
-def _arguments(layout: ExpertLayout, address: Callable[[str], int | None]) -> Arguments:
+def _new(io: str, arguments: Arguments, names: Sequence[str]) -> int:
+    """Raises CacherouteError with the names of the files, by whatever paths they were opened."""
+    try:
+        return bindings.checked(_NEW[io], *arguments)
+    except CacherouteError as e:
+        text = str(e)
+        for path, name in zip(arguments[0], names, strict=True):
+            text = text.replace(os.fsdecode(path), name)
+        raise CacherouteError(text) from None
+
+
+def _arguments(layout: ExpertLayout, address: Callable[[str], int | None], paths: Sequence[str]) -> Arguments:
     tensors = []
     for i, layer in enumerate(layout.layers):
         for t in layer.tensors:
@@ -54,9 +69,8 @@ def _arguments(layout: ExpertLayout, address: Callable[[str], int | None]) -> Ar
             if not at:
                 raise CacherouteError(f"llama.cpp did not map {t.name}; it must stay on the CPU (n_gpu_layers=0).")
             tensors.append(bindings.Tensor(i, t.file, t.offset, t.expert_bytes, at))
-    paths = [str(p).encode() for p in layout.paths]
     return (
-        (ctypes.c_char_p * len(paths))(*paths),
+        (ctypes.c_char_p * len(paths))(*(os.fsencode(p) for p in paths)),
         len(paths),
         (bindings.Tensor * len(tensors))(*tensors),
         len(tensors),
@@ -82,14 +96,14 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     """
     file = cache_dir() / "io.json"
     # small experts lose more to whole pages and system calls: powers of two are told apart
-    key = f"{os.stat(layout.paths[0]).st_dev:x}:{layout.layers[0].expert_bytes.bit_length()}"
+    key = f"{os.stat(arguments[0][0]).st_dev:x}:{layout.layers[0].expert_bytes.bit_length()}"
     known = _known(file)
     if known.get(key) in _NEW:
         return str(known[key])
     stores: dict[str, int] = {}
     try:
-        for name, new in _NEW.items():
-            stores[name] = bindings.checked(new, *arguments)
+        for name in _NEW:
+            stores[name] = _new(name, arguments, [str(p) for p in layout.paths])
         seconds = _measure(stores, layout)
     finally:
         for store in stores.values():

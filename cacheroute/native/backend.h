@@ -32,6 +32,11 @@ class Backend {
     // that moment cannot be dropped.
     virtual bool trim_needs_idle_readers() const = 0;
 
+    // Whether the kernel may take pages of resident experts; then missing() says which pages of one are gone: a run that has all of
+    // them, to be read again.
+    virtual bool    reclaimable() const                       = 0;
+    virtual PageRun missing(size_t tensor, int32_t e) const   = 0;
+
     // Room for so many experts of these tensors is kept when they are evicted: prefetches come and go.
     virtual void keep_room(const std::vector<size_t> & tensors, size_t n_experts) = 0;
 

@@ -49,7 +49,7 @@ class Tensor(ctypes.Structure):
     _fields_ = [("layer", c_int32), ("file", c_int32), ("offset", c_uint64), ("expert_bytes", c_uint64), ("address", c_void_p)]
 
 
-ABI_VERSION = 5  # CR_ABI_VERSION
+ABI_VERSION = 6  # CR_ABI_VERSION
 UNKNOWN_BYTES = 2**64 - 1  # of expert_files.h
 
 _I32P, _F64P = POINTER(c_int32), POINTER(c_double)
@@ -79,19 +79,22 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_store_resident_bytes": (c_uint64, [c_void_p]),
     "cr_store_measure_resident": (c_uint64, [c_void_p]),
     "cr_store_read_bytes": (c_uint64, [c_void_p]),
+    "cr_interrupt_new": (c_void_p, [c_void_p] * 4),
+    "cr_interrupt_free": (None, [c_void_p]),
+    "cr_interrupt_take": (c_int32, [c_void_p]),
     "cr_hook_new": (c_void_p, [POINTER(Shape), POINTER(Routing), _I32P, c_int32, c_void_p, c_char_p, c_int32]),
     "cr_hook_free": (None, [c_void_p]),
     "cr_hook_address": (c_void_p, [c_void_p]),
     "cr_hook_set_phase": (None, [c_void_p, c_int32]),
     "cr_hook_set_pace": (None, [c_void_p, c_double]),
-    "cr_hook_finish": (None, [c_void_p]),
+    "cr_hook_finish": (None, [c_void_p, c_int32]),
     "cr_hook_reset": (None, [c_void_p]),
     "cr_hook_save": (c_void_p, [c_void_p]),
     "cr_hook_resume": (c_int32, [c_void_p, c_void_p]),
     "cr_checkpoint_free": (None, [c_void_p]),
     "cr_hook_set_policy": (None, [c_void_p, POLICY, c_void_p]),
     "cr_hook_warm": (None, [c_void_p, c_int32, _I32P, c_int32]),
-    "cr_hook_set_position": (None, [c_void_p, c_int64]),
+    "cr_hook_begin": (None, [c_void_p, c_int64]),
     "cr_hook_force": (None, [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p]),
     "cr_hook_prefetch": (None, [c_void_p, c_int32, c_int32, POINTER(RouterWeights)]),
     "cr_hook_trace": (None, [c_void_p, c_int32]),

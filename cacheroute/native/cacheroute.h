@@ -25,7 +25,7 @@ extern "C" {
 #define CR_API __attribute__((visibility("default")))
 
 /* Counts changes of anything in this header. */
-#define CR_ABI_VERSION 5
+#define CR_ABI_VERSION 6
 
 /* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (router.h says what they do). */
 struct cr_routing {
@@ -70,6 +70,7 @@ struct cr_counters {
     /* of the store; 0 for a bare router and for a single layer */
     uint64_t reads;         /* experts made resident */
     uint64_t read_bytes;    /* asked of the device, whole pages */
+    uint64_t reclaimed;     /* hits that were read again: the kernel had taken pages of theirs */
     double   read_seconds;  /* waited: for an exchange to begin, for an expert, for the last read */
     double   evict_seconds; /* of that, spent on evicting */
     uint64_t prefetched;    /* experts whose reads began before their layer chose */
@@ -141,6 +142,18 @@ CR_API uint64_t cr_store_resident_bytes(const cr_store * store);
 CR_API uint64_t cr_store_measure_resident(const cr_store * store); /* UINT64_MAX: the kernel does not tell */
 CR_API uint64_t cr_store_read_bytes(const cr_store * store);
 
+/* ---- Ctrl-C while llama.cpp computes ---- */
+
+typedef struct cr_interrupt cr_interrupt;
+
+/* The four are PyGILState_Ensure, PyGILState_Release, PyErr_CheckSignals and PyErr_Clear. */
+CR_API cr_interrupt * cr_interrupt_new(const void * ensure, const void * release, const void * check, const void * clear);
+CR_API void cr_interrupt_free(cr_interrupt * interrupt);
+/* A ggml_abort_callback, data: a cr_interrupt. True from the moment on that a signal handler has raised. */
+CR_API int32_t cr_interrupt_poll(void * interrupt);
+/* Whether it has, since this was last asked. */
+CR_API int32_t cr_interrupt_take(cr_interrupt * interrupt);
+
 /* ---- the hook ---- */
 
 typedef struct cr_hook cr_hook;
@@ -154,7 +167,8 @@ CR_API void cr_hook_free(cr_hook * hook);
 CR_API const void * cr_hook_address(cr_hook * hook); /* const struct llama_expert_hook *, of expert_event.h */
 CR_API void cr_hook_set_phase(cr_hook * hook, int32_t decode);
 CR_API void cr_hook_set_pace(cr_hook * hook, double bytes_per_second);
-CR_API void cr_hook_finish(cr_hook * hook); /* after each llama_decode() */
+/* After each llama_decode(). complete: it ran to its end, so every layer must have asked. */
+CR_API void cr_hook_finish(cr_hook * hook, int32_t complete);
 CR_API void cr_hook_reset(cr_hook * hook);  /* forget the sequence, drop every expert; counters stay */
 CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
 /* Brings experts of a layer (n <= capacity) into memory before a sequence; the last is the most recent. */
@@ -165,8 +179,8 @@ CR_API cr_checkpoint * cr_hook_save(cr_hook * hook);
  * eviction. */
 CR_API int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint);
 CR_API void cr_checkpoint_free(cr_checkpoint * checkpoint);
-/* Before each llama_decode() that does not go on where the last one ended: which token of the sequence it begins with. */
-CR_API void cr_hook_set_position(cr_hook * hook, int64_t token);
+/* Before each llama_decode(): which token of the sequence it begins with. */
+CR_API void cr_hook_begin(cr_hook * hook, int64_t token);
 /* From now on the layer chooses by these scores and not by the model's own: z [n_tokens][E], mass likewise or NULL, as in
  * cr_router_replay, one row for each token of a sequence; a row that starts with NaN is not known, and asking for it is an error.
  * Copied. n_tokens 0: the model's own again. Gate weights are always the model's. */

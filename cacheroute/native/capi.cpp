@@ -2,11 +2,13 @@
 #include "cacheroute.h"
 
 #include "hook.h"
+#include "interrupt.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <stdexcept>
+#include <utility>
 
 using namespace cacheroute;
 
@@ -221,6 +223,31 @@ uint64_t cr_store_resident_bytes(const cr_store * store) { return store->store->
 uint64_t cr_store_measure_resident(const cr_store * store) { return store->store->measure_resident(); }
 uint64_t cr_store_read_bytes(const cr_store * store) { return store->store->counters().read_bytes; }
 
+cr_interrupt * cr_interrupt_new(const void * ensure, const void * release, const void * check, const void * clear) {
+    return new cr_interrupt{reinterpret_cast<int32_t (*)()>(reinterpret_cast<uintptr_t>(ensure)),
+                            reinterpret_cast<void (*)(int32_t)>(reinterpret_cast<uintptr_t>(release)),
+                            reinterpret_cast<int32_t (*)()>(reinterpret_cast<uintptr_t>(check)),
+                            reinterpret_cast<void (*)()>(reinterpret_cast<uintptr_t>(clear))};
+}
+
+void cr_interrupt_free(cr_interrupt * interrupt) { delete interrupt; }
+
+int32_t cr_interrupt_poll(void * data) {
+    auto *     i   = static_cast<cr_interrupt *>(data);
+    const auto now = Clock::now();
+    if (i->interrupted || now - i->asked < std::chrono::milliseconds(50)) return i->interrupted;
+    i->asked          = now;
+    const int32_t gil = i->ensure();
+    if (i->check() != 0) {
+        i->clear(); // who called llama_decode() raises it again
+        i->interrupted = true;
+    }
+    i->release(gil);
+    return i->interrupted;
+}
+
+int32_t cr_interrupt_take(cr_interrupt * interrupt) { return std::exchange(interrupt->interrupted, false); }
+
 cr_hook * cr_hook_new(const cr_shape * shape, const cr_routing * routing, const int32_t * layer_of, int32_t n_il, cr_store * store,
                       char * error, int32_t error_size) {
     std::unique_ptr<Store> owned;
@@ -240,11 +267,11 @@ cr_hook * cr_hook_new(const cr_shape * shape, const cr_routing * routing, const 
 void         cr_hook_free(cr_hook * hook) { delete hook; }
 const void * cr_hook_address(cr_hook * hook) { return hook->hook.address(); }
 void         cr_hook_set_phase(cr_hook * hook, int32_t decode) { hook->hook.set_phase(decode ? Phase::decode : Phase::prefill); }
-void         cr_hook_set_position(cr_hook * hook, int64_t token) { hook->hook.set_position(uint32_t(token)); }
+void         cr_hook_begin(cr_hook * hook, int64_t token) { hook->hook.begin(uint32_t(token)); }
 void         cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user) { set_policies(hook->hook.routers(), policy, user); }
 
-void cr_hook_finish(cr_hook * hook) {
-    attempt(hook, [](Hook & h) { h.finish(); });
+void cr_hook_finish(cr_hook * hook, int32_t complete) {
+    attempt(hook, [complete](Hook & h) { h.finish(complete != 0); });
 }
 
 void cr_hook_reset(cr_hook * hook) {

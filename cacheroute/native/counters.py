@@ -14,9 +14,9 @@ class Counters:
 
     `tokens` are model tokens; `examined` slots = K x layers x tokens. A slot is a hit or a miss by the cache before its token,
     and `swapped` when it went to an expert outside the router's top-K. `held` sums the experts in the cache after each event.
-    `read_bytes` are whole pages asked of the device. `prefetched` experts were read, wholly or in part, before their layer chose,
-    and `prefetch_used` of them then chosen: misses all the same. `hook_seconds` is what routing took, without `read_seconds`, of
-    which `evict_seconds` are a part.
+    `read_bytes` are whole pages asked of the device, `reclaimed` hits that were read again because the kernel had taken pages
+    of theirs. `prefetched` experts were read, wholly or in part, before their layer chose, and `prefetch_used` of them then
+    chosen: misses all the same. `hook_seconds` is what routing took, without `read_seconds`, of which `evict_seconds` are a part.
     """
 
     tokens: int = 0
@@ -30,6 +30,7 @@ class Counters:
     lost_mass: float = 0.0
     reads: int = 0
     read_bytes: int = 0
+    reclaimed: int = 0
     read_seconds: float = 0.0
     evict_seconds: float = 0.0
     prefetched: int = 0

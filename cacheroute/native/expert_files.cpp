@@ -7,7 +7,13 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
+
+// Older libc headers (Android's among them) lack the name; a kernel without the call answers EINVAL.
+#if defined(__linux__) && !defined(MADV_PAGEOUT)
+#define MADV_PAGEOUT 21
+#endif
 
 namespace cacheroute {
 
@@ -22,6 +28,9 @@ ExpertFiles::ExpertFiles(const std::vector<std::string> & names, int n_layers, i
             throw std::runtime_error("cannot open " + name + ": " + why);
         }
         fds_.push_back(fd);
+        struct stat s {};
+        // to others, who could not write it either, the kernel says of every page that it is in memory
+        mincore_reliable_ = mincore_reliable_ && fstat(fd, &s) == 0 && (geteuid() == 0 || geteuid() == s.st_uid);
         // pages that were just written are dirty, and dirty pages cannot be dropped
         fsync(fd);
     }
@@ -42,6 +51,7 @@ ExpertFiles::ExpertFiles(const std::vector<std::string> & names, int n_layers, i
             all_.push_back(r);
         }
     }
+    for (const PageRun & r : all_) guards_.push_back(std::make_unique<BusGuard>(r.address, r.bytes));
 }
 
 ExpertFiles::~ExpertFiles() {
@@ -68,6 +78,22 @@ PageRun ExpertFiles::pages(size_t tensor, int first, int n) const {
     return {t.file, t.offset + lo - base, reinterpret_cast<uint8_t *>(lo), hi - lo};
 }
 
+void ExpertFiles::drop(const PageRun & r) const {
+#ifdef __linux__
+    // PAGEOUT alone leaves pages inside large folios, the other two alone fail inside them too.
+    madvise(r.address, r.bytes, MADV_PAGEOUT);
+    madvise(r.address, r.bytes, MADV_DONTNEED);
+    posix_fadvise(fds_[size_t(r.file)], off_t(r.offset), off_t(r.bytes), POSIX_FADV_DONTNEED);
+#else
+    madvise(r.address, r.bytes, MADV_DONTNEED);
+    msync(r.address, r.bytes, MS_INVALIDATE);
+#endif
+}
+
+bool ExpertFiles::shrank() const {
+    return std::any_of(guards_.begin(), guards_.end(), [](const auto & guard) { return guard->file_shrank(); });
+}
+
 uint64_t ExpertFiles::in_memory(const void * address, uint64_t bytes) const {
 #ifdef __linux__
     std::vector<unsigned char> state(bytes / page_);
@@ -78,6 +104,18 @@ uint64_t ExpertFiles::in_memory(const void * address, uint64_t bytes) const {
     uint64_t n = 0;
     for (auto s : state) n += (s & 1) ? page_ : 0;
     return n;
+}
+
+
+uint64_t ExpertFiles::mapped_in_memory() const {
+    if (!mincore_reliable_) return UNKNOWN_BYTES;
+    uint64_t bytes = 0;
+    for (const PageRun & r : all_) {
+        const uint64_t n = in_memory(r.address, r.bytes);
+        if (n == UNKNOWN_BYTES) return n;
+        bytes += n;
+    }
+    return bytes;
 }
 
 } // namespace cacheroute

@@ -1,10 +1,12 @@
 // The files of a model and where each expert is in them and in llama.cpp's mapping. Knows pages; reads nothing.
 #pragma once
 
+#include "bus_guard.h"
 #include "readers.h"
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -43,8 +45,16 @@ class ExpertFiles {
     PageRun                      pages(size_t tensor, int first, int n) const; // that these experts touch in the mapping
     const std::vector<PageRun> & all_pages() const { return all_; }            // of all expert tensors, each once
 
-    // Bytes of a range of memory that are there as the kernel says (mincore); UNKNOWN_BYTES where it does not tell.
+    // Drops whole pages of the mapping, from this process and from the page cache.
+    void drop(const PageRun & run) const;
+
+    // Whether a file has become shorter, and somebody met a page that is not there any more.
+    bool shrank() const;
+
+    // Bytes of a range of memory that are there as the kernel says (mincore); UNKNOWN_BYTES where it does not.
     uint64_t in_memory(const void * address, uint64_t bytes) const;
+    uint64_t mapped_in_memory() const; // of all_pages()
+    bool     mincore_reliable() const { return mincore_reliable_; }
 
   private:
     const int                        n_expert_;
@@ -55,6 +65,8 @@ class ExpertFiles {
     std::vector<std::vector<size_t>> layers_;     // tensors of each layer
     std::vector<size_t>              by_address_; // tensors, ascending
     std::vector<PageRun>             all_;
+    bool                             mincore_reliable_ = true;
+    std::vector<std::unique_ptr<BusGuard>> guards_; // of all_
 };
 
 } // namespace cacheroute

@@ -40,6 +40,7 @@ void Hook::select(const ExpertEvent & ev) {
     const int layer = layer_of(ev);
     n_run_.assign(size_t(ev.n_tokens), uint8_t(std::min(ev.n_used, 255)));
     if (layer < 0) return; // not ours: the ids are the model's own
+    if (!asked_.empty()) asked_[size_t(layer)] = 1;
     if (layer == 0) {      // every token passes the first layer; of a prompt only the last ones pass the last
         batch_first_ += batch_size_;
         batch_size_   = uint32_t(ev.n_tokens);
@@ -98,9 +99,16 @@ void Hook::reweight(const ExpertEvent & ev) {
     }
 }
 
-void Hook::finish() {
+void Hook::finish(bool complete) {
     keep_error([&] { residency_.finish(); });
     count();
+    // of a batch that wants no output the last layer may have nothing to do
+    const auto last   = asked_.empty() ? asked_.end() : asked_.end() - (asked_.size() > 1);
+    const auto silent = std::find(asked_.begin(), last, 0);
+    if (complete && silent != last && error_.empty()) {
+        error_ = "MoE layer " + std::to_string(silent - asked_.begin()) +
+                 " computed without asking which experts to run; models of this architecture cannot be routed";
+    }
 }
 
 void Hook::trace(bool on) {
@@ -116,13 +124,13 @@ void Hook::warm(int layer, const std::vector<int32_t> & ids) {
 }
 
 std::vector<CachedRouter> Hook::save() {
-    finish();
+    finish(false);
     return routers_;
 }
 
 bool Hook::resume(const std::vector<CachedRouter> & saved) {
     if (saved.size() != routers_.size()) return false;
-    finish();
+    finish(false);
     for (size_t i = 0; i < routers_.size(); i++) {
         if (!routers_[i].resume(saved[i])) return false;
     }

@@ -28,17 +28,19 @@ class Hook {
 
     void set_phase(Phase phase) { phase_ = phase; }
 
-    // The next batch begins with that token of the sequence; without a call it follows the last one.
-    void set_position(uint32_t token) {
+    // Before a batch: it begins with that token of the sequence. Without a call it follows the last one.
+    void begin(uint32_t token) {
         batch_first_ = token;
         batch_size_  = 0;
+        asked_.assign(routers_.size(), 0);
     }
 
     // What a layer ranks from now on, in place of the model's own scores. Gate weights stay the model's.
     void force(int layer, ForcedScores scores) { source_.force(layer, std::move(scores)); }
 
-    // After the last layer of a batch: waits for reads, and brings the layer back into the budget.
-    void finish();
+    // After the last layer of a batch: waits for reads, and brings the layer back into the budget. `complete`: the batch was not
+    // broken off, so each layer must have asked for its experts since begin().
+    void finish(bool complete);
 
     // Forgets the sequence and drops every expert; counters stay.
     void reset();
@@ -89,6 +91,7 @@ class Hook {
 
     Mask                 needed_, before_;
     std::vector<uint8_t> n_run_; // of the last event, per token: slots that run
+    std::vector<uint8_t> asked_; // [layer] 0/1 since begin(); empty before
 };
 
 } // namespace cacheroute

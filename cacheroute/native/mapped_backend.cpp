@@ -3,19 +3,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <unordered_map>
 #include <utility>
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 // Older libc headers (Android's among them) lack the names; a kernel without the call answers EINVAL.
 #ifdef __linux__
-#ifndef MADV_PAGEOUT
-#define MADV_PAGEOUT 21
-#endif
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -23,6 +18,12 @@
 
 namespace cacheroute {
 namespace {
+
+#ifdef __linux__
+using Page = unsigned char; // of mincore
+#else
+using Page = char;
+#endif
 
 constexpr int      N_READERS = 2;         // they wait for pages that the device already reads
 constexpr uint64_t PIECE     = 128 << 10; // the kernel cuts a larger request down to its read-ahead window, 128 KiB on phones
@@ -32,11 +33,6 @@ class MappedBackend final : public Backend {
     explicit MappedBackend(const ExpertFiles & files) : files_(files) {
         // no read-around: a fault next to an expert must not read its neighbours
         for (const PageRun & r : files_.all_pages()) madvise(r.address, r.bytes, MADV_RANDOM);
-        for (int fd : files_.descriptors()) {
-            struct stat s {};
-            // to others, who could not write it either, the kernel says of every page that it is in memory
-            mincore_reliable_ = mincore_reliable_ && fstat(fd, &s) == 0 && (geteuid() == 0 || geteuid() == s.st_uid);
-        }
     }
 
     int      n_readers() const override { return N_READERS; }
@@ -71,19 +67,38 @@ class MappedBackend final : public Backend {
                 }
             });
             resident_bytes_ -= unused.bytes;
-            if (unused.bytes) drop(unused);
+            if (unused.bytes) files_.drop(unused);
         }
         leaving_.clear();
     }
 
     bool trim_needs_idle_readers() const override { return true; }
 
+    bool reclaimable() const override { return files_.mincore_reliable(); }
+
+    PageRun missing(size_t tensor, int32_t e) const override {
+        const PageRun     run = files_.pages(tensor, e, 1);
+        std::vector<Page> state(run.bytes / files_.page_bytes());
+        if (mincore(run.address, run.bytes, state.data()) != 0) return {};
+        const auto gone  = [](Page s) { return !(s & 1); };
+        const auto first = std::find_if(state.begin(), state.end(), gone);
+        if (first == state.end()) return {};
+        const auto     last = std::find_if(state.rbegin(), state.rend(), gone);
+        const uint64_t head = uint64_t(first - state.begin()) * files_.page_bytes();
+        const uint64_t tail = uint64_t(last - state.rbegin()) * files_.page_bytes();
+        return {run.file, run.offset + head, run.address + head, run.bytes - head - tail};
+    }
+
     void keep_room(const std::vector<size_t> &, size_t) override {} // the page cache has no slots
 
     int read(const PageRun & r) override {
 #ifdef __linux__
         madvise(r.address, r.bytes, MADV_WILLNEED); // in one piece what the device has not been told yet
-        if (madvise(r.address, r.bytes, MADV_POPULATE_READ) == 0) return 0;
+        int failed;
+        do {
+            failed = madvise(r.address, r.bytes, MADV_POPULATE_READ) == 0 ? 0 : errno;
+        } while (failed == EINTR || failed == EAGAIN);
+        if (failed != EINVAL && failed != ENOSYS && failed != EPERM) return failed == EFAULT ? EIO : failed; // EFAULT: a page cannot be read
 #endif
         for (uint64_t at = 0; at < r.bytes; at += files_.page_bytes()) {
             (void) *static_cast<volatile uint8_t *>(r.address + at);
@@ -98,22 +113,13 @@ class MappedBackend final : public Backend {
     void clear() override {
         users_.clear();
         leaving_.clear();
-        for (const PageRun & r : files_.all_pages()) drop(r);
+        for (const PageRun & r : files_.all_pages()) files_.drop(r);
         resident_bytes_ = 0;
     }
 
     uint64_t resident_bytes() const override { return resident_bytes_; }
 
-    uint64_t measure() const override {
-        if (!mincore_reliable_) return UNKNOWN_BYTES;
-        uint64_t bytes = 0;
-        for (const PageRun & r : files_.all_pages()) {
-            const uint64_t n = files_.in_memory(r.address, r.bytes);
-            if (n == UNKNOWN_BYTES) return n;
-            bytes += n;
-        }
-        return bytes;
-    }
+    uint64_t measure() const override { return files_.mapped_in_memory(); }
 
   private:
     // Calls f for the first and the last page of an expert where it has them only in part: neighbours have them, too. f may cut
@@ -137,20 +143,7 @@ class MappedBackend final : public Backend {
         }
     }
 
-    void drop(const PageRun & r) const {
-#ifdef __linux__
-        // PAGEOUT alone leaves pages inside large folios, the other two alone fail inside them too.
-        madvise(r.address, r.bytes, MADV_PAGEOUT);
-        madvise(r.address, r.bytes, MADV_DONTNEED);
-        posix_fadvise(files_.descriptors()[size_t(r.file)], off_t(r.offset), off_t(r.bytes), POSIX_FADV_DONTNEED);
-#else
-        madvise(r.address, r.bytes, MADV_DONTNEED);
-        msync(r.address, r.bytes, MS_INVALIDATE);
-#endif
-    }
-
     const ExpertFiles &                     files_;
-    bool                                    mincore_reliable_ = true;
     std::unordered_map<uintptr_t, uint32_t> users_; // resident experts that have a page which is not one's alone
     std::vector<std::pair<size_t, int32_t>> leaving_;
     std::atomic<uint64_t>                   resident_bytes_{0};

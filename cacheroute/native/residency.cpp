@@ -20,26 +20,33 @@ void Residency::require(int layer, const Mask & needed, const Mask & cached) {
         }
     }
     if (over_ >= 0) over_cached_ = cached;
-    exchange(layer, wanted_);
+    exchange(layer, wanted_, &needed);
 }
 
-void Residency::exchange(int layer, const Mask & wanted) {
+// `needed`: what is computed on next, or null.
+void Residency::exchange(int layer, const Mask & wanted, const Mask * needed) {
     Mask & in_memory = in_memory_[size_t(layer)];
+    const bool look = needed && store_->under_pressure();
     load_.clear();
     evict_.clear();
+    hits_.clear();
     for (int32_t e = 0; e < int32_t(wanted.size()); e++) {
         if (wanted[size_t(e)] && !in_memory[size_t(e)]) load_.push_back(e);
         if (!wanted[size_t(e)] && in_memory[size_t(e)]) evict_.push_back(e);
+        if (look && (*needed)[size_t(e)] && in_memory[size_t(e)]) hits_.push_back(e);
     }
     in_memory = wanted;
-    if (load_.empty() && evict_.empty() && !store_->prefetching()) return;
-    store_->exchange(layer, load_, evict_);
+    if (load_.empty() && evict_.empty() && hits_.empty() && !store_->prefetching()) return;
+    store_->exchange(layer, load_, evict_, hits_);
 }
 
 void Residency::prefetch(int layer, const std::vector<int32_t> & experts) {
     if (!store_) return;
-    for (int32_t e : experts) in_memory_[size_t(layer)][size_t(e)] = 1;
-    store_->prefetch(layer, experts);
+    load_.clear();
+    for (int32_t e : experts) { // one may be on its way already: a batch was broken off before its layer's turn
+        if (!std::exchange(in_memory_[size_t(layer)][size_t(e)], uint8_t(1))) load_.push_back(e);
+    }
+    if (!load_.empty()) store_->prefetch(layer, load_);
 }
 
 void Residency::finish() {
@@ -50,7 +57,7 @@ void Residency::finish() {
 
 void Residency::follow(int layer, const Mask & cached) {
     if (!store_) return;
-    exchange(layer, cached);
+    exchange(layer, cached, nullptr);
     store_->finish();
 }
 

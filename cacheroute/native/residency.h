@@ -37,13 +37,13 @@ class Residency {
     Counters counters() const { return store_ ? store_->counters() : Counters{}; }
 
   private:
-    void exchange(int layer, const Mask & wanted);
+    void exchange(int layer, const Mask & wanted, const Mask * needed);
 
     std::unique_ptr<Store> store_;
     std::vector<Mask>      in_memory_; // [layer]
     int                    over_ = -1; // layer whose batch needs more than its cache holds
     Mask                   over_cached_, wanted_;
-    std::vector<int32_t>   load_, evict_;
+    std::vector<int32_t>   load_, evict_, hits_;
 };
 
 } // namespace cacheroute

@@ -7,6 +7,8 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <stdexcept>
 
 #include <fcntl.h>
@@ -81,6 +83,9 @@ class SlotBackend final : public Backend {
 
     bool trim_needs_idle_readers() const override { return false; }
 
+    bool    reclaimable() const override { return false; }
+    PageRun missing(size_t, int32_t) const override { return {}; }
+
     void keep_room(const std::vector<size_t> & tensors, size_t n_experts) override {
         for (size_t p = 0; p < pools_.size(); p++) {
             size_t n = 0;
@@ -111,6 +116,7 @@ class SlotBackend final : public Backend {
     }
 
     void clear() override {
+        for (const PageRun & r : files_.all_pages()) files_.drop(r); // what others have left in the page cache
         std::fill(slot_.begin(), slot_.end(), nullptr);
         for (Pool & pool : pools_) {
             madvise(pool.base, pool.bytes(), MADV_DONTNEED);
@@ -121,8 +127,9 @@ class SlotBackend final : public Backend {
 
     uint64_t resident_bytes() const override { return resident_bytes_; }
 
-    uint64_t measure() const override { // anonymous memory is ours: the kernel tells
-        uint64_t bytes = 0;
+    uint64_t measure() const override { // of anonymous memory, which is ours, the kernel always tells
+        uint64_t bytes = files_.mapped_in_memory();
+        if (bytes == UNKNOWN_BYTES) bytes = 0;
         for (const Pool & pool : pools_) {
             const uint64_t n = files_.in_memory(pool.base, pool.bytes());
             if (n == UNKNOWN_BYTES) return n;
@@ -136,16 +143,40 @@ class SlotBackend final : public Backend {
         const int fd = O_DIRECT ? open(name.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT) : -1;
         if (fd >= 0) direct_.push_back(fd);
         struct stat s {};
-        if (fd < 0 || !reads(fd) || fstat(fd, &s) != 0) throw std::runtime_error("the filesystem of " + name + " has no direct reads");
+        if (fd < 0 || fstat(fd, &s) != 0) throw std::runtime_error("the filesystem of " + name + " has no direct reads");
         sizes_.push_back(uint64_t(s.st_size));
+        probe(direct_.size() - 1, name);
     }
 
-    bool reads(int fd) const {
-        void * page = nullptr;
-        if (posix_memalign(&page, files_.page_bytes(), files_.page_bytes()) != 0) return false;
-        const bool ok = pread(fd, page, files_.page_bytes(), 0) > 0;
-        std::free(page);
-        return ok;
+    // Reads some pages both ways: some filesystems take O_DIRECT and read through the page cache, others give wrong bytes.
+    void probe(size_t file, const std::string & name) const {
+        constexpr uint64_t MOST = 16;
+        const auto         own  = std::find_if(files_.all_pages().begin(), files_.all_pages().end(),
+                                               [&](const PageRun & r) { return size_t(r.file) == file; });
+        const uint64_t     page = files_.page_bytes();
+        PageRun            run{int(file), 0, nullptr, page};
+        if (own != files_.all_pages().end()) {
+            run       = *own;
+            run.bytes = std::min(own->bytes, MOST * page);
+            files_.drop(run);
+        }
+        const bool     watched = run.address && files_.mincore_reliable() && files_.in_memory(run.address, run.bytes) == 0;
+        const uint64_t wanted  = std::min(run.bytes, sizes_[file] - std::min(sizes_[file], run.offset));
+        void *         memory  = nullptr;
+        if (posix_memalign(&memory, page, 2 * run.bytes) != 0) throw std::bad_alloc();
+        const std::unique_ptr<void, void (*)(void *)> owner(memory, std::free);
+        auto * const direct = static_cast<uint8_t *>(memory);
+        auto * const plain  = direct + run.bytes;
+        std::memset(direct, 0xa5, run.bytes);
+        std::memset(plain, 0x5a, run.bytes);
+        const bool read   = pread(direct_[file], direct, run.bytes, off_t(run.offset)) == ssize_t(wanted);
+        const bool cached = watched && files_.in_memory(run.address, run.bytes) != 0;
+        if (!read || wanted == 0) throw std::runtime_error("the filesystem of " + name + " has no direct reads");
+        if (cached) throw std::runtime_error("the filesystem of " + name + " puts direct reads into the page cache");
+        const bool same = pread(files_.descriptors()[file], plain, wanted, off_t(run.offset)) == ssize_t(wanted) &&
+                          std::memcmp(direct, plain, wanted) == 0;
+        if (run.address) files_.drop(run);
+        if (!same) throw std::runtime_error("the filesystem of " + name + " gives other bytes by direct reads");
     }
 
     size_t find_pool(size_t tensor) {

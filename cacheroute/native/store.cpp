@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include <fcntl.h>
+#include <sys/resource.h>
 
 namespace cacheroute {
 
@@ -13,7 +14,8 @@ Store::Store(const std::vector<std::string> & files, int n_layers, int n_expert,
     : files_(files, n_layers, n_expert, tensors), backend_(make(files_)), states_(tensors.size() * size_t(n_expert)),
       readers_(std::make_unique<Readers>(backend_->n_readers(), [this](const PageRun & run) { return backend_->read(run); })) {}
 
-void Store::exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evicted) {
+void Store::exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evicted,
+                     const std::vector<int32_t> & hits) {
     const auto start = Clock::now();
     for (State * s : late_) {
         readers_->wait_for(s->pending); // finish() reports an error of theirs
@@ -26,24 +28,51 @@ void Store::exchange(int layer, const std::vector<int32_t> & load, const std::ve
     evict(layer, leaving_);
     admit(layer, load, Urgency::needed);
     if (!leaving_.empty()) trim();
+    read_reclaimed(layer, hits);
     readers_->start(start);
     counters_.read_seconds += seconds_since(start);
 }
 
 void Store::admit(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
-    const bool prefetch = urgency == Urgency::prefetch;
     for (size_t t : files_.tensors_of(layer)) {
         for (int32_t e : experts) {
             const PageRun run = backend_->admit(t, e, urgency);
-            if (!run.bytes) continue;
-            State & s = state(t, e);
-            if (!prefetch) make_late(s);
-            // a prefetch in smaller pieces: those that have begun are in the way of what is needed
-            readers_->add(run, prefetch ? backend_->piece_bytes() / 4 : backend_->piece_bytes(), s.pending);
-            counters_.read_bytes += run.bytes;
+            if (run.bytes) read(t, e, run, urgency);
         }
     }
     counters_.reads += experts.size();
+}
+
+void Store::read(size_t tensor, int32_t e, const PageRun & run, Urgency urgency) {
+    State &    s        = state(tensor, e);
+    const bool prefetch = urgency == Urgency::prefetch;
+    if (!prefetch) make_late(s);
+    // a prefetch in smaller pieces: those that have begun are in the way of what is needed
+    readers_->add(run, prefetch ? backend_->piece_bytes() / 4 : backend_->piece_bytes(), s.pending);
+    counters_.read_bytes += run.bytes;
+}
+
+// A page that the kernel took and a thread then missed was a major fault; without one there is nothing to look for.
+bool Store::under_pressure() {
+    constexpr int LOOKS = 512; // layers
+    rusage        used{};
+    if (!backend_->reclaimable() || getrusage(RUSAGE_SELF, &used) != 0) return false;
+    if (major_faults_ >= 0 && used.ru_majflt > major_faults_) alert_ = LOOKS;
+    major_faults_ = used.ru_majflt;
+    return alert_ > 0 && alert_-- > 0;
+}
+
+void Store::read_reclaimed(int layer, const std::vector<int32_t> & hits) {
+    for (int32_t e : hits) {
+        bool gone = false;
+        for (size_t t : files_.tensors_of(layer)) {
+            const PageRun run = backend_->missing(t, e);
+            if (!run.bytes || state(t, e).pending.load(std::memory_order_acquire) != 0) continue; // pending: it is being read
+            read(t, e, run, Urgency::needed);
+            gone = true;
+        }
+        counters_.reclaimed += gone;
+    }
 }
 
 void Store::make_late(State & s) {
@@ -126,6 +155,7 @@ void Store::finish() {
     if (const int error = readers_->take_error()) {
         throw std::runtime_error(std::string("reading experts failed: ") + std::strerror(error));
     }
+    if (files_.shrank()) throw std::runtime_error("reading experts failed: the file has become shorter since it was loaded");
 }
 
 const void * Store::find(const void * expert, bool late) {

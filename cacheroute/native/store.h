@@ -17,11 +17,17 @@ class Store {
     // Throws std::runtime_error when a file cannot be opened, or the backend cannot be made or has no thread to read with.
     Store(const std::vector<std::string> & files, int n_layers, int n_expert, const std::vector<ExpertTensor> & tensors,
           const MakeBackend & make);
+    ~Store() { clear(); } // what it brought into memory does not outlive it
 
     // Begins to make `load` resident, tensor by tensor as the layer computes on them, and drops `evict` (experts of one layer).
     // Returns when the reads are on their way; those of the exchange before it have ended. Called, like finish() and clear(),
-    // from one thread at a time, and not while others are in find().
-    void exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evict);
+    // from one thread at a time, and not while others are in find(). Of `hits`, which are resident and computed on next, the pages
+    // that the kernel has taken are read again.
+    void exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evict,
+                  const std::vector<int32_t> & hits = {});
+
+    // Whether the kernel has lately taken pages of this process, so that hits should be looked at. Asked once a layer.
+    bool under_pressure();
 
     // Begins to read experts of a layer before its next exchange(), behind whatever is being read. They take memory until that
     // exchange, which neither loads those that stay nor waits for those that it evicts. Called as exchange() is.
@@ -64,6 +70,8 @@ class Store {
     void    admit(int layer, const std::vector<int32_t> & experts, Urgency urgency);
     void    evict(int layer, const std::vector<int32_t> & experts);
     void    trim();
+    void    read(size_t tensor, int32_t e, const PageRun & run, Urgency urgency);
+    void    read_reclaimed(int layer, const std::vector<int32_t> & hits);
     void    make_late(State & state);
     void    resolve_prefetch(int layer, std::vector<int32_t> & evict);
     void    evict_cancelled(int layer, const std::vector<int32_t> & wanted);
@@ -75,6 +83,8 @@ class Store {
     std::vector<Expert>      prefetched_; // no exchange of their layer since
     std::vector<Expert>      cancelled_;  // evicted while a part of them is still being read
     std::vector<int32_t>     leaving_;
+    int64_t                  major_faults_ = -1; // of this process, when last asked
+    int                      alert_        = 0;  // so many more looks at hits
     Counters                 counters_{};
     std::unique_ptr<Readers> readers_; // last: they call the backend until they are joined
 };

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -58,6 +57,7 @@ class Model:
     """
 
     path: Path
+    content: bytes
     starts: list[list[int]]
     n_expert: int
     expert_bytes: int
@@ -100,11 +100,9 @@ class Model:
         return int(LIB.cr_store_find(self.store, mapped))
 
     def in_file(self, layer: int, expert: int) -> bytes:
-        """What the file holds of the expert."""
-        with open(self.path, "rb") as file:
-            return b"".join(
-                os.pread(file.fileno(), self.expert_bytes, at + expert * self.expert_bytes) for at in self.starts[layer]
-            )
+        """What the file holds of the expert; reading it here would bring its pages into memory."""
+        starts = (at + expert * self.expert_bytes for at in self.starts[layer])
+        return b"".join(self.content[at : at + self.expert_bytes] for at in starts)
 
     def counted(self) -> tuple[int, int]:
         """Resident bytes as the store counts them, and as the kernel does."""
@@ -119,10 +117,11 @@ def model(
     size = n_expert * expert_bytes
     starts = [[1312 + (layer * n_tensors + t) * size for t in range(n_tensors)] for layer in range(n_layers)]
     path = folder / "experts.bin"
-    path.write_bytes(np.random.default_rng(0).bytes(1312 + n_layers * n_tensors * size + 800))
+    content = np.random.default_rng(0).bytes(1312 + n_layers * n_tensors * size + 800)
+    path.write_bytes(content)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
         address = int(np.frombuffer(view, np.uint8).ctypes.data)  # no array may outlive this line: the mapping could not close
         tensors = [bindings.Tensor(i, 0, at, expert_bytes, address + at) for i, layer in enumerate(starts) for at in layer]
         with native_store(str(path), n_layers, n_expert, tensors, io) as store:
             LIB.cr_store_clear(store)
-            yield Model(path, starts, n_expert, expert_bytes, io, address, store, [set() for _ in range(n_layers)])
+            yield Model(path, content, starts, n_expert, expert_bytes, io, address, store, [set() for _ in range(n_layers)])
