@@ -209,7 +209,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._trace_sink(self._hook.take_trace())
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
-        """As llama_cpp.Llama.embed. Forgets the sequence; experts stay in memory, within the budget."""
+        """As llama_cpp.Llama.embed. Forgets the sequence."""
         self._check_usable()
         super().reset()
         try:
