@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,43 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_MOST_JSON = 256 * MIB
+
+
+def check_regular(path: Path, what: str, *, missing: str = "check the path.") -> None:
+    """Raises UsageError where `path` is no file whose bytes lie on a disk: reading a pipe or a device may never end.
+
+    `what` it should be, as in "a trace"; `missing`: what to do where nothing is there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"There is no file {path}; {missing}") from None
+    except OSError as e:
+        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+    except ValueError:  # a NUL in the name
+        raise UsageError(f"{str(path)!r} cannot be the name of a file.") from None
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; {what} has to be a file on a disk.")
+
+
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The object in a JSON file whose `format` is `kind`. Raises UsageError for any other file or version."""
+    check_regular(path, f"a {kind} file")
     try:
+        if path.stat().st_size > _MOST_JSON:
+            raise UsageError(f"{path} is not a {kind} file.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or content.get("format") != kind:
         raise UsageError(f"{path} is not a {kind} file.")
