@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
+import select
+import stat
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,13 +47,72 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_MOST_JSON = 256 * MIB
+
+
+def check_regular(path: Path, what: str, *, missing: str = "") -> None:
+    """Raises UsageError where `path` is no file whose bytes lie on a disk: reading a pipe or a device may never end.
+
+    `what` it should be, as in "a trace"; `missing`: what to do where nothing is there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as e:
+        if missing and e.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise UsageError(f"There is no file {path}; {missing}") from None
+        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+    except ValueError:  # a NUL in the name
+        raise UsageError(f"{str(path)!r} cannot be the name of a file.") from None
+    if not stat.S_ISREG(mode):
+        raise UsageError(
+            f"{path} cannot be read: it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, and {what} has to be a file on a disk."
+        )
+
+
+def read_text(path: Path) -> bytes:
+    """All of a text: of a file, or of a pipe, as `<(command)` is one, which is waited for with a word.
+
+    Raises UsageError for a folder, a device such as /dev/zero, which would not end, and what cannot be read.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISFIFO(mode):
+            if not (stat.S_ISCHR(mode) and (os.path.samefile(path, os.devnull) or _is_terminal(path))):
+                check_regular(path, "a text")
+            return path.read_bytes()
+        pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(pipe, "rb") as file:
+            if not select.select([file], [], [], 1.0)[0]:
+                print(f"waiting for text from the pipe {path}", file=sys.stderr)
+                select.select([file], [], [])
+            os.set_blocking(pipe, True)
+            return file.read()
+    except OSError as e:
+        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+
+
+def _is_terminal(path: Path) -> bool:
+    with path.open("rb", buffering=0) as file:
+        return file.isatty()
+
+
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The object in a JSON file whose `format` is `kind`. Raises UsageError for any other file or version."""
+    check_regular(path, f"a {kind} file")
     try:
+        if path.stat().st_size > _MOST_JSON:
+            raise UsageError(f"{path} is not a {kind} file.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or content.get("format") != kind:
         raise UsageError(f"{path} is not a {kind} file.")

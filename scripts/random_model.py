@@ -271,6 +271,13 @@ def _check(arch: str, s: Shape) -> None:
         raise ValueError(f"rows of {s.quant} are multiples of {block_size(s.quant)}")
 
 
+def _place(name: str) -> tuple[int, str]:
+    """Where llama-quantize puts a tensor: by layer, then by name, so that ffn_down_exps comes before ffn_gate_exps and
+    ffn_up_exps, as in nearly every file that is downloaded."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "blk" else -1, name
+
+
 def write(arch: str, path: Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Write a random model and return the path to load.
 
@@ -289,4 +296,5 @@ def write(arch: str, path: Path, *, seed: int = 0, **overrides: Any) -> Path:
     build(m)
     m.norm("output_norm.weight", shape.n_embd)
     m.linear("output.weight", n_vocab, shape.n_embd, gain=2.0)
-    return write_shards(llama_arch, path, m.tensors, shape.shards, lambda writer: _add_metadata(writer, m))
+    tensors = sorted(m.tensors, key=lambda tensor: _place(tensor.name))
+    return write_shards(llama_arch, path, tensors, shape.shards, lambda writer: _add_metadata(writer, m))

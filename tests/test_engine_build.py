@@ -16,6 +16,7 @@ import sys
 import tarfile
 import threading
 import time
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -391,3 +392,19 @@ def test_patches_apply_to_the_pinned_sdist(tmp_path: Path, monkeypatch: pytest.M
     results = engine_build.check(engine_build.VERSION, REAL_SDIST)
     assert [r.patch for r in results] == [p.name for p in REAL_PATCHES]
     assert [str(r) for r in results if not r.applies] == []
+
+
+def test_children_speak_english_and_keep_the_characters_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With LC_ALL=C, Python 3.11 ends in its site module where a .pth file names a folder with an accent."""
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    folder = tmp_path / "Jos\u00e9"
+    venv.create(folder / "venv", with_pip=False)
+    python = folder / "venv/bin/python"
+    site = next((folder / "venv/lib").glob("python*/site-packages"))
+    (site / "editable.pth").write_text(f"{folder}\n", encoding="utf-8")
+    assert tools.run([str(python), "-c", "print('starts')"]) == (0, "starts\n")
+    monkeypatch.setenv("LANGUAGE", "de")
+    code, said = tools.run(
+        [sys.executable, "-c", "import os; print(*sorted(k for k in os.environ if k[:2] == 'LA' or k[:3] == 'LC_'))"]
+    )
+    assert code == 0 and "LC_MESSAGES" in said and "LC_ALL" not in said and "LANGUAGE" not in said

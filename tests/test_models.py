@@ -12,7 +12,6 @@ import gguf
 import pytest
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.install import machine
 from cacheroute.model import catalogue, demo_model
 from cacheroute.model.catalogue import ModelEntry
 from support import tiny_models
@@ -275,17 +274,6 @@ def test_a_model_that_does_not_fit_reports_what_it_needs(
     command.models("json")
     mixtral = next(m for m in json.loads(capsys.readouterr().out)["models"] if m["name"] == "mixtral-8x7b")
     assert (mixtral["fits"], mixtral["suggested_budget"]) == ("needs 7.4 GiB of memory", None)
-
-
-def test_available_memory_respects_container_limits(tmp_path: Path) -> None:
-    group = {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 600\nfile 50\n"}
-    for name, text in group.items():
-        put(tmp_path / name, text.encode())
-    assert machine._container_room(tmp_path) == 350
-    put(tmp_path / "memory.max", b"max\n")
-    assert machine._container_room(tmp_path) is None
-    assert machine._container_room(tmp_path / "none") is None
-    assert (machine.available_memory() or 0) > 0
 
 
 def test_an_unknown_output_lists_what_there_is() -> None:

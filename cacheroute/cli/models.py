@@ -16,6 +16,7 @@ from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install.machine import available_memory
 from cacheroute.model import catalogue, experts, gguf_file
 from cacheroute.model.catalogue import DiskModel, ModelEntry
+from cacheroute.model.experts import NotRoutableError
 
 GIB = 1024**3
 
@@ -69,14 +70,19 @@ def _rows(memory: int | None, disk: int) -> Iterator[Row]:
         yield _entry_row(entry, path, memory, disk)
     left_out = 0
     for model in (*catalogue.hub_models(), *catalogue.ollama_models(), *catalogue.lmstudio_models()):
-        if model.path.resolve() not in listed:
-            row = _disk_row(model, memory)
-            if row:
-                yield row
-            else:
-                left_out += 1
+        if model.path.resolve() in listed:
+            continue
+        try:
+            yield _disk_row(model, memory)
+        except UsageError as e:
+            left_out += 1
+            if not isinstance(e, NotRoutableError):
+                print(f"{model.name}: {e}", file=sys.stderr)
+        except CacherouteError as e:  # cut short, or there is no engine yet to read it
+            print(f"{model.name}: {e}", file=sys.stderr)
+            yield Row(model.name, model.name, model.nbytes, str(model.path))
     if left_out:
-        print(f"{left_out} more on this disk have no experts, or none that can be routed", file=sys.stderr)
+        print(f"{left_out} more on this disk have no experts, or none that can be used", file=sys.stderr)
 
 
 def _entry_row(entry: ModelEntry, path: Path | None, memory: int | None, disk: int) -> Row:
@@ -101,15 +107,10 @@ def _entry_row(entry: ModelEntry, path: Path | None, memory: int | None, disk: i
     )
 
 
-def _disk_row(model: DiskModel, memory: int | None) -> Row | None:
-    """None for a model without experts; a row of question marks for one that cannot be read."""
-    try:
-        gguf = gguf_file.read(model.path)
-        layout = experts.layout(gguf)
-    except UsageError:
-        return None
-    except CacherouteError:  # cut short, or there is no engine yet to read it
-        return Row(model.name, model.name, model.nbytes, str(model.path))
+def _disk_row(model: DiskModel, memory: int | None) -> Row:
+    """Raises NotRoutableError for a model without experts, CacherouteError for one that cannot be read."""
+    gguf = gguf_file.read(model.path)
+    layout = experts.layout(gguf)
     dense = gguf.nbytes - layout.all_expert_bytes
     fits, budget = _fit(layout.n_expert, layout.n_used, layout.expert_bytes, dense, memory)
     return Row(

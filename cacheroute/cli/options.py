@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cacheroute.errors import UsageError
+from cacheroute.files import read_text
 from cacheroute.install.machine import cores
 from cacheroute.routing.eviction import ONLINE
 from cacheroute.routing.strategies import Routing
@@ -71,8 +72,6 @@ def text(file: Path | None) -> str:
     if file is None:
         return files("cacheroute").joinpath("data/heldout.txt").read_text(encoding="utf-8")
     try:
-        return file.read_text(encoding="utf-8")
-    except OSError as e:
-        raise UsageError(f"{file} cannot be read ({e.strerror}).") from None
+        return read_text(file).decode("utf-8")
     except UnicodeDecodeError:
         raise UsageError(f"{file} is not UTF-8 text; convert it first.") from None

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cacheroute.errors import UsageError
 from cacheroute.evals import rows, text, tune
 from cacheroute.evals.loading import Source
 from cacheroute.evals.rows import Arm, PerplexityRow
@@ -63,9 +64,17 @@ def header(model: Path, source: Source) -> dict[str, Any]:
 
 
 def finished(lines: Iterable[dict[str, Any]]) -> dict[Arm, FrontierRow]:
-    """The rows in the lines of a results file."""
-    found = (FrontierRow(**{**line, "chunk_nll": tuple(line["chunk_nll"])}) for line in lines)
-    return {Arm(row.routing, row.eviction, row.budget, row.budget_experts): row for row in found}
+    """The rows in the lines of a results file. Raises UsageError for a line that is none."""
+    try:
+        found = [FrontierRow(**{**line, "chunk_nll": tuple(map(float, line["chunk_nll"]))}) for line in lines]
+        for row in found:
+            for field in fields(row):
+                value, text = getattr(row, field.name), "str" in str(field.type)
+                if field.name != "chunk_nll" and not isinstance(value, str if text else (int, float, type(None))):
+                    raise TypeError(f"{field.name} is {value!r}")
+        return {Arm(row.routing, row.eviction, row.budget, row.budget_experts): row for row in found}
+    except (KeyError, TypeError, ValueError) as e:
+        raise UsageError(f"The results file has a line that is no row of frontier ({e}); choose another or remove it.") from None
 
 
 def run(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import check_regular
 
 
 class ResultsFile:
@@ -26,6 +27,8 @@ class ResultsFile:
         self.lines: list[dict[str, Any]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                check_regular(path, "a results file")
             old = path.read_bytes() if path.exists() else b""
             whole = old[: old.rfind(b"\n") + 1]
             if old:
@@ -40,8 +43,10 @@ class ResultsFile:
     def _check(self, content: bytes, header: dict[str, Any]) -> None:
         try:
             found, *self.lines = (json.loads(line) for line in content.splitlines())
+            if not all(isinstance(line, dict) for line in self.lines):
+                raise ValueError("a line is no object")
             other = [k for k in header.keys() | found.keys() if found.get(k) != header.get(k)]
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise UsageError(f"{self.path} is not a results file of cacheroute; choose another name.") from None
         if other:
             key = sorted(other)[0]

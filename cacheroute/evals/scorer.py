@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import ExitStack, closing, contextmanager
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import loading, processes
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Cell, Job, Request, Runner, compute
@@ -214,4 +215,16 @@ def _kept_cells(model: Path, text: str) -> ResultsFile:
         "text": text,
     }
     name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
-    return ResultsFile(cache_dir() / "scores" / f"{name}.jsonl", header)
+    file = cache_dir() / "scores" / f"{name}.jsonl"
+    try:
+        kept = ResultsFile(file, header)
+        for line in kept.lines:
+            _from_json(line)
+        return kept
+    except (UsageError, KeyError, TypeError, ValueError, AttributeError):
+        print(f"{file} is damaged: what it kept is computed again.", file=sys.stderr)
+    try:
+        file.unlink()
+    except OSError as e:
+        raise CacherouteError(f"{file} is damaged and cannot be removed ({e.strerror}); remove it.") from None
+    return ResultsFile(file, header)

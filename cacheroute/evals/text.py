@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from cacheroute.errors import UsageError
+from cacheroute.files import check_regular, read_text
 
 DOCUMENT_BREAK = "\n\f\n"  # a line that holds only a form feed, as in data/heldout.txt
 
@@ -43,7 +44,7 @@ def read(path: Path | None, column: str = "text") -> str:
         elif path.suffix in (".jsonl", ".ndjson"):
             text = "\n\n".join(_jsonl(path, column))
         else:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path).decode("utf-8")
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror or e}).") from None
     except UnicodeDecodeError:
@@ -53,12 +54,12 @@ def read(path: Path | None, column: str = "text") -> str:
 
 def _jsonl(path: Path, column: str) -> list[str]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).decode("utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(f"{path}, line {number}, is not JSON.") from None
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             names = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
@@ -75,6 +76,7 @@ def _parquet(path: Path, column: str) -> list[str]:
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
         raise UsageError("Parquet files need pyarrow; install it with `pip install pyarrow`.") from None
+    check_regular(path, "a parquet file")
     try:
         names = pq.read_schema(path).names
         if column not in names:

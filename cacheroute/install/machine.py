@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -11,29 +13,101 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def available_memory() -> int | None:
+def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes of memory that a new program may use without pushing others out; None where the system does not tell.
 
-    Linux and Android: MemAvailable, or less inside a container with a limit. macOS: all of the memory.
+    Linux and Android: MemAvailable, or less where a limit leaves less: one of any cgroup that this process is in, v1 or v2, or
+    of `ulimit`. macOS: all of the memory. `root`: where proc and sys are, for tests.
     """
     try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
+        lines = (root / "proc/meminfo").read_text("ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError, IndexError):
         try:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, OSError, ValueError):
             return None
-    limit = _container_room(Path("/sys/fs/cgroup"))
-    return free if limit is None else min(free, limit)
+    return min([free, *_limits(root)])
 
 
-def _container_room(group: Path) -> int | None:
-    """What the limit of a cgroup (v2) leaves: its page cache can be taken back. None without a limit."""
+def _limits(root: Path) -> Iterator[int]:
+    """What each limit on this process leaves."""
+    for group in _groups(root):
+        room = _group_room(group)
+        if room is not None:
+            yield room
+    yield from _ulimit_room(root)
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """The folders of the memory cgroups of this process, v1 and v2, each with all that enclose it."""
     try:
-        limit = (group / "memory.max").read_text("ascii").strip()
-        used = int((group / "memory.current").read_text("ascii"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())
-        return None if limit == "max" else max(int(limit) - used + int(stat.get("file", 0)), 0)
+        mounts = (root / "proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
+        own = (root / "proc/self/cgroup").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return
+    # ID:CONTROLLERS:PATH; v2 has no controllers
+    paths = {
+        controller: p for _, cs, p in (line.split(":", 2) for line in own if line.count(":") > 1) for controller in cs.split(",")
+    }
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.split()
+        if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
+            continue
+        controller = "memory" if kind[0] == "cgroup" else ""
+        if controller not in paths or (controller and controller not in kind[2].split(",")):
+            continue
+        top = root / _unescaped(fields[4]).lstrip("/")
+        group = top / _below(paths[controller], _unescaped(fields[3]))
+        while group != top:
+            yield group
+            group = group.parent
+        yield top
+
+
+def _below(path: str, mounted: str) -> str:
+    """Where a group is below a mount of the group `mounted`; "" where the mount does not show it (a container's)."""
+    mounted = mounted.rstrip("/")
+    inside = path == mounted or path.startswith(mounted + "/")
+    return path[len(mounted) :].strip("/") if inside and ".." not in path.split("/") else ""
+
+
+def _unescaped(path: str) -> str:
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        path = path.replace(code, char)
+    return path
+
+
+def _group_room(group: Path) -> int | None:
+    """What the limits of one cgroup leave: its page cache can be taken back. None without a limit."""
+    try:
+        stat = {key: int(n) for key, n in (line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())}
     except (OSError, ValueError):
         return None
+    v2 = (group / "memory.current").exists()
+    cache = (
+        stat.get("file", 0) - stat.get("shmem", 0)
+        if v2
+        else stat.get("total_active_file", 0) + stat.get("total_inactive_file", 0)
+    )
+    rooms = []
+    for limit in ("memory.max", "memory.high") if v2 else ("memory.limit_in_bytes",):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            used = int((group / ("memory.current" if v2 else "memory.usage_in_bytes")).read_text("ascii"))
+            rooms.append(max(int((group / limit).read_text("ascii")) - used + cache, 0))
+    return min(rooms, default=None)
+
+
+def _ulimit_room(root: Path) -> Iterator[int]:
+    """What `ulimit -v` and `ulimit -d` leave this process; mapped files count for the first."""
+    try:
+        import resource
+
+        statm = [int(n) * os.sysconf("SC_PAGE_SIZE") for n in (root / "proc/self/statm").read_text("ascii").split()]
+        for limit, used in ((resource.RLIMIT_AS, statm[0]), (resource.RLIMIT_DATA, statm[5])):
+            soft, _ = resource.getrlimit(limit)
+            if soft != resource.RLIM_INFINITY:
+                yield max(soft - used, 0)
+    except (ImportError, OSError, ValueError, IndexError):
+        return

@@ -128,7 +128,7 @@ def run(call: list[str], env: Mapping[str, str] | None = None, on_line: Callable
     said: list[str] = []
     with subprocess.Popen(
         call,
-        env={**os.environ, "LC_ALL": "C", **(env or {})},
+        env={**_english(os.environ), **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -147,6 +147,16 @@ def run(call: list[str], env: Mapping[str, str] | None = None, on_line: Callable
                 os.killpg(process.pid, signal.SIGKILL)
             raise
     return process.returncode, "".join(said)
+
+
+def _english(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with messages in English, which we read, and characters as they were.
+
+    With LC_ALL=C, Python 3.11 and 3.12 cannot start in a virtual environment whose .pth files name a folder with an accent.
+    """
+    env = {name: value for name, value in environment.items() if name not in ("LC_ALL", "LANGUAGE")}
+    characters = environment.get("LC_ALL") or environment.get("LC_CTYPE") or environment.get("LANG")
+    return {**env, "LC_MESSAGES": "C", **({"LC_CTYPE": characters} if characters else {})}
 
 
 def unpack(sdist: Path, into: Path, only: set[str] | None = None) -> Path:

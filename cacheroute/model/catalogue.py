@@ -5,6 +5,7 @@ Reads directories and small JSON files only: it opens no model and no connection
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import functools
@@ -39,6 +40,7 @@ BLOCKS = {
 }
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
+_DIGEST = re.compile(r"\w+[:-]\w+")
 _HUB_NAME = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+?)(?::(?P<file>.+))?$")
 
 
@@ -246,19 +248,32 @@ def hub_file(repository: str, pattern: str) -> Path | None:
 
 def _snapshots(folder: Path) -> list[Path]:
     try:
-        main = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+        main = _small(folder / "refs" / "main").decode("utf-8", "replace").strip()
     except OSError:
         main = ""
     try:
-        found = [p for p in (folder / "snapshots").iterdir() if p.is_dir()]
+        found = [(p.name == main, p.stat().st_mtime, p) for p in (folder / "snapshots").iterdir() if p.is_dir()]
     except OSError:
         return []
-    return sorted(found, key=lambda p: (p.name == main, p.stat().st_mtime), reverse=True)
+    return [p for _, _, p in sorted(found, reverse=True)]
+
+
+def _small(path: Path) -> bytes:
+    """A file of a few lines, as those that describe models are. Raises OSError for what is none: a pipe would not end."""
+    if not path.is_file():
+        raise FileNotFoundError(str(path))
+    with path.open("rb") as file:
+        return file.read(1 << 20)
 
 
 def _complete(folder: Path) -> list[str]:
     """GGUF files under a folder, relative; split models only with all their shards; dangling links left out."""
-    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*.gguf") if p.is_file()]
+    names = [
+        (Path(at).relative_to(folder) / name).as_posix()
+        for at, _, found in os.walk(folder)  # which leaves out what it may not read
+        for name in found
+        if name.endswith(".gguf") and (Path(at) / name).is_file()
+    ]
     return [n for n in names if not (m := _SHARD.search(n)) or len(shards(n, names)) == int(m[2])]
 
 
@@ -271,7 +286,7 @@ def hub_models() -> Iterator[DiskModel]:
             for name in first_shards(names):
                 if name not in seen:
                     seen.add(name)
-                    yield _disk_model(f"hf:{repository}:{name}", snapshot, name, names)
+                    yield from _disk_model(f"hf:{repository}:{name}", snapshot, name, names)
 
 
 def lmstudio_models() -> Iterator[DiskModel]:
@@ -279,11 +294,13 @@ def lmstudio_models() -> Iterator[DiskModel]:
     for root in (Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"):
         names = _complete(root) if root.is_dir() else []
         for name in first_shards(names):
-            yield _disk_model(f"lmstudio:{name}", root, name, names)
+            yield from _disk_model(f"lmstudio:{name}", root, name, names)
 
 
-def _disk_model(name: str, root: Path, first: str, names: list[str]) -> DiskModel:
-    return DiskModel(name, root / first, sum((root / n).stat().st_size for n in shards(first, names)))
+def _disk_model(name: str, root: Path, first: str, names: list[str]) -> Iterator[DiskModel]:
+    """None where a file has just gone."""
+    with contextlib.suppress(OSError):
+        yield DiskModel(name, root / first, sum((root / n).stat().st_size for n in shards(first, names)))
 
 
 def ollama_models() -> Iterator[DiskModel]:
@@ -306,11 +323,11 @@ def ollama_models() -> Iterator[DiskModel]:
 
 def _ollama_blob(root: Path, manifest: Path) -> Path | None:
     try:
-        layers = json.loads(manifest.read_bytes())["layers"]
-        digests = [layer["digest"] for layer in layers if layer["mediaType"].endswith("image.model")]
-    except (OSError, ValueError, KeyError, TypeError):
+        layers = json.loads(_small(manifest))["layers"]
+        digests = [layer["digest"] for layer in layers if str(layer["mediaType"]).endswith("image.model")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # half-written or of a later format: not ours to judge
-    if len(digests) != 1:
+    if len(digests) != 1 or not _DIGEST.fullmatch(str(digests[0])):
         return None
     blob = root / "blobs" / str(digests[0]).replace(":", "-")
     return blob if blob.is_file() else None

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheroute.errors import UsageError
+from cacheroute.model import checks
 from cacheroute.model.gguf_file import GgufFile
 
-# Separate gate/up/down or merged gate_up.
-_EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight$")
+# In the order in which a token uses them, whatever that of the file is: separate gate, up, down or merged gate_up, down.
+_USE = {"gate": 0, "gate_up": 0, "up": 1, "down": 2}
 _OLD_EXPERT_TENSOR = re.compile(r"^blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight$")
 
 # Architectures of this llama.cpp that the hook cannot serve, and why.
@@ -18,6 +19,10 @@ _UNSUPPORTED = {
     "granite-switch": "it chooses its experts outside build_moe_ffn, where no hook reaches",
     "grovemoe": "it chooses from two banks of experts in one layer",
 }
+
+
+class NotRoutableError(UsageError):
+    """A model in order that has no experts, or none that can be routed."""
 
 
 @dataclass(frozen=True)
@@ -82,30 +87,44 @@ class ExpertLayout:
 
 
 def layout(gguf: GgufFile) -> ExpertLayout:
-    """Raises UsageError for a model without experts, or with experts that the hook cannot reach."""
+    """Raises NotRoutableError for a model without experts that the hook can reach, UsageError for one that cannot be loaded."""
     arch, path = gguf.architecture, gguf.paths[0]
-    tensors: dict[int, list[ExpertTensor]] = {}
-    n_expert = int(gguf.metadata.get(f"{arch}.expert_count", 0))
-    # layers that predict further tokens come last; llama.cpp does not run them
-    blocks = int(gguf.metadata.get(f"{arch}.block_count", 0)) - int(gguf.metadata.get(f"{arch}.nextn_predict_layers", 0))
-    for t in gguf.tensors:
-        match = _EXPERT_TENSOR.match(t.name)
-        if match and int(match[1]) >= blocks:
-            continue
-        if match and n_expert:
-            tensors.setdefault(int(match[1]), []).append(ExpertTensor(t.name, t.type, t.file, t.offset, t.nbytes // n_expert))
-        elif _OLD_EXPERT_TENSOR.match(t.name):
-            raise UsageError(f"{path} keeps each expert in a tensor of its own, a format of 2023; convert the model again.")
-    if not tensors:
-        raise UsageError(f"{path} is a dense model ({arch}): it has no experts, so there is nothing to route.")
-    if arch in _UNSUPPORTED:
-        raise UsageError(f"{path}: the architecture {arch} is not supported, {_UNSUPPORTED[arch]}.")
+    _check_routable(gguf)
+    checks.check(gguf)
+    n_expert = int(gguf.metadata[f"{arch}.expert_count"])
     n_used = gguf.metadata.get(f"{arch}.expert_used_count")
-    if not isinstance(n_used, int) or isinstance(n_used, bool) or not 0 < n_used <= n_expert:
-        raise UsageError(f"{path} does not give one number of experts used by all layers; this is not supported.")
+    if not isinstance(n_used, int):
+        raise NotRoutableError(f"{path} does not give one number of experts used by all layers; this is not supported.")
+    found: dict[int, list[tuple[int, ExpertTensor]]] = {}
+    for t in gguf.tensors:
+        match = checks.EXPERT_TENSOR.match(t.name)
+        if match and int(match[1]) < _blocks_that_run(gguf):
+            tensor = ExpertTensor(t.name, t.type, t.file, t.offset, t.nbytes // n_expert)
+            found.setdefault(int(match[1]), []).append((_USE[match[2]], tensor))
+    if not found:
+        raise UsageError(f"{path} cannot be loaded: none of its {_blocks_that_run(gguf)} blocks that run has experts.")
     floats = {t.name: t.shape[0] for t in gguf.tensors if t.type == "f32"}
-    layers = tuple(ExpertLayer(i, tuple(ts), _router(i, floats)) for i, ts in sorted(tensors.items()))
+    layers = tuple(
+        ExpertLayer(i, tuple(t for _, t in sorted(ts, key=lambda pair: pair[0])), _router(i, floats))
+        for i, ts in sorted(found.items())
+    )
     return ExpertLayout(gguf.paths, arch, n_expert, n_used, layers, str(gguf.metadata.get("general.name", "")))
+
+
+def _blocks_that_run(gguf: GgufFile) -> int:
+    """Layers that predict further tokens come last; llama.cpp does not run them."""
+    blocks, further = (gguf.metadata.get(f"{gguf.architecture}.{key}", 0) for key in ("block_count", "nextn_predict_layers"))
+    return int(blocks) - int(further)
+
+
+def _check_routable(gguf: GgufFile) -> None:
+    arch, path = gguf.architecture, gguf.paths[0]
+    if any(_OLD_EXPERT_TENSOR.match(t.name) for t in gguf.tensors):
+        raise NotRoutableError(f"{path} keeps each expert in a tensor of its own, a format of 2023; convert the model again.")
+    if not any(checks.EXPERT_TENSOR.match(t.name) for t in gguf.tensors) and not gguf.metadata.get(f"{arch}.expert_count"):
+        raise NotRoutableError(f"{path} is a dense model ({arch}): it has no experts, so there is nothing to route.")
+    if arch in _UNSUPPORTED:
+        raise NotRoutableError(f"{path}: the architecture {arch} is not supported, {_UNSUPPORTED[arch]}.")
 
 
 def _router(index: int, floats: dict[str, int]) -> RouterTensors | None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
 import re
+import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import check_regular
 
 Scalar = int | float | bool | str
 
@@ -35,6 +38,11 @@ _SCALARS: dict[int, tuple[str, type]] = {
     12: ("f64", ctypes.c_double),
 }
 
+_ARRAY, _STRING = 9, 8
+_MOST_ENTRIES = 2**31 - 1  # of keys and of tensors: llama.cpp counts them with an int
+_NUMBERS_KEPT = 4096  # of an array: those with a number for each layer, not a vocabulary's
+_TOKENS = "tokenizer.ggml.tokens"
+
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
@@ -52,11 +60,21 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The header of a model: its shards in order, scalar metadata of the first, tensors of all."""
+    """The header of a model: its shards in order, scalar metadata of the first, tensors of all.
+
+    kinds: the type of each key, as "u32" or "str"; "[u32]" of an array.
+    lengths: of the arrays.
+    lists: the arrays of numbers that are no longer than a number for each layer.
+    duplicate_token: one that the vocabulary has twice; None without such.
+    """
 
     paths: tuple[Path, ...]
     metadata: dict[str, Scalar]
     tensors: tuple[TensorInfo, ...]
+    kinds: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
+    lists: dict[str, tuple[int | float, ...]] = field(default_factory=dict)
+    duplicate_token: str | None = None
 
     @property
     def architecture(self) -> str:
@@ -84,6 +102,10 @@ def _library() -> ctypes.CDLL:
         ("gguf_get_n_kv", i64, [p]),
         ("gguf_get_key", name, [p, i64]),
         ("gguf_get_kv_type", ctypes.c_int, [p, i64]),
+        ("gguf_get_arr_type", ctypes.c_int, [p, i64]),
+        ("gguf_get_arr_n", ctypes.c_size_t, [p, i64]),
+        ("gguf_get_arr_data", p, [p, i64]),
+        ("gguf_get_arr_str", name, [p, i64, ctypes.c_size_t]),
         ("gguf_get_data_offset", ctypes.c_size_t, [p]),
         ("gguf_get_n_tensors", i64, [p]),
         ("gguf_get_tensor_name", name, [p, i64]),
@@ -122,34 +144,81 @@ def _silence(lib: ctypes.CDLL) -> Iterator[None]:
 def read(path: str | os.PathLike[str]) -> GgufFile:
     """Reads the header of `path`, the only or the first shard of a model.
 
-    Raises UsageError where there is no such file, it is no GGUF, not the first shard, or a shard is missing;
-    CacherouteError where tensor data ends early.
+    Raises UsageError where there is no such file, it is no GGUF, not the first shard, or a shard is missing or of another
+    model; CacherouteError where tensor data ends early.
     """
     first = Path(path)
-    _check_readable(first)
-    metadata, tensors = _read_one(first, 0)
-    paths = [first]
-    count = int(metadata.get("split.count", 1))
-    if count > 1:
-        paths = _shards(first, int(metadata.get("split.no", 0)), count)
-        for i, shard in enumerate(paths[1:], start=1):
-            _check_readable(shard)
-            tensors += _read_one(shard, i)[1]
-    return GgufFile(tuple(paths), metadata, tuple(tensors))
+    head = _read_one(first, 0)
+    count = _count(head, "split.count", 1)
+    if count < 2:
+        return _joined([first], [head])
+    paths = _shards(first, _count(head, "split.no", 0), count)
+    heads = [head]
+    for i, shard in enumerate(paths[1:], start=1):
+        heads.append(_read_one(shard, i))
+        _check_shard(shard, i, heads[-1], head)
+    whole = _joined(paths, heads)
+    stated = head.metadata.get("split.tensors.count")
+    if isinstance(stated, int) and stated != len(whole.tensors):
+        raise UsageError(
+            f"{first} names {stated} tensors (split.tensors.count) and its shards have {len(whole.tensors)}: "
+            "one of them is of another model; download them again."
+        )
+    return whole
 
 
-def _check_readable(path: Path) -> None:
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory; give the path of a .gguf file.")
+def _joined(paths: list[Path], heads: list[GgufFile]) -> GgufFile:
+    """One model of its shards; what the first says counts."""
+    tensors = tuple(t for head in heads for t in head.tensors)
+    names = {t.name for t in tensors}
+    if len(names) != len(tensors):
+        seen: set[str] = set()
+        twice = next(t for t in tensors if t.name in seen or seen.add(t.name))  # type: ignore[func-returns-value]
+        raise UsageError(
+            f"{paths[twice.file]} has the tensor {twice.name}, which another shard has too; download the shards again."
+        )
+    return dataclasses.replace(heads[0], paths=tuple(paths), tensors=tensors)
+
+
+def _count(head: GgufFile, key: str, default: int) -> int:
+    value = head.metadata.get(key, default)
+    if key in head.kinds and head.kinds[key] != "u16":
+        raise UsageError(f"{head.paths[0]}: the key {key} is no number of shards (u16); download the file again.")
+    return int(value)
+
+
+def _check_shard(path: Path, number: int, head: GgufFile, first: GgufFile) -> None:
+    """Raises UsageError for a file that is not shard `number` of the model of `first`."""
+    if head.kinds.get("split.no") != "u16" or head.metadata["split.no"] != number:
+        raise UsageError(f"{path} is not shard {number + 1} of its model, as its name says (split.no); download it again.")
+    for key in ("split.count", "split.tensors.count", "general.architecture", "general.name"):
+        ours, others = head.metadata.get(key), first.metadata.get(key)
+        if ours is not None and others is not None and ours != others:
+            raise UsageError(f"{path} is a shard of another model: its {key} is {ours}, not {others}; download it again.")
+
+
+def _check_start(path: Path) -> None:
+    """The first bytes, before llama.cpp's reader sees the file: what it is, for which machine, and whether its counts can be."""
+    check_regular(path, "a model", missing="`cacheroute models` lists the models that are here.")
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise UsageError(f"There is no file {path}; `cacheroute models` lists the models that are here.") from None
+            start = file.read(24)
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
-    if magic != b"GGUF":
+    if not start:
+        raise UsageError(f"{path} is empty; download it again.")
+    if start[:4] != b"GGUF":
         raise UsageError(f"{path} is not a GGUF file.")
+    if len(start) < 24:
+        raise UsageError(f"The header of {path} is damaged: the file ends after {len(start)} bytes; download it again.")
+    version, tensors, keys = struct.unpack("<IQQ", start[4:])
+    if version and not version & 0xFFFF:
+        raise UsageError(f"{path} is a GGUF for big-endian machines; get the one for little-endian machines.")
+    if version not in (2, 3):
+        raise UsageError(f"{path} is a GGUF of version {version} and this build reads 2 and 3; convert the model again.")
+    for what, n in (("tensors", tensors), ("keys", keys)):
+        if n > _MOST_ENTRIES:
+            raise UsageError(f"The header of {path} is damaged: it claims {n} {what}; download the file again.")
 
 
 def _shards(first: Path, number: int, count: int) -> list[Path]:
@@ -164,43 +233,80 @@ def _shards(first: Path, number: int, count: int) -> list[Path]:
     return paths
 
 
-def _read_one(path: Path, file: int) -> tuple[dict[str, Scalar], list[TensorInfo]]:
+def _read_one(path: Path, file: int) -> GgufFile:
+    """The header of one file, which is shard `file`."""
+    _check_start(path)
     lib = _library()
     with _silence(lib):
         handle = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
     if not handle:
         raise UsageError(f"The header of {path} is damaged or of a version this build does not read; download the file again.")
     try:
-        metadata: dict[str, Scalar] = {}
-        for i in range(lib.gguf_get_n_kv(handle)):
-            kind = lib.gguf_get_kv_type(handle, i)
-            if kind in _SCALARS:
-                value = getattr(lib, f"gguf_get_val_{_SCALARS[kind][0]}")(handle, i)
-                metadata[lib.gguf_get_key(handle, i).decode()] = (
-                    value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-                )
-        start = lib.gguf_get_data_offset(handle)
-        tensors = []
-        for i in range(lib.gguf_get_n_tensors(handle)):
-            shape = lib.gguf_get_tensor_ne(handle, i)[:4]
-            while len(shape) > 1 and shape[-1] == 1:
-                shape.pop()
-            tensors.append(
-                TensorInfo(
-                    name=lib.gguf_get_tensor_name(handle, i).decode(),
-                    shape=tuple(shape),
-                    type=lib.ggml_type_name(lib.gguf_get_tensor_type(handle, i)).decode(),
-                    file=file,
-                    offset=start + lib.gguf_get_tensor_offset(handle, i),
-                    nbytes=lib.gguf_get_tensor_size(handle, i),
-                )
-            )
+        head = _header(lib, handle, path, file)
     finally:
         lib.gguf_free(handle)
-    size, needed = path.stat().st_size, max((t.offset + t.nbytes for t in tensors), default=0)
+    size, needed = path.stat().st_size, max((t.offset + t.nbytes for t in head.tensors), default=0)
     if needed > size:
         raise CacherouteError(f"{path} is cut short: {needed} bytes are needed and {size} are there; download it again.")
-    return metadata, tensors
+    return head
+
+
+def _header(lib: ctypes.CDLL, handle: int, path: Path, file: int) -> GgufFile:
+    """What the library has read, as values of Python."""
+    metadata: dict[str, Scalar] = {}
+    kinds: dict[str, str] = {}
+    lengths: dict[str, int] = {}
+    lists: dict[str, tuple[int | float, ...]] = {}
+    duplicate = None
+    for i in range(lib.gguf_get_n_kv(handle)):
+        key, kind = _text(lib.gguf_get_key(handle, i)), lib.gguf_get_kv_type(handle, i)
+        if kind in _SCALARS:
+            kinds[key] = _SCALARS[kind][0]
+            value = getattr(lib, f"gguf_get_val_{kinds[key]}")(handle, i)
+            metadata[key] = _text(value) if isinstance(value, bytes) else value
+        elif kind == _ARRAY:
+            element, n = lib.gguf_get_arr_type(handle, i), lib.gguf_get_arr_n(handle, i)
+            suffix, ctype = _SCALARS.get(element, ("?", ctypes.c_uint8))
+            kinds[key], lengths[key] = f"[{suffix}]", n
+            if element == _STRING:
+                duplicate = _duplicate(lib, handle, i, n) if key == _TOKENS else duplicate
+            elif n <= _NUMBERS_KEPT:
+                data = lib.gguf_get_arr_data(handle, i)
+                lists[key] = tuple((ctype * n).from_address(data)) if n else ()
+    start = lib.gguf_get_data_offset(handle)
+    tensors = []
+    for i in range(lib.gguf_get_n_tensors(handle)):
+        shape = lib.gguf_get_tensor_ne(handle, i)[:4]
+        while len(shape) > 1 and shape[-1] == 1:
+            shape.pop()
+        tensors.append(
+            TensorInfo(
+                name=_text(lib.gguf_get_tensor_name(handle, i)),
+                shape=tuple(shape),
+                type=lib.ggml_type_name(lib.gguf_get_tensor_type(handle, i)).decode(),
+                file=file,
+                offset=start + lib.gguf_get_tensor_offset(handle, i),
+                nbytes=lib.gguf_get_tensor_size(handle, i),
+            )
+        )
+    return GgufFile((path,), metadata, tuple(tensors), kinds, lengths, lists, duplicate)
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
+
+
+def _duplicate(lib: ctypes.CDLL, handle: int, key: int, n: int) -> str | None:
+    """A token that the vocabulary has twice. Empty ones do not count: llama.cpp gives each a name of its own."""
+    seen: set[bytes] = set()
+    entry = lib.gguf_get_arr_str
+    for i in range(n):
+        token = entry(handle, key, i)
+        if token in seen:
+            return _text(token)
+        if token:
+            seen.add(token)
+    return None
 
 
 def fingerprint(path: Path) -> str:

@@ -121,6 +121,7 @@ def _fetch(hub: ModuleType, repository: str, file: HubFile, revision: str) -> Pa
         if file.sha256 and not by_xet and not (blobs / file.sha256).exists():
             blobs.mkdir(parents=True, exist_ok=True)
             _transfer(hub, repository, file, revision, blobs)
+        _check_size(blobs / file.sha256 if file.sha256 else None, file)
         # links the blob into a snapshot, or fetches a file that has no sha256 or is too large for us
         path = Path(hub.hf_hub_download(repository, file.name, endpoint=_endpoint(), cache_dir=cache))
     except CacherouteError:
@@ -192,6 +193,12 @@ def _check(path: Path, file: HubFile) -> None:
             f"{file.name} arrived damaged: {size} of {file.nbytes} bytes, and not the sha256 that the hub names; "
             f"it is kept as {path}: delete that file and pull again."
         )
+
+
+def _check_size(blob: Path | None, file: HubFile) -> None:
+    """Raises CacherouteError for a blob of the cache that somebody has cut short or filled with something else."""
+    if blob is not None and blob.exists() and (not blob.is_file() or blob.stat().st_size != file.nbytes):
+        raise CacherouteError(f"{file.name} is damaged in the hub cache; delete {blob} and pull again.")
 
 
 def _is_answer(e: Exception) -> bool:

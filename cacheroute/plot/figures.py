@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheroute.errors import UsageError
+from cacheroute.files import check_regular
 from cacheroute.plot import bench_bars
 from cacheroute.plot.chart import Chart
 from cacheroute.trace import trace_file
@@ -103,6 +104,7 @@ def chart(files: Sequence[Path], kind: str = "", layer: int | None = None) -> Ch
 
 
 def _is_trace(path: Path) -> bool:
+    check_regular(path, "a file to plot")
     try:
         with path.open("rb") as f:
             return FORMAT.encode() in f.read(64)
@@ -118,7 +120,7 @@ def read_rows(path: Path) -> list[Row]:
 def _rows(path: Path, content: list[dict[str, Any]]) -> list[Row]:
     try:
         found = [row for raw in content if (row := _row(raw))]
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, OverflowError) as e:
         raise _strange(path, e) from None
     if not found:
         raise UsageError(f"{path} does not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them.")
@@ -133,7 +135,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """What a json, jsonl or csv file holds: rows, and perhaps a header. Raises UsageError when it is none of them."""
     try:
         raws = _raw_rows(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, csv.Error) as e:
+    except (ValueError, TypeError, csv.Error, RecursionError) as e:
         raise _strange(path, e) from None
     if not all(isinstance(raw, dict) for raw in raws):
         raise _strange(path, TypeError("no names of fields"))

@@ -72,7 +72,7 @@ def load(path: Path) -> TunedRouting:
         )
     except KeyError as e:
         raise UsageError(f"{path} is a tuned routing without {e}; make it again.") from None
-    except (TypeError, ValueError, AttributeError) as e:
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
         raise UsageError(f"{path} is a tuned routing with a value that cannot be ({e}); make it again.") from None
     if not tuned.layers or len(tuned.parameters) != len(tuned.layers):
         raise UsageError(f"{path} has parameters for {len(tuned.parameters)} of {len(tuned.layers)} layers; make it again.")

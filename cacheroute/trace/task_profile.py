@@ -79,7 +79,7 @@ def load(path: Path) -> TaskProfile:
             tokens=int(content["tokens"]),
             uses=tuple(tuple(int(n) for n in row) for row in content["uses"]),
         )
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise UsageError(f"{path} is a damaged task profile ({e}); make it again.") from None
     if len(profile.uses) != len(profile.layers) or any(len(row) != profile.n_expert for row in profile.uses):
         raise UsageError(f"{path} is a damaged task profile; make it again.")

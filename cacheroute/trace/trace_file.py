@@ -182,6 +182,7 @@ def _encode(header: Header, dtype: np.dtype[np.void]) -> bytes:
 
 def read(path: Path) -> Trace:
     """Maps a trace into memory. Raises UsageError for a file that is none, of another version, damaged, or without a token."""
+    files.check_regular(path, "a trace")
     try:
         with path.open("rb") as file:
             line = file.readline(1 << 20)
@@ -204,7 +205,7 @@ def read(path: Path) -> Trace:
 def _decode(path: Path, line: bytes) -> tuple[Header, bool]:
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"{path} is not a trace; `cacheroute trace` makes one.")
@@ -223,7 +224,7 @@ def _decode(path: Path, line: bytes) -> tuple[Header, bool]:
             budget_experts=int(content["budget_experts"]),
         )
         stored = np.dtype([tuple(field) for field in content["dtype"]])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UsageError(f"{path} has a damaged header; trace again.") from None
     with_mass = "mass" in (stored.names or ())
     fits = 0 < header.n_used <= header.n_expert and 0 < len(header.layers) == len(header.expert_bytes)
