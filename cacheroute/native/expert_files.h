@@ -37,13 +37,13 @@ class ExpertFiles {
     const std::vector<size_t> &       tensors_of(int layer) const { return layers_[size_t(layer)]; }
     size_t                            index(size_t tensor, int32_t e) const { return tensor * size_t(n_expert_) + size_t(e); }
 
-    // Which expert of which tensor lies at that address of the mapping. False: none of ours.
+    // Which expert of which tensor lies at that address of the mapping. False: none of these files.
     bool locate(const void * address, size_t & tensor, int32_t & e) const;
 
     PageRun                      pages(size_t tensor, int first, int n) const; // that these experts touch in the mapping
     const std::vector<PageRun> & all_pages() const { return all_; }            // of all expert tensors, each once
 
-    // Bytes of a range of memory that are there as the kernel says (mincore); UNKNOWN_BYTES where it does not tell.
+    // Bytes of a range of memory that are there as the kernel says (mincore); UNKNOWN_BYTES where it is not reliable.
     uint64_t in_memory(const void * address, uint64_t bytes) const;
 
   private:

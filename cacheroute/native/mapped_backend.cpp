@@ -34,7 +34,7 @@ class MappedBackend final : public Backend {
         for (const PageRun & r : files_.all_pages()) madvise(r.address, r.bytes, MADV_RANDOM);
         for (int fd : files_.descriptors()) {
             struct stat s {};
-            // to others, who could not write it either, the kernel says of every page that it is in memory
+            // for a file of another user that may not be written, the kernel reports every page as in memory
             mincore_reliable_ = mincore_reliable_ && fstat(fd, &s) == 0 && (geteuid() == 0 || geteuid() == s.st_uid);
         }
     }
@@ -42,14 +42,14 @@ class MappedBackend final : public Backend {
     int      n_readers() const override { return N_READERS; }
     uint64_t piece_bytes() const override { return PIECE; }
 
-    // Notes the pages that no resident expert has, and tells the device of all of them at once.
+    // Notes the pages that no resident expert has, and asks the device for all of them at once.
     PageRun admit(size_t tensor, int32_t e, Urgency urgency) override {
         PageRun unread = files_.pages(tensor, e, 1);
         shared_pages(tensor, e, unread, [&](uintptr_t page) {
             if (users_[page]++ > 0) cut_page(unread, page);
         });
         resident_bytes_ += unread.bytes;
-        if (urgency == Urgency::prefetch) return unread; // may be cancelled, and nothing stops a device that has been told
+        if (urgency == Urgency::prefetch) return unread; // may be cancelled, and a request to the device cannot be
         for (uint64_t at = 0; at < unread.bytes; at += PIECE) {
             madvise(unread.address + at, std::min(PIECE, unread.bytes - at), MADV_WILLNEED);
         }
@@ -82,7 +82,7 @@ class MappedBackend final : public Backend {
 
     int read(const PageRun & r) override {
 #ifdef __linux__
-        madvise(r.address, r.bytes, MADV_WILLNEED); // in one piece what the device has not been told yet
+        madvise(r.address, r.bytes, MADV_WILLNEED); // in one request what has not been asked for yet
         if (madvise(r.address, r.bytes, MADV_POPULATE_READ) == 0) return 0;
 #endif
         for (uint64_t at = 0; at < r.bytes; at += files_.page_bytes()) {
@@ -116,7 +116,7 @@ class MappedBackend final : public Backend {
     }
 
   private:
-    // Calls f for the first and the last page of an expert where it has them only in part: neighbours have them, too. f may cut
+    // Calls f for the first and the last page of an expert where it covers them only in part: neighbours share them. f may cut
     // pages off `run`.
     template <typename F> void shared_pages(size_t tensor, int32_t e, const PageRun & run, F f) const {
         const ExpertTensor & t    = files_.tensors()[tensor];
@@ -151,7 +151,7 @@ class MappedBackend final : public Backend {
 
     const ExpertFiles &                     files_;
     bool                                    mincore_reliable_ = true;
-    std::unordered_map<uintptr_t, uint32_t> users_; // resident experts that have a page which is not one's alone
+    std::unordered_map<uintptr_t, uint32_t> users_; // number of resident experts on each page that experts share
     std::vector<std::pair<size_t, int32_t>> leaving_;
     std::atomic<uint64_t>                   resident_bytes_{0};
 };
