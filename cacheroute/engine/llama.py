@@ -41,18 +41,18 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         model_path: a GGUF file, or the first shard of a split one.
         budget: "50%" or 30 (of the experts of each layer), "2GiB" (all layers together), "all".
         routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); None leaves the hook unset: experts are
-            mapped and left to the kernel, and the budget is nobody's.
+            mapped and left to the kernel, and the budget is not enforced.
         eviction: "lru", "lfu", "score" or "soft-lfu".
         io: how misses are read; "mmap" (through the page cache) or "direct" (past it, where the filesystem can), "auto"
-            (the faster one, measured once for each filesystem and said on stderr), "none" (misses are counted, memory is left to
+            (the faster one, measured once for each filesystem and shown on stderr), "none" (misses are counted, memory is left to
             the kernel: scores and counts are the same, sooner, where the model fits).
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
         prefetch: while a layer computes on a decoded token, up to so many experts are read that the next layer would miss if its
             router were given this layer's hidden state. They take memory beside the budget; what is chosen stays the same.
         Everything else: as llama_cpp.Llama.
 
-    Policies act on decoded tokens; prompts are routed by `original`. Tokens of generate() and everything above it are told
-    apart; tokens given to eval() directly are prompt, except within `decoding()`.
+    Policies act on decoded tokens; prompts are routed by `original`. generate() and everything above it know which tokens are
+    decoded; tokens given to eval() directly are prompt, except within `decoding()`.
 
     Routing state belongs to a sequence: reset() and, with a lossy routing, any generate() that does not continue the
     tokens already evaluated start from an empty cache, so that a run can be repeated exactly.
@@ -84,7 +84,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         settings = self._settings(budget, routing, eviction, io, prefetch)
         for name in ("use_mmap", "use_mlock", "lazy_mode"):
             if name in kwargs:
-                raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
+                raise UsageError(f"{name} cannot be set: experts are always mapped and dense weights are always read.")
         try:
             super().__init__(str(model_path), use_mmap=False, lazy_mode=_LAZY_MODE_EXPERTS, **kwargs)
         except ValueError as e:
@@ -100,7 +100,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         io: str = "mmap",
         prefetch: int = 0,
     ) -> None:
-        """Changes the settings of a loaded model: no expert is resident, the sequence is forgotten, counters start at 0."""
+        """Changes the settings of a loaded model: experts are evicted, the sequence is cleared, counters start at 0."""
         settings = self._settings(budget, routing, eviction, io, prefetch)
         self._detach()
         self._attach(*settings)
@@ -139,7 +139,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         layer_of = (ctypes.c_int32 * len(ids))(*ids)
         store, self.io = stores.open_store(io, layout, self._address)
         self._hook = bindings.checked(bindings.lib.cr_hook_new, shape, per_layer, layer_of, len(ids), store)
-        bindings.lib.cr_hook_reset(self._hook)  # what the page cache holds of the experts is not ours to count on
+        bindings.lib.cr_hook_reset(self._hook)  # experts that the page cache holds already would not count as misses
         if policy:
             self._policy = policy
             bindings.lib.cr_hook_set_policy(self._hook, policy.callback, None)
@@ -178,7 +178,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._hook = self._policy = None
 
     def close(self) -> None:
-        """Frees the model. The hook goes first: it works on the model's mappings."""
+        """Frees the hook, which uses the model's mappings, then the model."""
         self._detach()
         super().close()
 
@@ -209,7 +209,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def eval(self, tokens: Sequence[int]) -> None:
         """As llama_cpp.Llama.eval.
 
-        Raises CacherouteError when the context is full, or when the model does not do what its file says.
+        Raises CacherouteError when the context is full, or when the model routes in another way than its header says.
         """
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise CacherouteError(
@@ -233,7 +233,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                 self._trace_sink(self._take_trace())
 
     def reset(self) -> None:
-        """Forgets the sequence and, with it, which experts are resident."""
+        """Clears the sequence and evicts all experts."""
         super().reset()
         if self._hook is not None and not self._untouched:
             bindings.lib.cr_hook_reset(self._hook)
@@ -242,7 +242,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._warm()
 
     def rewind(self) -> None:
-        """Forgets the tokens; experts stay in memory."""
+        """Clears the tokens; experts stay in memory."""
         super().reset()
 
     def checkpoint(self, *, sequence: bool = False) -> Checkpoint:
@@ -251,10 +251,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         return Checkpoint(self._hook, [int(t) for t in self.input_ids[: self.n_tokens]], state)
 
     def return_to(self, mark: Checkpoint) -> None:
-        """Goes on after the tokens of a checkpoint of the same budget and eviction; the routing may be another. Counters go on.
+        """Resumes after the tokens of a checkpoint of the same budget and eviction; the routing may differ. Counters stay.
 
-        Without its `sequence`, those tokens must still be the first ones here, and the model must not be recurrent, as its state
-        has no past. Not for a policy in Python, whose state is its own. Raises CacherouteError for what does not fit.
+        Without its `sequence`, those tokens must still be the first ones here, and the model must not be recurrent: its state
+        cannot be cut back. Not for a policy in Python, which keeps its own state. Raises CacherouteError for what does not fit.
         """
         mark.resume(self._hook)
         self._untouched = False
@@ -272,7 +272,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def warm(self, task: TaskProfile | None) -> None:
         """From now on every sequence starts with the experts that a task uses most in the cache; None: with an empty one.
 
-        Forgets the sequence. Raises UsageError when the profile is of another model.
+        Clears the sequence. Raises UsageError when the profile is of another model.
         """
         if task:
             task.check(self.layout)
@@ -287,9 +287,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._untouched = True
 
     def force(self, scores: ForcedScores | None) -> None:
-        """From now on layers rank these scores, a row for each token of a sequence, and not their own; None: their own again.
+        """From now on layers rank these scores, a row for each token of a sequence, instead of the model's; None: the model's.
 
-        What is generated says nothing then; gate weights stay the model's. Forgets what configure() forgets. Raises UsageError
+        The generated text is then meaningless; gate weights stay the model's. Resets what configure() resets. Raises UsageError
         for scores of another E or number of layers; eval() raises CacherouteError for a token that they do not have.
         """
         layout = self.layout
@@ -302,7 +302,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @contextlib.contextmanager
     def tracing(self, sink: Callable[[bytes], None]) -> Iterator[None]:
-        """Within it `sink` is given the records (trace.py) of every token, after each eval(); starts with a new sequence."""
+        """Within it `sink` is given the records (trace_file.py) of every token, after each eval(); starts with a new sequence."""
         if self._hook is None:
             raise UsageError("There is nothing to trace without a routing.")
         bindings.lib.cr_hook_trace(self._hook, 1)
@@ -360,12 +360,12 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         )
 
     def decoded_by_layer(self) -> list[Counters]:
-        """Counters of the decoded tokens, one per MoE layer; reads are not told apart by layer."""
+        """Counters of the decoded tokens, one per MoE layer; reads are not counted by layer."""
         return [self._layer_counters(i, prefill=False) for i in range(len(self.layout.layers))] if self._hook is not None else []
 
     def measure_resident(self) -> int | None:
-        """Bytes of expert tensors in memory as the kernel says (mincore), whole pages; None where it does not tell (a file
-        that belongs to somebody else)."""
+        """Bytes of expert tensors in memory by the kernel's count, whole pages; None where mincore is not reliable (a file
+        of another user)."""
         if self._hook is None:
             return None
         measured = int(bindings.lib.cr_hook_measure_resident(self._hook))

@@ -29,9 +29,9 @@ Arguments = tuple[Any, ...]
 
 
 def open_store(io: str, layout: ExpertLayout, address: Callable[[str], int | None]) -> tuple[int | None, str]:
-    """(handle, what `io` has become): None for "none", and for "auto" one of the others.
+    """(handle, the io in use): the handle is None for "none"; "auto" becomes one of the others.
 
-    `address`: where llama.cpp has mapped a tensor. Raises CacherouteError where it has not, and for what the filesystem cannot.
+    `address`: where llama.cpp has mapped a tensor. Raises CacherouteError where it has not, or where the filesystem cannot do it.
     """
     if io == NONE:
         return None, io
@@ -81,7 +81,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     Raises CacherouteError where one of them is not possible.
     """
     file = cache_dir() / "io.json"
-    # small experts lose more to whole pages and system calls: powers of two are told apart
+    # small experts lose more to whole pages and system calls: one measurement for each power of two
     key = f"{os.stat(layout.paths[0]).st_dev:x}:{layout.layers[0].expert_bytes.bit_length()}"
     known = _known(file)
     if known.get(key) in _NEW:
@@ -96,7 +96,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
             bindings.lib.cr_store_free(store)
     best = min(seconds, key=lambda name: seconds[name])
     told = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
-    _say(f"reads {best}: an expert takes {told}. Remembered in {file}.")
+    _say(f"reads {best}: an expert takes {told}. This is kept in {file}.")
     _remember(file, known | {key: best})
     return best
 
@@ -106,7 +106,7 @@ def _measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:
     lib, order = bindings.lib, random.Random(0)
     n = layout.n_used
     spent = dict.fromkeys(stores, 0.0)
-    lib.cr_store_clear(stores[MMAP])  # and whatever the page cache has
+    lib.cr_store_clear(stores[MMAP])  # empties the page cache, too
     done = 0
     while done < _ROUNDS and sum(spent.values()) < _SECONDS:
         layer = order.randrange(len(layout.layers))
@@ -129,7 +129,7 @@ def _known(file: Path) -> dict[str, Any]:
 
 
 def _remember(file: Path, known: dict[str, Any]) -> None:
-    """A cache that cannot be written is measured again the next time."""
+    """If the cache cannot be written, the next run measures again."""
     with contextlib.suppress(OSError, CacherouteError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, known, force=True)

@@ -12,7 +12,7 @@ def cores() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that a new program may use without pushing others out; None where the system does not tell.
+    """Bytes of memory that a new program may use without pushing others out; None where the system has no such figure.
 
     Linux and Android: MemAvailable, or less inside a container with a limit. macOS: all of the memory.
     """

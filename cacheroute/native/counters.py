@@ -15,7 +15,7 @@ class Counters:
     `tokens` are model tokens; `examined` slots = K x layers x tokens. A slot is a hit or a miss by the cache before its token,
     and `swapped` when it went to an expert outside the router's top-K. `held` sums the experts in the cache after each event.
     `read_bytes` are whole pages asked of the device. `prefetched` experts were read, wholly or in part, before their layer chose,
-    and `prefetch_used` of them then chosen: misses all the same. `hook_seconds` is what routing took, without `read_seconds`, of
+    and `prefetch_used` of them then chosen, which still count as misses. `hook_seconds` of routing, without `read_seconds`, of
     which `evict_seconds` are a part.
     """
 
