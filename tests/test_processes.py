@@ -57,7 +57,7 @@ def test_they_end_with_their_parent(tmp_path: Path, how: signal.Signals) -> None
     pytest.fail(f"process {pid} outlived its parent")
 
 
-def test_ctrl_c_is_the_parent_s() -> None:
+def test_ctrl_c_goes_to_the_parent_only() -> None:
     with processes.pool(1) as pool:
         pid = pool.submit(os.getpid).result()
         os.kill(pid, signal.SIGINT)

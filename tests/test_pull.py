@@ -297,7 +297,7 @@ def test_the_token_is_sent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.tokens == {"Bearer hf_secret"}
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CacherouteError, match=r"pip install 'cacheroute\[hub\]'"):
         pull.pull("hf:me/m-GGUF")

@@ -34,7 +34,7 @@ def device_bytes() -> int:
     """Bytes that this process has had fetched from storage."""
     nbytes = kernel_counters().device_bytes
     if nbytes is None:
-        pytest.skip("this kernel does not say what was read (/proc/self/io)")
+        pytest.skip("this kernel does not report what was read (/proc/self/io)")
     return nbytes
 
 

@@ -59,7 +59,7 @@ def test_a_trace_cut_short_is_readable(tmp_path: Path, cut: int) -> None:
     n = len(t.records) - (cut > 4)
     np.testing.assert_array_equal(again.records, t.records[:n])
     result = cacheroute("simulate", path, "--budget", "50%", "--routing", "original", "--eviction", "lru,belady", "-o", "json")
-    assert result.exit_code == 0 and "was cut short; what is there is replayed" in result.stderr
+    assert result.exit_code == 0 and "was cut short; its complete records are replayed" in result.stderr
     assert len(json.loads(result.stdout)) == 2
 
 
