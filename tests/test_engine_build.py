@@ -48,7 +48,7 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         self.cache = root / "cache"
-        self.cpu = root / "cpu"  # what the compiler says of this machine's CPU
+        self.cpu = root / "cpu"  # the compiler's macros for this machine's CPU
         self.compiler = root / "compiler"
         self.patch = root / "patches" / "0001-a.patch"
         self.sdist = root / "sdist.tar.gz"

@@ -1,4 +1,4 @@
-"""`cacheroute pull` against a stand-in of the hub on this machine: resume, checksums, shards, and what it says when it fails."""
+"""`cacheroute pull` against a stand-in of the hub on this machine: resume, checksums, shards, and error messages."""
 
 from __future__ import annotations
 
