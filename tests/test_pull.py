@@ -217,7 +217,7 @@ def test_an_interrupted_pull_is_resumed_by_another_process(hub: Hub, tmp_path: P
     finally:
         run.kill()
     assert run.returncode == 130 and out == ""
-    assert "run the same command to go on" in err and "Traceback" not in err
+    assert "run the same command to resume" in err and "Traceback" not in err
     (left,) = partial(tmp_path)
     have = left.stat().st_size
     assert 0 < have < len(data) and left.read_bytes() == data[:have]

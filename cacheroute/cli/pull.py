@@ -22,6 +22,6 @@ def pull(
     try:
         path = puller.pull(name)
     except KeyboardInterrupt:
-        print("\nstopped; run the same command to go on", file=sys.stderr)
+        print("\nstopped; run the same command to resume", file=sys.stderr)
         raise
     print(path)

@@ -223,4 +223,4 @@ def _failure(e: Exception, repository: str) -> CacherouteError:
         return CacherouteError(f"{e.filename} cannot be written ({e.strerror}); set HF_HUB_CACHE to another folder.")
     if _is_answer(e):
         return CacherouteError(f"{repository} cannot be fetched from {where}: {_reason(e)}.")
-    return CacherouteError(f"{repository} could not be fetched from {where} ({_reason(e)}); run the same command to go on.")
+    return CacherouteError(f"{repository} could not be fetched from {where} ({_reason(e)}); run the same command to resume.")
