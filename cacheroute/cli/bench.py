@@ -68,7 +68,10 @@ def bench(
     threads: options.ThreadsOption = None,
     flash_mbps: options.FlashOption = None,
     prefetch: Annotated[
-        str, typer.Option("--prefetch", help="Most experts of the next layer to prefetch; numbers separated by commas.")
+        str,
+        typer.Option(
+            "--prefetch", help="How many experts of the next layer to prefetch at most; several numbers separated by commas."
+        ),
     ] = "0",
     warm_start: options.WarmStartOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",

@@ -35,7 +35,10 @@ FlashOption = Annotated[
     float | None, typer.Option("--flash-mbps", min=0.001, help="Limit reads to that many MB/s, to simulate a slower flash.")
 ]
 PrefetchOption = Annotated[
-    int, typer.Option("--prefetch", min=0, help="Most experts of the next layer to prefetch while a layer computes; 0: none.")
+    int,
+    typer.Option(
+        "--prefetch", min=0, help="How many experts of the next layer to prefetch at most while a layer computes; 0: none."
+    ),
 ]
 WarmStartOption = Annotated[
     Path | None,
