@@ -1,6 +1,6 @@
 """cacheroute: mixture-of-experts models larger than RAM, with experts on flash and cache-conditional routing.
 
-Public are `Llama`, `CacherouteError`, `UsageError` and `__version__`; everything else may move.
+Public are `Llama`, `CacherouteError`, `UsageError` and `__version__`; everything else may change.
 """
 
 from __future__ import annotations

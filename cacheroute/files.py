@@ -1,4 +1,4 @@
-"""Files and units that every room needs: the cache folder, hashes, JSON in and out. Knows nothing of what is in them."""
+"""Files and units that every package needs: the cache folder, hashes, reading and writing JSON."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ VERSION = importlib.metadata.version("cacheroute")
 
 
 def packaged(name: str) -> Path | None:
-    """What lies beside this package in a checkout, and inside it where it is installed; None if it is in neither."""
+    """A file that is beside this package in a checkout and inside it once installed; None if it is in neither."""
     return next((path for path in (PACKAGE / name, PACKAGE.parent / name) if path.exists()), None)
 
 
 def cache_dir() -> Path:
-    """The user's cache for cacheroute; $CACHEROUTE_CACHE replaces it. Not made here."""
+    """The user's cache for cacheroute; $CACHEROUTE_CACHE replaces it. The folder is not created."""
     chosen = os.environ.get("CACHEROUTE_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -122,7 +122,7 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any], *, force: bool) -> None:
-    """Writes a JSON file in one piece. Raises UsageError when it exists unless `force`, CacherouteError when it cannot."""
+    """Writes a JSON file whole or not at all. Raises UsageError when it exists unless `force`, CacherouteError when it cannot."""
     if path.exists() and not force:
         raise UsageError(f"{path} exists; --force replaces it.")
     try:

@@ -23,7 +23,7 @@ import random_model
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.model import catalogue
 
-# Name -> architecture, and what models.toml does not say of it. From each model's config.json on the hub.
+# Name -> architecture, and what models.toml lacks. From each model's config.json on the hub.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen1.5-moe-a2.7b": ("qwen2moe", dict(n_head=16, n_head_kv=16, head_dim=128, n_vocab=151936)),
     "olmoe-1b-7b": ("olmoe", dict(n_head=16, n_head_kv=16, head_dim=128, n_vocab=50304)),

@@ -1,4 +1,4 @@
-"""Writes GGUF files whose tensors are drawn from a seed, one expert in memory at a time.
+"""Writes GGUF files with tensors drawn from a seed, one expert in memory at a time.
 
 Knows types, blocks and a synthetic tokenizer; knows no architecture (random_model.py does).
 

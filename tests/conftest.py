@@ -11,7 +11,7 @@ import pytest
 from cacheroute.model import demo_model as demo
 from support import tiny_models
 
-# A shell that starts us in the background has SIGINT ignored, and so would have the commands whose Ctrl-C we test.
+# A shell that starts the tests in the background ignores SIGINT, and so would the commands with a tested Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,4 +1,4 @@
-"""`cacheroute bench`: the arms are comparable and the rows say what was measured. No time is asserted."""
+"""`cacheroute bench`: the arms are comparable and the rows report what was measured. No time is asserted."""
 
 from __future__ import annotations
 

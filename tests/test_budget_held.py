@@ -115,7 +115,7 @@ def counted(llm: Llama) -> int:
 
 
 def measured(llm: Llama) -> int:
-    """Resident bytes as the kernel says of a file that is ours."""
+    """Resident bytes of a file of this user, by the kernel's count."""
     nbytes = llm.measure_resident()
     assert nbytes is not None
     return nbytes
@@ -256,7 +256,7 @@ def test_live_choices_match_the_oracle(small: Path, spec: str, routing: oracle.R
 
 def test_prompt_tokens_are_counted(small: Path) -> None:
     with loaded(small, n_batch=64) as llm:
-        llm.eval(tokens(llm, 100))  # upstream's last layer computes the tokens alone whose logits are wanted
+        llm.eval(tokens(llm, 100))  # upstream's last layer computes only the tokens with wanted logits
         assert llm.stats().prefill.tokens == 100
 
 

@@ -1,4 +1,4 @@
-"""The control and the floor of `bench`: they run, their rows say what they are, and nothing of them stays behind."""
+"""The control and the floor of `bench`: they run, their rows are labelled, and no process or group remains."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rows(alone: Path, *arguments: object) -> tuple[list[dict[str, Any]], str]:
 
 
 def takes(nbytes: int) -> list[str]:
-    """A command that waits, takes so much memory, says so, and leaves."""
+    """A command that waits, allocates so much memory, prints a line, and ends."""
     return [sys.executable, "-c", f"input(); b = bytearray({nbytes}); b[::4096] = b[::4096]; print(len(b))"]
 
 

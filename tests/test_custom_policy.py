@@ -115,7 +115,7 @@ def test_a_policy_that_chooses_the_top_k_gives_the_logits_of_original(model: Lla
     assert TopK.n_resets > 0
 
 
-def test_a_python_policy_equals_its_native_twin_live_and_simulated(model: Llama) -> None:
+def test_a_python_policy_equals_the_native_strategy_live_and_simulated(model: Llama) -> None:
     np.testing.assert_array_equal(run(model, policy("MaxRank")), run(model, "max-rank:m=7:j=1"))
     assert model.stats().decode.swapped > 0
     replay = Replay(fed(True))

@@ -51,7 +51,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("expert_bytes", [160, 2016, PAGE, ODD, 300 * 1024 + 32])
 def test_slots_hold_what_the_file_holds(disk: Path, expert_bytes: int) -> None:
-    """Whoever had the slot before, and the last expert of the file, whose last page is not full."""
+    """After any earlier use of the slot, and for the last expert of the file, with a last page that is not full."""
     rng = np.random.default_rng(expert_bytes)
     with model(disk, n_layers=2, n_tensors=2, n_expert=9, expert_bytes=expert_bytes, io="direct") as m:
         last = m.n_expert - 1
@@ -178,7 +178,7 @@ def test_logits_equal_those_of_mmap(path: Path, routing: str) -> None:
 @pytest.mark.engine
 @pytest.mark.parametrize("io", ["mmap", "direct"])
 def test_reads_during_compute_change_no_logit(path: Path, io: str) -> None:
-    """Whatever is read late, and by whomever it is computed on; a prompt too, whose batches need more experts than the budget."""
+    """Under any order of reads and threads; also for a prompt, as its batches need more experts than the budget."""
     with contextlib.closing(Llama(str(path), io="none", **SIZES)) as llm:
         unread = run(llm)
     for n_threads in (1, 2):

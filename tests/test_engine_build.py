@@ -49,7 +49,7 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         self.cache = root / "cache"
-        self.cpu = root / "cpu"  # what the compiler says of this machine's CPU
+        self.cpu = root / "cpu"  # the compiler's macros for this machine's CPU
         self.compiler = root / "compiler"
         self.patch = root / "patches" / "0001-a.patch"
         self.sdist = root / "sdist.tar.gz"
@@ -376,7 +376,7 @@ def test_installed_state(version: str | None, kind: str, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("patch", REAL_PATCHES, ids=lambda p: p.stem)
-def test_patch_says_why_what_and_when_to_drop_it(patch: Path) -> None:
+def test_each_patch_has_its_reason_and_when_to_drop_it(patch: Path) -> None:
     head = patch.read_text(encoding="utf-8").split("\n--- a/")[0]
     assert re.findall(r"(?m)^(Why|What|Drop): +\S", head) == ["Why", "What", "Drop"]
 

@@ -1,4 +1,4 @@
-"""--help says all that the options say."""
+"""--help shows the defaults of the options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cacheroute.cli import app
         ("eval perplexity", "[default: the held-out text of the package]"),
         ("tune", "[default: all cores]"),
         ("frontier", "[default: a grid over all strategies]"),
-        ("plot", "[default: what the files can show]"),
+        ("plot", "[default: chosen by the content of the files]"),
     ],
 )
 def test_defaults_are_shown(command: str, default: str) -> None:

@@ -170,7 +170,7 @@ def test_hook_is_called_once_per_layer_and_micro_batch(case: Case) -> None:
     calls = [(e.il, len(e.ids)) for e in hook.events]
     *inner, last = case.layers
     assert [c for c in calls if c[0] != last] == [(il, n) for n in batches for il in inner]
-    # llama.cpp computes the last layer of a prompt only for tokens whose logits it must return; not so for gpt-oss
+    # llama.cpp computes the last layer of a prompt only for tokens with logits that it must return; not so for gpt-oss
     in_last = batches if case.name == "gpt-oss" else [1] * (1 + N_DECODE)
     assert [n for il, n in calls if il == last] == in_last
 
@@ -212,7 +212,7 @@ def test_router_uses_many_experts_and_never_ties(case: Case) -> None:
         ids = np.concatenate([e.ids for e in hook.events if e.il == il])
         assert len(ids) == 200
         assert len(np.unique(ids)) >= 0.9 * case.shape.n_expert
-        assert np.bincount(ids.ravel()).max() < 0.9 * len(ids)  # nobody is always chosen
+        assert np.bincount(ids.ravel()).max() < 0.9 * len(ids)  # no expert is always chosen
         assert len(np.unique(np.sort(ids, axis=1), axis=0)) > min(20, case.shape.n_expert)
         steps = np.diff(np.sort(np.where(np.isneginf(scores), np.nan, scores), axis=1), axis=1)
         assert not (steps == 0).any()

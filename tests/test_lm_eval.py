@@ -52,7 +52,7 @@ def reference(llm: Llama, routing: str, context: str, continuation: str) -> floa
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_loglikelihoods_are_our_own_scorers(llm: Llama, routing: str) -> None:
+def test_loglikelihoods_equal_those_of_eval_perplexity(llm: Llama, routing: str) -> None:
     for continuation in (" a", " the cat", " it was that hat"):
         expected = reference(llm, routing, HEAD + QUESTION, continuation)
         assert scorer(llm, routing).loglikelihood(HEAD + QUESTION, continuation)[0] == pytest.approx(expected, abs=1e-4)
@@ -186,7 +186,7 @@ def test_sampled_answers_are_refused(llm: Llama) -> None:
     )
 
 
-def test_metrics_keep_their_names() -> None:
+def test_metrics_have_the_names_of_lm_eval() -> None:
     results = {
         "results": {"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact_match,strict": 1.0, "sample_len": 3}},
         "groups": {"g": {"acc,none": 0.25, "acc_stderr,none": "N/A"}},
@@ -255,7 +255,7 @@ def test_bad_tasks_are_one_sentence(tiny: Path, name: str, code: int, message: s
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
-def test_without_the_extra_it_says_what_to_install(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_what_to_install(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     result = run("mmlu", "-m", tiny)
     assert result.exit_code == 2 and "pip install cacheroute[eval]" in result.stderr

@@ -1,6 +1,6 @@
 """Reads and compute at the same time: the hook returns when reads have begun, and each expert is waited for on its own.
 
-Paced, so that a read takes as long as the test says; the threads are those of the test.
+Reads are paced, so that a test sets how long one takes; the threads are those of the test.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_every_format_is_read_alike(rows: list[simulate.Row], tmp_path: Path, en
     ]
 
 
-def test_the_tables_say_what_the_figures_draw(rows: list[simulate.Row], tmp_path: Path) -> None:
+def test_the_tables_have_what_the_figures_draw(rows: list[simulate.Row], tmp_path: Path) -> None:
     path = write(rows, tmp_path / "r.json")
     frontier = figures.chart([path]).cells
     assert frontier[0][3:5] == ["missed MiB/token", "lost router mass, %"] and len(frontier) == 1 + 15
@@ -68,7 +68,7 @@ def test_the_tables_say_what_the_figures_draw(rows: list[simulate.Row], tmp_path
     assert all(float(b[:-1]) <= float(a[:-1]) for b, a in zip(belady[2:], lru[2:], strict=True))
 
 
-def test_quality_is_the_best_measure_there_is(tmp_path: Path) -> None:
+def test_quality_is_the_most_exact_measure_in_the_rows(tmp_path: Path) -> None:
     base = {"eviction": "lru", "budget": "50%", "budget_experts": 8, "miss_rate": 0.1}
     rows = [
         {**base, "routing": "original", "missed_mib_per_token": 2.0, "ppl": 10.0, "delta_nll": 0.0},

@@ -250,7 +250,7 @@ def test_generate_accepts_prefetch(alone: Path) -> None:
     assert result.exit_code == 0, result.output
     decode = json.loads(result.stdout)["stats"]["decode"]
     assert decode["prefetched"] >= decode["prefetch_used"] > 0
-    assert f"read ahead {decode['prefetched']}, {decode['prefetch_used']} of them chosen" in result.stderr
+    assert f"prefetched {decode['prefetched']}, {decode['prefetch_used']} of them chosen" in result.stderr
 
 
 def test_a_trace_has_no_predictions(alone: Path) -> None:

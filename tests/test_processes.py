@@ -13,7 +13,7 @@ import pytest
 
 from cacheroute.evals import processes
 
-# A parent that is busy with nothing, and says which process it has.
+# A parent that waits, and prints the id of its child process.
 PARENT = """
 import os, time
 from cacheroute.evals import processes
@@ -29,7 +29,7 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    stat = Path(f"/proc/{pid}/stat")  # a zombie that nobody has asked for has ended, too
+    stat = Path(f"/proc/{pid}/stat")  # a zombie has ended, too
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
@@ -57,7 +57,7 @@ def test_they_end_with_their_parent(tmp_path: Path, how: signal.Signals) -> None
     pytest.fail(f"process {pid} outlived its parent")
 
 
-def test_ctrl_c_is_the_parent_s() -> None:
+def test_ctrl_c_goes_to_the_parent_only() -> None:
     with processes.pool(1) as pool:
         pid = pool.submit(os.getpid).result()
         os.kill(pid, signal.SIGINT)

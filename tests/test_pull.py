@@ -1,4 +1,4 @@
-"""`cacheroute pull` against a stand-in of the hub on this machine: resume, checksums, shards, and what it says when it fails."""
+"""`cacheroute pull` against a stand-in of the hub on this machine: resume, checksums, shards, and error messages."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_an_interrupted_pull_is_resumed_by_another_process(hub: Hub, tmp_path: P
     finally:
         run.kill()
     assert run.returncode == 130 and out == ""
-    assert "run the same command to go on" in err and "Traceback" not in err
+    assert "run the same command to resume" in err and "Traceback" not in err
     (left,) = partial(tmp_path)
     have = left.stat().st_size
     assert 0 < have < len(data) and left.read_bytes() == data[:have]
@@ -297,7 +297,7 @@ def test_the_token_is_sent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.tokens == {"Bearer hf_secret"}
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CacherouteError, match=r"pip install 'cacheroute\[hub\]'"):
         pull.pull("hf:me/m-GGUF")

@@ -179,7 +179,7 @@ def wrong_traces() -> dict[str, tuple[Trace, ExpertLayout, str]]:
             fits(3),
             "has 9 tokens in its longest sequence, and 10 are needed; trace again",
         ),
-        "prescribed": (replace(t, records=prescribed), fits(3), "experts the model prescribes"),
+        "prescribed": (replace(t, records=prescribed), fits(3), "has layers with prescribed experts"),
         "prompt": (replace(t, records=prompt), fits(3), "lacks prompt tokens of its last layer; trace the text token by token"),
     }
 
@@ -206,7 +206,7 @@ def synthetic(text: str, n_tokens: int = 2000, layout: ExpertLayout | None = Non
 
 def test_synthetic_scores_have_the_stated_statistics() -> None:
     for rho, skew in ((0.0, 0.0), (0.5, 0.3), (0.9, 1.0)):
-        # 64 experts cannot tell their common part from what max() took away, so compare differences between experts
+        # max() removes a common part that 64 experts do not determine, so compare differences between experts
         z = synthetic(f"synthetic:rho={rho}:skew={skew}", 4000, fits(1, 64)).z[0].astype(float)
         z -= z.mean(axis=1, keepdims=True)
         mean = z.mean(axis=0)

@@ -1,4 +1,4 @@
-"""The simulator is the live run: same choices, same misses, same evictions; and its figures mean what they say."""
+"""The simulator is the live run: same choices, same misses, same evictions; and its figures are those computed by hand."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_original_replays_exactly_as_it_ran(models: dict[str, Llama], tmp_path: 
 
 @pytest.mark.parametrize("gating", [SOFTMAX, SIGMOID, SOFTMAX_WEIGHT])
 @pytest.mark.parametrize("eviction", ONLINE)
-def test_scores_that_float16_cannot_tell_apart_evict_the_same(eviction: str, gating: int) -> None:
+def test_scores_that_float16_makes_equal_evict_the_same(eviction: str, gating: int) -> None:
     rng = np.random.default_rng(1)
     scores = (0.3 + 2e-3 * rng.normal(size=(400, 16))).astype(np.float32)
     if gating == SOFTMAX:
@@ -205,7 +205,7 @@ def test_the_figures_by_hand() -> None:
     assert row.miss_rate == 0.8 and row.missed_mib_per_token == 0.8  # an expert is 1 MiB
     assert row.lifetime_tokens == (1 + 2 + 2 + 2 + 2) / 2
     lossy = simulate.run(Trace(header(1, 4, 1), records, True), [Arm("2", parse("max-rank:m=2:j=0"), "lru")])[0]
-    # 0 runs (1, nobody cached); ranks 0 and 1 are {1, 0}: 0 is cached; 0; {2, 0}: 0; {1, 0}: 0
+    # 0 runs (1, none cached); ranks 0 and 1 are {1, 0}: 0 is cached; 0; {2, 0}: 0; {1, 0}: 0
     assert (lossy.misses, lossy.swapped) == (1, 3)
     assert lossy.lost_mass == pytest.approx(3 / 5 * (1 - np.exp(-1)))
 

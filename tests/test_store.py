@@ -34,7 +34,7 @@ def device_bytes() -> int:
     """Bytes that this process has had fetched from storage."""
     nbytes = kernel_counters().device_bytes
     if nbytes is None:
-        pytest.skip("this kernel does not say what was read (/proc/self/io)")
+        pytest.skip("this kernel does not report what was read (/proc/self/io)")
     return nbytes
 
 
@@ -44,7 +44,7 @@ def test_other_processes_see_loaded_pages_in_memory_and_evicted_ones_gone(disk: 
         m.exchange(0, load=[3, 5])
         assert pages_in_memory(m.path) == m.expected_pages()
         m.exchange(0, evict=[3])
-        # the other process looks after the eviction: while it maps the pages, nobody can drop them
+        # the other process looks after the eviction: while it maps the pages, they cannot be dropped
         assert pages_in_memory(m.path) == m.expected_pages() == m.expert_pages(0, 5)
 
 

@@ -43,7 +43,7 @@ def test_a_summary_counts_what_ran() -> None:
 
 
 @pytest.mark.parametrize("io", ["mmap", "none"])
-def test_a_sequence_starts_warm_and_within_the_budget(tiny: Path, io: str) -> None:
+def test_a_sequence_starts_with_a_filled_cache_within_the_budget(tiny: Path, io: str) -> None:
     llm = Llama(str(tiny), io=io, budget=8, n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
     llm.warm(task())
     warm = set(range(12, 20))
@@ -67,7 +67,7 @@ def test_a_sequence_starts_warm_and_within_the_budget(tiny: Path, io: str) -> No
     assert resident(llm, 0) == set()
 
 
-def test_the_first_tokens_hit(tiny: Path, tmp_path: Path) -> None:
+def test_a_warm_start_misses_less_at_first(tiny: Path, tmp_path: Path) -> None:
     """The model's answer is the same, its misses are fewer."""
     (tmp_path / "text").write_text("the cat of the sea and the sea of the cat ")
     runner, profile = CliRunner(), tmp_path / "task.json"

@@ -106,7 +106,7 @@ def test_only_experts_stay_in_the_file(case: Case) -> None:
 
 
 @pytest.mark.parametrize("arch, overrides", [("qwen3moe", {"shards": 2}), ("deepseek2", {"merged": True})])
-def test_storage_twins_hold_the_same_weights(arch: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+def test_models_in_two_formats_hold_the_same_weights(arch: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     plain = tiny_models.write(arch, tmp_path / "plain.gguf")
     other = tiny_models.write(arch, tmp_path / "other.gguf", **overrides)
     np.testing.assert_array_equal(decode(load(plain), 4), decode(load(other), 4))

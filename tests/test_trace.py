@@ -59,7 +59,7 @@ def test_a_trace_cut_short_is_readable(tmp_path: Path, cut: int) -> None:
     n = len(t.records) - (cut > 4)
     np.testing.assert_array_equal(again.records, t.records[:n])
     result = cacheroute("simulate", path, "--budget", "50%", "--routing", "original", "--eviction", "lru,belady", "-o", "json")
-    assert result.exit_code == 0 and "was cut short; what is there is replayed" in result.stderr
+    assert result.exit_code == 0 and "was cut short; its complete records are replayed" in result.stderr
     assert len(json.loads(result.stdout)) == 2
 
 
@@ -135,7 +135,7 @@ def test_no_file_is_overwritten_unasked_or_left_half_written(tmp_path: Path) -> 
 @given(st.integers(0, 2**32), st.sampled_from([SOFTMAX, SIGMOID, SOFTMAX_WEIGHT]), st.sampled_from([1e-5, 1e-3, 0.3]))
 @settings(deadline=None, max_examples=80)
 def test_rounding_keeps_the_choice_and_its_order(seed: int, gating: int, spread: float) -> None:
-    """Scores so near each other that float16 cannot tell them apart."""
+    """Scores so near each other that they are equal in float16."""
     rng = np.random.default_rng(seed)
     e, k = int(rng.integers(4, 40)), int(rng.integers(1, 4))
     scores = (0.3 + spread * rng.normal(size=(20, e))).astype(np.float32)
@@ -196,7 +196,7 @@ def test_prompt_tokens_are_marked(tiny: Path, tmp_path: Path) -> None:
     assert (records["n_run"] == 4).all() and (records["sequence"] == 0).all()
     assert "mass" not in (records.dtype.names or ())
     llm.reset()
-    llm.eval([3])  # outside: nobody listens, nothing is kept
+    llm.eval([3])  # outside of tracing(): nothing is recorded
     assert len(trace_file.read(tmp_path / "t").records) == len(records)
 
 
@@ -249,7 +249,7 @@ def test_an_interrupted_command_leaves_a_readable_part(tiny: Path, tmp_path: Pat
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130 and f"What was traced is in {part}" in stderr
+    assert process.returncode == 130 and f"The records so far are in {part}" in stderr
     t = trace_file.read(part)
     assert not t.complete and len(t.records) > 50 and not out.exists()
 

@@ -89,7 +89,7 @@ def chosen(outcome: tune.Outcome) -> float:
     return outcome.chosen.routing.parameters["lambda"]
 
 
-def test_without_noise_it_takes_the_last_rung_within_the_limit() -> None:
+def test_without_noise_it_chooses_the_last_rung_within_the_limit() -> None:
     for start in (None, 0, 10):
         outcome = search(CurveScorer(slope=0.05, noise=0), 1.1).run(RUNGS, start)  # 0.2 costs 1.005%, 0.3 1.5%
         assert chosen(outcome) == 0.2
@@ -125,7 +125,7 @@ def test_nothing_fits() -> None:
     assert search(CurveScorer(slope=5, noise=0), 1.0).run([]).chosen is None
 
 
-def test_the_held_out_part_has_the_last_word() -> None:
+def test_the_choice_is_validated_on_the_held_out_part() -> None:
     fit, _ = tune.split(60, 0)
 
     class Kinder(CurveScorer):  # to the chunks that fit
@@ -168,7 +168,7 @@ def alike(misses: Array, swapped: Array, price: Array, expert_mib: Array, groups
     return pricing.Prices(misses[..., None], swapped[..., None], price, expert_mib, groups, (16,), 16)
 
 
-def test_a_dear_layer_gets_less_lambda() -> None:
+def test_a_layer_that_loses_more_gets_less_lambda() -> None:
     n = 4
     misses = np.tile([3.0, 2.5, 2.0, 1.5, 1.0, 0.8], (n, 1))
     swapped = np.tile([0.0, 0.5, 1.0, 1.6, 2.4, 3.0], (n, 1))
@@ -195,7 +195,7 @@ def test_a_budget_of_all_experts_leaves_nothing_to_price() -> None:
     assert pricing.ladder(nothing) == []
 
 
-def test_a_dear_layer_holds_more_experts() -> None:
+def test_a_layer_that_loses_more_gets_more_experts() -> None:
     capacities = (8, 12, 16, 20, 24)
     by_lambda, by_capacity = np.array([1.0, 0.8, 0.6, 0.4, 0.3, 0.25]), np.array([4.0, 2.6, 1.7, 1.0, 0.5])
     misses = np.tile(np.outer(by_lambda, by_capacity), (4, 1, 1))

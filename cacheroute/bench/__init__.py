@@ -1,1 +1,1 @@
-"""How fast: arms, runs, the control, the floor. Knows a loaded model; knows no quality."""
+"""Speed measurements: arms, runs, the control, the floor. Does not measure quality."""

@@ -43,22 +43,22 @@ def control_arm(budget: str, *, repack: bool) -> Arm:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a report. The names that llama-bench has mean what they mean there; MiB are 2^20 bytes.
+    """One line of a report. Names that llama-bench also uses have the same meaning; MiB are 2^20 bytes.
 
-    `resident_mib` is the most that the kernel said was in memory of the experts after a run (mincore; null for a file of
-    somebody else, of which it does not tell), `counted_mib` what the store had counted; `read_mib_per_token` is what was asked
-    of the device, `device_mib_per_token` what the kernel says was fetched. `hook_ms_per_token` is what routing took. `vs_lru` is
+    `resident_mib` is the largest amount of experts in memory after a run, by the kernel's count (mincore; null for a file of
+    another user, where it is not reliable), `counted_mib` the store's own count; `read_mib_per_token` is what was asked
+    of the device, `device_mib_per_token` what the kernel fetched. `hook_ms_per_token` is the time of routing. `vs_lru` is
     the mean over repetitions of tok/s against `original` with lru at the same budget and io (a control: at the same budget, with
     the first io), paired within each repetition, `vs_lru_sd` its standard deviation; null when that arm was not in the run.
 
-    Of a control nobody counts hits or reads: what only the hook knows is null. `memory_limit_mib` is the memory it had.
+    A control has no hook, so what the hook counts is null there. `memory_limit_mib` is the control's memory.
     `floor_ts` is the mean tok/s of max(compute with everything resident, bytes missed / bandwidth), `floor_share` the mean of
     tok/s against it, paired as `vs_lru`; null when not measured.
 
-    `prefetch` is the most experts of a layer that were read ahead, `prefetch_used` the share of all those read that was then
+    `prefetch` is the most experts of a layer that were prefetched, `prefetch_used` the share of prefetched experts that was then
     chosen; null where none was.
 
-    `replay` is where the routing came from (replay.py) when it was not the model's own: a trace as it was typed, or
+    `replay` is the source of the scores (forced_scores.py) when they were not the model's own: a trace as it was typed, or
     `synthetic` with all its parameters; null for the model's own, and for a control, on which none can be forced.
     """
 
@@ -114,8 +114,8 @@ def run_arms(
 ) -> list[Row]:
     """Runs every arm `repetitions` times over the same `tokens` (n_prompt as one prompt, n_gen decoded one by one).
 
-    The order of the arms turns by one each repetition; the floor is measured in each of them. `replay` is forced on all but the
-    controls. A control that cannot be run has no row, and `say` is given the reason. Raises UsageError when there are too few
+    The order of the arms rotates by one each repetition; the floor is measured in each of them. `replay` is forced on all but the
+    controls. A control that cannot be run has no row, and `say` receives the reason. Raises UsageError when there are too few
     tokens.
     """
     if len(tokens) < n_prompt + n_gen:
@@ -208,7 +208,7 @@ def _row(
         eviction=arm.eviction,
         io=llm.io if hooked else arm.io,
         prefetch=arm.prefetch,
-        prefetch_used=sum(x.prefetch_used for x in c) / ahead if (ahead := sum(x.prefetched for x in c)) else None,
+        prefetch_used=sum(x.prefetch_used for x in c) / n_prefetched if (n_prefetched := sum(x.prefetched for x in c)) else None,
         flash_mbps=llm.flash_mbps if hooked else None,
         budget=arm.budget,
         budget_experts=llm.budget.capacity,

@@ -1,10 +1,10 @@
-"""The control arm: the same tokens on the same engine without our hook, over a plain mapping, in the same memory.
+"""The control arm: the same tokens on the same engine without the hook, over a plain mapping, in the same memory.
 
-What it stands for: llama.cpp as everybody runs it when a model is larger than the memory. It runs in a process of its own,
-whose memory, page cache included, is limited to what an arm with that budget may use: everything that the hooked process
+It represents llama.cpp as it is usually run with a model larger than the memory. It runs in a process of its own; the memory of
+that process, page cache included, is limited to what an arm with that budget may use: everything that the hooked process
 holds beside its experts (dense weights, KV cache, buffers, interpreter), and the budget.
 
-It starts as the engine starts: with what loading and ten tokens have left in memory. That favours the control.
+It starts with what loading and ten tokens have left in memory, so its page cache is not empty: an advantage for the control.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHILD = "import sys; request = sys.stdin.readline(); from cacheroute.bench impo
 
 @dataclass(frozen=True)
 class Request:
-    """What the other process is to run. `engine`: arguments of llama_cpp.Llama."""
+    """What the control process runs. `engine`: arguments of llama_cpp.Llama."""
 
     model_path: str
     engine: dict[str, Any]
@@ -41,35 +41,35 @@ class Request:
 
 
 def own_memory() -> int:
-    """Bytes of ordinary memory that this process holds (RssAnon). Raises CacherouteError where the kernel does not say."""
+    """Bytes of ordinary memory that this process holds (RssAnon). Raises CacherouteError where the kernel does not report it."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    raise CacherouteError("this system does not say how much memory a process holds")
+    raise CacherouteError("this system does not report how much memory a process holds")
 
 
 def limit_for(llm: Llama, budget: str) -> MemoryLimit:
     """The memory of an arm with that budget. Drops all experts. Raises CacherouteError where processes cannot be limited."""
     llm.configure(budget=budget)
     nbytes = own_memory() + llm.budget.nbytes
-    # a group also pays for page tables (8 bytes a page, all of the mapped file at worst), stacks and open files
+    # the limit also counts page tables (8 bytes a page, all of the mapped file at worst), stacks and open files
     return MemoryLimit(nbytes + sum(path.stat().st_size for path in llm.layout.paths) // 512 + 4 * MIB)
 
 
 def run(
     llm: Llama, limit: MemoryLimit, tokens: Sequence[int], n_prompt: int, n_gen: int, *, repack: bool
 ) -> tuple[Run | None, Run | None]:
-    """Runs the control once; what `llm` holds of the experts and of the file's pages is dropped before.
+    """Runs the control once, after evicting the experts and the file's pages that `llm` has in memory.
 
     Args:
-        repack: whether llama.cpp may copy weights into the layout that its kernels like best.
+        repack: whether llama.cpp may copy weights into the layout that is fastest for its kernels.
 
     Raises CacherouteError when the control does not fit its memory, or fails.
     """
-    llm.configure(budget=llm.budget.capacity)  # nothing of the file may lie in the page cache on our account
+    llm.configure(budget=llm.budget.capacity)  # evicts: the control must not find pages that this process has read
     p = llm.context_params
     engine = {name: getattr(p, name) for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")}
     request = Request(llm.model_path, engine | {"use_extra_bufts": repack}, list(tokens), n_prompt, n_gen)
@@ -84,10 +84,10 @@ def run(
 
 
 def child(request: str) -> None:
-    """The other process: a JSON Request in, both phases out as JSON on stdout."""
+    """Runs in the control process: takes a JSON Request, prints both phases as JSON on stdout."""
     r = Request(**json.loads(request))
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what llama.cpp prints is not part of the answer
+    os.dup2(2, 1)  # llama.cpp's own output goes to stderr
     from cacheroute.install import patched_llama_cpp
 
     try:

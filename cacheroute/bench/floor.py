@@ -1,7 +1,7 @@
-"""The floor of a run's time: what it takes to compute when nothing is missing, or to read what is missing, whichever is more.
+"""The floor of a run's time: the time to compute when nothing is missing, or to read what is missing, whichever is more.
 
 `max(compute with everything resident, bytes missed / device bandwidth)`, both measured on this machine beside the runs that
-are held against it. A run that hides all reads behind compute, or all compute behind reads, reaches it.
+are compared with it. A run that overlaps all reads with compute, or all compute with reads, reaches it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Floor:
 
 
 def measure(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int) -> Floor:
-    """Measures both terms with the routing of the model. All experts must fit memory."""
+    """Measures both terms with the model's own routing. All experts must fit into memory."""
     pace, llm.flash_mbps = llm.flash_mbps, None
     try:
         llm.configure(budget="all")

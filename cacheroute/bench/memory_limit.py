@@ -1,4 +1,4 @@
-"""A process that may use so much memory and no more, its page cache included: cgroup v2, cgroup v1 or a systemd scope.
+"""Runs a process with a memory limit that includes its page cache: cgroup v2, cgroup v1 or a systemd scope.
 
 Knows Linux's files; knows no model.
 """
@@ -24,11 +24,11 @@ class _Place:
 
     folder: Path
     settings: tuple[tuple[str, str], ...]
-    optional: tuple[tuple[str, str], ...] = field(default=())  # swap: not every kernel accounts for it
+    optional: tuple[tuple[str, str], ...] = field(default=())  # swap: not every kernel counts it
 
 
 class MemoryLimit:
-    """A way to limit processes to `nbytes`, found to work here. Raises CacherouteError saying why there is none."""
+    """A way to limit processes to `nbytes` that works on this machine. Raises CacherouteError if there is none."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -50,9 +50,9 @@ class MemoryLimit:
 
     @contextlib.contextmanager
     def process(self, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-        """Runs a command under the limit, with pipes for stdin and stdout; it has ended when the block ends, however it ends.
+        """Runs a command under the limit, with pipes for stdin and stdout; when the block ends, it has ended.
 
-        The command must wait for a line on stdin before it uses memory: what it used before counts for the caller.
+        The command must wait for a line on stdin before it uses memory: what it used before is counted in the caller's group.
         """
         with contextlib.ExitStack() as stack:
             group = stack.enter_context(_group(self._place, self.nbytes)) if self._place else None
@@ -61,7 +61,7 @@ class MemoryLimit:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # Ctrl-C is ours to handle: the group can go only after the child
+                start_new_session=True,  # Ctrl-C is handled here: the group can be removed only after the child has ended
             )
             stack.callback(_end, child)
             if group:
@@ -94,7 +94,7 @@ def _places() -> list[_Place]:
         if kind == "cgroup2":
             path = next((p for number, _, p in own if number == "0"), "/")
             folder = _below(Path(mount), path)
-            # Beside ours: a group that holds processes hands no controller on.
+            # A sibling of this process's group: a group that holds processes cannot have groups with controllers below it.
             folder = folder if folder == Path(mount) else folder.parent
             if "memory" in _words(folder / "cgroup.subtree_control"):
                 places.append(_Place(folder, (("memory.max", "{}"),), (("memory.swap.max", "0"),)))
@@ -106,7 +106,7 @@ def _places() -> list[_Place]:
 
 
 def _below(mount: Path, path: str) -> Path:
-    """Our group's folder; in a container the path may be the host's, and then the mount itself is ours."""
+    """The folder of this process's group; in a container the path may be the host's, and then it is the mount itself."""
     folder = mount / path.lstrip("/")
     return folder if folder.is_dir() else mount
 

@@ -1,4 +1,4 @@
-"""One measured run: a prompt or a stretch of decoded tokens, its time, and what it cost. Knows no arms and no rows."""
+"""One measured run: a prompt or a stretch of decoded tokens, its time and its counters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """One phase of one run. Bytes and seconds; `device_bytes` None where the kernel does not say."""
+    """One phase of one run. Bytes and seconds; `device_bytes` None where the kernel does not report it."""
 
     tokens: int
     seconds: float
@@ -32,7 +32,7 @@ class Run:
 
 
 def warm_up(llm: Any, tokens: Sequence[int]) -> None:
-    """The first evaluation allocates and faults in the dense weights; it belongs to no run."""
+    """The first evaluation allocates and faults in the dense weights; it is not measured."""
     llm.eval(tokens[:8])
     decode(llm, tokens[8:10])
 

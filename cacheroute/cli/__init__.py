@@ -1,4 +1,4 @@
-"""The command line: one file a command; here only how they are joined and how they fail."""
+"""The command line: one file per command; this file joins them and handles failures."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from cacheroute.files import VERSION
 
 app = typer.Typer(
     name="cacheroute",
-    help="Run mixture-of-experts models larger than your RAM.",
+    help="Run mixture-of-experts models that are larger than your RAM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its markup swallows what stands in brackets, such as [default: all]
+    rich_markup_mode=None,  # its markup removes text in brackets, such as [default: all]
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _polite(command: Callable[..., None]) -> Callable[..., None]:
-    """Failures that are ours become one sentence and an exit code; a reader that has left ends us quietly."""
+def _reporting(command: Callable[..., None]) -> Callable[..., None]:
+    """Prints a CacherouteError as one sentence and sets the exit code; a closed pipe ends the command without a message."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -58,11 +58,11 @@ def _polite(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for _command in (generate, bench, tune, frontier, trace, simulate, plot, models, pull, inspect, routing, setup):
-    app.command()(_polite(_command))
+    app.command()(_reporting(_command))
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)
 for _command in evaluation.COMMANDS:
-    _eval.command()(_polite(_command))
+    _eval.command()(_reporting(_command))
 app.add_typer(_eval, name="eval")
 
 
@@ -74,7 +74,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and leave."),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
 ) -> None:
     pass
 

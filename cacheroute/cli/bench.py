@@ -1,4 +1,4 @@
-"""`cacheroute bench`: arms against each other on this machine."""
+"""`cacheroute bench`: measures the speed of several settings on this machine."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ _OUTPUTS = ("md", "csv", "json", "jsonl")
 
 def bench(
     model: options.ModelOption = None,
-    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="Tokens of the prompt.")] = 512,
-    n_gen: Annotated[int, typer.Option("-n", "--n-gen", min=0, help="Tokens decoded one by one after it.")] = 128,
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Runs of every arm, interleaved.")] = 5,
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="Number of prompt tokens.")] = 512,
+    n_gen: Annotated[
+        int, typer.Option("-n", "--n-gen", min=0, help="Number of tokens decoded one by one after the prompt.")
+    ] = 128,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Runs of every combination, interleaved.")] = 5,
     budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "50%",
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
@@ -36,58 +38,63 @@ def bench(
     eviction: Annotated[
         str | None,
         typer.Option(
-            "--eviction", help=f"Evictions, separated by commas. [default: {DEFAULT}, and original with lru to compare with]"
+            "--eviction", help=f"Evictions, separated by commas. [default: {DEFAULT}, and original with lru as the baseline]"
         ),
     ] = None,
-    io: Annotated[str, typer.Option("--io", help="How misses are read: mmap, direct, auto, separated by commas.")] = "mmap",
+    io: Annotated[
+        str, typer.Option("--io", help="How misses are read: mmap, direct or auto; several separated by commas.")
+    ] = "mmap",
     control: Annotated[
-        bool, typer.Option("--control", help="Run the engine without hook, too, in a process of the same memory (Linux).")
+        bool, typer.Option("--control", help="Also run llama.cpp's own mmap in a process limited to the same memory (Linux).")
     ] = False,
     control_repack: Annotated[
-        str, typer.Option("--control-repack", metavar="off|on", help="Whether the control repacks weights, separated by commas.")
+        str, typer.Option("--control-repack", metavar="off|on", help="Whether the control repacks weights; off,on runs both.")
     ] = "off",
     floor: Annotated[
         bool,
-        typer.Option("--floor", help="Measure max(compute with everything resident, bytes missed / bandwidth), and the share."),
+        typer.Option("--floor", help="Also measure the floor: max(compute with all resident, bytes missed / bandwidth)."),
     ] = False,
     replay: Annotated[
         str | None,
         typer.Option(
             "--replay",
             metavar=forced_scores.FORM,
-            help=f"Rank a trace's scores, or random ones, not the model's. {forced_scores.HELP}",
+            help=f"Route by the scores of a trace, or by random ones, instead of the model's. {forced_scores.HELP}",
         ),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("-f", "--file", help="Text whose tokens are run. [default: the held-out text of the package]")
+        Path | None, typer.Option("-f", "--file", help="The text to run. [default: the held-out text of the package]")
     ] = None,
     threads: options.ThreadsOption = None,
     flash_mbps: options.FlashOption = None,
     prefetch: Annotated[
-        str, typer.Option("--prefetch", help="Experts of the next layer to read ahead, at most; numbers separated by commas.")
+        str,
+        typer.Option(
+            "--prefetch", help="How many experts of the next layer to prefetch at most; several numbers separated by commas."
+        ),
     ] = "0",
     warm_start: options.WarmStartOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
 ) -> None:
-    """Compare budgets, routings and evictions. Every arm runs the same tokens from the same cold start."""
+    """Measure the speed of budgets, routings and evictions. Every combination runs the same tokens from the same cold start."""
     if output not in _OUTPUTS:
         raise UsageError(f"There is no output {output!r}; there are {', '.join(_OUTPUTS)}.")
     repacks = options.names(control_repack)
     if not repacks or set(repacks) - {"off", "on"}:
         raise UsageError(f"--control-repack is off, on, or both, not {control_repack!r}.")
     if n_prompt + n_gen == 0:
-        raise UsageError("There is nothing to run; give -p or -n.")
+        raise UsageError("There is nothing to run; give -p or -n above 0.")
     parsed = {r: strategies.parse(r) for r in options.names(routing) if r != "tuned"}
     options.say_slow(parsed.values())
     typed = [str(parsed.get(r, r)) for r in options.names(routing)]
-    aheads = _counts(prefetch)
+    prefetch_counts = _counts(prefetch)
     evictions = options.names(DEFAULT if eviction is None else eviction)
-    settings = (options.names(budget), typed, evictions, options.names(io), aheads)
+    settings = (options.names(budget), typed, evictions, options.names(io), prefetch_counts)
     if not all(settings):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     task = task_profile.load(warm_start) if warm_start else None
     source = forced_scores.parse(replay) if replay else None
-    if source and source.trace and any(aheads):
+    if source and source.trace and any(prefetch_counts):
         raise UsageError("A trace has no predictions to prefetch by; replay synthetic scores, or leave --prefetch out.")
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue
@@ -144,7 +151,7 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal's stderr, else nothing."""
+    """A progress bar if stderr is a terminal, else nothing."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
@@ -189,8 +196,8 @@ def _markdown(rows: list[Row]) -> str:
     head += ["resident/budget MiB", "hook ms/tok"]
     floors = any(r.floor_share is not None for r in rows)
     head += ["floor tok/s", "of floor"] if floors else []
-    ahead = any(r.prefetch for r in rows)
-    head += ["prefetch", "chosen"] if ahead else []
+    prefetches = any(r.prefetch for r in rows)
+    head += ["prefetch", "chosen"] if prefetches else []
     replayed = any(r.replay for r in rows)
     head += ["replay"] if replayed else []
     table = [head, ["---"] * len(head)]
@@ -214,7 +221,7 @@ def _markdown(rows: list[Row]) -> str:
             _number(r.hook_ms_per_token, digits=3),
         ]
         cells += [_number(r.floor_ts), _number(r.floor_share, 100, 0, "%")] if floors else []
-        cells += [str(r.prefetch), "" if r.prefetch_used is None else f"{100 * r.prefetch_used:.0f}%"] if ahead else []
+        cells += [str(r.prefetch), "" if r.prefetch_used is None else f"{100 * r.prefetch_used:.0f}%"] if prefetches else []
         cells += [r.replay or ""] if replayed else []
         table.append(cells)
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
@@ -227,5 +234,5 @@ def _markdown(rows: list[Row]) -> str:
 
 
 def _number(value: float | None, factor: float = 1, digits: int = 2, unit: str = "") -> str:
-    """A cell; ? for what is not known."""
+    """A cell; ? for an unknown value."""
     return "?" if value is None else f"{factor * value:.{digits}f}{unit}"

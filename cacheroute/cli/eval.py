@@ -1,4 +1,4 @@
-"""`cacheroute eval`: what a routing costs, in perplexity and in tasks."""
+"""`cacheroute eval`: measures the quality of a routing, by perplexity and by tasks."""
 
 from __future__ import annotations
 
@@ -31,18 +31,21 @@ if TYPE_CHECKING:
 
 TextOption = Annotated[
     Path | None,
-    typer.Option("-f", "--file", help="Text; .jsonl and .parquet by --column. [default: the held-out text of the package]"),
+    typer.Option(
+        "-f", "--file", help="The text; of .jsonl and .parquet, the --column. [default: the held-out text of the package]"
+    ),
 ]
-ColumnOption = Annotated[str, typer.Option("--column", help="Column of a dataset that holds the text.")]
-ChunkOption = Annotated[int, typer.Option("--chunk", min=4, help="Tokens of a sequence; its second half is scored.")]
+ColumnOption = Annotated[str, typer.Option("--column", help="Column of a .jsonl or .parquet file that holds the text.")]
+ChunkOption = Annotated[int, typer.Option("--chunk", min=4, help="Tokens per chunk; the second half of each chunk is scored.")]
 StrideOption = Annotated[
-    int | None, typer.Option("--stride", min=1, help="Tokens from one chunk's beginning to the next one's. [default: --chunk]")
+    int | None,
+    typer.Option("--stride", min=1, help="Tokens from the start of one chunk to the start of the next. [default: --chunk]"),
 ]
 IoOption = Annotated[
     str | None,
     typer.Option(
         "--io",
-        help="How misses are read: mmap, direct, auto; none: they are only counted. [default: none if the model fits memory]",
+        help="How misses are read: mmap, direct, auto; none only counts them. [default: none if the model fits into memory]",
     ),
 ]
 
@@ -53,29 +56,31 @@ def perplexity(
     column: ColumnOption = "text",
     budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "50%",
     routing: Annotated[
-        str, typer.Option("--routing", help="Routings, separated by commas; `original` is always scored, too.")
+        str, typer.Option("--routing", help="Routings, separated by commas; `original` is always scored as well.")
     ] = "cache-prior:lambda=0.1",
     eviction: options.EvictionsOption = DEFAULT,
     chunk: ChunkOption = 1024,
     stride: StrideOption = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score about this many tokens. [default: all]")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score about that many tokens. [default: all]")] = None,
     carry: Annotated[
         bool,
-        typer.Option("--carry", help="Keep the expert cache and the running ranges from chunk to chunk; always scored anew."),
+        typer.Option(
+            "--carry", help="Keep the expert cache and the running ranges from chunk to chunk. These scores are not stored."
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the resampling.")] = 0,
     workers: options.WorkersOption = 1,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md, json or jsonl.")] = "md",
 ) -> None:
-    """Perplexity of a text, one token per decode, as a routing acts on decoded tokens only.
+    """Measure the perplexity of a text, decoding one token at a time, because a routing acts on decoded tokens only.
 
-    Chunks are cut and scored as llama-perplexity does: the second half of each. All routings score the same tokens, and
-    differences to `original` are paired, with a 95% interval from resampled chunks. There is no batched mode: a prompt is
-    routed by `original`, so a batched figure would be that of `original`.
+    Chunks are cut and scored as llama-perplexity does: the second half of each. All routings score the same tokens;
+    differences from `original` are paired, with a 95% interval from resampled chunks. There is no batched mode: prompts are
+    routed by `original`, so a batched perplexity would be that of `original`.
 
-    Scores are kept in the cache folder and shared with `tune` and `frontier`: what is known is not computed again.
+    Scores are stored in the cache folder and shared with `tune` and `frontier`, so nothing is computed twice.
     """
     table.check(output)
     if carry and workers > 1:
@@ -92,7 +97,7 @@ def perplexity(
         raise UsageError("There is nothing to score; give at least one budget and eviction.")
     with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=names[1]) as session:
         if len(session.chunks) < paired.FEW_BLOCKS:
-            print(f"{len(session.chunks)} chunks are few; take the interval as rough", file=sys.stderr)
+            print(f"{len(session.chunks)} chunks are few; the interval is rough", file=sys.stderr)
         cells = _carried(session, arms) if carry else _scored(session, arms)
     rows: list[PerplexityRow] = []
     base: list[float] = []
@@ -181,25 +186,29 @@ class TaskRow:
 
 
 def task(
-    name: Annotated[str, typer.Argument(metavar="TASK", help="mmlu, gsm8k, arc, hellaswag, ...; several with commas.")],
+    name: Annotated[str, typer.Argument(metavar="TASK", help="mmlu, gsm8k, arc, hellaswag, ...; several separated by commas.")],
     model: options.ModelOption = None,
     budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "50%",
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
     ] = "original,cache-prior:lambda=0.1",
     eviction: options.EvictionsOption = DEFAULT,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions of each task. [default: all]")] = None,
-    shots: Annotated[int | None, typer.Option("--shots", min=0, help="Examples before a question. [default: the task's]")] = None,
-    tasks: Annotated[Path | None, typer.Option("--tasks", help="A folder with task files (yaml) of your own.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Number of questions of each task. [default: all]")] = None,
+    shots: Annotated[
+        int | None, typer.Option("--shots", min=0, help="Examples before each question. [default: the task's own number]")
+    ] = None,
+    tasks: Annotated[Path | None, typer.Option("--tasks", help="A folder with your own task files (yaml).")] = None,
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=16, help="Context in tokens.")] = 4096,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="md, jsonl (our rows) or json (lm-eval's results).")] = "md",
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="md, jsonl (a row per figure) or json (with lm-evaluation-harness's results).")
+    ] = "md",
 ) -> None:
-    """Any task of lm-evaluation-harness: `cacheroute eval gsm8k` is short for `cacheroute eval task gsm8k`.
+    """Run any task of lm-evaluation-harness. `cacheroute eval gsm8k` is short for `cacheroute eval task gsm8k`.
 
-    The examples before a question are a prompt and run by `original`; the question and its answers are decoded one token at
-    a time, so that the routing acts on them. Of generated answers the whole prompt runs by `original`.
+    The examples before a question are a prompt, routed by `original`; question and answers are decoded one token at
+    a time, so that the routing acts on them. Where an answer is generated, the whole prompt is routed by `original`.
     """
     table.check(output)
     parsed = [str(r) for r in strategies.parse_list(routing)]
@@ -275,7 +284,7 @@ def _task_cells(rows: list[TaskRow]) -> list[list[str]]:
 
 
 class AnyTask(typer.core.TyperGroup):
-    """`eval NAME` for every NAME that is no command is `eval task NAME`."""
+    """Makes `eval NAME` mean `eval task NAME` if NAME is not a command."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
@@ -283,5 +292,5 @@ class AnyTask(typer.core.TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-HELP = "What a routing costs: `eval perplexity`, or `eval TASK` for any task of lm-evaluation-harness."
+HELP = "Measure the quality of a routing: `eval perplexity`, or `eval TASK` for any task of lm-evaluation-harness."
 COMMANDS = (perplexity, task)

@@ -16,7 +16,9 @@ from cacheroute.routing.eviction import DEFAULT
 
 
 def frontier(
-    results: Annotated[Path, typer.Argument(metavar="FILE", help="The results, JSON lines; an unfinished file is resumed.")],
+    results: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The file of results (JSON lines); an unfinished one is resumed.")
+    ],
     model: options.ModelOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
@@ -24,32 +26,32 @@ def frontier(
     routing: Annotated[
         str | None, typer.Option("--routing", help="Routings, separated by commas. [default: a grid over all strategies]")
     ] = None,
-    points: Annotated[int, typer.Option("--points", min=1, help="Values of each strategy in the grid.")] = 5,
+    points: Annotated[int, typer.Option("--points", min=1, help="Number of values of each strategy in the grid.")] = 5,
     eviction: options.EvictionsOption = DEFAULT,
     chunk: ChunkOption = 1024,
     stride: StrideOption = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Score about this many tokens with each routing.")] = 10000,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Score about that many tokens with each routing.")] = 10000,
     workers: options.WorkersOption = 1,
     scheduler: Annotated[
         str | None,
         typer.Option(
             "--scheduler",
             metavar="ADDRESS",
-            help="Score on the workers of a Dask cluster (the extra `dask`), which share the threads of -t, or use all cores.",
+            help="Score on the workers of a Dask cluster (the extra `dask`); they share the threads of -t.",
         ),
     ] = None,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
     flash_mbps: options.FlashOption = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="What goes to stdout at the end: md, json or jsonl.")] = "md",
+    output: Annotated[str, typer.Option("-o", "--output", help="Format of the table on stdout: md, json or jsonl.")] = "md",
 ) -> None:
     """Score many routings at several budgets; `cacheroute plot FILE` draws the result.
 
-    Each row is scored as `eval perplexity` does it and paired with `original`. Scores are kept in the cache folder and shared
-    with `tune` and `eval perplexity`: what is known is not computed again.
+    Each row is scored as by `eval perplexity` and paired with `original`. Scores are stored in the cache folder and shared
+    with `tune` and `eval perplexity`, so nothing is computed twice.
 
-    Speed (ts) is measured with --io mmap, direct or auto and one worker, which has the machine to itself: then scores that were
-    kept without a speed, or with that of another io, pace or number of threads, are computed again. Otherwise ts is null.
+    Speed (ts) is measured only with one worker and --io mmap, direct or auto; otherwise ts is null. When it is measured, stored
+    scores without a speed, or with the speed of another io, pace or number of threads, are computed again.
     """
     table.check(output)
     if scheduler and workers > 1:

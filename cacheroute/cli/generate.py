@@ -1,4 +1,4 @@
-"""`cacheroute generate`: a prompt in, tokens out as they come."""
+"""`cacheroute generate`: answers a prompt, printing tokens as they come."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 def generate(
     model: options.ModelOption = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; text piped in follows it.")] = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; piped-in text is appended to it.")] = None,
     file: options.FileOption = None,
-    n_predict: Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to generate, -1: until the model stops.")] = 256,
+    n_predict: Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to generate; -1: until the model stops.")] = 256,
     ctx_size: Annotated[
-        int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens, 0: as the model was trained.")
+        int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: as the model was trained.")
     ] = 4096,
     threads: options.ThreadsOption = None,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the sampler, -1: a random one.")] = -1,
-    temp: Annotated[float, typer.Option("--temp", min=0, help="Temperature, 0: greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest, 0: all.")] = 40,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the sampler; -1: a random one.")] = -1,
+    temp: Annotated[float, typer.Option("--temp", min=0, help="Sampling temperature; 0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0: all.")] = 40,
     top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample among the likeliest that sum to p.")] = 0.95,
-    min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="Least probability against the likeliest.")] = 0.05,
-    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", min=0, help="Penalty for repeats, 1: none.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="Least probability, over the likeliest token's.")] = 0.05,
+    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", min=0, help="Penalty for repeated tokens; 1: none.")] = 1.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat template.")] = False,
     budget: Annotated[
-        str, typer.Option("--budget", help="Experts in memory: 50%, 30 (per layer), 2GiB (all layers), all.")
+        str, typer.Option("--budget", help="Experts kept in memory: 50%, 30 (per layer), 2GiB (all layers) or all.")
     ] = "50%",
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     eviction: options.EvictionOption = DEFAULT,
@@ -50,10 +50,10 @@ def generate(
     prefetch: options.PrefetchOption = 0,
     warm_start: options.WarmStartOption = None,
     output: Annotated[
-        str, typer.Option("-o", "--output", help="text, json (one object at the end) or jsonl (one a piece).")
+        str, typer.Option("-o", "--output", help="text, json (one object at the end) or jsonl (one object per piece of text).")
     ] = "text",
 ) -> None:
-    """Generate text. The answer goes to stdout, statistics to stderr."""
+    """Answer a prompt. The answer goes to stdout, statistics go to stderr."""
     if output not in ("text", "json", "jsonl"):
         raise UsageError(f"There is no output {output!r}; there are text, json and jsonl.")
     text = _prompt(prompt, file)
@@ -82,7 +82,7 @@ def generate(
     if task:
         llm.warm(task)
     if llm.routing and llm.routing.lossy:
-        print(f"{llm.routing}: lossy, other experts than the model's own may run.", file=sys.stderr)
+        print(f"{llm.routing} is lossy: it may run other experts than the model chooses.", file=sys.stderr)
         options.say_slow([llm.routing])
     sampling = dict(
         max_tokens=n_predict if n_predict >= 0 else None,
@@ -136,7 +136,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 
 class _Run:
-    """One generation and its clock."""
+    """One generation with its text and its times."""
 
     def __init__(self, llm: Llama) -> None:
         self.llm = llm
@@ -168,7 +168,7 @@ class _Run:
                 f"The prompt does not fit the context of {llm.n_ctx()} tokens; give a larger one with -c."
             ) from None
         if llm.n_tokens + 1 >= llm.n_ctx() and self.finish_reason == "length":
-            print(f"The context of {llm.n_ctx()} tokens is full; a larger one is given with -c.", file=sys.stderr)
+            print(f"The context of {llm.n_ctx()} tokens is full; give a larger one with -c.", file=sys.stderr)
 
     def report(self, path: Path, seed: int) -> dict[str, Any]:
         """The object of `-o json`."""
@@ -205,7 +205,7 @@ class _Run:
             f"read {d.read_mib_per_token:.2f} MiB/token",
             f"swapped {d.swapped}/{d.examined}",
             *([f"dropped {d.dropped}/{d.examined}"] if d.dropped else []),
-            *([f"read ahead {d.prefetched}, {d.prefetch_used} of them chosen"] if self.llm.prefetch else []),
+            *([f"prefetched {d.prefetched}, {d.prefetch_used} of them chosen"] if self.llm.prefetch else []),
             f"resident {s.resident_bytes / MIB:.1f} of {s.budget_bytes / MIB:.1f} MiB",
         ]
         return " | ".join(parts)

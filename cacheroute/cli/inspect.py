@@ -1,4 +1,4 @@
-"""`cacheroute inspect`: a model's header in words, and a table of budgets."""
+"""`cacheroute inspect`: describes a model, with a table of budgets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inspect(
     file: Annotated[str | None, typer.Argument(metavar="PATH|NAME", help="A GGUF file or a name. [default: demo]")] = None,
     output: Annotated[str, typer.Option("-o", "--output", help="text or json (sizes in bytes).")] = "text",
 ) -> None:
-    """Tell what a model is made of and what each budget costs, from its header alone."""
+    """Describe a model and the memory of each budget, reading only its header."""
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
     report = inspector.inspect(catalogue.resolve(file))

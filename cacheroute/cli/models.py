@@ -1,4 +1,4 @@
-"""`cacheroute models`: the catalogue and what is on this disk, and whether this machine can run it."""
+"""`cacheroute models`: lists the catalogue and the models on this disk, and whether this machine can run them."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Row:
 def models(
     output: Annotated[str, typer.Option("-o", "--output", help="text or json (sizes in bytes).")] = "text",
 ) -> None:
-    """List the models that have a name or are on this disk, and what this machine can run. Uses no network.
+    """List the models of the catalogue and those on this disk, and whether they fit this machine. Uses no network.
 
-    "Fits" means that what is always in memory and the least budget (K experts a layer) fit the memory that is free now; the
-    context comes on top. The budget is half of the experts, or as many experts per layer as fit.
+    A model fits if the weights that are always in memory and the least budget (K experts per layer) fit the memory that is free
+    now; the context needs memory as well. The budget shown is half of the experts, or as many experts per layer as fit.
     """
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
@@ -139,7 +139,7 @@ def _fit(n_expert: int, n_used: int, expert_bytes: int, dense_bytes: int, memory
 
 
 def _print(rows: list[Row]) -> None:
-    """Aligned columns; a table if somebody watches."""
+    """Aligned columns; a styled table on a terminal."""
     head = ("NAME", "GiB", "HERE", "E/K", "FITS", "BUDGET")
     cells = [
         (

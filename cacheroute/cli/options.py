@@ -1,4 +1,4 @@
-"""Options that several commands share, so that a flag means the same everywhere."""
+"""Options that several commands share, so that a flag has one meaning everywhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from cacheroute.routing.strategies import Routing
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "-m", "--model", metavar="PATH|NAME", help="A GGUF file, the first shard of a split one, or a name. [default: demo]"
+        "-m",
+        "--model",
+        metavar="PATH|NAME",
+        help="A GGUF file (of a split one, the first shard) or a model's name. [default: demo]",
     ),
 ]
 ThreadsOption = Annotated[
@@ -30,21 +33,26 @@ IoOption = Annotated[
     typer.Option("--io", help="How misses are read: mmap (page cache), direct (past it), auto (the faster one, measured once)."),
 ]
 FlashOption = Annotated[
-    float | None, typer.Option("--flash-mbps", min=0.001, help="Limit reads to that many MB/s, as a slower flash would.")
+    float | None, typer.Option("--flash-mbps", min=0.001, help="Limit reads to that many MB/s, to simulate a slower flash.")
 ]
 PrefetchOption = Annotated[
-    int, typer.Option("--prefetch", min=0, help="Experts of the next layer to read ahead while a layer computes, at most.")
+    int,
+    typer.Option(
+        "--prefetch", min=0, help="How many experts of the next layer to prefetch at most while a layer computes; 0: none."
+    ),
 ]
 WarmStartOption = Annotated[
     Path | None,
-    typer.Option("--warm-start", help="Start with the experts of a task in memory; `cacheroute trace --save-profile` writes it."),
+    typer.Option(
+        "--warm-start", help="Start with the experts of a task in memory; the file is from `cacheroute trace --save-profile`."
+    ),
 ]
-EvictionOption = Annotated[str, typer.Option("--eviction", help=f"Which expert a full cache evicts: {', '.join(ONLINE)}.")]
+EvictionOption = Annotated[str, typer.Option("--eviction", help=f"Which expert leaves a full cache: {', '.join(ONLINE)}.")]
 EvictionsOption = Annotated[str, typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ONLINE)}.")]
 WorkersOption = Annotated[
     int,
     typer.Option(
-        "--workers", min=1, help="Processes that score side by side, each with the model; they share the threads of -t."
+        "--workers", min=1, help="Processes that score in parallel, each with the model loaded; they share the threads of -t."
     ),
 ]
 FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
@@ -59,11 +67,11 @@ def say_slow(routings: Iterable[Routing]) -> None:
     """One line on stderr for each policy in Python."""
     for routing in routings:
         if routing.policy:
-            print(f"{routing}: Python is asked for every token and layer, which is slower.", file=sys.stderr)
+            print(f"{routing}: Python is called for every token and layer, which is slower.", file=sys.stderr)
 
 
 def names(text: str) -> list[str]:
-    """What stands between the commas."""
+    """The parts of a list separated by commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

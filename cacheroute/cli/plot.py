@@ -1,4 +1,4 @@
-"""`cacheroute plot`: figures of what bench, simulate, eval and trace have written."""
+"""`cacheroute plot`: draws the results of bench, simulate, eval, frontier and trace."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from cacheroute.plot import chart, figures
 
 
 def plot(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Rows (json, jsonl, csv) of any commands, or a trace.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Results of other commands (json, jsonl or csv), or a trace.")
+    ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A .png or .svg file. [default: a table on the terminal]")
+        Path | None, typer.Option("-o", "--output", help="A .png or .svg file. [default: print a table instead]")
     ] = None,
-    kind: Annotated[str, typer.Option("--kind", help=f"{', '.join(figures.KINDS)}. [default: what the files can show]")] = "",
-    layer: Annotated[int | None, typer.Option("--layer", help="Layer of residency. [default: one in the middle]")] = None,
+    kind: Annotated[
+        str, typer.Option("--kind", help=f"{', '.join(figures.KINDS)}. [default: chosen by the content of the files]")
+    ] = "",
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Layer shown by --kind residency. [default: one in the middle]")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Draw a frontier, arms of bench, miss rates against budgets, the cache over time, or a heat map of layers and experts.
+    """Draw results: quality against bytes, speed, miss rates by budget, the cache over time, or expert use by layer.
 
-    Bytes on an axis are those missed (simulate, eval, frontier) or those read from the device (bench): never both in one figure.
+    The bytes on an axis are either missed bytes (simulate, eval, frontier) or bytes read from the device (bench), never both.
     """
     if output:
         chart.check_path(output, force=force)
@@ -34,8 +40,8 @@ def plot(
     drawable = importlib.util.find_spec("matplotlib") is not None
     if output and drawable:
         chart.save(figure, output, force=force)
-        print(f"{output} is drawn.", file=sys.stderr)
+        print(f"{output} is written.", file=sys.stderr)
         return
     if output:
-        print(f"matplotlib is missing (pip install 'cacheroute[plot]'): instead of {output}, a table.", file=sys.stderr)
+        print(f"matplotlib is missing (pip install 'cacheroute[plot]'): here is a table instead of {output}.", file=sys.stderr)
     print(table.as_markdown(figure.cells))

@@ -56,7 +56,7 @@ def _lines(what: str, total: float) -> Advance:
 
 @contextmanager
 def scoring(scorer: Scorer, requests: Sequence[Request]) -> Iterator[None]:
-    """Shows what is computed of those requests, in scored tokens; says first how much of them is in the cache."""
+    """Shows what is computed of those requests, in scored tokens; prints first how many of them are in the cache."""
     total, missing = sum(scorer.chunks[r.chunk].n_scored for r in requests), scorer.missing(requests)
     if missing < total:
         print(f"{total - missing} of {total} scored tokens are in the cache", file=sys.stderr)

@@ -15,13 +15,13 @@ def pull(
         str, typer.Argument(metavar="NAME|hf:OWNER/REPO[:FILE]", help="A name of `cacheroute models`, or a GGUF on the hub.")
     ],
 ) -> None:
-    """Fetch a model. Its path goes to stdout; what was fetched stays if you stop it, and the same command goes on.
+    """Download a model and print its path. If it is interrupted, the same command resumes the download.
 
-    FILE is a file name, a glob, or a quantisation such as Q4_K_M. HF_ENDPOINT (a mirror), HF_TOKEN and HF_HUB_CACHE count.
+    FILE is a file name, a glob, or a quantisation such as Q4_K_M. HF_ENDPOINT (a mirror), HF_TOKEN and HF_HUB_CACHE are used.
     """
     try:
         path = puller.pull(name)
     except KeyboardInterrupt:
-        print("\nstopped; run the same command to go on", file=sys.stderr)
+        print("\nstopped; run the same command to resume", file=sys.stderr)
         raise
     print(path)

@@ -1,4 +1,4 @@
-"""`cacheroute routing`: the strategies there are."""
+"""`cacheroute routing`: lists the strategies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from cacheroute.routing import strategies
 
 
 def routing() -> None:
-    """List the routing strategies, their parameters and where they come from."""
+    """List the routing strategies with their parameters and sources."""
     for strategy in strategies.STRATEGIES.values():
         print(f"{strategies.usage(strategy)}\n    {strategy.meaning} ({strategy.source})")
         for p in strategies.parameters(strategy):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TerminalProgress:
-    """A spinner with what happens now, and a bar where the step counts."""
+    """A spinner with the current step, and a bar where the step can be counted."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
@@ -33,7 +33,7 @@ class TerminalProgress:
 
 @contextmanager
 def shown_progress() -> Iterator[Progress]:
-    """Progress on stderr: plain lines, or one that moves if somebody watches."""
+    """Progress on stderr: a moving line on a terminal, else plain lines."""
     if not sys.stderr.isatty():
         yield PlainProgress()
         return
@@ -52,16 +52,18 @@ def setup(
         typer.Option(help="Use this llama-cpp-python sdist instead of downloading it.", exists=True, dir_okay=False),
     ] = None,
     portable: Annotated[
-        bool, typer.Option("--portable", help="Build without this machine's CPU flags: runs on others too.")
+        bool, typer.Option("--portable", help="Build without this machine's CPU flags, for use on other machines.")
     ] = False,
     check: Annotated[
         str | None,
-        typer.Option(metavar="VERSION", help="Only tell whether the patches apply to VERSION of llama-cpp-python."),
+        typer.Option(metavar="VERSION", help="Only check whether the patches apply to VERSION of llama-cpp-python."),
     ] = None,
-    demo: Annotated[bool, typer.Option("--demo/--no-demo", help="Make the demo model, too.")] = True,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Compilers at a time.", show_default="one per core")] = None,
+    demo: Annotated[bool, typer.Option("--demo/--no-demo", help="Also make the demo model.")] = True,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Number of compilers that run in parallel.", show_default="one per core")
+    ] = None,
 ) -> None:
-    """Build and install the engine (minutes the first time, then cached) and make the demo model."""
+    """Build and install the engine (some minutes the first time, then from the cache) and make the demo model."""
     if check is not None:
         with shown_progress() as progress:
             results = engine_build.check(check, sdist, progress)

@@ -1,4 +1,4 @@
-"""`cacheroute simulate`: other budgets, routings and evictions on a recorded trace."""
+"""`cacheroute simulate`: replays a trace with other budgets, routings and evictions."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ from cacheroute.trace.simulate import Row
 
 
 def simulate(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace of `cacheroute trace`.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace from `cacheroute trace`.")],
     budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "25%,50%,75%",
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
     ] = "original,cache-prior:lambda=0.2",
     eviction: Annotated[
         str,
-        typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ALL)} (the offline optimum)."),
+        typer.Option(
+            "--eviction", help=f"Evictions, separated by commas: {', '.join(ALL)} (the offline optimum, with `original` only)."
+        ),
     ] = f"lru,{DEFAULT},belady",
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="Add a line for each layer.")] = False,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Add a row for each layer.")] = False,
     shuffle: Annotated[
-        bool, typer.Option("--shuffle", help="Control: the tokens in random order, the same experts without locality.")
+        bool, typer.Option("--shuffle", help="Replay the tokens in random order: the same experts without locality.")
     ] = False,
     seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of --shuffle.")] = 0,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
 ) -> None:
-    """Replay a trace with other budgets, routings and evictions, by the router that runs live.
+    """Replay a trace with other budgets, routings and evictions, through the same router as a live run.
 
     Nothing is read: misses are counted, and MiB are misses x bytes of an expert.
     """
@@ -48,7 +50,7 @@ def simulate(
     options.say_slow({arm.routing.text: arm.routing for arm in arms}.values())
     trace = trace_file.read(file)
     if not trace.complete:
-        print(f"{file} was cut short; what is there is replayed.", file=sys.stderr)
+        print(f"{file} was cut short; its complete records are replayed.", file=sys.stderr)
     with progress.bar("simulate", len(arms)) as advance:
         rows = simulator.run(
             trace,
@@ -57,10 +59,10 @@ def simulate(
             shuffle=seed if shuffle else None,
             progress=lambda arm: advance(1, f"{arm.routing} {arm.eviction} {arm.budget}"),
         )
-    print("Open-loop: scores are the recorded ones, whatever is chosen.", file=sys.stderr)
+    print("Open-loop: the scores are the recorded ones and do not change with the choices.", file=sys.stderr)
     if any(arm.eviction == BELADY for arm in arms):
         print(
-            "belady is shown with `original` only: it needs the future choices, which other routings make by the cache.",
+            "belady is shown with `original` only: it needs the future choices, and those of other routings depend on the cache.",
             file=sys.stderr,
         )
     if output == "csv":

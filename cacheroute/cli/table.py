@@ -13,7 +13,7 @@ OUTPUTS = ("md", "json", "jsonl")
 
 
 def check(output: str) -> None:
-    """Raises UsageError for an output that does not exist: before the work, not after it."""
+    """Raises UsageError for an unknown output; called before the work begins."""
     if output not in OUTPUTS:
         raise UsageError(f"There is no output {output!r}; there are {', '.join(OUTPUTS)}.")
 
@@ -38,5 +38,5 @@ def as_markdown(cells: Sequence[Sequence[str]]) -> str:
 
 
 def signed(value: float | None, digits: int = 2) -> str:
-    """+1.23, or ? for what is not known."""
+    """A number as +1.23, or ? for None."""
     return "?" if value is None else f"{value:+.{digits}f}"

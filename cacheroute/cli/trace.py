@@ -1,4 +1,4 @@
-"""`cacheroute trace`: records what the router sees and does."""
+"""`cacheroute trace`: records the router's scores and choices."""
 
 from __future__ import annotations
 
@@ -20,31 +20,35 @@ if TYPE_CHECKING:
 
 
 def trace(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The trace to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the trace to.")],
     model: options.ModelOption = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="A text.")] = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The text to run.")] = None,
     file: Annotated[
-        Path | None, typer.Option("-f", "--file", help="A text in a file. [default: the held-out text of the package]")
+        Path | None, typer.Option("-f", "--file", help="A file with the text to run. [default: the held-out text of the package]")
     ] = None,
     n_predict: Annotated[
-        int, typer.Option("-n", "--n-predict", min=0, help="The text is a prompt; generate that many tokens, the likeliest each.")
+        int, typer.Option("-n", "--n-predict", min=0, help="Use the text as a prompt and generate that many tokens, greedily.")
     ] = 0,
-    n_prompt: Annotated[int, typer.Option("--n-prompt", min=0, help="Tokens of each sequence that are run as a prompt.")] = 0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=0, help="Stop after that many tokens of the text, 0: all.")] = 0,
-    ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=2, help="Tokens of a sequence; the next starts anew.")] = 1024,
+    n_prompt: Annotated[int, typer.Option("--n-prompt", min=0, help="Run that many tokens of each sequence as a prompt.")] = 0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=0, help="Stop after that many tokens of the text; 0: all.")] = 0,
+    ctx_size: Annotated[
+        int, typer.Option("-c", "--ctx-size", min=2, help="Tokens per sequence; each starts with an empty cache.")
+    ] = 1024,
     threads: options.ThreadsOption = None,
-    budget: Annotated[str, typer.Option("--budget", help="Experts in memory, as in generate.")] = "50%",
+    budget: Annotated[
+        str, typer.Option("--budget", help="Experts kept in memory: 50%, 30 (per layer), 2GiB (all layers) or all.")
+    ] = "50%",
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     eviction: options.EvictionOption = DEFAULT,
-    io: Annotated[str, typer.Option("--io", help="How misses are read: mmap, direct, or none (not at all).")] = "mmap",
+    io: Annotated[str, typer.Option("--io", help="How misses are read: mmap, direct, or none (only counted).")] = "mmap",
     save_profile: Annotated[
-        Path | None, typer.Option("--save-profile", help="Write which experts the task uses, for --warm-start.")
+        Path | None, typer.Option("--save-profile", help="Also write how often each expert was used, for --warm-start.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
-    """Record what the router saw and did, per token and layer, for simulate and plot.
+    """Record the router's scores and choices for each token and layer, for `simulate` and `plot`.
 
-    A text is run token by token, as if it were generated, in sequences of -c tokens; with -n it is a prompt.
+    The text is decoded token by token in sequences of -c tokens; with -n it is a prompt instead.
     """
     if prompt is not None and file is not None:
         raise UsageError("Give one text, with -p or with -f.")
@@ -82,7 +86,7 @@ def trace(
                 else:
                     _step(llm, tokens, n_prompt, ctx_size)
         except KeyboardInterrupt:
-            print(f"What was traced is in {writer.part}; simulate reads it.", file=sys.stderr)
+            print(f"The records so far are in {writer.part}; `simulate` can read it.", file=sys.stderr)
             raise
         stats = llm.stats().decode
     done = trace_file.read(output)

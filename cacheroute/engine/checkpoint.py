@@ -1,4 +1,4 @@
-"""Where a sequence stood: what routing remembers of it and, if asked for, what the model does."""
+"""A saved point of a sequence: the routing state and, if asked for, the model's state."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save_sequence(context: Any) -> bytes:
 
 
 def load_sequence(context: Any, state: bytes) -> None:
-    """Puts it in the place of the first sequence. Raises CacherouteError when it is of another model or too long."""
+    """Replaces the state of the first sequence by it. Raises CacherouteError when it is of another model or too long."""
     api = patched_llama_cpp.module().llama_cpp
     if not api.llama_state_seq_set_data(context, (ctypes.c_uint8 * len(state)).from_buffer_copy(state), len(state), 0):
         raise CacherouteError("The state of a sequence does not fit this context.")

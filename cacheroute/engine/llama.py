@@ -39,7 +39,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             mapped and left to the kernel, and no budget is kept.
         eviction: "lru", "lfu", "score" or "soft-lfu".
         io: how misses are read; "mmap" (through the page cache) or "direct" (past it, where the filesystem can), "auto"
-            (the faster one, measured once for each filesystem and said on stderr), "none" (misses are counted, memory is left to
+            (the faster one, measured once for each filesystem and shown on stderr), "none" (misses are counted, memory is left to
             the kernel: scores and counts are the same, sooner, where the model fits).
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
         prefetch: while a layer computes on a decoded token, up to so many experts are read that the next layer would miss if its
@@ -241,7 +241,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._warm()
 
     def rewind(self) -> None:
-        """Forgets the tokens; experts stay in memory."""
+        """Clears the tokens; experts stay in memory."""
         super().reset()
 
     def checkpoint(self, *, sequence: bool = False) -> Checkpoint:
@@ -253,8 +253,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def return_to(self, mark: Checkpoint) -> None:
         """Continues after the tokens of a checkpoint of the same budget and eviction; the routing may be another. Counters go on.
 
-        Without its `sequence`, those tokens must still be the first ones here, and the model must not be recurrent, as its state
-        has no past. Not for a policy in Python, whose state is its own. Raises CacherouteError for what does not fit.
+        Without its `sequence`, those tokens must still be the first ones here, and the model must not be recurrent: its state
+        cannot be cut back. Not for a policy in Python, which keeps its own state. Raises CacherouteError for what does not fit.
         """
         self._check_usable()
         if not mark.fits(self._hook):
@@ -291,7 +291,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def warm(self, task: TaskProfile | None) -> None:
         """From now on every sequence starts with the experts that a task uses most in the cache; None: with an empty one.
 
-        Forgets the sequence. Raises UsageError when the profile is of another model.
+        Clears the sequence. Raises UsageError when the profile is of another model.
         """
         if task:
             task.check(self.layout)
@@ -306,9 +306,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._untouched = True
 
     def force(self, scores: ForcedScores | None) -> None:
-        """From now on layers rank these scores, a row for each token of a sequence, and not their own; None: their own again.
+        """From now on layers rank these scores, a row for each token of a sequence, instead of the model's; None: the model's.
 
-        What is generated says nothing then; gate weights stay the model's. Forgets what configure() forgets. Raises UsageError
+        The generated text is then meaningless; gate weights stay the model's. Resets what configure() resets. Raises UsageError
         for scores of another E or number of layers; eval() raises CacherouteError for a token that they do not have.
         """
         layout = self.layout

@@ -1,4 +1,4 @@
-"""What a run reports: small frozen records, printed by the commands and by `-o json` as they are; and what the system tells."""
+"""What a run reports: small frozen records, printed by the commands and by `-o json` as they are; and the kernel's counters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class KernelCounters:
-    """What the kernel says of this process: bytes fetched from storage (None where it does not say), major page faults."""
+    """The kernel's counters of this process: bytes fetched from storage (None where there is none), major page faults."""
 
     device_bytes: int | None
     major_faults: int

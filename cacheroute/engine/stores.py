@@ -110,7 +110,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
             bindings.lib.cr_store_free(store)
     best = min(seconds, key=lambda name: seconds[name])
     told = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
-    _say(f"reads {best}: an expert takes {told}. Remembered in {file}.")
+    _say(f"reads {best}: an expert takes {told}. This is kept in {file}.")
     _remember(file, known | {key: best})
     return best
 
@@ -120,7 +120,7 @@ def _measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:
     lib, order = bindings.lib, random.Random(0)
     n = layout.n_used
     spent = dict.fromkeys(stores, 0.0)
-    lib.cr_store_clear(stores[MMAP])  # and whatever the page cache has
+    lib.cr_store_clear(stores[MMAP])  # empties the page cache, too
     done = 0
     while done < _ROUNDS and sum(spent.values()) < _SECONDS:
         layer = order.randrange(len(layout.layers))
@@ -143,7 +143,7 @@ def _known(file: Path) -> dict[str, Any]:
 
 
 def _remember(file: Path, known: dict[str, Any]) -> None:
-    """A cache that cannot be written is measured again the next time."""
+    """If the cache cannot be written, the next run measures again."""
     with contextlib.suppress(OSError, CacherouteError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, known, force=True)

@@ -1,1 +1,1 @@
-"""What a routing costs: stepped scores, tasks, prices, tune, frontier. Knows a loaded model; knows no command line."""
+"""Quality of a routing: stepped scores, tasks, prices, tune, frontier."""

@@ -52,7 +52,7 @@ def arms(layout: ExpertLayout, routing: Sequence[str], eviction: Sequence[str], 
 
 
 def header(model: Path, source: Source) -> dict[str, Any]:
-    """What a results file holds rows of: model, text and version; others are never mixed in."""
+    """Identifies the rows of a results file: model, text and version; rows of others are refused."""
     digest = hashlib.sha256(text.read(source.path, source.column).encode()).hexdigest()[:16]
     return {
         "format": FORMAT,
@@ -82,7 +82,7 @@ def run(
 ) -> None:
     """Adds the rows of `wanted` that are missing to `done`; `keep` is called with each as soon as it is complete.
 
-    A row is compared with `original` at any budget, as its likelihood is the same at all.
+    A row is compared with `original` at any budget, as its likelihood does not depend on the budget.
     """
     base = next((row.chunk_nll for row in done.values() if row.routing == "original"), None)
     left = {arm: arm.requests(len(scorer.chunks)) for arm in wanted if arm not in done}

@@ -1,6 +1,6 @@
-"""EleutherAI's lm-evaluation-harness (the extra `eval`) over our engine: any of its tasks, or your own from a folder.
+"""EleutherAI's lm-evaluation-harness (the extra `eval`) over this engine: any of its tasks, or your own from a folder.
 
-Only this file knows it. It is imported late: it takes seconds, and most people do not have it.
+Only this file imports it, and late: the import takes seconds, and the extra is often not installed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals.tasks import TaskScorer
 
 SHORT_NAMES = {"arc": "arc_challenge"}
-_MOST_TOKENS = 256  # of an answer, where a task does not say
+_MOST_TOKENS = 256  # of an answer, where a task has no limit
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def require() -> None:
 
 
 def load_tasks(names: Sequence[str], folder: Path | None) -> Any:
-    """(task manager, task objects). `folder` has task files (yaml) of your own; their data files are relative to where you are.
+    """(task manager, task objects). `folder` has task files (yaml) of your own; data files are relative to the current folder.
 
-    Raises UsageError for a task that does not exist, CacherouteError for one whose data cannot be had.
+    Raises UsageError for a task that does not exist, CacherouteError for one with data that cannot be loaded.
     """
     require()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -57,7 +57,7 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> Any:
             raise UsageError(f"There is no task {name!r} in lm-evaluation-harness{where}; `lm-eval ls tasks` lists them.")
     try:
         return manager, manager.load(names)
-    except Exception as e:  # whatever its data's reader raises: no network, a missing file, another format
+    except Exception as e:  # any error of a data reader: no network, a missing file, another format
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise CacherouteError(
             f"The data of {', '.join(names)} cannot be loaded ({reason.rstrip('.')}); the hub needs the network once, and files "
@@ -112,7 +112,7 @@ def metrics(results: dict[str, Any]) -> list[Metric]:
 
 
 def adapter(scorer: TaskScorer, advance: Callable[[int, int], None] = lambda done, total: None) -> Any:
-    """An lm_eval.api.model.LM that asks `scorer`."""
+    """An lm_eval.api.model.LM that calls `scorer`."""
     from lm_eval.api.model import LM
 
     class CacherouteLM(LM):  # type: ignore[misc, unused-ignore]
@@ -131,7 +131,7 @@ def adapter(scorer: TaskScorer, advance: Callable[[int, int], None] = lambda don
 
 
 def _answers(requests: list[Any], answer: Callable[[tuple[Any, ...]], Any], advance: Callable[[int, int], None]) -> list[Any]:
-    """In the order of their texts, so that equal heads follow each other; returned in the order of the requests."""
+    """Answers in the order of the texts, so that equal heads follow each other; returns in the order of the requests."""
     order = sorted(range(len(requests)), key=lambda i: str(requests[i].args[0]))
     answers: list[Any] = [None] * len(requests)
     for done, i in enumerate(order, 1):
@@ -141,7 +141,7 @@ def _answers(requests: list[Any], answer: Callable[[tuple[Any, ...]], Any], adva
 
 
 def _generate(scorer: TaskScorer, context: str, settings: dict[str, Any]) -> str:
-    """Raises UsageError for sampling: a figure that changes from run to run has no place here."""
+    """Raises UsageError for sampling, as its figures would change from run to run."""
     if settings.get("do_sample") and settings.get("temperature", 1.0):
         raise UsageError("This task samples its answers; only greedy ones are scored (do_sample: false).")
     until = settings.get("until") or []

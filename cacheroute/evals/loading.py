@@ -32,7 +32,7 @@ class Source:
 
 
 def load(path: Path, n_ctx: int, n_threads: int) -> Llama:
-    """A model with room for `n_ctx` tokens. Settings come with `configure`."""
+    """A model with a context of `n_ctx` tokens. `configure` sets budget and routing."""
     from cacheroute.engine.llama import Llama
 
     return Llama(
@@ -46,7 +46,7 @@ def load(path: Path, n_ctx: int, n_threads: int) -> Llama:
 
 
 def default_io(layout: ExpertLayout) -> str:
-    """ "none" where all experts fit free memory (once for all processes): the same scores and misses, sooner; else "mmap"."""
+    """ "none" where all experts fit into free memory (once for all processes): equal scores and misses, faster; else "mmap"."""
     free = available_memory()
     return "none" if free is not None and layout.all_expert_bytes < 0.8 * free else "mmap"
 
@@ -59,7 +59,7 @@ def chunks(llm: Llama, source: Source) -> list[text.Chunk]:
 
 
 def text_fingerprint(chunks: Sequence[text.Chunk]) -> str:
-    """Of the tokens of all chunks and where scoring begins in each: sha256, 16 hex digits."""
+    """sha256 of the tokens of all chunks and where scoring begins in each, 16 hex digits."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(f"{chunk.first}:{','.join(map(str, chunk.tokens))};".encode())

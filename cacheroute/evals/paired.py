@@ -1,6 +1,6 @@
 """Paired differences: two routings on the same tokens, with an interval by block bootstrap. Knows numbers only.
 
-Tokens of one text are not independent, and what a routing costs at one token depends on the cache that others left; so whole
+Tokens of one text are not independent, and the loss at one token depends on the cache after the tokens before it; so whole
 chunks are resampled (Kuensch 1989), never tokens. The percentile interval is widened for few chunks by t(n-1)/z * sqrt(n/(n-1))
 (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015).
 """
@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-FEW_BLOCKS = 10  # below this an interval is a rough one, and the commands say so
+FEW_BLOCKS = 10  # below this the interval is rough, and the commands print that
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def percent(delta_nll: float) -> float:
 
 
 def nats(ppl_increase: float) -> float:
-    """The other way round: % of perplexity to nats per token."""
+    """The inverse of percent(): % of perplexity to nats per token."""
     return math.log1p(ppl_increase / 100)
 
 

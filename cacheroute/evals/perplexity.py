@@ -1,8 +1,8 @@
 """Stepped perplexity: the negative log-likelihood of text, one token per decode, so that the routing acts on every scored token.
 
-A batched pass would be faster and is no option for a lossy routing: a prompt is routed by `original` (arXiv 2412.00099 measures
-decoding), and what a token's routing is depends on the experts that the tokens before it left in the cache. A batch has
-neither, so its figure is `original`'s and hides the damage.
+A batched pass would be faster but cannot measure a lossy routing: a prompt is routed by `original` (arXiv 2412.00099 measures
+decoding), and the routing of a token depends on the experts that the tokens before it left in the cache. A batch has
+neither, so its perplexity is that of `original`.
 
 Knows a loaded model; knows no command line.
 """
@@ -36,7 +36,7 @@ class ChunkScore:
 
     `nll32`: bytes of little-endian float32, nats of each token; logits are float32, so nothing is lost. `misses` and `swapped`
     are slots of each MoE layer, of `selected` that ran and `dropped` that did not, all layers together. `missed_bytes` = misses x
-    bytes of an expert, whatever the device was asked for. `seconds` of decoding, without the prompt.
+    bytes of an expert, not what was asked of the device. `seconds` of decoding, without the prompt.
     """
 
     chunk: int
@@ -107,7 +107,7 @@ def score(
     llm.reset()
     for chunk in chunks:
         if carry:
-            patched_llama_cpp.module().Llama.reset(llm)  # the sequence only; ours empties the cache, too
+            patched_llama_cpp.module().Llama.reset(llm)  # not Llama.reset(), which also evicts the experts
         else:
             llm.reset()
         if chunk.first:

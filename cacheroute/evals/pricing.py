@@ -1,4 +1,4 @@
-"""What rerouting costs each layer, and which lambda of cache-prior and how much of the memory each layer should get.
+"""The cost of rerouting each layer, and from it the lambda of cache-prior and the share of the memory of each layer.
 
 Measured on a few chunks. The cost of a layer is KL(original || routed) when only this layer (or its group of neighbours) is
 routed, stepped. It stands for the loss of likelihood, but is always positive and far less noisy, as it takes in the whole
@@ -32,7 +32,7 @@ from cacheroute.trace import simulate
 LEVELS = (0.05, 0.1, 0.2, 0.4, 0.8)  # lambda everywhere: misses and swaps of each layer
 _CAPACITIES = 14  # numbers of experts in memory that are tried, about
 PROBES = (0.1, 0.4)  # lambda in one group of layers only: its price
-_TRUST = 0.75  # in a group's own price against the mean of all
+_TRUST = 0.75  # weight of a group's own price against the mean of all
 _GRID = np.concatenate([[0.0], np.geomspace(0.01, 1.0, 60)])
 
 Array = npt.NDArray[np.float64]
@@ -79,7 +79,7 @@ def groups(n_layers: int, n_groups: int) -> tuple[tuple[int, ...], ...]:
 
 
 def n_chunks(n_tokens: int, chunks: Sequence[Chunk]) -> int:
-    """How many chunks have so many scored tokens, at least one."""
+    """Number of chunks with so many scored tokens together, at least one."""
     return max(math.ceil(n_tokens / chunks[0].n_scored), 1)
 
 
@@ -183,9 +183,9 @@ def _share_out(priced: Array, sizes: Array, room: float) -> npt.NDArray[np.intp]
     held: npt.NDArray[np.intp] = (priced + high * sizes).argmin(axis=1)
     while True:
         left = room - sizes[rows, held].sum()
-        dearer = sizes - sizes[rows, held][:, None]
-        gain = (priced[rows, held][:, None] - priced) / np.where(dearer > 0, dearer, np.inf)
-        gain[(dearer <= 0) | (dearer > left)] = 0.0
+        extra = sizes - sizes[rows, held][:, None]
+        gain = (priced[rows, held][:, None] - priced) / np.where(extra > 0, extra, np.inf)
+        gain[(extra <= 0) | (extra > left)] = 0.0
         layer, c = np.unravel_index(int(gain.argmax()), gain.shape)
         if gain[layer, c] <= 0:
             break

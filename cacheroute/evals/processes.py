@@ -32,7 +32,7 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    """A process that waits for work does not notice that its parent has ended."""
+    """Ends this process with its parent: one that waits for work would not notice that the parent has ended."""
     parent = parent_process()
     assert parent
     parent.join()

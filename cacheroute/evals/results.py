@@ -1,4 +1,4 @@
-"""A file of results that grows line by line and can be resumed: JSON lines under a header that says what they belong to."""
+"""A file of results that grows line by line and can be resumed: JSON lines under a header that identifies the run."""
 
 from __future__ import annotations
 

@@ -61,10 +61,10 @@ class Cell(ChunkScore):
 
 @dataclass(frozen=True)
 class Job:
-    """What all cells of a session have in common, in whatever process they are computed.
+    """What all cells of a session have in common, in all processes.
 
     `text` is the fingerprint of the chunks. `n_threads` of each process, 0 for all cores of its machine. `timing` is not empty
-    where the machine is left to one cell at a time and reads are made: then decoding is timed, from a prompt that was evaluated.
+    where one cell runs at a time and misses are read: then decoding is timed, after a prompt that was evaluated in this run.
     """
 
     model: Path
@@ -78,7 +78,7 @@ class Job:
 
 
 def routing_key(routing: Routing) -> str:
-    """A routing in full: all digits of its parameters, and of a tuned one what its file holds, not the file's name."""
+    """A routing in full: all digits of its parameters, and of a tuned one the content of its file, not the file's name."""
     if routing.layers:
         return routing.name + json.dumps([r.parameters for r in routing.layers], sort_keys=True)
     if routing.policy:
@@ -87,7 +87,7 @@ def routing_key(routing: Routing) -> str:
 
 
 class Runner:
-    """Computes cells of one job with a loaded model, whose settings are the runner's from then on.
+    """Computes cells of one job with a loaded model, and changes that model's settings as it needs.
 
     Prompts are routed by `original`, so the state after a chunk's prompt is the same for every routing of one budget and
     eviction: it is kept, up to `room` bytes, and not evaluated again.

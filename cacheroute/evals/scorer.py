@@ -1,7 +1,7 @@
 """One scoring session for `eval perplexity`, `tune` and `frontier`: each cell is computed once and kept in the user's cache.
 
-Cells are computed in this process, in several processes of this machine, or on a Dask cluster: those are executors, and the cells
-are the same. -t is the number of compute threads of all local processes together.
+Cells are computed in this process, in several processes of this machine, or on a Dask cluster; the cells are the same
+everywhere. -t is the number of compute threads of all local processes together.
 """
 
 from __future__ import annotations
@@ -171,12 +171,12 @@ def session(
         threads: compute threads in total, shared out among the local processes or the workers of the cluster. None: all cores,
             of this machine or of each one of the cluster.
         n_workers: processes of this machine that score, each with the model loaded.
-        scheduler: address of a Dask scheduler whose workers score instead; they need the model at the same path.
+        scheduler: address of a Dask scheduler; its workers score instead and need the model at the same path.
         timed: measure the speed of decoding, with one worker and an io that reads: cells that were kept without a speed, or
             with that of another io, pace or number of threads, are computed again.
         evictions: checked, as `io` is, before the text is read.
 
-    Raises UsageError for settings or text that do not fit, CacherouteError when the model or the scheduler is not to be had.
+    Raises UsageError for settings or text that do not fit, CacherouteError when the model or the scheduler cannot be reached.
     """
     with ExitStack() as stack:
         each = max((threads or cores()) // n_workers, 1)
@@ -205,7 +205,7 @@ def session(
 
 
 def _kept_cells(model: Path, text: str) -> ResultsFile:
-    """Those that this build has computed: another router or engine may choose and round in another way."""
+    """The cells that this build has computed: another router or engine may choose and round differently."""
     header = {
         "format": "cacheroute-scores-2",
         "version": VERSION,

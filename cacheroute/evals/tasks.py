@@ -1,9 +1,9 @@
-"""Answers what lm-evaluation-harness asks of a model, in tokens: scores of continuations, rolling scores, greedy text.
+"""The requests of lm-evaluation-harness, in tokens: scores of continuations, rolling scores, greedy text.
 
-What is routed how: the head of a context, up to its last blank line (the few-shot examples), is a prompt and runs by `original`.
+How they are routed: the head of a context, up to its last blank line (the few-shot examples), is a prompt and runs by `original`.
 What follows, the question and its answers, is decoded one token at a time, so that the routing acts on it; `generate_until`
 decodes only what it generates. The result of a request depends on the request alone: a head that several requests share is
-evaluated once, and the routing state after it is brought back exactly for each.
+evaluated once, and the routing state after it is restored exactly for each.
 
 Knows a loaded model; knows nothing of lm-evaluation-harness (evals/harness.py does).
 """
@@ -28,19 +28,19 @@ class TaskScorer:
         self.llm = llm
         self.truncated = 0
         self._kept: Checkpoint | None = None  # after the head that came last
-        self._last: tuple[list[int], LogP] | None = None  # tokens and what the model says follows them
+        self._last: tuple[list[int], LogP] | None = None  # tokens and the log-probabilities after them
         policy = llm.routing.policy if llm.routing else ""
         self._rewinds = not (policy or llm._is_recurrent or llm._is_hybrid)
         llm.reset()
 
     @property
     def prefix_token(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The token before a text that has no context."""
         bos = self.llm.token_bos()
         return int(bos if bos >= 0 else self.llm.token_eos())
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Tokens of a text; with `bos`, the model's own first token where it wants one."""
+        """Tokens of a text; with `bos`, after the model's BOS token if it uses one."""
         return list(self.llm.tokenize(text.encode(), add_bos=bos and self.llm._model.add_bos_token(), special=True))
 
     def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
@@ -134,7 +134,7 @@ class TaskScorer:
         """log p of the vocabulary before each of tokens[start:]."""
         before = tokens[:start]
         if self._last and self._last[0] == before and len(tokens) == start + 1:
-            yield self._last[1]  # another answer of one token to the same question
+            yield self._last[1]  # another answer of one token to the same question: no new evaluation
             return
         self._start(before[:-1], head)
         for i in range(start - 1, len(tokens) - 1):
@@ -146,7 +146,7 @@ class TaskScorer:
             yield row
 
     def _start(self, tokens: list[int], head: int, *, decode: bool = True) -> None:
-        """Evaluates tokens[:head] as a prompt, or brings back the state after them, and then the others, decoded or not."""
+        """Evaluates tokens[:head] as a prompt, or restores the state after them, and then the others, decoded or not."""
         if self._kept and self._kept.tokens == tokens[:head]:
             self.llm.return_to(self._kept)
         else:

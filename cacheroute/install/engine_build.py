@@ -45,9 +45,9 @@ REVISION = 4
 
 LOCAL_VERSION = f"{VERSION}+cacheroute.{REVISION}"
 
-# Read by upstream's own build, scikit-build-core, whatever the age of pip (`--config-settings` is not).
+# Read by upstream's build, scikit-build-core, with any version of pip (`--config-settings` needs a recent one).
 # The target `llama` brings ggml and its backends with it; `common` and the tools stay uncompiled.
-# What upstream installs beside llama_cpp/ (headers, CMake files, static parts) nobody needs at run time.
+# What upstream installs beside llama_cpp/ (headers, CMake files, static libraries) is not needed at run time.
 _SETTINGS = {
     "SKBUILD_BUILD_TARGETS": "llama",
     "SKBUILD_CMAKE_BUILD_TYPE": "Release",
@@ -81,14 +81,14 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class EngineState:
-    """What is installed: no engine, an unpatched one, one with other patches than these, or ours."""
+    """What is installed: no engine, an unpatched one, one with other patches than these, or this one."""
 
     kind: Literal["missing", "stock", "outdated", "patched"]
     version: str | None = None
 
     @property
     def advice(self) -> str | None:
-        """One line that says what to run, or None where nothing is needed."""
+        """One line with the command to run, or None where nothing is needed."""
         return {
             "missing": "the engine is not installed yet: run `cacheroute setup`",
             "stock": f"llama-cpp-python {self.version} lacks the expert hook: run `cacheroute setup`",
@@ -237,7 +237,7 @@ def build(options: BuildOptions = BuildOptions(), progress: Progress | None = No
         try:
             wheel.parent.rename(ready)  # all of it or nothing
         except OSError:
-            if not _cached(key):  # else somebody without our lock was first: theirs is as good
+            if not _cached(key):  # else a process without the lock was first, and its wheel is the same
                 raise
         return ready / wheel.name
 
@@ -303,8 +303,8 @@ def _apply(patch: Path, source: Path) -> PatchResult:
     git = shutil.which("git")
     if git is None:
         raise CacherouteError("git is missing, which applies the patches: install it (Debian: apt install git)")
-    # Inside somebody's repository `git apply` takes paths as that repository's and skips them in
-    # silence, so git may neither find one above nor be told of one (as in a commit hook).
+    # Inside another repository `git apply` takes paths as that repository's and skips them in
+    # silence, so git must find no repository, neither in a folder above nor in its environment (as in a commit hook).
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     env |= {"GIT_CEILING_DIRECTORIES": str(source.parent), "LC_ALL": "C"}
     call = [git, "apply", "--whitespace=nowarn", str(patch)]
@@ -321,7 +321,7 @@ def _sign(source: Path, key: str, made_of: Mapping[str, Any]) -> None:
     init = source / "llama_cpp" / "__init__.py"
     text, changed = re.subn(r'(?m)^__version__ = ".*"$', f'__version__ = "{LOCAL_VERSION}"', init.read_text(encoding="utf-8"))
     if changed != 1:
-        raise CacherouteError(f"llama-cpp-python {VERSION} does not say its version where it used to")
+        raise CacherouteError(f"llama-cpp-python {VERSION} does not have its version in the usual file")
     init.write_text(text, encoding="utf-8")
     record = json.dumps({"key": key, **made_of}, indent=1)
     (source / "llama_cpp" / _RECORD).write_text(record, encoding="utf-8")

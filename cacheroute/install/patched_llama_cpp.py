@@ -1,4 +1,4 @@
-"""The patched llama-cpp-python underneath: is it there, is it ours, where are its libraries."""
+"""The patched llama-cpp-python underneath: whether it is installed and patched, and where its libraries are."""
 
 from __future__ import annotations
 

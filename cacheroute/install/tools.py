@@ -1,5 +1,5 @@
-"""What a long build on somebody else's machine stands on: a locked folder in the user's cache, child
-processes that end with us, pip, and failures as one sentence. Knows nothing of what is built."""
+"""What a long build on a user's machine needs: a locked folder in the user's cache, child
+processes that end with this one, pip, and failures as one sentence. Knows nothing of what is built."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEEDED_BYTES = 1_500_000_000  # unpacked source 220 MB, objects 100 MB, and room
 
 
 class Progress(Protocol):
-    """Where a build says how far it is."""
+    """Receives the progress of a build."""
 
     def step(self, text: str) -> None: ...
     def fraction(self, done: int, total: int) -> None: ...
@@ -50,7 +50,7 @@ class PlainProgress:
 
 @contextmanager
 def workdir(progress: Progress) -> Iterator[Path]:
-    """A folder in the cache, alone under the cache's lock, gone afterwards whatever happens.
+    """A folder in the cache, held under the cache's lock and removed afterwards in every case.
 
     It lies beside the finished wheels so that publishing one is a rename. OSErrors of the body
     become one sentence."""
@@ -86,7 +86,7 @@ def _disk_error(error: OSError, cannot_write: bool) -> CacherouteError:
 
 def _lock(lock: IO[str], progress: Progress) -> bool:
     """Wait for the other builds of this cache; False where there are no file locks. A process that
-    dies gives its lock back."""
+    ends releases its lock."""
     try:
         import fcntl
     except ImportError:
@@ -123,7 +123,7 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 def run(call: list[str], env: Mapping[str, str] | None = None, on_line: Callable[[str], None] | None = None) -> tuple[int, str]:
-    """Run a command to its end; exit code and all it said. Its children end with us: they are in a
+    """Run a command to its end; exit code and output. Its children end with this process: they are in a
     session of their own, which an exception (Ctrl-C too) kills."""
     said: list[str] = []
     with subprocess.Popen(
@@ -184,7 +184,7 @@ def pip() -> list[str]:
 
 
 def pip_error(what: str, output: str) -> CacherouteError:
-    """What pip said, as `what` and one reason."""
+    """pip's failure, as `what` and one reason."""
     if "No space left on device" in output:
         return no_space(cache_dir())
     if "externally-managed-environment" in output:
@@ -196,7 +196,7 @@ def pip_error(what: str, output: str) -> CacherouteError:
 
 
 def is_offline(output: str) -> bool:
-    """Whether pip failed because it reached nobody."""
+    """Whether pip failed because it reached no server."""
     said = r"connection broken|failed to establish|name resolution|max retries|timed out"
     return re.search(said, output, re.IGNORECASE) is not None
 

@@ -1,1 +1,1 @@
-"""What a model file is: its header, its experts, where models come from. Knows no routing and loads nothing."""
+"""Model files: header, experts, catalogue, download, the demo model. Loads no weights and knows no routing."""

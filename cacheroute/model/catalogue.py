@@ -1,4 +1,4 @@
-"""Models by name: the catalogue (models.toml) and what lies on this disk (hub cache, Ollama, LM Studio).
+"""Models by name: the catalogue (models.toml) and the files on this disk (hub cache, Ollama, LM Studio).
 
 Reads directories and small JSON files only: it opens no model and no connection.
 """
@@ -46,7 +46,7 @@ _HUB_NAME = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+?)(?::(?P<file>.+))?$"
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model of models.toml, whose header explains each field. Sizes in bytes."""
+    """One model of models.toml; the header of that file explains each field. Sizes in bytes."""
 
     name: str
     title: str
@@ -78,7 +78,7 @@ class ModelEntry:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the file that are always in memory: what is no routed expert and is loaded."""
+        """Bytes of the file that are always in memory: all that is loaded and is not a routed expert."""
         return self.nbytes - self.unloaded - self.experts * self.expert_bytes
 
 
@@ -114,9 +114,9 @@ def resolve(name_or_path: str | None) -> Path:
     """The file to load for `-m`: the only shard or the first one.
 
     In this order: nothing or "demo" is the demo model; a name of the catalogue; an existing path; `hf:OWNER/REPO[:FILE]`,
-    `ollama:NAME[:TAG]`, `lmstudio:NAME`. A file called like a model is given as ./NAME.
+    `ollama:NAME[:TAG]`, `lmstudio:NAME`. A file that has the name of a model is given as ./NAME.
 
-    Raises UsageError for a name that means nothing or several models, CacherouteError for a known model that is not here.
+    Raises UsageError for a name that fits no model or several, CacherouteError for a known model that is not here.
     """
     text = name_or_path or DEMO
     entry = load_catalogue().get(text.lower())
@@ -143,7 +143,7 @@ def resolve(name_or_path: str | None) -> Path:
 
 
 def unknown(text: str) -> UsageError:
-    """The error for a name that nothing has, with the names that come close."""
+    """The error for an unknown name, with the names that come close."""
     names = [*load_catalogue(), *(m.name for m in (*ollama_models(), *lmstudio_models()))]
     close = [n for n in names if text.lower() in n.lower()] or difflib.get_close_matches(text.lower(), names, cutoff=0.4)
     hint = f"did you mean {' or '.join(close[:4])}?" if close else "`cacheroute models` lists the names."
@@ -180,7 +180,7 @@ def _catalogue_path(entry: ModelEntry) -> Path:
 
 
 def _choose(text: str, prefix: str, models: list[DiskModel]) -> Path:
-    """The model that `text` names exactly, or else the only one whose name contains it."""
+    """The model of exactly the name `text`, or else the only one with a name that contains it."""
     wanted = text.lower()
     exact = [m for m in models if m.name.lower() in (wanted, wanted + ":latest")]
     found = exact or [m for m in models if wanted.removeprefix(prefix) in m.name.lower()]
@@ -193,7 +193,7 @@ def _choose(text: str, prefix: str, models: list[DiskModel]) -> Path:
 
 
 def shards(path: str, names: list[str]) -> list[str]:
-    """All of `names` that are shards of the model whose shard or only file is `path`, in order."""
+    """All of `names` that are shards of the same model as `path` (a shard or the only file), in order."""
     match = _SHARD.search(path)
     if not match:
         return [path]
@@ -212,7 +212,7 @@ def first_shards(names: list[str]) -> list[str]:
 
 
 def match_files(pattern: str, names: list[str]) -> list[str]:
-    """First shards that `pattern` means: a file name, a glob, a shard of it, or a quantisation such as Q4_K_M; case ignored."""
+    """First shards that `pattern` matches: a file name, a glob, a shard of it, or a quantisation such as Q4_K_M; case ignored."""
     models, wanted = first_shards(names), pattern.lower()
     exact = [n for n in names if n.lower() == wanted]
     if exact:
@@ -234,7 +234,7 @@ def hub_cache() -> Path:
 
 
 def hub_file(repository: str, pattern: str) -> Path | None:
-    """The model of a hub repository that `pattern` means, if all its shards are here and nothing else fits as well.
+    """The model of a hub repository that `pattern` matches, if all its shards are here and no other model matches.
 
     The snapshot that `main` points to comes first, then the newest.
     """

@@ -89,7 +89,7 @@ def ensure(cache: Path | None = None, progress: Callable[[str], None] = lambda _
     """
     out = default_path(cache)
     digest, size = pinned()
-    # The stamp spares a hash of the whole file at every start, which would also pull it into the
+    # The stamp saves hashing the whole file at every start, which would also read it into the
     # page cache and spoil measurements that begin cold.
     stamp = out.with_suffix(".gguf.sha256")
     try:
@@ -207,7 +207,7 @@ def _delta(learned: dict[str, npt.NDArray[np.generic]], side: str, i: int) -> Fl
     """Low-rank delta of one matrix (rows, columns) in the carved order.
 
     int8 factors b (rows, r) and a (r, columns) with a scale for each row and each column. |sum| <=
-    r * 127**2 < 2**24 for r <= 1024: the float32 product is exact, whatever BLAS does.
+    r * 127**2 < 2**24 for r <= 1024: the float32 product is exact in any order of summation.
     """
     b = learned[f"{side}_b"][i].astype(np.float32)
     a = learned[f"{side}_a"][i].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Where the experts of a model are: layers, counts, byte ranges. From the GGUF header; knows no memory and no policy."""
+"""Where the experts of a model are: layers, counts, byte ranges. From the GGUF header only."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _check_routable(gguf: GgufFile) -> None:
 
 
 def _router(index: int, floats: dict[str, int]) -> RouterTensors | None:
-    """Of a layer, among the tensors in F32 and the first of their dimensions."""
+    """The router of a layer; `floats` are the F32 tensors with the first of their dimensions."""
 
     def named(*parts: str) -> str:
         return next((name for part in parts if (name := f"blk.{index}.{part}") in floats), "")

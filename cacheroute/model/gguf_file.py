@@ -131,7 +131,7 @@ _IGNORE = _LogCallback(lambda level, text, data: None)
 
 @contextlib.contextmanager
 def _silence(lib: ctypes.CDLL) -> Iterator[None]:
-    """The library's own words about a file go nowhere: its failure is told in ours."""
+    """Silences the library's messages about a file; the caller raises its own error."""
     callback, data = ctypes.c_void_p(), ctypes.c_void_p()
     lib.ggml_log_get(ctypes.byref(callback), ctypes.byref(data))
     lib.ggml_log_set(ctypes.cast(_IGNORE, ctypes.c_void_p), None)
@@ -310,9 +310,9 @@ def _duplicate(lib: ctypes.CDLL, handle: int, key: int, n: int) -> str | None:
 
 
 def fingerprint(path: Path) -> str:
-    """Tells models apart: sha256 over the sizes of all shards and the first and last MiB of each, 16 hex digits.
+    """Identifies a model: sha256 over the sizes of all shards and the first and last MiB of each, 16 hex digits.
 
-    A hash of everything would read the whole model, which is larger than the memory.
+    A hash of the whole content would read all of a model that is larger than the memory.
     """
     digest = hashlib.sha256()
     for shard in read(path).paths:

@@ -1,7 +1,7 @@
 """Fetches a model from the hub into the hub's own cache: resumable, checked against its sha256, all shards.
 
-huggingface_hub (the extra `hub`) does names, tokens, mirrors and the layout of the cache. The transfer is ours because that
-library deletes what it has when it is stopped (seen in 2.4), which for 20 GB on a phone will not do: a partial file lies
+huggingface_hub (the extra `hub`) does names, tokens, mirrors and the layout of the cache. The transfer is done here because that
+library deletes a partial file when it is stopped (seen in 2.4), which is too costly for 20 GB: here a partial file is kept
 beside the blobs as `<sha256>.cacheroute.incomplete` until it is complete and right.
 """
 
@@ -40,7 +40,7 @@ class HubFile:
 def pull(name: str) -> Path:
     """Makes a model of the catalogue or of `hf:OWNER/REPO[:FILE]` complete in the hub cache; returns its only or first shard.
 
-    Says on stderr what it does. Raises UsageError for a name or file that does not exist (listing what does),
+    Reports its progress on stderr. Raises UsageError for a name or file that does not exist (listing what does),
     CacherouteError when it cannot be fetched or its checksum is wrong; what was fetched stays for the next attempt.
     """
     repository, pattern = _parse(name)
@@ -180,7 +180,7 @@ def _need_space(folder: Path, file: HubFile, have: int) -> None:
 
 
 def _check(path: Path, file: HubFile) -> None:
-    """Raises CacherouteError when size or sha256 are not what the hub says; deletes nothing."""
+    """Raises CacherouteError when size or sha256 differ from the hub's; deletes nothing."""
     size = path.stat().st_size
     if file.nbytes > GB:
         print(f"{file.name}: checking its sha256", file=sys.stderr, flush=True)
@@ -230,4 +230,4 @@ def _failure(e: Exception, repository: str) -> CacherouteError:
         return CacherouteError(f"{e.filename} cannot be written ({e.strerror}); set HF_HUB_CACHE to another folder.")
     if _is_answer(e):
         return CacherouteError(f"{repository} cannot be fetched from {where}: {_reason(e)}.")
-    return CacherouteError(f"{repository} could not be fetched from {where} ({_reason(e)}); run the same command to go on.")
+    return CacherouteError(f"{repository} could not be fetched from {where} ({_reason(e)}); run the same command to resume.")

@@ -1,4 +1,4 @@
-"""What a GGUF header says about a mixture-of-experts model, and what each budget would cost. Reads no tensor data."""
+"""A mixture-of-experts model by its GGUF header, and what each budget would cost. Reads no tensor data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cacheroute.model.gguf_file import GgufFile, TensorInfo
 # llama.cpp's enum llama_expert_gating_func_type (src/llama-hparams.h), the value of `ARCH.expert_gating_func`
 _GATING = {1: "softmax", 2: "sigmoid", 3: "softmax-weight", 4: "sqrt-softplus"}
 
-# What src/models/*.cpp pass to build_moe_ffn where the file does not say.
+# What llama.cpp's src/models/*.cpp pass to build_moe_ffn where the file has no such key.
 _GATING_OF_ARCHITECTURE = {
     "softmax-weight": {"gpt-oss"},
     "sigmoid": {"afmoe", "cohere2moe", "glm-dsa", "glm4moe", "llama4", "mimo2", "nemotron_h_moe", "step35"},

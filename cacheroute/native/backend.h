@@ -25,10 +25,10 @@ class Backend {
     // The expert is gone. Its memory may be kept until trim(), for what is admitted meanwhile.
     virtual void evict(size_t tensor, int32_t e) = 0;
 
-    // Gives memory of evicted experts back that nothing has taken over.
+    // Frees the memory of evicted experts that has not been reused.
     virtual void trim() = 0;
 
-    // Whether trim() needs idle readers: a fault of theirs maps what the page cache has around it, and pages that are mapped in
+    // Whether trim() needs idle readers: a page fault of a reader maps what the page cache has around it, and pages mapped in
     // that moment cannot be dropped.
     virtual bool trim_needs_idle_readers() const = 0;
 

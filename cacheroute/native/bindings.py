@@ -1,4 +1,4 @@
-"""ctypes view of native/cacheroute.h, one to one. Who owns what and which thread may call is written there."""
+"""ctypes view of native/cacheroute.h, one to one. Ownership and threads are documented there."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def exchange(store: int, layer: int, load: Sequence[int] = (), evict: Sequence[i
 
 
 def counters(call: Any, handle: int, layer: int, *, prefill: bool) -> Counters:
-    """What cr_router_counters or cr_hook_counters says of one layer, or of all together (-1)."""
+    """The result of cr_router_counters or cr_hook_counters for one layer, or for all together (-1)."""
     found = CCounters()
     call(handle, layer, prefill, found)
     return found.value

@@ -9,7 +9,7 @@ namespace cacheroute {
 enum class Eviction : int32_t {
     lru   = 0, // least recently used (the paper's)
     lfu   = 1, // least often used since the sequence began, prompt included, also before an earlier eviction; older use first among equals
-    score = 2, // least running mean of the normalised router score (method.md, 'Beyond the paper')
+    score = 2, // least running mean of the normalised router score
     belady = 3, // needed last: offline only, set_next_use() must be called
     soft_lfu = 4, // least often used of late, a near miss counting almost as a use
 };

@@ -1,5 +1,5 @@
-// The order of events for one token in one layer: mask, choice, count, touch, evict (method.md). This is the one piece of
-// code that decides; the live hook, the simulator and the tests all call it.
+// The order of events for one token in one layer: mask, choice, count, touch, evict. This is the one piece of
+// code that chooses experts; the live hook, the simulator and the tests all call it.
 #pragma once
 
 #include "cache.h"
@@ -27,7 +27,7 @@ class CachedRouter {
     CachedRouter(int n_expert, int n_used, int capacity, const Routing & routing, Eviction eviction);
 
     // One token. In prefill the choice is `original` and the eviction is by recency. `model_ids`, if not null, are the ids [K]
-    // that the model itself would run, best first; `prescribed`: they run whatever the routing.
+    // that the model itself would run, best first; `prescribed`: they run under any routing.
     const Event & step(const Scores & scores, Phase phase, const int32_t * model_ids = nullptr, bool prescribed = false);
 
     // What a decoded token of these scores would miss, best first. Changes nothing: a custom policy is not asked, `original` is.
@@ -39,7 +39,7 @@ class CachedRouter {
     // Forgets the sequence: cache, running means. Counters stay.
     void reset();
 
-    // Goes on where another was: its cache and running means, under this one's routing. Counters stay.
+    // Continues from the state of another: its cache and running means, under this one's routing. Counters stay.
     // false, and nothing has changed: its cache is not of this size and eviction.
     bool resume(const CachedRouter & other);
 

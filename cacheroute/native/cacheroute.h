@@ -27,7 +27,7 @@ extern "C" {
 /* Counts changes of anything in this header. */
 #define CR_ABI_VERSION 6
 
-/* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (router.h says what they do). */
+/* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (explained in router.h). */
 struct cr_routing {
     int32_t strategy;
     int32_t k;
@@ -45,7 +45,7 @@ struct cr_shape {
     int32_t n_expert;
     int32_t n_used;
     int32_t capacity; /* experts per layer, n_used..n_expert, where a layer has no number of its own */
-    int32_t eviction; /* 0 lru, 1 lfu, 2 score, 3 belady (replay of prescribed ids only), 4 soft-lfu (cache.h says what they do) */
+    int32_t eviction; /* 0 lru, 1 lfu, 2 score, 3 belady (replay of prescribed ids only), 4 soft-lfu (explained in cache.h) */
 };
 
 /* The router of a MoE layer, in the model's memory: weight [E][n_embd] (NULL: nothing is prefetched for the layer), bias [E] or
@@ -104,7 +104,7 @@ typedef struct cr_router cr_router;
 CR_API cr_router * cr_router_new(const struct cr_shape * shape, const struct cr_routing * routing, char * error, int32_t error_size);
 CR_API void cr_router_free(cr_router * router);
 /* One token in one layer. z, mass: double[E]; prefill: 0/1; model_ids: int32[K] that the model itself would run, best first, or
- * NULL; prescribed: 0/1, they run whatever the routing. Fills ids[K] (best z first) and, if not NULL, missed[K], evicted[E] with
+ * NULL; prescribed: 0/1, they run under any routing. Fills ids[K] (best z first) and, if not NULL, missed[K], evicted[E] with
  * their counts. Returns how many of the ids run; -1: no memory. */
 CR_API int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, const double * mass, int32_t prefill,
                               const int32_t * model_ids, int32_t prescribed, int32_t * ids, int32_t * missed, int32_t * n_missed,
@@ -139,7 +139,7 @@ CR_API const void * cr_store_find(cr_store * store, const void * expert);
 CR_API void cr_store_clear(cr_store * store);
 CR_API void cr_store_set_pace(cr_store * store, double bytes_per_second);
 CR_API uint64_t cr_store_resident_bytes(const cr_store * store);
-CR_API uint64_t cr_store_measure_resident(const cr_store * store); /* UINT64_MAX: the kernel does not tell */
+CR_API uint64_t cr_store_measure_resident(const cr_store * store); /* UINT64_MAX: mincore is not reliable */
 CR_API uint64_t cr_store_read_bytes(const cr_store * store);
 
 /* ---- Ctrl-C while llama.cpp computes ---- */
@@ -173,9 +173,9 @@ CR_API void cr_hook_reset(cr_hook * hook);  /* forget the sequence, drop every e
 CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
 /* Brings experts of a layer (n <= capacity) into memory before a sequence; the last is the most recent. */
 CR_API void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n);
-/* Caches and running means as they are now, the caller's to free. NULL: cr_hook_error() says why. */
+/* Caches and running means as they are now, the caller's to free. NULL: the reason is in cr_hook_error(). */
 CR_API cr_checkpoint * cr_hook_save(cr_hook * hook);
-/* Brings them back, also into another hook, under its own routing; counters go on. 0: the caches are of another size or
+/* Brings them back, also into another hook, under its own routing; counters stay. 0: the caches are of another size or
  * eviction. */
 CR_API int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint);
 CR_API void cr_checkpoint_free(cr_checkpoint * checkpoint);

@@ -16,7 +16,7 @@ class Counters:
     and `swapped` when it went to an expert outside the router's top-K. `held` sums the experts in the cache after each event.
     `read_bytes` are whole pages asked of the device, `reclaimed` hits that were read again because the kernel had taken pages
     of theirs. `prefetched` experts were read, wholly or in part, before their layer chose, and `prefetch_used` of them then
-    chosen: misses all the same. `hook_seconds` is what routing took, without `read_seconds`, of which `evict_seconds` are a part.
+    chosen, which still count as misses. `hook_seconds` of routing, without `read_seconds`, of which `evict_seconds` are a part.
     """
 
     tokens: int = 0

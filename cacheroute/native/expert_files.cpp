@@ -29,7 +29,7 @@ ExpertFiles::ExpertFiles(const std::vector<std::string> & names, int n_layers, i
         }
         fds_.push_back(fd);
         struct stat s {};
-        // to others, who could not write it either, the kernel says of every page that it is in memory
+        // for a file of another user that may not be written, the kernel reports every page as in memory
         mincore_reliable_ = mincore_reliable_ && fstat(fd, &s) == 0 && (geteuid() == 0 || geteuid() == s.st_uid);
         // pages that were just written are dirty, and dirty pages cannot be dropped
         fsync(fd);

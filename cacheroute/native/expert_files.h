@@ -39,7 +39,7 @@ class ExpertFiles {
     const std::vector<size_t> &       tensors_of(int layer) const { return layers_[size_t(layer)]; }
     size_t                            index(size_t tensor, int32_t e) const { return tensor * size_t(n_expert_) + size_t(e); }
 
-    // Which expert of which tensor lies at that address of the mapping. False: none of ours.
+    // Which expert of which tensor lies at that address of the mapping. False: none of these files.
     bool locate(const void * address, size_t & tensor, int32_t & e) const;
 
     PageRun                      pages(size_t tensor, int first, int n) const; // that these experts touch in the mapping
@@ -48,7 +48,7 @@ class ExpertFiles {
     // Drops whole pages of the mapping, from this process and from the page cache.
     void drop(const PageRun & run) const;
 
-    // Whether a file has become shorter, and somebody met a page that is not there any more.
+    // Whether a file has become shorter, and a page that is gone was touched.
     bool shrank() const;
 
     // Bytes of a range of memory that are there as the kernel says (mincore); UNKNOWN_BYTES where it does not.

@@ -39,7 +39,7 @@ void Hook::guarded_select(const ExpertEvent & ev) {
 void Hook::select(const ExpertEvent & ev) {
     const int layer = layer_of(ev);
     n_run_.assign(size_t(ev.n_tokens), uint8_t(std::min(ev.n_used, 255)));
-    if (layer < 0) return; // not ours: the ids are the model's own
+    if (layer < 0) return; // a layer that is not managed: the ids are the model's own
     if (!asked_.empty()) asked_[size_t(layer)] = 1;
     if (layer == 0) {      // every token passes the first layer; of a prompt only the last ones pass the last
         batch_first_ += batch_size_;

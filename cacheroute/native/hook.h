@@ -17,7 +17,7 @@ namespace cacheroute {
 
 class Hook {
   public:
-    // layer_of[il]: index into `routers` and the store's layers, -1 for a layer without experts of ours. `store` null: none.
+    // layer_of[il]: index into `routers` and the store's layers, -1 for a layer that is not managed. `store` null: none.
     Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, std::unique_ptr<Store> store, bool reweights);
 
     // llama.cpp keeps the address
@@ -46,7 +46,7 @@ class Hook {
     void reset();
 
     // The caches and the running means as they are now; resume() brings them back, and memory after them, also into another
-    // hook. Counters go on. False: the caches are of another size or eviction.
+    // hook. Counters stay. False: the caches are of another size or eviction.
     std::vector<CachedRouter> save();
     bool                      resume(const std::vector<CachedRouter> & saved);
 

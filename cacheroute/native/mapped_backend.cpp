@@ -38,14 +38,14 @@ class MappedBackend final : public Backend {
     int      n_readers() const override { return N_READERS; }
     uint64_t piece_bytes() const override { return PIECE; }
 
-    // Notes the pages that no resident expert has, and tells the device of all of them at once.
+    // Notes the pages that no resident expert has, and asks the device for all of them at once.
     PageRun admit(size_t tensor, int32_t e, Urgency urgency) override {
         PageRun unread = files_.pages(tensor, e, 1);
         shared_pages(tensor, e, unread, [&](uintptr_t page) {
             if (users_[page]++ > 0) cut_page(unread, page);
         });
         resident_bytes_ += unread.bytes;
-        if (urgency == Urgency::prefetch) return unread; // may be cancelled, and nothing stops a device that has been told
+        if (urgency == Urgency::prefetch) return unread; // may be cancelled, and a request to the device cannot be
         for (uint64_t at = 0; at < unread.bytes; at += PIECE) {
             madvise(unread.address + at, std::min(PIECE, unread.bytes - at), MADV_WILLNEED);
         }
@@ -122,7 +122,7 @@ class MappedBackend final : public Backend {
     uint64_t measure() const override { return files_.mapped_in_memory(); }
 
   private:
-    // Calls f for the first and the last page of an expert where it has them only in part: neighbours have them, too. f may cut
+    // Calls f for the first and the last page of an expert where it covers them only in part: neighbours share them. f may cut
     // pages off `run`.
     template <typename F> void shared_pages(size_t tensor, int32_t e, const PageRun & run, F f) const {
         const ExpertTensor & t    = files_.tensors()[tensor];

@@ -8,7 +8,7 @@ namespace cacheroute {
 Prediction::Prediction(int n_expert, int n_embd, std::vector<RouterWeights> layers)
     : n_embd_(n_embd), layers_(std::move(layers)), hidden_(size_t(n_embd)), scores_(size_t(n_expert)) {}
 
-// In as many partial sums as a compiler puts into vectors without being told to reorder.
+// As many partial sums as let a compiler use vector instructions without reordering floating-point sums.
 static float dot(const float * a, const float * b, int n) {
     constexpr int LANES = 16;
     float         sums[LANES] = {};

@@ -7,7 +7,7 @@ void Prefetch::after(int layer, uint32_t token, const ExpertEvent & ev, const Sc
     const int next = layer + 1;
     if (next >= int(routers.size()) || ev.n_embd != prediction_.n_embd()) return;
     const ForcedScores & forced = source.forced(next);
-    if (!forced.z.empty()) { // the model's router has no opinion of those
+    if (!forced.z.empty()) { // the model's router cannot predict forced scores
         if (!forced.predicted_rows().read(token, predicted_)) return;
     } else if (const auto * scores = prediction_.scores(layer, ev.hidden)) {
         predicted_.fill(scores->data(), scores->data(), int(scores->size()), false, true);

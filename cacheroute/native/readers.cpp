@@ -68,7 +68,7 @@ void Readers::loop() {
         if (stop_) return;
         const Piece piece = queue_.front();
         queue_.pop_front();
-        // When a flash of the given pace would deliver it. The deadline goes on, so that a late wake-up is not paid for twice.
+        // When a flash of the given pace would deliver it. Deadlines follow each other, so that a late wake-up delays one read only.
         const bool paced = pace_ > 0;
         if (paced) {
             const std::chrono::duration<double> takes(double(piece.run.bytes) / pace_);

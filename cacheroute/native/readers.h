@@ -38,7 +38,7 @@ class Readers {
     void add(const PageRun & run, uint64_t piece_bytes, PendingPieces & pending);
     void start(Clock::time_point since); // what was added; the pace counts from `since`
 
-    // Takes back what has not begun of those pieces, and returns its bytes. What has begun goes on.
+    // Cancels those of the pieces that have not begun, and returns their bytes. What has begun is read to its end.
     uint64_t cancel(PendingPieces & pending);
 
     // Between the two no piece is being read; what has begun is read to its end first.

@@ -140,7 +140,7 @@ int Router::cumsum_candidates(const std::vector<double> & z) {
     return n_expert_;
 }
 
-// Undoes swaps and skips, the dearest first, until the token loses no more than its share.
+// Undoes swaps and skips, those that lose most mass first, until the token loses no more than its share.
 void Router::guard(const std::vector<double> & mass) {
     if (routing_.max_loss < 0) return;
     std::vector<int32_t> lost, won; // of the top-K and not chosen; chosen and not of the top-K
@@ -208,7 +208,7 @@ void Router::select(const Scores & scores, const std::vector<uint8_t> & resident
         case Strategy::cache_prior: {
             const double bonus = routing_.lambda * mean_range_;
             for (int e = 0; e < n_expert_; e++) biased_[e] = resident[e] ? z[e] + bonus : z[e];
-            // the best J run whatever the bonus of the others; by z + bonus they could lose their lead to rounding
+            // the best J always run; ranked by z + bonus they could fall behind by rounding
             for (int r = 0; r < std::min(routing_.j, n_used_); r++) biased_[order_[r]] = -NEG_INF;
             rank(biased_, n_used_, chosen_);
             break;
@@ -231,7 +231,7 @@ void Router::select(const Scores & scores, const std::vector<uint8_t> & resident
     for (int32_t e : chosen_) in_chosen_[e] = 1;
     if (!plain) guard(mass);
 
-    // Router order whatever the strategy: where the same experts run, the same sums are formed in the same
+    // Router order under every strategy: where the same experts run, the same sums are formed in the same
     // order, and the logits are the same bits.
     std::sort(chosen_.begin(), chosen_.end(), [&](int32_t a, int32_t b) { return z[a] > z[b] || (z[a] == z[b] && place_[a] < place_[b]); });
     out.n_run   = int(chosen_.size());

@@ -15,7 +15,7 @@ enum class Strategy : int32_t {
     cumsum      = 3, // max-rank with M from the cumulative probability p
     cache_prior = 4, // top-K of z + lambda * D * cached (arXiv 2412.00099)
     drop_cold   = 5, // top-K of z without the missing experts of little weight
-    custom      = 6, // whatever a Policy says
+    custom      = 6, // what a Policy returns
 };
 
 // Parameters of a strategy; those that a strategy does not name are ignored by it.
@@ -78,7 +78,7 @@ class Router {
     // max(z) - min(z) over the finite entries (method: D_t = D_{t-1} + (range_t - D_{t-1}) / t).
     void observe(const std::vector<double> & z);
 
-    // `resident`: [E] 0/1, the cache before this token. `plain` chooses by `original` whatever the routing (prompt). `model_ids`:
+    // `resident`: [E] 0/1, the cache before this token. `plain` chooses by `original` under any routing (prompt). `model_ids`:
     // [K] the model's own top-K of z, best first, which `original` returns as it is; null: ranked here.
     void select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, const int32_t * model_ids, Selection & out);
 
@@ -90,7 +90,7 @@ class Router {
     // Whether choosing is a Policy's, which may remember what it was asked.
     bool custom() const { return routing_.strategy == Strategy::custom; }
 
-    // Goes on with the running mean of another router.
+    // Continues with the running mean of another router.
     void resume(const Router & other) {
         mean_range_ = other.mean_range_;
         n_seen_     = other.n_seen_;

@@ -39,8 +39,8 @@ class ScoreSource {
 
     struct Token {
         const Scores &  scores;
-        const int32_t * model_ids;    // [K] the model's own choice, best first; null where it says nothing of these scores
-        bool            prescribed;   // model_ids run whatever the scores
+        const int32_t * model_ids;    // [K] the model's own choice, best first; null where it does not belong to these scores
+        bool            prescribed;   // model_ids run, and the scores do not matter
         bool            softmax_mass; // the mass is softmax(z)
     };
 

@@ -1,4 +1,4 @@
-// Experts in slots of our own memory, read past the page cache. A slot is faulted in once and then handed from the evicted
+// Experts in slots of anonymous memory, read past the page cache. A slot is faulted in once and then passed from the evicted
 // expert to the admitted one, so that a miss costs the read and nothing else.
 #include "backend.h"
 
@@ -101,7 +101,7 @@ class SlotBackend final : public Backend {
             const ssize_t n = pread(direct_[file], piece.address + at, piece.bytes - at, off_t(piece.offset + at));
             if (n < 0 && errno == EINTR) continue;
             if (n < 0) return errno;
-            if (n == 0) return ENODATA; // somebody has made the file shorter
+            if (n == 0) return ENODATA; // another process has made the file shorter
             at += uint64_t(n);
         }
         return 0;

@@ -18,13 +18,13 @@ void Store::exchange(int layer, const std::vector<int32_t> & load, const std::ve
                      const std::vector<int32_t> & hits) {
     const auto start = Clock::now();
     for (State * s : late_) {
-        readers_->wait_for(s->pending); // finish() reports an error of theirs
+        readers_->wait_for(s->pending); // finish() reports an error of the readers
         s->late = false;
     }
     late_.clear();
     leaving_ = evicted;
     resolve_prefetch(layer, leaving_);
-    evict_cancelled(layer, load); // before the loads: a page that is shared with a cancelled expert is theirs to read
+    evict_cancelled(layer, load); // before the loads: a page that is shared with a cancelled expert is read with them
     evict(layer, leaving_);
     admit(layer, load, Urgency::needed);
     if (!leaving_.empty()) trim();
@@ -161,7 +161,7 @@ void Store::finish() {
 const void * Store::find(const void * expert, bool late) {
     size_t  t;
     int32_t e;
-    if (!files_.locate(expert, t, e)) return late ? nullptr : expert; // not ours
+    if (!files_.locate(expert, t, e)) return late ? nullptr : expert; // not an expert of this store
     const State & s = state(t, e);
     if (s.late != late) return nullptr;
     if (late) readers_->wait_for(s.pending);
@@ -170,7 +170,7 @@ const void * Store::find(const void * expert, bool late) {
 
 void Store::clear() {
     readers_->wait_for_all();
-    readers_->take_error(); // of a sequence that is forgotten
+    readers_->take_error(); // of a sequence that has been reset
     prefetched_.clear();
     cancelled_.clear();
     backend_->clear();

@@ -1,4 +1,4 @@
-// The store: makes experts resident and gone. Knows bytes and pages; knows no probabilities and no llama.cpp.
+// The store: reads experts into memory and evicts them. Knows bytes and pages; knows no probabilities and no llama.cpp.
 #pragma once
 
 #include "backend.h"
@@ -29,7 +29,7 @@ class Store {
     // Whether the kernel has lately taken pages of this process, so that hits should be looked at. Asked once a layer.
     bool under_pressure();
 
-    // Begins to read experts of a layer before its next exchange(), behind whatever is being read. They take memory until that
+    // Begins to read experts of a layer before its next exchange(), behind the reads under way. They take memory until that
     // exchange, which neither loads those that stay nor waits for those that it evicts. Called as exchange() is.
     void prefetch(int layer, const std::vector<int32_t> & experts);
     bool prefetching() const { return !prefetched_.empty(); } // experts whose layer has had no exchange since
@@ -47,8 +47,8 @@ class Store {
 
     uint64_t resident_bytes() const { return backend_->resident_bytes(); } // as counted, whole pages. Any thread.
 
-    // Bytes of all experts that are in memory as the kernel says (mincore), after the reads under way; UNKNOWN_BYTES where it
-    // does not tell. Slow: any thread, not in a token.
+    // Bytes of all experts that are in memory as the kernel says (mincore), after the reads under way; UNKNOWN_BYTES where mincore
+    // is not reliable. Slow: any thread, not during a token.
     uint64_t measure_resident() const;
 
     // Paces reads to a slower flash: a read of n bytes takes at least n / bytes_per_second. 0: as fast as it goes.

@@ -1,4 +1,4 @@
-// A trace: what the router saw and did, one record of fixed size per (token, layer). cacheroute/trace.py says what is in it.
+// A trace: what the router saw and did, one record of fixed size per (token, layer). Its format is in cacheroute/trace/trace_file.py.
 #pragma once
 
 #include "cached_router.h"

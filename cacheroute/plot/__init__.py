@@ -1,1 +1,1 @@
-"""Figures of what the commands have written. Knows rows by the names of their fields."""
+"""Figures of the results that the commands have written."""

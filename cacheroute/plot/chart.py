@@ -1,4 +1,4 @@
-"""A figure that is not yet drawn, and how it becomes a file. Knows not what it shows; asks for matplotlib when it draws."""
+"""A figure that is not yet drawn, and how it is written to a file. Imports matplotlib only to draw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENDINGS = (".png", ".svg")
 
 @dataclass(frozen=True)
 class Chart:
-    """`draw` fills a figure of `inches`; `cells` say the same as a table, whose first row is the head."""
+    """`draw` fills a figure of `inches`; `cells` are the same as a table; the first row is the head."""
 
     cells: list[list[str]]
     draw: Callable[[Figure], None]
@@ -34,7 +34,7 @@ def save(chart: Chart, path: Path, *, force: bool = False) -> None:
 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        # no date and no random names in it: the same rows make the same bytes
+        # without date and random names, so that the same rows make the same bytes
         with rc_context({"svg.hashsalt": "cacheroute", "svg.fonttype": "none"}):
             figure = Figure(figsize=chart.inches, layout="constrained")
             chart.draw(figure)
@@ -47,7 +47,7 @@ def save(chart: Chart, path: Path, *, force: bool = False) -> None:
 
 
 def check_path(path: Path, *, force: bool) -> None:
-    """Raises UsageError for an ending that is no picture's, or a file that exists."""
+    """Raises UsageError for another ending than .png or .svg, or a file that exists."""
     if path.suffix not in ENDINGS:
         raise UsageError(f"{path} is neither a .png nor a .svg file.")
     if path.exists() and not force:

@@ -1,6 +1,6 @@
-"""Figures of what the commands have written: rows of bench, simulate and eval, and traces. As PNG, SVG, or a table.
+"""Figures of rows of bench, simulate and eval, and of traces: as PNG, SVG, or a table.
 
-Knows the fields of rows by their names, and no command; matplotlib is only asked for when a figure is drawn.
+Rows are read by the names of their fields; matplotlib is imported only to draw.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KINDS = {
 _MIB_FIELDS = {"missed": "missed_mib_per_token", "read": "read_mib_per_token"}
 _MARKERS = "osD^vP*X"
 _SPEEDUPS = (1.25, 1.5, 2.0)  # over `original` at the same budget: where strategies are compared
-# What may stand on the quality axis, the best known first: field, label, how to convert it.
+# What the quality axis can show, the most exact first: field, label, how to convert it.
 _QUALITY: tuple[tuple[str, str, Callable[[float], float]], ...] = (
     ("delta_nll", "perplexity increase, %", lambda d: 100 * math.expm1(d)),
     ("ppl", "perplexity", float),
@@ -180,7 +180,7 @@ def _value(row: Row, field: str) -> float | None:
 
 
 def _qualities(rows: Sequence[Row]) -> tuple[list[tuple[Row, float]], str, str]:
-    """(rows with their quality, its label, what to say of rows that are left out)."""
+    """(rows with their quality, its label, a note on the rows that are left out)."""
     known = [(f, label, read) for f, label, read in _QUALITY if any(_value(row, f) is not None for row in rows)]
     if not known:
         raise UsageError("These rows have no quality; rows of simulate or eval have one, and --kind misses shows these.")

@@ -1,1 +1,1 @@
-"""Which experts may run, which leave the cache, how many are held: names, parameters and files. The choice is in native/."""
+"""Routings, evictions and budgets: names, parameters and files. The choice itself is made in native/."""

@@ -1,4 +1,4 @@
-"""`--budget`: how many experts of each layer may be resident. Knows the layout, not the cache."""
+"""`--budget`: how many experts of each layer may be resident."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Budget:
 def parse(text: str | int, layout: ExpertLayout) -> Budget:
     """Resolves a budget against a model.
 
-    Raises UsageError when the text is none of the forms, or holds fewer than the K experts that one token needs.
+    Raises UsageError when the text has none of the forms, or gives fewer than the K experts that one token needs.
     """
     capacity = _capacity(str(text).strip().lower(), layout)
     if capacity < layout.n_used:

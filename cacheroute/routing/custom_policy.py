@@ -1,6 +1,6 @@
-"""Routing policies of one's own, in Python: `--routing python:package.module:ClassName`.
+"""Custom routing policies in Python: `--routing python:package.module:ClassName`.
 
-The whole of one, in a file my_policy.py in the folder where cacheroute is started (`--routing python:my_policy:Near`):
+A complete example, in a file my_policy.py in the current folder (`--routing python:my_policy:Near`):
 
     import numpy as np
 
@@ -19,10 +19,10 @@ The whole of one, in a file my_policy.py in the folder where cacheroute is start
 `choose` is called for every decoded token (prompts are routed by `original`) and layer (0, 1, ... of those with experts): z[E]
 are the scores that the model ranks, -inf where an expert may not be chosen, mass[E] its router mass, resident[E] whether an
 expert is in the cache. It returns K distinct experts; their order does not matter, and their weights are the model's own. An
-optional reset() is called when a sequence starts. The arrays are its own to keep. What it raises, and whatever is not K
-distinct experts, stops the run. Live and simulated runs call it alike; both are slower than with a strategy in C++.
+optional reset() is called when a sequence starts. The arrays are copies. An exception, and a result that is not K
+distinct experts, stop the run. Live and simulated runs call it in the same way; both are slower than with a strategy in C++.
 
-Knows no model and no trace.
+Does not depend on a model or a trace.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def load(name: str) -> type[Any]:
     """The class of `package.module:ClassName`. Raises UsageError when there is none or it has no choose()."""
     module_name, _, class_name = name.partition(":")
     here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:  # the `cacheroute` program, unlike `python -m`, does not look there
+    if here not in sys.path and "" not in sys.path:  # the `cacheroute` program does not search it, `python -m` does
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as e:  # whatever somebody's module does when it is imported
+    except Exception as e:  # any error of the user's module
         raise UsageError(f"{module_name} cannot be imported ({type(e).__name__}: {e}).") from e
     found = getattr(module, class_name, None)
     if not isinstance(found, type) or not callable(getattr(found, "choose", None)):
@@ -55,7 +55,7 @@ def load(name: str) -> type[Any]:
 
 
 class Policy:
-    """A policy bound to a model. `callback` is a cr_policy; after a failure it chooses nothing, and check() says why."""
+    """A policy bound to a model. `callback` is a cr_policy; after a failure it chooses nothing, and check() raises the reason."""
 
     def __init__(self, name: str, n_expert: int, n_used: int, n_layers: int) -> None:
         cls = load(name)
@@ -90,7 +90,7 @@ class Policy:
             arrays = [np.ctypeslib.as_array(pointer, n).copy() for pointer in (z, mass, resident)]
             wrong = self._accept(self._policy.choose(layer, arrays[0], arrays[1], arrays[2].astype(bool)), out)
             cause = None
-        except BaseException as e:  # nothing may pass through C; Ctrl-C too is told below
+        except BaseException as e:  # no exception may pass through C; Ctrl-C is reported below as well
             wrong, cause = f"{type(e).__name__}: {e}", e
         if wrong:
             at = f"decoded token {self._tokens[layer]}, layer {layer}"

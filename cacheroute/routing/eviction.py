@@ -1,4 +1,4 @@
-"""Who leaves a full cache: names and numbers of native/cache.h's policies, and the default."""
+"""Eviction policies: names, their numbers in native/cache.h, and the default."""
 
 BELADY = "belady"
 """The offline optimum: it needs the future, so only `simulate` has it."""

@@ -1,4 +1,4 @@
-"""Routing strategies by name: the one grammar `name:key=value:key=value`, what each parameter means, and its range.
+"""Routing strategies by name: the grammar `name:key=value:key=value`, and the meaning and range of each parameter.
 
 The strategies themselves are in native/router.cpp.
 """
@@ -43,48 +43,48 @@ class Strategy:
 
 
 _J = Parameter(
-    "j", "best experts that run always, cached or not (default 1 where K = 2, else 2)", 0, None, integer=True, required=False
+    "j", "the j best experts always run, cached or not (default: 1 if K = 2, else 2)", 0, None, integer=True, required=False
 )
-_MAX_LOSS = Parameter("max-loss", "guard: share of the top-K's router mass that a token may lose", 0, 1, required=False)
+_MAX_LOSS = Parameter("max-loss", "guard: the share of the top-K's router mass that a token may lose", 0, 1, required=False)
 
 STRATEGIES: dict[str, Strategy] = {
     s.name: s
     for s in (
-        Strategy("original", 0, "the model's own top-K; lossless", "the model"),
+        Strategy("original", 0, "the model's own choice of K experts; lossless", "the model"),
         Strategy(
             "pruning",
             1,
-            "the best k of the top-K; the other slots do not run",
+            "only the best k of the model's K experts run",
             "arXiv 2412.00099",
-            (Parameter("k", "experts that run", 1, None, integer=True),),
+            (Parameter("k", "number of experts that run", 1, None, integer=True),),
         ),
         Strategy(
             "max-rank",
             2,
-            "cached experts among the m best take the place of missing ones",
+            "cached experts among the m best replace missing ones",
             "arXiv 2412.00099",
-            (Parameter("m", "ranks that a cached expert may come from", 1, None, integer=True), _J),
+            (Parameter("m", "a cached expert must be among the m best", 1, None, integer=True), _J),
         ),
         Strategy(
             "cumsum",
             3,
-            "max-rank among the fewest experts whose probabilities sum to p",
+            "max-rank among the best experts that together have probability p",
             "arXiv 2412.00099",
-            (Parameter("p", "probability that the candidates cover", 0, 1), _J),
+            (Parameter("p", "total probability of the candidates", 0, 1), _J),
         ),
         Strategy(
             "cache-prior",
             4,
-            "a bonus of lambda x mean logit range for cached experts, then top-K",
+            "cached experts get a bonus of lambda x the mean range of the router logits, then the K best run",
             "arXiv 2412.00099",
-            (Parameter("lambda", "bonus for a cached expert, in mean ranges of the router logits", 0, 1), _J),
+            (Parameter("lambda", "the bonus, in mean ranges of the router logits", 0, 1), _J),
         ),
         Strategy(
             "drop-cold",
             5,
-            "missing experts with a gate weight below f/K are skipped",
+            "missing experts with a gate weight below f/K do not run",
             "cacheroute",
-            (Parameter("f", "skip below this share of an equal weight", 0, None),),
+            (Parameter("f", "threshold, as a share of the mean gate weight 1/K", 0, None),),
         ),
     )
 }
@@ -92,8 +92,8 @@ STRATEGIES: dict[str, Strategy] = {
 
 # Routings that are not written as name:key=value: the form, what it means.
 OTHER_FORMS = {
-    "tuned[:PATH]": "a strategy with parameters and memory of its own for each layer; `tune` finds and writes it",
-    "python:package.module:ClassName": "a policy of one's own (cacheroute/custom_policy.py has an example); slower",
+    "tuned[:PATH]": "a strategy with its own parameters and share of the budget for each layer, from a file that `tune` writes",
+    "python:package.module:ClassName": "your own policy in Python (example in cacheroute/routing/custom_policy.py); slower",
 }
 EXPERTS = "experts"  # a parameter that only layers of a tuned routing have: how many of the layer's are in memory
 _CUSTOM = 6  # Strategy::custom of native/router.h
@@ -105,7 +105,7 @@ class Routing:
 
     Of a tuned one: `layers` has a Routing for each of its MoE layers, and `name` is the strategy of all of them.
     Of a policy in Python: `policy` is its package.module:ClassName, and `name` is "python".
-    `text` is what was typed, where name and parameters do not say it.
+    `text` is what was typed, where it is not given by name and parameters.
     """
 
     name: str
@@ -153,7 +153,7 @@ class Routing:
 
 
 def capacities(routing: Routing | None, budget: Budget, layout: ExpertLayout) -> tuple[int, ...]:
-    """Experts of each layer in memory: the budget's, unless a tuned routing shares the same bytes out in another way.
+    """Experts of each layer in memory: the budget's, unless a tuned routing divides the same bytes among the layers differently.
 
     Raises UsageError when it needs more than the budget.
     """
@@ -171,7 +171,7 @@ def capacities(routing: Routing | None, budget: Budget, layout: ExpertLayout) ->
 
 
 def parameters(strategy: Strategy) -> tuple[Parameter, ...]:
-    """All parameters that may be written behind the name."""
+    """All parameters that the strategy accepts."""
     return strategy.parameters + ((_MAX_LOSS,) if strategy.name != "original" else ())
 
 
@@ -186,7 +186,7 @@ def form(name: str, known: Sequence[Parameter]) -> str:
 
 
 def parse_parameters(name: str, known: Sequence[Parameter], pairs: Sequence[str]) -> dict[str, float]:
-    """What stands behind a name as key=value. Raises UsageError for unknown, missing or wrong ones."""
+    """The key=value parts behind a name. Raises UsageError for unknown, missing or wrong ones."""
     by_name = {p.name: p for p in known}
     values: dict[str, float] = {}
     for pair in pairs:
@@ -262,7 +262,7 @@ def to_native(routing: Routing, n_used: int, n_layers: int) -> Any:
 
 
 def _one_to_native(routing: Routing, n_used: int) -> Any:
-    """The default of J follows K (method.md: 1 where K = 2, else 2)."""
+    """The default of J depends on K: 1 where K is at most 2, else 2 (arXiv 2412.00099)."""
     from cacheroute.native import bindings
 
     value = routing.parameters

@@ -1,1 +1,1 @@
-"""What the router saw: recorded, replayed through the native router, or forced on a model. Loads no model."""
+"""The router's scores: recorded, replayed through the native router, or forced on a model. Loads no model."""

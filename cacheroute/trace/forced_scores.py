@@ -1,7 +1,7 @@
-"""Routings that are forced on a model: the scores that a trace recorded, or made-up ones of a stated locality.
+"""Scores that are forced on a model: those that a trace recorded, or random ones of a given locality.
 
-A model of random weights and real shape says how fast a real one would be only where its layers choose experts as a real one's
-do. So its layers rank, token by token, scores from elsewhere; the router, the cache and the reads are those of any run, and every
+A model of random weights and real shape shows how fast a real one would be only if its layers choose experts as a real one's
+do. So its layers rank, token by token, given scores; the router, the cache and the reads are those of any run, and every
 routing and eviction acts on these scores. Expert e of a layer is expert e of the recorded layer, so E and K must be the same; the
 layers of the model are spread evenly over the recorded ones (layer i of n takes recorded layer i * m // n of m). The first
 sequence that is long enough is taken, its first tokens as the prompt, however they were recorded.
@@ -11,7 +11,7 @@ autoregression,
 
     z[t, e] = skew * b[e] + x[t, e],    x[t, e] = rho * x[t-1, e] + sqrt(1 - rho^2) * noise,    b, x, noise ~ N(0, 1)
 
-so `rho` is the correlation of a score from one token to the next, and `skew` how much some experts are wanted more than others,
+so `rho` is the correlation of a score from one token to the next, and `skew` how much some experts are preferred to others,
 in standard deviations of x. Layers are independent. The defaults are those of the demo model on held-out text (means over its
 layers: 0.29 and 0.36), and with its E and K they miss as it does: at 25/50/75% of the experts lru misses .58/.35/.15 of those
 chosen, and .57/.32/.13 on its trace.
@@ -19,7 +19,7 @@ chosen, and .57/.32/.13 on its trace.
 Where experts are prefetched, the next layer's router cannot predict such scores; scores that correlate with them by `prediction`
 stand for it. On the demo model that correlation is 0.87, the mean over its layers. A trace has none.
 
-Knows traces and a model's layout, no model; engine.Llama.force() takes the scores.
+engine.Llama.force() takes the scores; no model is loaded here.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ForcedScores:
     """`z`: one array [n_tokens, E] for each MoE layer of a model, as a trace keeps them; a row that starts with NaN is not known.
 
     `mass` likewise, empty where it is softmax(z). `predicted`: what stands for a prediction of z, by which experts are
-    prefetched; empty: none are. `name` says where they came from.
+    prefetched; empty: none are. `name` is their source.
     """
 
     name: str
@@ -135,7 +135,7 @@ def _recorded(path: Path, layout: ExpertLayout, n_prompt: int, n_gen: int) -> Fo
         )
     own = _long_enough(path, trace, n_tokens)
     if (own["flags"] & trace_file.PRESCRIBED).any():
-        raise UsageError(f"{path} has layers whose experts the model prescribes; those have no scores to replay.")
+        raise UsageError(f"{path} has layers with prescribed experts; those have no scores to replay.")
     wanted = [i * len(h.layers) // n_layers for i in range(n_layers)]
     with_mass = "mass" in (own.dtype.names or ())
     z, mass = (_table(own, name, wanted, n_tokens, h.n_expert) for name in ("z", "mass" if with_mass else "z"))

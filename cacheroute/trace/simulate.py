@@ -1,7 +1,7 @@
 """Replays a trace through the C++ router: any budget, routing and eviction, without the model.
 
-Open-loop: the scores are the recorded ones whatever is chosen, while a lossy routing would have changed those of later layers
-and tokens. Nothing is read, so only misses are counted. Knows traces and the native router; knows no command line.
+Open-loop: the scores are always the recorded ones, while a lossy routing would have changed those of later layers
+and tokens. Nothing is read, so only misses are counted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a report, over the decoded tokens; names that `bench` has mean what they mean there.
+    """One line of a report, over the decoded tokens; names that `bench` also uses have the same meaning.
 
     `layer` is llama.cpp's number, null for all layers together. `lost_mass` is the mean share of the top-K's router mass that
     did not run. `missed_mib_per_token` = misses x bytes of an expert. `lifetime_tokens` is how long an expert stays in the cache:

@@ -1,4 +1,4 @@
-"""A task's experts: how often each was used in a trace of it, so that the cache can be warm before the first token.
+"""A task's experts: how often a trace used each, so that the cache can be filled before the first token.
 
 The file is JSON: {"format": "cacheroute-task-profile", "version": 1, "model", "architecture", "n_expert", "layers": [llama.cpp's
 numbers], "tokens": tokens counted, "uses": [layer][expert]}. `cacheroute trace --save-profile` writes it, `--warm-start` of

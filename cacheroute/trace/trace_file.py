@@ -1,7 +1,7 @@
-"""Traces: what the router saw and did, token by token and layer by layer, in a file that numpy reads.
+"""Traces: the router's scores and choices by token and layer, in a file that numpy reads.
 
 The file is one line of JSON, padded with spaces, then records of one fixed size until the end, then the line `end`. A trace
-that was interrupted lacks the end and perhaps a part of its last record; what is there is good. Five lines read it:
+that was interrupted lacks the end and perhaps a part of its last record; the complete records are valid. Five lines read it:
 
     import json, numpy as np
     with open("my.trace", "rb") as file:
@@ -26,7 +26,7 @@ its masses, a score was lowered by the few units in the last place that keep the
 order. (Where ids are prescribed, this holds for those ids.) `original` therefore replays exactly as it ran; a lossy routing
 replays on scores of 11 bits, and on the tokens that were recorded, not on those that its own choice would have led to.
 
-Knows no model, only its numbers; who records is engine.Llama.tracing(), who replays is simulate.py.
+engine.Llama.tracing() records traces, simulate.py replays them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Records = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class Header:
-    """What a trace says of its model and of the run. `expert_bytes`: of one expert, by layer."""
+    """Model and settings of a trace. `expert_bytes`: of one expert, by layer."""
 
     model: str
     architecture: str

@@ -19,7 +19,7 @@ SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 1024, 32, 16, 8
 SPREAD = 0.5
 """Within-token standard deviation of the first router's logits.
 
-Probabilities should say something (at 0 they are flat), but the parent wants every chosen expert at
+Probabilities should carry information (at 0 they are flat), but the parent needs every chosen expert at
 weight one: at 1 the closed-form carve loses three times the parent's perplexity, at 0.5 little that
 training does not give back.
 """
@@ -83,7 +83,7 @@ def observe(p: dict[str, torch.Tensor], batches: list[torch.Tensor]) -> list[Act
 def balanced_clusters(points: np.ndarray, clusters: int, rounds: int, seed: int) -> np.ndarray:
     """Cluster number of each point (n, d); every cluster gets exactly n / clusters points.
 
-    k-means whose assignment step is a linear assignment of points to cluster slots.
+    k-means with a linear assignment of points to cluster slots as the assignment step.
     """
     size = len(points) // clusters
     rng = np.random.default_rng(seed)

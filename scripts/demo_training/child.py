@@ -42,7 +42,7 @@ class LowRank(nn.Module):  # type: ignore[misc]
 
 
 class Norm(nn.Module):  # type: ignore[misc]
-    """RMS norm whose weight is the parent's times (1 + change): the weights span orders of magnitude."""
+    """RMS norm with the parent's weight times (1 + change), as the weights span orders of magnitude."""
 
     def __init__(self, base: torch.Tensor) -> None:
         super().__init__()

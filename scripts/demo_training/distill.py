@@ -1,4 +1,4 @@
-"""End-to-end distillation: the child learns to say what the parent says, token by token.
+"""End-to-end distillation: the child learns the parent's distribution of each next token.
 
 Trains routers, norms and low-rank FFN deltas with AdamW on the KL divergence to the parent's
 distributions: recorded with its own chats (`teacher.Shard`), computed on text as it is read. Runs in

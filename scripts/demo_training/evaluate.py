@@ -31,7 +31,7 @@ class Row:
     """One model. Perplexities per token; the rest is empty for the dense parent.
 
     miss[trace][budget]: share of expert activations not in a per-layer LRU of that share of the
-    experts. cumsum[p]: mean number of experts whose probabilities sum to p. by_document: perplexity.
+    experts. cumsum[p]: mean number of experts with probabilities that sum to p. by_document: perplexity.
     """
 
     name: str

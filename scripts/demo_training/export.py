@@ -17,7 +17,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def balance(delta: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-    """(b, a) with the same product whose r directions are orthogonal and equally shared."""
+    """(b, a) with the same product and r orthogonal, equally scaled directions."""
     q_b, r_b = torch.linalg.qr(delta.b.detach().double())
     q_a, r_a = torch.linalg.qr(delta.inner().detach().double().T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T)

@@ -1,4 +1,4 @@
-"""What the parent says: sampled chats, and its top-k next-token distribution on any text.
+"""The parent's output: sampled chats, and its top-k next-token distribution on any text.
 
 The distillation target of a position is the parent's `TOP` largest log-probabilities; the mass
 outside is one more bucket. Chats are sampled once and kept in shards; text is read afresh at every

@@ -35,10 +35,10 @@ print("".join(str(p & 1) for p in pages))
 
 
 def on_a_disk(folder: Path) -> Path:
-    """The folder, or a failure that says what to do where its pages cannot be dropped."""
+    """The folder, or a failure with advice where its pages cannot be dropped."""
     kind = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=True).stdout.strip()
     if kind in ("tmpfs", "ramfs"):
-        pytest.fail(f"{folder} is on {kind}, whose pages are the file; give pytest a --basetemp on a disk")
+        pytest.fail(f"{folder} is on {kind}, which keeps files in memory; give pytest a --basetemp on a disk")
     return folder
 
 
@@ -91,11 +91,11 @@ class Model:
         self.resident[layer] = self.resident[layer] - set(evict) | set(load)
 
     def touch(self, layer: int, expert: int) -> bytes:
-        """Its bytes, read where the store says that they are."""
+        """The expert's bytes, read at the address that the store returns."""
         return b"".join(ctypes.string_at(self.place(layer, expert, t), self.expert_bytes) for t in range(len(self.starts[layer])))
 
     def place(self, layer: int, expert: int, tensor: int = 0) -> int:
-        """Address of its bytes, as the store says."""
+        """Address of the expert's bytes, from the store."""
         mapped = self.address + self.starts[layer][tensor] + expert * self.expert_bytes
         return int(LIB.cr_store_find(self.store, mapped))
 

@@ -39,7 +39,7 @@ class Live:
     content: bytes  # of the file
 
     def select(self, layer: int, *experts: int, hidden: Sequence[float] = ()) -> None:
-        """One decoded token whose best experts are these; `hidden` is what the layer's router was given."""
+        """One decoded token whose best experts are these; `hidden` is the input of the layer's router."""
         scores = np.zeros(N_EXPERT, np.float32)
         scores[list(experts)] = 5 - np.arange(len(experts))
         LIB.cr_hook_set_phase(self.handle, 1)

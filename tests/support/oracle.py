@@ -59,7 +59,7 @@ def finite_range(z: Vector) -> float:
 
 
 def cumsum_candidates(z: Vector, p: float) -> int:
-    """cumsum: the least n whose n largest softmax(z) sum to at least p."""
+    """cumsum: the least n for which the n largest softmax(z) sum to at least p."""
     finite = z[np.isfinite(z)]
     if not finite.size:
         return 0

@@ -1,4 +1,4 @@
-"""The rooms of cacheroute/ and which may import which: no import runs upwards, so there is no circle."""
+"""The packages in cacheroute/ and which may import which: no import goes to a later one, so there are no cycles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import cacheroute
 
 PACKAGE = Path(cacheroute.__file__).parent
 TOP = {"__init__", "__main__", "errors", "files"}
-# from the ground up: a room may import from itself and from what is named here, and from errors and files
+# from the lowest: a package may import from itself, from what is named here, and from errors and files
 MAY_IMPORT = {
     "native": set(),
     "install": set(),
@@ -25,7 +25,7 @@ MAY_IMPORT = {
 
 
 def imported(file: Path) -> set[str]:
-    """Rooms and top modules of cacheroute that a file imports anywhere, also inside functions and for types only."""
+    """Packages and top modules of cacheroute that a file imports anywhere, also inside functions and for types only."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = []
@@ -38,23 +38,23 @@ def imported(file: Path) -> set[str]:
     return found
 
 
-def test_every_file_is_in_a_room() -> None:
+def test_every_file_is_in_a_package() -> None:
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in ("__pycache__", "data", "lib", "patches")}
     assert folders == set(MAY_IMPORT)
     assert {p.stem for p in PACKAGE.glob("*.py")} == TOP
-    assert not [p for room in MAY_IMPORT for p in (PACKAGE / room).rglob("*/*.py")], "rooms have no rooms"
+    assert not [p for package in MAY_IMPORT for p in (PACKAGE / package).rglob("*/*.py")], "packages have no packages in them"
 
 
-def test_no_room_imports_upwards() -> None:
+def test_no_import_goes_to_a_later_package() -> None:
     order = list(MAY_IMPORT)
-    assert all(order.index(below) < order.index(room) for room, rooms in MAY_IMPORT.items() for below in rooms)
-    for room, rooms in MAY_IMPORT.items():
-        for file in (PACKAGE / room).glob("*.py"):
-            wrong = imported(file) - rooms - {room, "errors", "files"}
+    assert all(order.index(below) < order.index(package) for package, packages in MAY_IMPORT.items() for below in packages)
+    for package, packages in MAY_IMPORT.items():
+        for file in (PACKAGE / package).glob("*.py"):
+            wrong = imported(file) - packages - {package, "errors", "files"}
             assert not wrong, f"{file.relative_to(PACKAGE)} imports {', '.join(sorted(wrong))}"
 
 
-def test_the_ground_imports_no_room() -> None:
+def test_errors_and_files_import_no_package() -> None:
     assert imported(PACKAGE / "errors.py") == set()
     assert imported(PACKAGE / "files.py") == {"errors"}
 
