@@ -64,11 +64,6 @@ def text(llm: Llama, n: int) -> list[int]:
     return [int(t) for t in np.random.default_rng(0).choice(len(words), n, p=words / words.sum()) + 3]
 
 
-def page_rounding(llm: Llama) -> int:
-    """At most two pages, the first and the last, for each tensor of each resident expert."""
-    return sum(llm.budget.capacity * len(layer.tensors) for layer in llm.layout.layers) * 2 * PAGE
-
-
 @dataclass
 class Seen:
     """What one layer was asked and what it answered, per token."""
@@ -156,7 +151,7 @@ def test_2000_tokens_stay_within_the_budget(large: Path, routing: str, eviction:
         stats = llm.stats()
         assert stats.decode.tokens == 2000
         assert stats.decode.evictions > 100  # the budget was felt
-        assert stats.resident_bytes == counted(llm) >= llm.budget.nbytes  # and used
+        assert 0.9 * llm.budget.nbytes <= stats.resident_bytes == counted(llm)  # and used
         if routing != "original":
             assert stats.decode.swapped > 0
 
@@ -174,11 +169,11 @@ def test_within_a_token_the_budget_is_exceeded_by_what_is_being_read(large: Path
         assert most <= llm.budget.nbytes * SLACK + over
 
 
-def test_small_experts_exceed_the_budget_by_their_page_rounding_only(small: Path) -> None:
+def test_small_experts_are_counted_in_whole_pages(small: Path) -> None:
     with loaded(small, n_ctx=2048) as llm, llm.decoding():
         for i, token in enumerate(tokens(llm, 1000)):
             llm.eval([token])
-            assert counted(llm) <= llm.budget.nbytes + page_rounding(llm), f"token {i}"
+            assert counted(llm) <= llm.budget.nbytes, f"token {i}"
             if i % 10 == 0:
                 assert measured(llm) == counted(llm), f"token {i}"
         assert llm.stats().decode.evictions > 100
@@ -289,7 +284,7 @@ def test_a_full_context_stops_with_a_message(small: Path) -> None:
         # a generation ends where the context does: 254 evaluated, and one that was sampled and has no room
         assert sum(1 for _ in llm.generate([5, 6], temp=0.0)) == 255
         assert llm.n_tokens == 256
-        assert counted(llm) == measured(llm) <= llm.budget.nbytes + page_rounding(llm)
+        assert counted(llm) == measured(llm) <= llm.budget.nbytes
         # upstream's own limit, quietly at the end
         done = llm.create_completion([5, 6], max_tokens=1000, logit_bias={llm.token_eos(): -1e9})
         assert done["choices"][0]["finish_reason"] == "length"

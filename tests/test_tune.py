@@ -165,7 +165,7 @@ def test_bytes_are_compared_at_the_same_perplexity() -> None:
 
 def alike(misses: Array, swapped: Array, price: Array, expert_mib: Array, groups: tuple[tuple[int, ...], ...]) -> pricing.Prices:
     """Prices where every layer must hold 16 experts."""
-    return pricing.Prices(misses[..., None], swapped[..., None], price, expert_mib, groups, (16,), 16)
+    return pricing.Prices(misses[..., None], swapped[..., None], price, expert_mib, expert_mib, groups, (16,), 16)
 
 
 def test_a_layer_that_loses_more_gets_less_lambda() -> None:
@@ -202,7 +202,7 @@ def test_a_layer_that_loses_more_gets_more_experts() -> None:
     swapped = np.tile(np.outer([0.0, 0.5, 1.0, 1.6, 2.4, 3.0], [1.0, 0.8, 0.6, 0.4, 0.2]), (4, 1, 1))
     price = np.array([[0.001, 0.001], [0.02, 0.02]])
     sizes = np.array([0.5, 1.0, 0.5, 1.0])
-    rungs = pricing.ladder(pricing.Prices(misses, swapped, price, sizes, ((0, 1), (2, 3)), capacities, 16))
+    rungs = pricing.ladder(pricing.Prices(misses, swapped, price, sizes, sizes, ((0, 1), (2, 3)), capacities, 16))
     assert len(rungs) >= 8
     for rung in rungs:
         assert np.dot(rung.experts, sizes) <= 16 * sizes.sum()

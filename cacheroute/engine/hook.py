@@ -44,7 +44,7 @@ class Settings:
 
     @staticmethod
     def of(
-        layout: ExpertLayout, budget: str | int, routing: str | Routing | None, eviction: str, io: str, prefetch: int
+        layout: ExpertLayout, budget: str | int | None, routing: str | Routing | None, eviction: str, io: str, prefetch: int
     ) -> Settings:
         """Raises UsageError for what does not exist or does not fit the model."""
         parsed = strategies.parse(routing) if isinstance(routing, str) else routing

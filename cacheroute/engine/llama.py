@@ -34,7 +34,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     Args:
         model_path: a GGUF file, or the first shard of a split one.
-        budget: "50%" or 30 (of the experts of each layer), "2GiB" (all layers together), "all".
+        budget: "50%" or 30 (of the experts of each layer), "2GiB" (all layers together), "all"; None: half of the
+            experts, or K where that is more. Bytes are those in memory, whole pages.
         routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); None leaves the hook unset: experts are
             mapped and left to the kernel, and no budget is kept.
         eviction: "lru", "lfu", "score" or "soft-lfu".
@@ -63,7 +64,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self,
         model_path: str,
         *,
-        budget: str | int = "50%",
+        budget: str | int | None = None,
         routing: str | strategies.Routing | None = "original",
         eviction: str = evictions.DEFAULT,
         io: str = "mmap",
@@ -102,7 +103,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def configure(
         self,
         *,
-        budget: str | int = "50%",
+        budget: str | int | None = None,
         routing: str | strategies.Routing | None = "original",
         eviction: str = evictions.DEFAULT,
         io: str = "mmap",

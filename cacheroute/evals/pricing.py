@@ -43,14 +43,16 @@ class Prices:
     """Per token, for each MoE layer, each of LEVELS and each of `capacities`: `misses` and `swapped` [layer, 1 + level, capacity]
     (lambda = 0 first).
 
-    `price` [group, probe]: nats of KL per swapped slot, of each group at each of PROBES. `expert_mib` [layer]. `groups`: the
-    layers of each group, counted from 0 over the MoE layers. `budget`: experts of a layer, on average by bytes.
+    `price` [group, probe]: nats of KL per swapped slot, of each group at each of PROBES. Of one expert, [layer]: `expert_mib` in
+    the file, `resident_mib` in memory. `groups`: the layers of each group, counted from 0 over the MoE layers. `budget`: experts
+    of a layer, on average by bytes.
     """
 
     misses: Array
     swapped: Array
     price: Array
     expert_mib: Array
+    resident_mib: Array
     groups: tuple[tuple[int, ...], ...]
     capacities: tuple[int, ...]
     budget: int
@@ -114,6 +116,7 @@ def measure(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n
         swapped=np.maximum.accumulate(swapped, axis=1),
         price=np.maximum(kl, 0) / np.maximum(swaps, 1),
         expert_mib=np.array([layer.expert_bytes / MIB for layer in layout.layers]),
+        resident_mib=np.array([layer.resident_bytes / MIB for layer in layout.layers]),
         groups=parts,
         capacities=held,
         budget=budget,
@@ -147,8 +150,8 @@ def ladder(prices: Prices, n_rungs: int = 32) -> list[Candidate]:
     fewer = -np.diff(missed, axis=1)[np.diff(missed, axis=1) < 0]
     if not len(steps) or not len(fewer):
         return []
-    sizes = np.outer(prices.expert_mib, prices.capacities)
-    room = prices.budget * prices.expert_mib.sum()
+    sizes = np.outer(prices.resident_mib, prices.capacities)
+    room = prices.budget * prices.resident_mib.sum()
     rows = np.arange(len(cost))
     for mu in np.geomspace(steps.min() / fewer.max() / 10, steps.max() / fewer.min() * 10, 600):
         priced = cost + mu * missed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +29,17 @@ class NotRoutableError(UsageError):
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """The experts of one tensor: `n_expert` ranges of `expert_bytes`, the first at `offset` of shard `file`."""
+    """The experts of one tensor: `n_expert` ranges of `expert_bytes`, the first at `offset` of shard `file`.
+
+    `slot_bytes`: whole pages, enough for any of them wherever it begins in its first page; 0 where pages are not known.
+    """
 
     name: str
     type: str
     file: int
     offset: int
     expert_bytes: int
+    slot_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ class ExpertLayer:
         """Bytes of one expert of this layer, all its tensors."""
         return sum(t.expert_bytes for t in self.tensors)
 
+    @property
+    def resident_bytes(self) -> int:
+        """The most that one expert of this layer takes in memory, in whole pages."""
+        return sum(t.slot_bytes or t.expert_bytes for t in self.tensors)
+
 
 @dataclass(frozen=True)
 class ExpertLayout:
@@ -82,6 +93,11 @@ class ExpertLayout:
         return sum(layer.expert_bytes for layer in self.layers)
 
     @property
+    def resident_bytes(self) -> int:
+        """The most that one expert in every layer takes in memory, in whole pages: what one more costs of a budget."""
+        return sum(layer.resident_bytes for layer in self.layers)
+
+    @property
     def all_expert_bytes(self) -> int:
         return self.expert_bytes * self.n_expert
 
@@ -99,7 +115,8 @@ def layout(gguf: GgufFile) -> ExpertLayout:
     for t in gguf.tensors:
         match = checks.EXPERT_TENSOR.match(t.name)
         if match and int(match[1]) < _blocks_that_run(gguf):
-            tensor = ExpertTensor(t.name, t.type, t.file, t.offset, t.nbytes // n_expert)
+            size = t.nbytes // n_expert
+            tensor = ExpertTensor(t.name, t.type, t.file, t.offset, size, _slot_bytes(t.offset, size, n_expert))
             found.setdefault(int(match[1]), []).append((_USE[match[2]], tensor))
     if not found:
         raise UsageError(f"{path} cannot be loaded: none of its {_blocks_that_run(gguf)} blocks that run has experts.")
@@ -125,6 +142,13 @@ def _check_routable(gguf: GgufFile) -> None:
         raise NotRoutableError(f"{path} is a dense model ({arch}): it has no experts, so there is nothing to route.")
     if arch in _UNSUPPORTED:
         raise NotRoutableError(f"{path}: the architecture {arch} is not supported, {_UNSUPPORTED[arch]}.")
+
+
+def _slot_bytes(offset: int, size: int, n: int) -> int:
+    """Whole pages that hold any of n ranges of `size` bytes, the first at `offset`."""
+    page = mmap.PAGESIZE
+    heads = {(offset + e * size) % page for e in range(min(n, page // math.gcd(size, page)))}
+    return -(-(max(heads) + size) // page) * page
 
 
 def _router(index: int, floats: dict[str, int]) -> RouterTensors | None:

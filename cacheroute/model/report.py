@@ -155,7 +155,7 @@ def _budgets(layout: experts.ExpertLayout) -> tuple[BudgetRow, ...]:
     e, k = layout.n_expert, layout.n_used
     wanted = [("least", k), *((f"{share}%", e * share // 100) for share in (25, 50, 75)), ("all", e)]
     return tuple(
-        BudgetRow(budget, c, c * layout.expert_bytes, 0 if c == e else min(k, e) * layout.expert_bytes)
+        BudgetRow(budget, c, c * layout.resident_bytes, 0 if c == e else min(k, e) * layout.expert_bytes)
         for budget, c in wanted
         if c > k or budget in ("least", "all")
     )

@@ -25,26 +25,26 @@ FORMS = "use a share (50%), experts per layer (30), bytes of all layers together
 
 @dataclass(frozen=True)
 class Budget:
-    """`capacity` experts of each layer, `nbytes` in all layers together."""
+    """`capacity` experts of each layer; `nbytes`: the most that they take in memory, whole pages, all layers together."""
 
     capacity: int
     nbytes: int
 
 
-def parse(text: str | int, layout: ExpertLayout) -> Budget:
-    """Resolves a budget against a model.
+def parse(text: str | int | None, layout: ExpertLayout) -> Budget:
+    """Resolves a budget against a model. None: half of the experts, or K where that is more.
 
     Raises UsageError when the text has none of the forms, or gives fewer than the K experts that one token needs.
     """
-    capacity = _capacity(str(text).strip().lower(), layout)
+    capacity = max(layout.n_expert // 2, layout.n_used) if text is None else _capacity(str(text).strip().lower(), layout)
     if capacity < layout.n_used:
         share = -(-100 * layout.n_used // layout.n_expert)
-        mib = -(-layout.n_used * layout.expert_bytes // MIB)
+        mib = -(-layout.n_used * layout.resident_bytes // MIB)
         raise UsageError(
             f"A budget of {text} keeps {capacity} of {layout.n_expert} experts per layer, but every token needs {layout.n_used}: "
             f"give at least {layout.n_used}, {share}% or {mib}MiB."
         )
-    return Budget(capacity, capacity * layout.expert_bytes)
+    return Budget(capacity, capacity * layout.resident_bytes)
 
 
 def _capacity(text: str, layout: ExpertLayout) -> int:
@@ -59,7 +59,7 @@ def _capacity(text: str, layout: ExpertLayout) -> int:
             raise UsageError(f"A budget of {text} is more than all experts; {FORMS}.")
         return int(layout.n_expert * number / 100 + 1e-9)
     if unit:
-        return min(int(number * _UNITS[unit]) // layout.expert_bytes, layout.n_expert)
+        return min(int(number * _UNITS[unit]) // layout.resident_bytes, layout.n_expert)
     if number != int(number) or number > layout.n_expert:
         raise UsageError(f"A budget of {text} experts does not fit a model of {layout.n_expert} experts per layer; {FORMS}.")
     return int(number)

@@ -161,7 +161,7 @@ def capacities(routing: Routing | None, budget: Budget, layout: ExpertLayout) ->
     if routing is None or not routing.layers:
         return alike
     own = tuple(int(r.parameters.get(EXPERTS, budget.capacity)) for r in routing.layers)
-    nbytes = sum(n * layer.expert_bytes for n, layer in zip(own, layout.layers, strict=True))
+    nbytes = sum(n * layer.resident_bytes for n, layer in zip(own, layout.layers, strict=True))
     if nbytes > budget.nbytes:
         raise UsageError(
             f"{routing} keeps {nbytes / MIB:.1f} MiB of experts in memory, and the budget has {budget.nbytes / MIB:.1f}; "
