@@ -249,7 +249,7 @@ def test_an_interrupted_command_leaves_a_readable_part(tiny: Path, tmp_path: Pat
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130 and f"What was traced is in {part}" in stderr
+    assert process.returncode == 130 and f"The records so far are in {part}" in stderr
     t = trace_file.read(part)
     assert not t.complete and len(t.records) > 50 and not out.exists()
 
