@@ -179,7 +179,7 @@ def wrong_traces() -> dict[str, tuple[Trace, ExpertLayout, str]]:
             fits(3),
             "has 9 tokens in its longest sequence, and 10 are needed; trace again",
         ),
-        "prescribed": (replace(t, records=prescribed), fits(3), "has layers with prescribed experts"),
+        "prescribed": (replace(t, records=prescribed), fits(3), "layers with prescribed experts"),
         "prompt": (replace(t, records=prompt), fits(3), "lacks prompt tokens of its last layer; trace the text token by token"),
     }
 

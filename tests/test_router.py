@@ -1,4 +1,4 @@
-"""The C++ router and cache against the numpy oracle, and what every strategy must keep whatever the scores."""
+"""The C++ router and cache against the numpy oracle, and what every strategy must keep for any scores."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_rounding_keeps_the_choice_and_its_order(seed: int, gating: int, spread:
 
 
 def test_prescribed_ids_are_marked_and_replayed(tmp_path: Path) -> None:
-    """Some models prescribe the ids of a layer; whatever the scores, the replay runs those."""
+    """Some models prescribe the ids of a layer, and the replay runs those with any scores."""
     from cacheroute.routing.strategies import parse
     from cacheroute.trace.simulate import Arm, Replay
 

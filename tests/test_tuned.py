@@ -11,7 +11,9 @@ import pytest
 
 from cacheroute import Llama
 from cacheroute.errors import UsageError
+from cacheroute.model import experts, gguf_file
 from cacheroute.native import bindings
+from cacheroute.routing import budget as budgets
 from cacheroute.routing import strategies, tuned
 from cacheroute.routing.tuned import TunedRouting
 from cacheroute.trace import simulate
@@ -166,3 +168,26 @@ def test_a_simulation_accepts_a_tuned_file(tmp_path: Path) -> None:
     tuned.save(TINY, tmp_path / "other.json")
     with pytest.raises(UsageError, match="is for a model with 2 layers of 32 experts, 4 used"):
         simulate.Replay(fed(False)).run(Arm("9", strategies.parse(f"tuned:{tmp_path}/other.json"), "lru"))
+
+
+def test_the_demo_models_own_is_packaged(demo_model: Path, own_cache: Path) -> None:
+    found = tuned.find(demo_model, "50%")
+    assert found.routing == f"tuned:{tuned.DEMO}"
+    layout = experts.layout(gguf_file.read(demo_model))
+    routing = strategies.parse(found.routing)
+    routing.check(layout.n_expert, layout.n_used, layout.indices, layout.model)
+    strategies.capacities(routing, budgets.parse("50%", layout), layout)  # raises if it needs more than the budget
+    assert found.eviction == tuned.load(tuned.DEMO).notes["eviction"]
+
+
+def test_the_packaged_one_is_for_its_model_and_budget_only(demo_model: Path, tiny: Path, own_cache: Path) -> None:
+    for model, budget in ((demo_model, "25%"), (tiny, "50%")):
+        with pytest.raises(UsageError, match="Nothing is tuned"):
+            tuned.find(model, budget)
+
+
+def test_the_users_own_comes_before_the_packaged_one(demo_model: Path, own_cache: Path) -> None:
+    own = tuned.path(demo_model, 16)
+    own.parent.mkdir(parents=True)
+    tuned.save(replace(tuned.load(tuned.DEMO), notes={"eviction": "lru"}), own)
+    assert tuned.find(demo_model, "50%") == tuned.Settings(f"tuned:{own}", "lru")

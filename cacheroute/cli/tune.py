@@ -1,4 +1,4 @@
-"""`cacheroute tune`: the routing with the fewest misses at a loss of quality that you allow."""
+"""`cacheroute tune`: finds the routing with the fewest misses within a limit on the loss of quality."""
 
 from __future__ import annotations
 
@@ -70,30 +70,32 @@ def tune(
     model: options.ModelOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
-    budget: Annotated[str, typer.Option("--budget", help="Experts in memory: 50%, 30 (per layer), 2GiB (all), all.")] = "50%",
+    budget: Annotated[
+        str, typer.Option("--budget", help="Experts kept in memory: 50%, 30 (per layer), 2GiB (all layers) or all.")
+    ] = "50%",
     max_ppl_increase: Annotated[
-        str, typer.Option("--max-ppl-increase", help="Limit for the upper end of the 95% interval of the perplexity's rise.")
+        str, typer.Option("--max-ppl-increase", help="Limit on the increase of perplexity: the upper end of its 95% interval.")
     ] = "1%",
-    uniform: Annotated[bool, typer.Option("--uniform", help="Fit one value for all layers, not one for each.")] = False,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Fit one value for all layers instead of one per layer.")] = False,
     strategy: Annotated[
-        str, typer.Option("--strategy", help="What --uniform fits: cache-prior, max-rank, cumsum, drop-cold, pruning.")
+        str, typer.Option("--strategy", help="Strategy for --uniform: cache-prior, max-rank, cumsum, drop-cold or pruning.")
     ] = "cache-prior",
     eviction: options.EvictionOption = DEFAULT,
     chunk: ChunkOption = 512,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Use about this many scored tokens of the text.")] = 20000,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Use about that many scored tokens of the text.")] = 20000,
     price_tokens: Annotated[
         int, typer.Option("--price-tokens", min=1, help="Tokens on which the cost of rerouting each layer is measured.")
     ] = 512,
     price_groups: Annotated[
         int, typer.Option("--price-groups", min=1, help="Groups of neighbouring layers whose cost is measured together.")
     ] = 15,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the split and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the split and of the resampling.")] = 0,
     workers: options.WorkersOption = 1,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md or json.")] = "md",
 ) -> None:
-    """Find the routing with the fewest misses whose perplexity on your text rises by no more than a limit.
+    """Find the routing with the fewest misses that raises the perplexity of your text by no more than a limit.
 
     Each layer gets its own lambda and its own share of the budget: layers that lose most by rerouting get more cache. With
     --uniform all layers are alike. Scores are stepped and paired with `original`. Two thirds of the chunks are used to fit, one
@@ -131,7 +133,13 @@ def tune(
     saved = None
     if outcome.chosen:
         saved = tuned.path(path, capacity)
-        _save(tuning.tuned_routing(outcome, goal, layout, source.name), saved)
+        made_from = {
+            "fingerprint": gguf_file.fingerprint(path),
+            "text": source.name,
+            "chunk": chunk,
+            "n_chunks": len(session.chunks),
+        }
+        _save(tuning.tuned_routing(outcome, goal, layout, made_from), saved)
     _print(_report(layout, source.name, budget, goal, outcome, saved), output)
     if not outcome.chosen:
         raise CacherouteError(_why_not(outcome, allowed))

@@ -1,4 +1,4 @@
-"""Finds the routing with the fewest misses whose loss of quality stays within a limit, by stepped paired scores.
+"""Finds the routing with the fewest misses within a limit on the loss of quality, by stepped paired scores.
 
 A ladder is a list of routings from nearly lossless to very lossy: one parameter of a strategy (`uniform`), or cache-prior with a
 lambda for each layer (evals/pricing.py). Bisection finds the highest rung whose 95% interval of the perplexity increase ends
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +116,7 @@ class Search:
         return paired.nats(self.goal.max_ppl_increase)
 
     def tune(self) -> Outcome:
-        """Makes the ladder of the goal and climbs it."""
+        """Makes the ladder of the goal and searches it."""
         goal = self.goal
         if goal.uniform:
             return self.run(ladder(goal.strategy, self.scorer.llm.layout))
@@ -131,7 +132,7 @@ class Search:
         return self.fit[: pricing.n_chunks(self.goal.price_tokens, self.scorer.chunks)]
 
     def run(self, rungs: Sequence[Routing], start: int | None = None) -> Outcome:
-        """Climbs `rungs`, beginning at index `start` (the middle by default), and validates."""
+        """Searches `rungs`, beginning at index `start` (the middle by default), and validates the result."""
         best = self.climb(rungs, start)
         validation = None
         while best is not None:
@@ -217,17 +218,20 @@ def split(n_chunks: int, seed: int, share: float = 1 / 3) -> tuple[list[int], li
 
 
 def start_rung(costs: Sequence[float], limit: float) -> int:
-    """The rung to begin with: the last whose predicted cost is half of the limit."""
+    """The rung to begin with: the last one with a predicted cost of at most half of the limit."""
     return max(int(np.searchsorted(costs, limit / 2)) - 1, 0)
 
 
 def work(chunk: Chunk) -> float:
-    """Of scoring a chunk, in decoded tokens."""
+    """The work of scoring a chunk, in decoded tokens."""
     return chunk.n_scored + _PROMPT_COST * chunk.first
 
 
-def tuned_routing(outcome: Outcome, goal: Goal, layout: ExpertLayout, text: str) -> TunedRouting:
-    """What a file keeps of the chosen routing (routing/tuned.py). Only for an outcome in which something fits."""
+def tuned_routing(outcome: Outcome, goal: Goal, layout: ExpertLayout, made_from: dict[str, Any]) -> TunedRouting:
+    """The chosen routing as a file keeps it (routing/tuned.py); the notes begin with `made_from`.
+
+    Only for an outcome in which something fits.
+    """
     assert outcome.chosen and outcome.validation
     routing, d = outcome.chosen.routing, outcome.validation.difference
     layers = routing.layers or (routing,) * len(layout.layers)
@@ -240,10 +244,10 @@ def tuned_routing(outcome: Outcome, goal: Goal, layout: ExpertLayout, text: str)
         strategy=routing.name,
         parameters=tuple(r.parameters for r in layers),
         notes={
+            **made_from,
             "eviction": goal.eviction,
             "budget": goal.budget,
             "max_ppl_increase": goal.max_ppl_increase,
-            "text": text,
             "version": VERSION,
             "held_out": asdict(d),
             "ppl_increase": d.ppl_increase,

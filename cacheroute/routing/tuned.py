@@ -1,6 +1,7 @@
 """A tuned routing: one strategy with its own parameters for each layer of one model, in a file that `tune` writes.
 
-`--routing tuned:PATH` names the file, `--routing tuned` finds the one of this model and budget in the cache folder.
+`--routing tuned:PATH` names the file, `--routing tuned` finds the one of this model and budget: in the cache folder, or for the
+demo model in the package.
 
 The file is JSON:
 
@@ -14,12 +15,10 @@ The file is JSON:
       "layers": [0, 1, 2],                         llama.cpp's numbers of the layers that have experts
       "strategy": "cache-prior",                   a name of `cacheroute routing`
       "parameters": [{"lambda": 0.1}, {"lambda": 0.4, "j": 2, "experts": 12}, {"lambda": 0, "experts": 20}],    one of each layer
-      "notes": {}                                  anything; who made it, from what, at what price
+      "notes": {}                                  how it was made: eviction, budget, text, result on held-out text
     }
 
 `experts`: how many of a layer's are in memory, in place of the budget's number; all layers together keep within the budget.
-
-Knows no model but by its numbers, and no policy but by its name.
 """
 
 from __future__ import annotations
@@ -29,12 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import UsageError
-from cacheroute.files import cache_dir, read_json, write_json
+from cacheroute.files import PACKAGE, cache_dir, read_json, write_json
 from cacheroute.model import experts, gguf_file
 from cacheroute.routing import budget as budgets
 
 NAME = "tuned"
 FORMAT, VERSION = "cacheroute-routing-profile", 1
+DEMO = PACKAGE / "data" / "demo_tuned.json"
+"""The demo model's at a budget of 50%: what `cacheroute tune --budget 50% --limit 6000 --price-tokens 512 --workers 2` wrote."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class TunedRouting:
 
 
 def save(tuned: TunedRouting, path: Path, *, force: bool = False) -> None:
-    """Writes the file in one piece. Raises UsageError when it exists and `force` is not given."""
+    """Writes the file whole or not at all. Raises UsageError when it exists and `force` is not given."""
     write_json(path, {"format": FORMAT, "version": VERSION, **asdict(tuned)}, force=force)
 
 
 def load(path: Path) -> TunedRouting:
-    """Raises UsageError with one sentence for what is no tuned routing of this version, or has no parameters for some layer."""
+    """Raises UsageError for a file that is not a tuned routing of this version, or lacks parameters for a layer."""
     content = read_json(path, FORMAT, VERSION)
     try:
         tuned = TunedRouting(
@@ -93,17 +94,25 @@ def path(model: Path, capacity: int) -> Path:
 
 
 def find(model: Path, budget: str | int) -> Settings:
-    """Raises UsageError when nothing was tuned for this model and budget."""
+    """The user's own file, else the packaged one where it is of this model and budget. Raises UsageError when there is none."""
     layout = experts.layout(gguf_file.read(model))
-    file = path(model, budgets.parse(budget, layout).capacity)
+    capacity = budgets.parse(budget, layout).capacity
+    file = path(model, capacity)
+    if not file.exists() and _is_for(DEMO, model, capacity):
+        file = DEMO
     if not file.exists():
         name = layout.model or model.name
         raise UsageError(f"Nothing is tuned for {name} at a budget of {budget}; run `cacheroute tune --budget {budget}` first.")
     return Settings(f"{NAME}:{file}", str(load(file).notes.get("eviction", "lru")))
 
 
+def _is_for(file: Path, model: Path, capacity: int) -> bool:
+    notes = load(file).notes
+    return (notes["fingerprint"], notes["budget"]) == (gguf_file.fingerprint(model), capacity)
+
+
 def resolve(model: Path, budget: str | int, routing: str, eviction: str) -> tuple[str, str]:
-    """(routing, eviction) as they are, or the tuned ones where `routing` is "tuned": those belong together."""
+    """(routing, eviction) as given, or those of the tuned file where `routing` is "tuned"."""
     if routing != NAME:
         return routing, eviction
     found = find(model, budget)
