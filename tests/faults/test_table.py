@@ -1,0 +1,29 @@
+"""Every fault of the table: exit code, one sentence, no traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from faults import cases_cli
+from faults.runner import Case, Place, check, run
+
+CASES: list[Case] = [*cases_cli.CASES]
+
+
+def test_names_are_unique() -> None:
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names), [n for n in names if names.count(n) > 1]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_fault(case: Case, tiny: Path, demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case.needs_root and os.geteuid() != 0:
+        pytest.skip("needs root")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    place = Place(tmp_path / "here", tiny, demo_model, monkeypatch)
+    check(case, run(case, place), place)
