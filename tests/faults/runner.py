@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+
 class Place:
     """Where a case runs: a folder of its own, the models that are shared, and the environment it may change."""
 
