@@ -12,7 +12,9 @@ from typing import Annotated
 
 import typer
 
+from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import printable
 from cacheroute.install.machine import available_memory
 from cacheroute.model import catalogue, experts, gguf_file
 from cacheroute.model.catalogue import DiskModel, ModelEntry
@@ -57,10 +59,11 @@ def models(
         return
     _print(rows)
     free = "unknown" if memory is None else f"{memory / GIB:.1f} GiB"
-    print(f"free: {free} of memory, {disk / GIB:.1f} GiB of disk for `cacheroute pull`", file=sys.stderr)
+    room = "unknown" if disk is None else f"{disk / GIB:.1f} GiB"
+    say(f"free: {free} of memory, {room} of disk for `cacheroute pull`")
 
 
-def _rows(memory: int | None, disk: int) -> Iterator[Row]:
+def _rows(memory: int | None, disk: int | None) -> Iterator[Row]:
     listed = set()
     for entry in catalogue.load_catalogue().values():
         path = catalogue.entry_path(entry)
@@ -76,12 +79,12 @@ def _rows(memory: int | None, disk: int) -> Iterator[Row]:
             else:
                 left_out += 1
     if left_out:
-        print(f"{left_out} more on this disk have no experts, or none that can be routed", file=sys.stderr)
+        say(f"{left_out} more on this disk have no experts, or none that can be routed")
 
 
-def _entry_row(entry: ModelEntry, path: Path | None, memory: int | None, disk: int) -> Row:
+def _entry_row(entry: ModelEntry, path: Path | None, memory: int | None, disk: int | None) -> Row:
     fits, budget = _fit(entry.experts, entry.used, entry.expert_bytes, entry.dense_bytes, memory)
-    if not path and entry.repository and disk < entry.nbytes:
+    if not path and entry.repository and disk is not None and disk < entry.nbytes:
         fits = f"needs {entry.nbytes / GIB:.1f} GiB of disk"
     return Row(
         name=entry.name,
@@ -142,7 +145,7 @@ def _print(rows: list[Row]) -> None:
     head = ("NAME", "GiB", "HERE", "E/K", "FITS", "BUDGET")
     cells = [
         (
-            r.name,
+            printable(r.name),
             f"{r.nbytes / GIB:.1f}",
             "yes" if r.path else "no",
             f"{r.experts}/{r.used}" if r.experts else "?",
@@ -165,8 +168,10 @@ def _print(rows: list[Row]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def free_disk(folder: Path) -> int:
-    """Free bytes on the disk where `folder` is, or would be."""
+def free_disk(folder: Path | None) -> int | None:
+    """Free bytes on the disk where `folder` is, or would be; None without a folder."""
+    if folder is None:
+        return None
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
