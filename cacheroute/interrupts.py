@@ -27,6 +27,7 @@ _running = False
 _asked = False
 _pending = False
 _said = False
+_stderr = 2
 _speaking = threading.Lock()
 
 
@@ -34,6 +35,8 @@ def install() -> None:
     """Takes SIGINT over, in the main thread; not where a shell has it ignored for a program in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         return
+    global _stderr
+    _stderr = os.dup(2)  # llama-cpp-python turns 2 to /dev/null while it loads a model
     signal.signal(signal.SIGINT, _handle)
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -99,5 +102,5 @@ def _leave() -> None:
     heard = _speaking.acquire(timeout=0.1)  # or this is the main thread, within last_words()
     if heard and not _said:
         with contextlib.suppress(OSError):
-            os.write(2, f"cacheroute: {STOPPED}\n".encode())
+            os.write(_stderr, f"cacheroute: {STOPPED}\n".encode())
     os._exit(130)
