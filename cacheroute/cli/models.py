@@ -157,10 +157,11 @@ def _print(rows: list[Row]) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*head, box=None, header_style="bold")
         for row in cells:
-            table.add_row(*row, style="" if row[2] == "yes" else "dim")
+            table.add_row(*map(Text, row), style="" if row[2] == "yes" else "dim")
         Console().print(table)
         return
     widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]

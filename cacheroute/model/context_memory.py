@@ -29,7 +29,7 @@ def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> No
     fits = max((free - n_batch * _n_vocab(model) * _F32) // max(least_bytes(model, 1), 1), 0)
     raise UsageError(
         f"A context of {n_ctx} tokens takes {needed / GIB:.1f} GiB of memory beside the model, and {free / GIB:.1f} GiB are "
-        f"free: give fewer than {fits} tokens with {option}."
+        f"free: give at most {fits} tokens with {option}."
     )
 
 

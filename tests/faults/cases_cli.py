@@ -30,7 +30,7 @@ NUMBERS = [
     _usage("a seed below -1", f"{RAW} -s -2", r"Invalid value for '-s'"),
     _usage("a context that C would wrap to 0", f"{RAW} -c {HUGE}", r"--ctx-size is at most 2147483647"),
     _usage("a context beyond 64 bits", f"{RAW} -c 99999999999999999999", r"--ctx-size is at most"),
-    _usage("a context beyond memory", f"{RAW} -c 2147483647", r"2147483647 tokens takes [\d.]+ GiB .* free: give fewer than \d+"),
+    _usage("a context beyond memory", f"{RAW} -c 2147483647", r"2147483647 tokens takes [\d.]+ GiB .* free: give at most \d+"),
     _usage("a negative context", f"{RAW} -c -1", r"Invalid value for '-c'"),
     _usage("a context beyond memory for trace", "trace -m {tiny} -o t -c 2147483647", r"GiB of memory .* with -c"),
     _usage("a context beyond memory for bench", "bench -m {tiny} -p 2000000000 -n 1", r"GiB of memory .* with -p and -n"),
