@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cacheroute.cli import options, progress, table
+from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.routing import strategies
 from cacheroute.routing.eviction import ALL, BELADY, DEFAULT
@@ -35,7 +36,7 @@ def simulate(
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="Replay the tokens in random order: the same experts without locality.")
     ] = False,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of --shuffle.")] = 0,
+    seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Seed of --shuffle.")] = 0,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
 ) -> None:
     """Replay a trace with other budgets, routings and evictions, through the same router as a live run.
@@ -50,7 +51,7 @@ def simulate(
     options.say_slow({arm.routing.text: arm.routing for arm in arms}.values())
     trace = trace_file.read(file)
     if not trace.complete:
-        print(f"{file} was cut short; its complete records are replayed.", file=sys.stderr)
+        say(f"{file} was cut short; its complete records are replayed.")
     with progress.bar("simulate", len(arms)) as advance:
         rows = simulator.run(
             trace,
@@ -59,11 +60,10 @@ def simulate(
             shuffle=seed if shuffle else None,
             progress=lambda arm: advance(1, f"{arm.routing} {arm.eviction} {arm.budget}"),
         )
-    print("Open-loop: the scores are the recorded ones and do not change with the choices.", file=sys.stderr)
+    say("Open-loop: the scores are the recorded ones and do not change with the choices.")
     if any(arm.eviction == BELADY for arm in arms):
-        print(
+        say(
             "belady is shown with `original` only: it needs the future choices, and those of other routings depend on the cache.",
-            file=sys.stderr,
         )
     if output == "csv":
         writer = csv.DictWriter(sys.stdout, [f.name for f in fields(Row)], lineterminator="\n")

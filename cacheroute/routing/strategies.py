@@ -5,6 +5,7 @@ The strategies themselves are in native/router.cpp.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -245,6 +246,8 @@ def _value(name: str, parameter: Parameter, text: str) -> float:
         value = float(text)
     except ValueError:
         raise UsageError(f"{name}: {parameter.name}={text!r} is not a number.") from None
+    if not math.isfinite(value):
+        raise UsageError(f"{name}: {parameter.name} is a number, not {text}.")
     upper = "" if parameter.high is None else f" and at most {parameter.high:g}"
     if not value >= parameter.low or (parameter.high is not None and value > parameter.high):
         raise UsageError(f"{name}: {parameter.name} is at least {parameter.low:g}{upper}, not {text}.")
