@@ -53,9 +53,7 @@ FlashOption = Annotated[
 ]
 PrefetchOption = Annotated[
     int,
-    typer.Option(
-        "--prefetch", min=0, help="Prefetch at most that many experts of the next layer while a layer computes."
-    ),
+    typer.Option("--prefetch", min=0, help="Prefetch at most that many experts of the next layer while a layer computes."),
 ]
 WarmStartOption = Annotated[
     Path | None,

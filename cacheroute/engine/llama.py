@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
+from cacheroute.engine import load_log, templates
 from cacheroute.engine.checkpoint import Checkpoint, load_sequence, save_sequence
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.open_files import OpenFiles
@@ -72,6 +73,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         prefetch: int = 0,
         **kwargs: Any,
     ) -> None:
+        self.template_error = ""  # why the file's chat template cannot be parsed; the setter of `metadata` sets it
         self._hook: Hook | None = None
         self._closed = False
         self._task: TaskProfile | None = None
@@ -88,10 +90,13 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             if name in kwargs:
                 raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
         self._files = OpenFiles(self.layout.paths)
+        refused: list[str] = []
         try:
-            super().__init__(str(model_path), use_mmap=False, lazy_mode=_LAZY_MODE_EXPERTS, **kwargs)
+            with load_log.errors(verbose=kwargs.get("verbose", True)) as refused:
+                super().__init__(str(model_path), use_mmap=False, lazy_mode=_LAZY_MODE_EXPERTS, **kwargs)
         except ValueError as e:
-            raise CacherouteError(f"llama.cpp cannot load {model_path}: {e} (verbose=True shows why).") from e
+            raise CacherouteError(f"llama.cpp cannot load {model_path}: {load_log.reason(refused) or e}.") from e
+        self._has_chat_format = bool(kwargs.get("chat_format") or kwargs.get("chat_handler"))
         self._interrupt = Interrupt()
         self._interrupt.attach(self._ctx.ctx)
         # every path that computes ends in this call: eval(), embed(), draft models, whatever upstream adds
@@ -99,6 +104,23 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         this = weakref.ref(self)  # a circle would keep a model that is dropped
         self._ctx.decode = lambda batch: this()._decode(batch)  # type: ignore[union-attr]
         self._apply(settings)
+
+    @property
+    def metadata(self) -> Any:
+        """The file's scalar metadata as text, without chat templates that cannot be parsed: upstream's constructor parses them
+        all, and a broken one must not keep a model from loading."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, value: Any) -> None:
+        self._metadata, self.template_error = templates.split(value)
+
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """As llama_cpp.Llama.create_chat_completion. Raises CacherouteError when the model's template cannot be parsed and no
+        chat_format or chat_handler was given."""
+        if self.template_error and not self._has_chat_format:
+            raise CacherouteError(f"The model's chat template cannot be used ({self.template_error}); give a chat_format.")
+        return super().create_chat_completion(*args, **kwargs)
 
     def configure(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
@@ -110,8 +109,8 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
             bindings.lib.cr_store_free(store)
     best = min(seconds, key=lambda name: seconds[name])
     told = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
-    _say(f"reads {best}: an expert takes {told}. This is kept in {file}.")
-    _remember(file, known | {key: best})
+    kept = f"This is kept in {file}." if _remember(file, known | {key: best}) else f"Not kept: {file} cannot be written."
+    _say(f"reads {best}: an expert takes {told}. {kept}")
     return best
 
 
@@ -142,8 +141,11 @@ def _known(file: Path) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _remember(file: Path, known: dict[str, Any]) -> None:
-    """If the cache cannot be written, the next run measures again."""
-    with contextlib.suppress(OSError, CacherouteError):
+def _remember(file: Path, known: dict[str, Any]) -> bool:
+    """Whether it is written; if not, the next run measures again."""
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, known, force=True)
+    except (OSError, CacherouteError):
+        return False
+    return True

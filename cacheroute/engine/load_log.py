@@ -1,0 +1,51 @@
+"""Why llama.cpp refuses a model: the lines of level error that it logs while it loads."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cacheroute import interrupts
+from cacheroute.install import patched_llama_cpp
+
+_ERROR, _CONTINUED = 4, 5  # enum ggml_log_level; llama-cpp-python takes 3, a warning, for an error
+_UNINFORMATIVE = re.compile(r"failed to load model|failed to create")
+_SPEAKER = re.compile(r"^\w+: ")  # the function that logs
+
+
+@contextlib.contextmanager
+def errors(*, verbose: bool) -> Iterator[list[str]]:
+    """Within it the list gets llama.cpp's lines of level error; `verbose`: all lines go where they went before, too."""
+    api = patched_llama_cpp.module()
+    before: Any = api._logger.llama_log_callback
+    lines: list[str] = []
+    level_before = 0
+
+    @interrupts.shield
+    def log(level: int, text: bytes, data: Any) -> None:
+        nonlocal level_before
+        continued, level_before = level == _CONTINUED, level if level != _CONTINUED else level_before
+        if level_before == _ERROR:
+            said = text.decode("utf-8", "replace")
+            if continued and lines:
+                lines[-1] += said
+            else:
+                lines.append(said)
+        if verbose:
+            before(level, text, data)
+
+    callback = api.llama_log_callback(log)
+    api.llama_log_set(callback, None)
+    try:
+        yield lines
+    finally:
+        api.llama_log_set(before, None)
+    interrupts.check()
+
+
+def reason(lines: Sequence[str]) -> str:
+    """The line that says most of those: the first one that is not only that it failed. "" without any."""
+    told = [_SPEAKER.sub("", line.strip()).removeprefix("error loading model: ").rstrip(".") for line in lines if line.strip()]
+    return next((line for line in told if not _UNINFORMATIVE.search(line)), told[-1] if told else "")
