@@ -20,6 +20,12 @@ _MOST_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _MAPPED_ALIGNMENT = 32  # TENSOR_ALIGNMENT: where a buffer of mapped tensors may begin
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
+# Whose heads are rotated as a whole, and as wide as their tensors say (src/models/*.cpp assert it)
+_PLAIN_HEADS = (
+    *("arctic", "dbrx", "deepseek", "dots1", "ernie4_5-moe", "granitemoe", "grok", "hunyuan-moe", "llada-moe", "llama"),
+    *("olmoe", "qwen2moe", "qwen3moe", "qwen3vlmoe", "rnd1"),
+)
+
 # Keys of an architecture whose type llama.cpp insists on; where a number for each layer will do, an array may stand.
 _COUNTS = (
     *("context_length", "embedding_length", "block_count", "nextn_predict_layers", "leading_dense_block_count"),
@@ -36,12 +42,16 @@ _PER_LAYER = (
 _NOT_ZERO = (
     *("context_length", "embedding_length", "block_count", "expert_count", "expert_used_count", "attention.head_count"),
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.key_length_mla"),
-    *("attention.value_length_mla", "expert_feed_forward_length", "rope.dimension_count"),
+    *("attention.value_length_mla", "expert_feed_forward_length"),
 )
 _NUMBERS = (
     *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base", "rope.scaling.factor"),
     *("rope.scaling.attn_factor", "expert_weights_scale", "logit_scale", "residual_scale", "embedding_scale"),
     *("attention.scale", "attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping"),
+)
+_HEAD_KEYS = (
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    "rope.dimension_count",
 )
 _NOT_NEGATIVE = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 _TEXTS = ("general.architecture", "general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
@@ -61,6 +71,8 @@ def _problems(gguf: GgufFile) -> Iterator[str]:
     yield from _impossible_numbers(gguf)
     yield from _vocabulary(gguf)
     yield from _tensors(gguf)
+    yield from _heads(gguf)
+    yield from _latent_heads(gguf)
     yield from _alignment(gguf)
 
 
@@ -182,6 +194,47 @@ def _expert_tensors(gguf: GgufFile) -> Iterator[str]:
     for index in sorted(routers - layers.keys()):
         if layers and not any(t.name.startswith(f"blk.{index}.ffn_gate.") for t in gguf.tensors):
             yield f"the tensors blk.{index}.ffn_*_exps.weight are missing"
+
+
+def _latent_heads(gguf: GgufFile) -> Iterator[str]:
+    """DeepSeek's: all share one latent key of the width that the two ranks come to."""
+    arch = gguf.architecture
+    if arch != "deepseek2" or f"{arch}.attention.key_length_mla" not in gguf.metadata:
+        return
+    rank, rotated = (gguf.metadata.get(f"{arch}.{key}", 0) for key in ("attention.kv_lora_rank", "rope.dimension_count"))
+    for key, wanted in (("head_count_kv", 1), ("key_length", int(rank) + int(rotated)), ("value_length", int(rank))):
+        value = gguf.metadata.get(f"{arch}.attention.{key}")
+        if value != wanted:
+            yield f"the key {arch}.attention.{key} is {value} and has to be {wanted}"
+
+
+def _heads(gguf: GgufFile) -> Iterator[str]:
+    """Widths of heads, where they are the same in all layers."""
+    arch = gguf.architecture
+    values = {key: gguf.metadata.get(f"{arch}.{key}") for key in (*_HEAD_KEYS, "embedding_length")}
+    heads, embedding = values["attention.head_count"], values["embedding_length"]
+    if arch not in _PLAIN_HEADS or not isinstance(heads, int) or not isinstance(embedding, int):
+        return
+    usual = embedding // heads
+    widths = {part: values[f"attention.{part}_length"] for part in ("key", "value")}
+    key, value = (usual if width is None else int(width) for width in widths.values())
+    groups = values["attention.head_count_kv"]
+    rotated = values["rope.dimension_count"]
+    if rotated is not None and rotated != key:
+        yield f"the key {arch}.rope.dimension_count is {rotated} and has to be the {key} of a head"
+    if value != key:
+        yield f"the key {arch}.attention.value_length is {value} and has to be the {key} of attention.key_length"
+    wanted = {"attn_q": heads * key, "attn_output": heads * key}
+    if isinstance(groups, int) or (groups is None and f"{arch}.attention.head_count_kv" not in gguf.kinds):
+        n = heads if groups is None else int(groups)
+        wanted |= {"attn_k": n * key, "attn_v": n * key}
+    for tensor in gguf.tensors:
+        block, _, name = tensor.name.partition(".attn_")
+        name = "attn_" + name.removesuffix(".weight")
+        if block.startswith("blk.") and tensor.name.endswith(".weight") and name in wanted:
+            width = _shape(tensor)[0 if name == "attn_output" else 1]
+            if width != wanted[name]:
+                yield f"the tensor {tensor.name} is {width} wide and its heads together {wanted[name]} ({arch}.attention.*)"
 
 
 def _shape(tensor: TensorInfo) -> tuple[int, ...]:

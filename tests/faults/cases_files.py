@@ -133,6 +133,9 @@ MODELS = [
     _number("a negative epsilon", "attention.layer_norm_rms_epsilon", F32, -1.0, "negative"),
     _number("an epsilon that is a whole number", "attention.layer_norm_rms_epsilon", U32, 1, "type u32 .*f32"),
     _number("a rope base that is no number", "rope.freq_base", F32, float("nan"), "is nan"),
+    _number("a rotation of less than a head", "rope.dimension_count", U32, 8, "has to be the 16 of a head"),
+    _model("heads of another width than their tensors", _set(ARCH + "attention.head_count", U32, 2), "attn_output.weight is 64 wide"),
+    _number("keys of another width than values", "attention.value_length", U32, 8, "has to be the 16"),
     _number("a rope scaling that does not exist", "rope.scaling.type", STR, "wild", "'wild'.*yarn"),
     _number("a rope scaling that is a number", "rope.scaling.type", U32, 1, "type u32"),
     _number("no experts in the header but in the tensors", "expert_count", U32, 0, "is 0"),
@@ -414,4 +417,15 @@ DISKS = [
     Case("a folder of LM Studio that is a file", _hub(lambda f: _put(f, ".lmstudio/models", b"")), **_LIST),
 ]
 
-CASES: list[Case] = [*MODELS, *SHARDS, *NO_FILES, *SIDE_FILES, *DISKS]
+
+def _tokenizer(place: Place) -> list[str]:
+    gguf = gguf_bytes.read(place.tiny.read_bytes())
+    gguf.keys["tokenizer.ggml.model"] = STR, "bert"
+    return ["generate", "-m", str(gguf.write(place.folder / "m.gguf")), "--raw", "-p", "\u00e9", "-n", "1"]
+
+
+ABORTS = [
+    Case("an assertion of llama.cpp that no check foresees", _tokenizer, 1, "llama.cpp gave up at .*", "{cacheroute}", more=True)
+]
+
+CASES: list[Case] = [*ABORTS, *MODELS, *SHARDS, *NO_FILES, *SIDE_FILES, *DISKS]
