@@ -18,6 +18,7 @@ EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weigh
 _MOST_BLOCKS = 512  # LLAMA_MAX_LAYERS
 _MOST_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _MAPPED_ALIGNMENT = 32  # TENSOR_ALIGNMENT: where a buffer of mapped tensors may begin
+_LAST_GATING = 4  # enum llama_expert_gating_func_type
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
 # Whose heads are rotated as a whole, and as wide as their tensors say (src/models/*.cpp assert it)
@@ -121,6 +122,8 @@ def _impossible_numbers(gguf: GgufFile) -> Iterator[str]:
     scaling = gguf.metadata.get(f"{arch}.rope.scaling.type", "none")
     if scaling not in _ROPE_SCALINGS:
         yield f"the key {arch}.rope.scaling.type is {scaling!r} and llama.cpp knows {', '.join(_ROPE_SCALINGS)}"
+    if number("expert_gating_func") > _LAST_GATING:
+        yield f"the key {arch}.expert_gating_func is {number('expert_gating_func')} and llama.cpp knows 1 to {_LAST_GATING}"
     for key in _PER_LAYER:
         n = gguf.lengths.get(f"{arch}.{key}", blocks)
         if n != blocks:

@@ -134,7 +134,9 @@ MODELS = [
     _number("an epsilon that is a whole number", "attention.layer_norm_rms_epsilon", U32, 1, "type u32 .*f32"),
     _number("a rope base that is no number", "rope.freq_base", F32, float("nan"), "is nan"),
     _number("a rotation of less than a head", "rope.dimension_count", U32, 8, "has to be the 16 of a head"),
-    _model("heads of another width than their tensors", _set(ARCH + "attention.head_count", U32, 2), "attn_output.weight is 64 wide"),
+    _model(
+        "heads of another width than their tensors", _set(ARCH + "attention.head_count", U32, 2), "attn_output.weight is 64 wide"
+    ),
     _number("keys of another width than values", "attention.value_length", U32, 8, "has to be the 16"),
     _number("a rope scaling that does not exist", "rope.scaling.type", STR, "wild", "'wild'.*yarn"),
     _number("a rope scaling that is a number", "rope.scaling.type", U32, 1, "type u32"),
@@ -146,6 +148,7 @@ MODELS = [
     _number("experts used that are a text", "expert_used_count", STR, "4", "type str"),
     _model("another K in each layer", _list(ARCH + "expert_used_count", U32, [4, 2]), "one number of experts used"),
     _model("no number of experts used", _dropped_key(ARCH + "expert_used_count"), "one number of experts used"),
+    _number("a gating that does not exist", "expert_gating_func", U32, 5, "knows 1 to 4"),
     _number("as many groups as experts", "expert_group_count", U32, 32, "not fewer than the 32"),
     _number("groups that do not divide the experts", "expert_group_count", U32, 5, "does not divide"),
     _model("groups of which none is used", _set(ARCH + "expert_group_count", U32, 4), "expert_group_used_count is 0"),
