@@ -248,7 +248,7 @@ def _run(name: str, seconds: float) -> int:
         command = [sys.executable, __file__, "--child", name, str(seconds), str(CORPUS / name), folder]
         try:
             done = subprocess.run(command, capture_output=True, timeout=seconds + 120)
-            code, said = done.returncode, done.stderr.decode("utf-8", "replace")
+            code, said = done.returncode, (done.stderr + done.stdout).decode("utf-8", "replace")
         except subprocess.TimeoutExpired as e:
             code, said = -1, (e.stderr or b"").decode("utf-8", "replace") + "\nit hangs"
         runs = next((line.split()[-1] for line in said.splitlines() if "number_of_executed_units" in line), "?")

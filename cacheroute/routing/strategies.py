@@ -5,6 +5,7 @@ The strategies themselves are in native/router.cpp.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -248,6 +249,8 @@ def _value(name: str, parameter: Parameter, text: str) -> float:
     upper = "" if parameter.high is None else f" and at most {parameter.high:g}"
     if not value >= parameter.low or (parameter.high is not None and value > parameter.high):
         raise UsageError(f"{name}: {parameter.name} is at least {parameter.low:g}{upper}, not {text}.")
+    if math.isinf(value):
+        raise UsageError(f"{name}: {parameter.name} is a number that is not infinite, not {text}.")
     if parameter.integer and value != int(value):
         raise UsageError(f"{name}: {parameter.name} is a whole number, not {text}.")
     return value

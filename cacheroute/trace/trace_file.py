@@ -199,7 +199,16 @@ def read(path: Path) -> Trace:
     records: Records = np.memmap(path, dtype, mode="r", offset=len(line), shape=(n,))
     if (records["layer"] >= len(header.layers)).any() or (records["ids"] >= header.n_expert).any():
         raise UsageError(f"{path} is damaged: it names experts or layers that its model does not have.")
+    if (records["n_run"] > header.n_used).any() or not all(_are_scores(records, name) for name in ("z", "mass")[: 1 + with_mass]):
+        raise UsageError(f"{path} is damaged: it has scores that are no numbers; trace again.")
     return Trace(header, records, complete=rest == len(_END) and tail == _END)
+
+
+def _are_scores(records: Records, name: str) -> bool:
+    """Whether a field has neither NaN nor +inf, which the router could not rank; a million values at a time."""
+    step = max((1 << 20) // records.dtype[name].shape[0], 1)
+    pieces = (np.asarray(records[start : start + step][name]) for start in range(0, len(records), step))
+    return all(bool((piece < np.inf).all()) for piece in pieces)
 
 
 def _decode(path: Path, line: bytes) -> tuple[Header, bool]:
