@@ -18,6 +18,7 @@ EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weigh
 _MOST_BLOCKS = 512  # LLAMA_MAX_LAYERS
 _MOST_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _MAPPED_ALIGNMENT = 32  # TENSOR_ALIGNMENT: where a buffer of mapped tensors may begin
+_MOST_OF_ANYTHING = 2**30
 _LAST_GATING = 4  # enum llama_expert_gating_func_type
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
@@ -26,6 +27,8 @@ _PLAIN_HEADS = (
     *("arctic", "dbrx", "deepseek", "dots1", "ernie4_5-moe", "granitemoe", "grok", "hunyuan-moe", "llada-moe", "llama"),
     *("olmoe", "qwen2moe", "qwen3moe", "qwen3vlmoe", "rnd1"),
 )
+
+_PARTLY_ROTATED = ("gpt-oss",)  # the same, but for the rotation
 
 # Keys of an architecture whose type llama.cpp insists on; where a number for each layer will do, an array may stand.
 _COUNTS = (
@@ -110,6 +113,9 @@ def _impossible_numbers(gguf: GgufFile) -> Iterator[str]:
                 yield f"the key {key} is {value}, which is no number"
             if short in _NOT_NEGATIVE and value < 0:
                 yield f"the key {key} is {value:g} and must not be negative"
+    for key in (*_COUNTS, "attention.sliding_window"):
+        if number(key) > _MOST_OF_ANYTHING:
+            yield f"the key {arch}.{key} is {number(key)}, which no model has"
     blocks = number("block_count")
     if blocks > _MOST_BLOCKS:
         yield f"the key {arch}.block_count is {blocks} and llama.cpp loads at most {_MOST_BLOCKS} blocks"
@@ -200,15 +206,24 @@ def _expert_tensors(gguf: GgufFile) -> Iterator[str]:
 
 
 def _latent_heads(gguf: GgufFile) -> Iterator[str]:
-    """DeepSeek's: all share one latent key of the width that the two ranks come to."""
+    """DeepSeek's, whose keys and values are compressed together; with `key_length_mla` all heads share one."""
     arch = gguf.architecture
-    if arch != "deepseek2" or f"{arch}.attention.key_length_mla" not in gguf.metadata:
+    values = {key: gguf.metadata.get(f"{arch}.{key}") for key in (*_HEAD_KEYS, "attention.kv_lora_rank")}
+    heads, _, key, value, rotated, rank = values.values()
+    if arch != "deepseek2" or rank is None or any(f"{arch}.{name}" in gguf.lists for name in values):
         return
-    rank, rotated = (gguf.metadata.get(f"{arch}.{key}", 0) for key in ("attention.kv_lora_rank", "rope.dimension_count"))
-    for key, wanted in (("head_count_kv", 1), ("key_length", int(rank) + int(rotated)), ("value_length", int(rank))):
-        value = gguf.metadata.get(f"{arch}.attention.{key}")
-        if value != wanted:
-            yield f"the key {arch}.attention.{key} is {value} and has to be {wanted}"
+    for name, found in values.items():
+        if not isinstance(found, int):
+            yield f"it has no key {arch}.{name}"
+    assert isinstance(heads, int) and isinstance(key, int) and isinstance(value, int)
+    assert isinstance(rank, int) and isinstance(rotated, int)
+    shared = f"{arch}.attention.key_length_mla" in gguf.metadata
+    right = {"head_count_kv": 1, "key_length": rank + rotated, "value_length": rank} if shared else {"head_count_kv": heads}
+    for name, wanted in right.items():
+        if values[f"attention.{name}"] != wanted:
+            yield f"the key {arch}.attention.{name} is {values[f'attention.{name}']} and has to be {wanted}"
+    widths = {"attn_kv_a_mqa": rank + rotated} | ({} if shared else {"attn_kv_b": heads * (key - rotated + value)})
+    yield from _wrong_widths(gguf, widths)
 
 
 def _heads(gguf: GgufFile) -> Iterator[str]:
@@ -216,14 +231,14 @@ def _heads(gguf: GgufFile) -> Iterator[str]:
     arch = gguf.architecture
     values = {key: gguf.metadata.get(f"{arch}.{key}") for key in (*_HEAD_KEYS, "embedding_length")}
     heads, embedding = values["attention.head_count"], values["embedding_length"]
-    if arch not in _PLAIN_HEADS or not isinstance(heads, int) or not isinstance(embedding, int):
+    if arch not in (*_PLAIN_HEADS, *_PARTLY_ROTATED) or not isinstance(heads, int) or not isinstance(embedding, int):
         return
     usual = embedding // heads
     widths = {part: values[f"attention.{part}_length"] for part in ("key", "value")}
     key, value = (usual if width is None else int(width) for width in widths.values())
     groups = values["attention.head_count_kv"]
     rotated = values["rope.dimension_count"]
-    if rotated is not None and rotated != key:
+    if rotated is not None and rotated != key and arch not in _PARTLY_ROTATED:
         yield f"the key {arch}.rope.dimension_count is {rotated} and has to be the {key} of a head"
     if value != key:
         yield f"the key {arch}.attention.value_length is {value} and has to be the {key} of attention.key_length"
@@ -231,13 +246,19 @@ def _heads(gguf: GgufFile) -> Iterator[str]:
     if isinstance(groups, int) or (groups is None and f"{arch}.attention.head_count_kv" not in gguf.kinds):
         n = heads if groups is None else int(groups)
         wanted |= {"attn_k": n * key, "attn_v": n * key}
+    yield from _wrong_widths(gguf, wanted)
+
+
+def _wrong_widths(gguf: GgufFile, wanted: dict[str, int]) -> Iterator[str]:
+    """`wanted`: names of matrices of a block -> how wide the heads are together, on their side of it."""
     for tensor in gguf.tensors:
-        block, _, name = tensor.name.partition(".attn_")
-        name = "attn_" + name.removesuffix(".weight")
-        if block.startswith("blk.") and tensor.name.endswith(".weight") and name in wanted:
+        match = re.match(r"^blk\.\d+\.(\w+)\.weight$", tensor.name)
+        name = match[1] if match else ""
+        if name in wanted:
             width = _shape(tensor)[0 if name == "attn_output" else 1]
             if width != wanted[name]:
-                yield f"the tensor {tensor.name} is {width} wide and its heads together {wanted[name]} ({arch}.attention.*)"
+                keys = f"{gguf.architecture}.attention.* and rope.dimension_count"
+                yield f"the tensor {tensor.name} is {width} wide and its heads together {wanted[name]}, by the keys {keys}"
 
 
 def _shape(tensor: TensorInfo) -> tuple[int, ...]:
