@@ -43,7 +43,7 @@ _ARRAY, _STRING = 9, 8
 _MOST_ENTRIES = 2**31 - 1  # of keys and of tensors: llama.cpp counts them with an int
 _NUMBERS_KEPT = 4096  # of an array: those with a number for each layer, not a vocabulary's
 _TOKENS = b"tokenizer.ggml.tokens"
-_LONGEST_ARRAY, _LONGEST_TEXT = 2**22, 2**26  # the largest vocabularies have 300 thousand tokens
+_LONGEST_ARRAY, _LONGEST_TEXT = 2**21, 2**26  # the largest vocabularies have 300 thousand tokens
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")

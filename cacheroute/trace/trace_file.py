@@ -48,6 +48,7 @@ from cacheroute.model.experts import ExpertLayer, ExpertLayout, ExpertTensor
 
 FORMAT, VERSION = "cacheroute-trace", 1
 DECODE, PRESCRIBED, SOFTMAX_MASS = 1, 2, 4
+_MOST_EXPERTS = 1 << 16  # ids have 16 bits
 _ALIGN, _END = 64, b"end\n"
 
 Records = npt.NDArray[np.void]
@@ -173,11 +174,15 @@ def write(path: Path, header: Header, records: Records, *, force: bool = False) 
 
 
 def _encode(header: Header, dtype: np.dtype[np.void]) -> bytes:
-    columns = [(name, dtype[name]) for name in dtype.names or ()]
-    fields = [[name, c.base.str, list(c.shape)] if c.shape else [name, c.str] for name, c in columns]
-    content = {"format": FORMAT, "version": VERSION, "cacheroute": files.VERSION, **asdict(header), "dtype": fields}
+    content = {"format": FORMAT, "version": VERSION, "cacheroute": files.VERSION, **asdict(header), "dtype": _fields(dtype)}
     line = json.dumps(content).encode()
     return line + b" " * (-(len(line) + 1) % _ALIGN) + b"\n"
+
+
+def _fields(dtype: np.dtype[np.void]) -> list[list[Any]]:
+    """A record as the header has it."""
+    columns = [(name, dtype[name]) for name in dtype.names or ()]
+    return [[name, c.base.str, list(c.shape)] if c.shape else [name, c.str] for name, c in columns]
 
 
 def read(path: Path) -> Trace:
@@ -232,12 +237,14 @@ def _decode(path: Path, line: bytes) -> tuple[Header, bool]:
             eviction=str(content["eviction"]),
             budget_experts=int(content["budget_experts"]),
         )
-        stored = np.dtype([tuple(field) for field in content["dtype"]])
+        stored = content["dtype"]
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UsageError(f"{path} has a damaged header; trace again.") from None
-    with_mass = "mass" in (stored.names or ())
-    fits = 0 < header.n_used <= header.n_expert and 0 < len(header.layers) == len(header.expert_bytes)
-    if not fits or stored != record_dtype(header.n_expert, header.n_used, mass=with_mass):
+    fits = 0 < header.n_used <= header.n_expert <= _MOST_EXPERTS and 0 < len(header.layers) == len(header.expert_bytes)
+    # compared as it was written: numpy would evaluate what a damaged header says
+    forms = {mass: _fields(record_dtype(header.n_expert, header.n_used, mass=mass)) for mass in (True, False)} if fits else {}
+    with_mass = stored == forms.get(True)
+    if not with_mass and stored != forms.get(False, ()):
         raise UsageError(f"{path} has a header that contradicts itself; trace again.")
     return header, with_mass
 
