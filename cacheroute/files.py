@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import importlib.metadata
@@ -10,7 +11,8 @@ import os
 import select
 import stat
 import sys
-import tempfile
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,66 @@ def packaged(name: str) -> Path | None:
     return next((path for path in (PACKAGE / name, PACKAGE.parent / name) if path.exists()), None)
 
 
+def is_text(text: str) -> bool:
+    """Whether it has no bytes that were no UTF-8 (Python keeps those of arguments and file names as surrogates)."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def printable(text: str) -> str:
+    """For a terminal: control characters, which could move its cursor or change its colours, and bytes that are no UTF-8 are
+    written as escapes."""
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escaped(c) for c in text)
+
+
+def _escaped(c: str) -> str:
+    return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
+
+
+def decoded(data: bytes, name: str) -> str:
+    """Text as every command takes it, from a file, a pipe or the command line: UTF-8, a byte order mark at the beginning left
+    out, line ends as they are. Raises UsageError for other text."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        raise UsageError(f"{name} is not UTF-8 text; convert it first.") from None
+
+
+def expanded(path: str, name: str = "") -> Path:
+    """A path whose ~ or ~user is filled in. Raises UsageError when nobody has that home; `name`: of the variable it is from."""
+    whole = os.path.expanduser(path)
+    if whole.startswith("~") and not Path(whole).exists():
+        user, _, _ = whole.partition("/")
+        of = f"{name}={path}" if name else path
+        what = f"there is no user {user[1:]}" if len(user) > 1 else "this user has no home folder and HOME is not set"
+        raise UsageError(f"{of} cannot be found: {what}; write the whole path.")
+    return Path(whole)
+
+
+def home() -> Path | None:
+    """The user's home folder; None for a user without one, such as a container's."""
+    found = os.path.expanduser("~")
+    return None if found.startswith("~") else Path(found)
+
+
 def cache_dir() -> Path:
-    """The user's cache for cacheroute; $CACHEROUTE_CACHE replaces it. Not made here."""
+    """The user's cache for cacheroute; $CACHEROUTE_CACHE replaces it. Not made here.
+
+    Raises UsageError for a folder of a user that does not exist, CacherouteError where there is no home to keep it in.
+    """
     chosen = os.environ.get("CACHEROUTE_CACHE")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return expanded(chosen, "CACHEROUTE_CACHE").absolute()
     try:
         import platformdirs
     except ImportError:
         raise CacherouteError("platformdirs is missing: run `python -m pip install platformdirs` first") from None
-    return platformdirs.user_cache_path("cacheroute")
+    try:
+        found = platformdirs.user_cache_path("cacheroute")
+    except RuntimeError:  # versions differ in what they make of a user without a home
+        found = None
+    if found is None or not found.is_absolute():
+        raise CacherouteError("There is no home folder to keep a cache in: set CACHEROUTE_CACHE to a folder of yours.")
+    return found
 
 
 def sha256(path: Path) -> str:
@@ -121,19 +173,29 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     return content
 
 
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Gives the name of a new file beside `path`, which becomes `path` when the context ends without an error.
+
+    Until then, and when the process is killed at any time, what was at `path` stays. Raises CacherouteError when it cannot be
+    written, with nothing left behind.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise CacherouteError(f"{path} cannot be written ({e.strerror or e}).") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: dict[str, Any], *, force: bool) -> None:
     """Writes a JSON file in one piece. Raises UsageError when it exists unless `force`, CacherouteError when it cannot."""
     if path.exists() and not force:
         raise UsageError(f"{path} exists; --force replaces it.")
-    try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as f:
-            try:
-                json.dump(content, f, indent=1)
-                f.write("\n")
-            except BaseException:
-                os.unlink(f.name)
-                raise
-        os.chmod(f.name, 0o644)
-        os.replace(f.name, path)
-    except OSError as e:
-        raise CacherouteError(f"{path} cannot be written ({e.strerror}).") from None
+    with replaced(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -95,3 +95,14 @@ def test_missing_and_unreadable_prompts(tmp_path: Path) -> None:
     assert "-p" in sentence(cacheroute("generate", "-p", "  "), 2)
     assert "nothing.txt" in sentence(cacheroute("generate", "-f", tmp_path / "nothing.txt"), 2)
     assert "UTF-8" in sentence(cacheroute("generate", stdin=b"\xff\xfe\x00x"), 2)
+
+
+def test_tokens_and_rates_are_counted_from_the_first_token(demo_model: Path) -> None:
+    def run(n: int) -> dict[str, float | None]:
+        answer = json.loads(cacheroute("generate", "-p", "Tell me a story.", "-n", n, "-s", 5, "-o", "json", *RUN).stdout)
+        return {k: answer[k] for k in ("n_gen", "ts", "prompt_ts", "time_to_first_token_s", "finish_reason")}
+
+    assert run(0) == {"n_gen": 0, "ts": None, "prompt_ts": None, "time_to_first_token_s": None, "finish_reason": "length"}
+    assert run(1)["n_gen"] == 1 and run(1)["ts"] is None
+    many = run(60)
+    assert many["n_gen"] == 60 and 0 < (many["ts"] or 0) < 5000

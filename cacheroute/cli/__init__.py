@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import typer
+import typer.core
 
+from cacheroute import files, interrupts
 from cacheroute.cli import eval as evaluation
+from cacheroute.cli import options
 from cacheroute.cli.bench import bench
 from cacheroute.cli.frontier import frontier
 from cacheroute.cli.generate import generate
@@ -24,7 +26,9 @@ from cacheroute.cli.simulate import simulate
 from cacheroute.cli.trace import trace
 from cacheroute.cli.tune import tune
 from cacheroute.errors import CacherouteError
-from cacheroute.files import VERSION
+
+# typer's own errors, whether it brings click along or imports it
+_BAD_COMMAND_LINE: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="cacheroute",
@@ -36,39 +40,44 @@ app = typer.Typer(
 )
 
 
-def _polite(command: Callable[..., None]) -> Callable[..., None]:
-    """Failures that are ours become one sentence and an exit code; a reader that has left ends us quietly."""
+class _Command(typer.core.TyperCommand):
+    """A command that fails with a sentence and an exit code, ends quietly when its reader has left, and with a line at Ctrl-C."""
 
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def invoke(self, ctx: Any) -> Any:
         try:
-            command(*args, **kwargs)
+            interrupts.command_begins()
+            for parameter in self.params:
+                options.check_number(max(parameter.opts, key=len), ctx.params.get(parameter.name))
+            super().invoke(ctx)
             sys.stdout.flush()
         except CacherouteError as e:
-            print(f"cacheroute: {e}", file=sys.stderr)
-            raise typer.Exit(e.exit_code) from None
+            code = _said(str(e), e.exit_code)
         except BrokenPipeError:
-            # the interpreter flushes stdout once more at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-
-    return run
+            _discard_stdout()
+            code = 0
+        except KeyboardInterrupt as e:
+            code = _said(e.args[0] if e.args else interrupts.STOPPED, 130)
+        except MemoryError:
+            code = _said("There is not enough memory for that; give smaller numbers, or free some.", 1)
+        except OSError as e:
+            code = _said(_reason(e), 1)
+        else:
+            return
+        raise typer.Exit(code)
 
 
 for _command in (generate, bench, tune, frontier, trace, simulate, plot, models, pull, inspect, routing, setup):
-    app.command()(_polite(_command))
+    app.command(cls=_Command)(_command)
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)
 for _command in evaluation.COMMANDS:
-    _eval.command()(_polite(_command))
+    _eval.command(cls=_Command)(_command)
 app.add_typer(_eval, name="eval")
 
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"cacheroute {VERSION}")
+        print(f"cacheroute {files.VERSION}")
         raise typer.Exit
 
 
@@ -80,5 +89,56 @@ def _options(
 
 
 def main() -> None:
-    """The `cacheroute` program."""
-    app()
+    """Runs the command line of this process, and leaves it."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    if sys.stdout is None:
+        return _said("Standard output is closed; send it to a file, a pipe or /dev/null.", 1)
+    for argument in arguments:
+        if not files.is_text(argument):
+            return _said(f"The argument {argument} is not UTF-8 text; convert it, or rename the file.", 2)
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="cacheroute", standalone_mode=False)
+        sys.stdout.flush()
+    except _BAD_COMMAND_LINE as e:
+        return _said(_usage(e), 2)
+    except OSError as e:  # what help could not print
+        return _said(_reason(e), 1)
+    return code if isinstance(code, int) else 0
+
+
+def _usage(e: Any) -> str:
+    """What is wrong with the command line, in one sentence. Help that was asked for by giving no arguments is shown as it is."""
+    if type(e).__name__ == "NoArgsIsHelpError":
+        e.show()
+        return ""
+    message = " ".join(e.format_message().split()).rstrip(".")
+    path = e.ctx.command_path if getattr(e, "ctx", None) else "cacheroute"
+    return f"{message}{'' if message.endswith('?') else '.'} See `{path} --help`."
+
+
+def _reason(e: OSError) -> str:
+    """Files of ours have names, and most of their errors are told where they come up."""
+    where = "Standard output cannot be written" if e.filename is None else f"{e.filename} cannot be used"
+    return f"{where} ({e.strerror or e})."
+
+
+def _said(sentence: str, code: int) -> int:
+    """Prints a sentence on stderr; what stdout could not take is given up, so that the interpreter does not try it again."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        _discard_stdout()
+    if sentence:
+        with contextlib.suppress(OSError), interrupts.last_words():
+            print(f"cacheroute: {files.printable(sentence)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _discard_stdout() -> None:
+    """The interpreter flushes stdout once more at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

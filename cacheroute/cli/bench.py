@@ -16,7 +16,9 @@ import typer
 
 from cacheroute.bench.arms import Arm, Row, configure, control_arm, run_arms
 from cacheroute.cli import options
+from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
+from cacheroute.files import printable
 from cacheroute.routing import strategies
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import forced_scores, task_profile
@@ -90,10 +92,11 @@ def bench(
     if source and source.trace and any(aheads):
         raise UsageError("A trace has no predictions to prefetch by; replay synthetic scores, or leave --prefetch out.")
     from cacheroute.engine.llama import Llama
-    from cacheroute.model import catalogue
+    from cacheroute.model import catalogue, context_memory
     from cacheroute.routing import tuned
 
     path = catalogue.resolve(model)
+    context_memory.check(path, n_prompt + n_gen, n_prompt, option="-p and -n")
     arms = [Arm(b, *tuned.resolve(path, b, r, e), i, n) for b, r, e, i, n in itertools.product(*settings)]
     if eviction is None:
         arms = [*(Arm(b, "original", "lru", i) for b, i in itertools.product(settings[0], settings[3])), *arms]
@@ -133,13 +136,13 @@ def _counts(text: str) -> list[int]:
         counts = [int(n) for n in options.names(text)]
     except ValueError:
         counts = []
-    if not counts or min(counts) < 0:
+    if not counts or min(counts) < 0 or max(counts) > options.MAX_COUNT:
         raise UsageError(f"--prefetch is a number of experts, or some separated by commas, not {text!r}.")
     return counts
 
 
 def _say(text: str) -> None:
-    print(f"cacheroute: {text}.", file=sys.stderr)
+    say(f"cacheroute: {text}.")
 
 
 @contextmanager
@@ -217,6 +220,7 @@ def _markdown(rows: list[Row]) -> str:
         cells += [str(r.prefetch), "" if r.prefetch_used is None else f"{100 * r.prefetch_used:.0f}%"] if ahead else []
         cells += [r.replay or ""] if replayed else []
         table.append(cells)
+    table = [[printable(cell) for cell in row] for row in table]
     widths = [max(len(row[i]) for row in table) for i in range(len(head))]
     return "\n".join(
         "| "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,6 +15,7 @@ import typer
 import typer.core
 
 from cacheroute.cli import options, progress, table
+from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.evals import paired
 from cacheroute.evals.perplexity import missed_bytes
@@ -63,7 +63,7 @@ def perplexity(
         bool,
         typer.Option("--carry", help="Keep the expert cache and the running ranges from chunk to chunk; always scored anew."),
     ] = False,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Seed of the bootstrap.")] = 0,
     workers: options.WorkersOption = 1,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
@@ -92,7 +92,7 @@ def perplexity(
         raise UsageError("There is nothing to score; give at least one budget and eviction.")
     with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=names[1]) as session:
         if len(session.chunks) < paired.FEW_BLOCKS:
-            print(f"{len(session.chunks)} chunks are few; take the interval as rough", file=sys.stderr)
+            say(f"{len(session.chunks)} chunks are few; take the interval as rough")
         cells = _carried(session, arms) if carry else _scored(session, arms)
     rows: list[PerplexityRow] = []
     base: list[float] = []
@@ -240,7 +240,7 @@ def _task_rows(
 
         results = harness.evaluate(scorer, manager, names, shots, limit, show)
     if note := truncation_note(scorer):
-        print(note, file=sys.stderr)
+        say(note)
     c = llm.stats().decode
     missed = missed_bytes((x.misses for x in llm.decoded_by_layer()), llm.layout)
     rows = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from cacheroute.cli import options, progress, table
 from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, StrideOption, TextOption, perplexity_cells
+from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.routing.eviction import DEFAULT
 
@@ -69,7 +69,7 @@ def frontier(
     kept = ResultsFile(results, frontiers.header(path, source))
     rows = frontiers.finished(kept.lines)
     if kept.lines:
-        print(f"{results} has {len(rows)} of {len(arms)} rows already", file=sys.stderr)
+        say(f"{results} has {len(rows)} of {len(arms)} rows already")
     left = [arm for arm in arms if arm not in rows]
     if left:
         with (

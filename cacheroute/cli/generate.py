@@ -5,35 +5,37 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-import time
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cacheroute import interrupts
 from cacheroute.cli import options
+from cacheroute.cli import prompt as prompts
+from cacheroute.cli.terminal import say
 from cacheroute.engine.stats import Stats
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import UsageError
 from cacheroute.files import MIB
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import task_profile
 
 if TYPE_CHECKING:
-    from cacheroute.engine.llama import Llama
+    from cacheroute.engine.completion import Completion
 
 
 def generate(
     model: options.ModelOption = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; text piped in follows it.")] = None,
     file: options.FileOption = None,
-    n_predict: Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to generate, -1: until the model stops.")] = 256,
+    n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=-1, help="Tokens to generate, -1: until it stops.")] = 256,
     ctx_size: Annotated[
         int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens, 0: as the model was trained.")
     ] = 4096,
     threads: options.ThreadsOption = None,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the sampler, -1: a random one.")] = -1,
+    seed: Annotated[int, typer.Option("-s", "--seed", min=-1, help="Seed of the sampler, -1: a random one.")] = -1,
     temp: Annotated[float, typer.Option("--temp", min=0, help="Temperature, 0: greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest, 0: all.")] = 40,
     top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample among the likeliest that sum to p.")] = 0.95,
@@ -53,18 +55,25 @@ def generate(
         str, typer.Option("-o", "--output", help="text, json (one object at the end) or jsonl (one a piece).")
     ] = "text",
 ) -> None:
-    """Generate text. The answer goes to stdout, statistics to stderr."""
+    """Generate text. The answer goes to stdout, statistics to stderr.
+
+    The prompt is -p, then the file of -f, then what is piped in or redirected from a file, a blank line between them. With -p or
+    -f it is said how much of standard input was read; </dev/null leaves it out, and a file that a shell's loop reads is left to
+    the loop.
+    """
     if output not in ("text", "json", "jsonl"):
         raise UsageError(f"There is no output {output!r}; there are text, json and jsonl.")
-    text = _prompt(prompt, file)
+    text = prompts.text(prompt, file)
     seed = secrets.randbelow(2**31) if seed < 0 else seed
     task = task_profile.load(warm_start) if warm_start else None
+    from cacheroute.engine import completion
     from cacheroute.engine.llama import Llama
-    from cacheroute.model import catalogue
+    from cacheroute.model import catalogue, context_memory
     from cacheroute.routing import tuned
 
     path = catalogue.resolve(model)
     routing, eviction = tuned.resolve(path, budget, routing, eviction)
+    context_memory.check(path, ctx_size)
     llm = Llama(
         str(path),
         budget=budget,
@@ -82,130 +91,87 @@ def generate(
     if task:
         llm.warm(task)
     if llm.routing and llm.routing.lossy:
-        print(f"{llm.routing}: lossy, other experts than the model's own may run.", file=sys.stderr)
+        say(f"{llm.routing}: lossy, other experts than the model's own may run.")
         options.say_slow([llm.routing])
-    sampling = dict(
-        max_tokens=n_predict if n_predict >= 0 else None,
-        temperature=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        seed=seed,
-    )
-    run = _Run(llm)
-    try:
-        for piece in run.pieces(text, raw, sampling):
-            if output == "text":
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            elif output == "jsonl":
-                print(json.dumps({"text": piece}), flush=True)
-        if output == "text" and not run.text.endswith("\n"):
-            print(flush=True)
-    except KeyboardInterrupt:
-        run.finish_reason = "interrupted"
-        raise
-    finally:
-        report = run.report(path, seed)
-        if output != "text" and report["finish_reason"]:
-            if output == "jsonl":
-                report.pop("text")
-            print(json.dumps(report), flush=True)
-        if report["finish_reason"]:
-            print(run.summary(), file=sys.stderr)
-        llm.close()
-
-
-def _prompt(prompt: str | None, file: Path | None) -> str:
-    """What was typed, then the file, then what was piped in, a blank line between them."""
-    parts = [prompt] if prompt else []
-    try:
-        if file:
-            parts.append(file.read_text(encoding="utf-8"))
-        if sys.stdin is not None and not sys.stdin.isatty():
-            parts.append(sys.stdin.buffer.read().decode("utf-8"))
-    except UnicodeDecodeError:
-        raise UsageError(f"The prompt {f'in {file} ' if file else ''}is not UTF-8 text; convert it first.") from None
-    except OSError as e:
-        raise UsageError(f"{file or 'standard input'} cannot be read ({e.strerror}).") from None
-    text = "\n\n".join(p for p in parts if p.strip())
-    if not text:
-        raise UsageError("The prompt is empty; give one with -p, -f or a pipe.")
-    return text
-
-
-class _Run:
-    """One generation and its clock."""
-
-    def __init__(self, llm: Llama) -> None:
-        self.llm = llm
-        self.text = ""
-        self.finish_reason = ""
-        self.start = self.first = self.end = time.perf_counter()
-
-    def pieces(self, prompt: str, raw: bool, sampling: dict[str, Any]) -> Iterator[str]:
-        """Text as it comes. Raises CacherouteError when the prompt does not fit the context."""
-        llm = self.llm
+    sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
+    with closing(llm):
+        chat = not raw and completion.has_chat_template(llm)
+        asked = completion.chat_prompt(llm, text) if chat else completion.raw_prompt(llm, text)
+        run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling)
         try:
-            if raw or not any(k.startswith("tokenizer.chat_template") for k in llm.metadata):
-                stream = llm.create_completion(prompt, stream=True, **sampling)
-            else:
-                stream = llm.create_chat_completion([{"role": "user", "content": prompt}], stream=True, **sampling)
-            for chunk in stream:
-                choice = chunk["choices"][0]
-                piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-                self.finish_reason = choice["finish_reason"] or self.finish_reason
-                self.end = time.perf_counter()
-                if piece:
-                    self.first = self.end if not self.text else self.first
-                    self.text += piece
-                    yield piece
-        except ValueError as e:
-            if "exceed context" not in str(e):
-                raise
-            raise CacherouteError(
-                f"The prompt does not fit the context of {llm.n_ctx()} tokens; give a larger one with -c."
-            ) from None
-        if llm.n_tokens + 1 >= llm.n_ctx() and self.finish_reason == "length":
-            print(f"The context of {llm.n_ctx()} tokens is full; a larger one is given with -c.", file=sys.stderr)
+            for piece in run.pieces():
+                if output == "text":
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+                elif output == "jsonl":
+                    print(json.dumps({"text": piece}), flush=True)
+            if output == "text" and not run.text.endswith("\n"):
+                print(flush=True)
+            if run.full:
+                say(f"The context of {llm.n_ctx()} tokens is full; a larger one is given with -c.")
+        except KeyboardInterrupt:
+            run.finish_reason = "interrupted"
+            raise KeyboardInterrupt("" if run.first else interrupts.STOPPED) from None
+        finally:
+            if run.finish_reason and (run.first or run.finish_reason != "interrupted"):
+                _report(run, output, path)
 
-    def report(self, path: Path, seed: int) -> dict[str, Any]:
-        """The object of `-o json`."""
-        stats = self.llm.stats()
-        return {
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "model": str(path),
-            "seed": seed,
-            "n_prompt": stats.prefill.tokens,
-            "n_gen": stats.decode.tokens,
-            "prompt_ts": self._rate(stats.prefill.tokens, self.first - self.start),
-            "ts": self._rate(stats.decode.tokens, self.end - self.first),
-            "time_to_first_token_s": self.first - self.start,
-            "miss_rate": stats.decode.miss_rate,
-            "swap_rate": stats.decode.swap_rate,
-            "read_mib_per_token": stats.decode.read_mib_per_token,
-            "stats": asdict(stats),
-        }
 
-    @staticmethod
-    def _rate(n: int, seconds: float) -> float:
-        return n / seconds if seconds > 0 else 0.0
+def _report(run: Completion, output: str, path: Path) -> None:
+    """The statistics: an object on stdout, or a line on stderr, which is the line of an interruption, too."""
+    with interrupts.last_words():
+        say(_summary(run))
+    if output != "text":
+        report = _object(run, path)
+        if output == "jsonl":
+            report.pop("text")
+        print(json.dumps(report), flush=True)
 
-    def summary(self) -> str:
-        """The line on stderr."""
-        s: Stats = self.llm.stats()
-        d = s.decode
-        parts = [
-            f"{d.tokens} tokens, {self._rate(d.tokens, self.end - self.first):.1f} tok/s",
-            f"prompt {s.prefill.tokens}, {self._rate(s.prefill.tokens, self.first - self.start):.1f} tok/s",
-            f"first token {self.first - self.start:.2f} s",
-            f"miss {100 * d.miss_rate:.1f}%",
-            f"read {d.read_mib_per_token:.2f} MiB/token",
-            f"swapped {d.swapped}/{d.examined}",
-            *([f"dropped {d.dropped}/{d.examined}"] if d.dropped else []),
-            *([f"read ahead {d.prefetched}, {d.prefetch_used} of them chosen"] if self.llm.prefetch else []),
-            f"resident {s.resident_bytes / MIB:.1f} of {s.budget_bytes / MIB:.1f} MiB",
-        ]
-        return " | ".join(parts)
+
+def _object(run: Completion, path: Path) -> dict[str, Any]:
+    """The object of `-o json`. Rates are null where no time has passed: without a token, or of one alone."""
+    stats = run.llm.stats()
+    return {
+        "text": run.text,
+        "finish_reason": run.finish_reason,
+        "model": str(path),
+        "seed": run.seed,
+        "n_prompt": stats.prefill.tokens,
+        "n_gen": run.n_tokens,
+        "prompt_ts": _prompt_rate(run),
+        "ts": _rate(run),
+        "time_to_first_token_s": run.first - run.started if run.first else None,
+        "miss_rate": stats.decode.miss_rate,
+        "swap_rate": stats.decode.swap_rate,
+        "read_mib_per_token": stats.decode.read_mib_per_token,
+        "stats": asdict(stats),
+    }
+
+
+def _rate(run: Completion) -> float | None:
+    """Tokens per second after the first one, whose time is the prompt's."""
+    if not run.first or not run.last or run.last <= run.first:
+        return None
+    return (run.n_tokens - 1) / (run.last - run.first)
+
+
+def _prompt_rate(run: Completion) -> float | None:
+    return run.llm.stats().prefill.tokens / (run.first - run.started) if run.first else None
+
+
+def _summary(run: Completion) -> str:
+    """The line on stderr."""
+    s: Stats = run.llm.stats()
+    d, rate, prompt_rate = s.decode, _rate(run), _prompt_rate(run)
+    parts = [
+        f"{run.n_tokens} token{'' if run.n_tokens == 1 else 's'}" + ("" if rate is None else f", {rate:.1f} tok/s"),
+        f"prompt {s.prefill.tokens}" + ("" if prompt_rate is None else f", {prompt_rate:.1f} tok/s"),
+        *([f"first token {run.first - run.started:.2f} s"] if run.first else []),
+        f"miss {100 * d.miss_rate:.1f}%",
+        f"read {d.read_mib_per_token:.2f} MiB/token",
+        f"swapped {d.swapped}/{d.examined}",
+        *([f"dropped {d.dropped}/{d.examined}"] if d.dropped else []),
+        *([f"read ahead {d.prefetched}, {d.prefetch_used} of them chosen"] if run.llm.prefetch else []),
+        f"resident {s.resident_bytes / MIB:.1f} of {s.budget_bytes / MIB:.1f} MiB",
+    ]
+    return " | ".join(parts)

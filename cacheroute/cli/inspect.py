@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB
+from cacheroute.files import MIB, printable
 from cacheroute.model import catalogue
 from cacheroute.model import report as inspector
 from cacheroute.model.report import Report
@@ -47,11 +47,11 @@ def _text(r: Report) -> list[str]:
         ("always in memory", _mib(r.dense_bytes)),
         ("total", _mib(r.total_bytes)),
     ]
-    lines = [f"{key:17} {value}" for key, value in facts]
+    lines = [f"{key:17} {printable(value)}" for key, value in facts]
     lines += ["", f"{'tensors':24} {'MiB':>10}  types"]
     for c in r.tensors:
         types = ", ".join(f"{kind} x{n}" for kind, n in c.types.items())
-        lines.append(f"{c.name:24} {c.nbytes / MIB:10.1f}  {types}")
+        lines.append(f"{printable(c.name):24} {c.nbytes / MIB:10.1f}  {types}")
     lines += ["", f"{'budget':8} {'experts':>8} {'MiB resident':>13} {'MiB/token if all miss':>22}"]
     for b in r.budgets:
         lines.append(f"{b.budget:8} {b.experts:8} {b.resident_bytes / MIB:13.1f} {b.worst_read_bytes_per_token / MIB:22.1f}")

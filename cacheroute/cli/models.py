@@ -12,7 +12,9 @@ from typing import Annotated
 
 import typer
 
+from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import printable
 from cacheroute.install.machine import available_memory
 from cacheroute.model import catalogue, experts, gguf_file
 from cacheroute.model.catalogue import DiskModel, ModelEntry
@@ -58,10 +60,11 @@ def models(
         return
     _print(rows)
     free = "unknown" if memory is None else f"{memory / GIB:.1f} GiB"
-    print(f"free: {free} of memory, {disk / GIB:.1f} GiB of disk for `cacheroute pull`", file=sys.stderr)
+    room = "unknown" if disk is None else f"{disk / GIB:.1f} GiB"
+    say(f"free: {free} of memory, {room} of disk for `cacheroute pull`")
 
 
-def _rows(memory: int | None, disk: int) -> Iterator[Row]:
+def _rows(memory: int | None, disk: int | None) -> Iterator[Row]:
     listed = set()
     for entry in catalogue.load_catalogue().values():
         path = catalogue.entry_path(entry)
@@ -77,17 +80,17 @@ def _rows(memory: int | None, disk: int) -> Iterator[Row]:
         except UsageError as e:
             left_out += 1
             if not isinstance(e, NotRoutableError):
-                print(f"{model.name}: {e}", file=sys.stderr)
+                say(f"{model.name}: {e}")
         except CacherouteError as e:  # cut short, or there is no engine yet to read it
-            print(f"{model.name}: {e}", file=sys.stderr)
+            say(f"{model.name}: {e}")
             yield Row(model.name, model.name, model.nbytes, str(model.path))
     if left_out:
-        print(f"{left_out} more on this disk have no experts, or none that can be used", file=sys.stderr)
+        say(f"{left_out} more on this disk have no experts, or none that can be used")
 
 
-def _entry_row(entry: ModelEntry, path: Path | None, memory: int | None, disk: int) -> Row:
+def _entry_row(entry: ModelEntry, path: Path | None, memory: int | None, disk: int | None) -> Row:
     fits, budget = _fit(entry.experts, entry.used, entry.expert_bytes, entry.dense_bytes, memory)
-    if not path and entry.repository and disk < entry.nbytes:
+    if not path and entry.repository and disk is not None and disk < entry.nbytes:
         fits = f"needs {entry.nbytes / GIB:.1f} GiB of disk"
     return Row(
         name=entry.name,
@@ -143,7 +146,7 @@ def _print(rows: list[Row]) -> None:
     head = ("NAME", "GiB", "HERE", "E/K", "FITS", "BUDGET")
     cells = [
         (
-            r.name,
+            printable(r.name),
             f"{r.nbytes / GIB:.1f}",
             "yes" if r.path else "no",
             f"{r.experts}/{r.used}" if r.experts else "?",
@@ -155,10 +158,11 @@ def _print(rows: list[Row]) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*head, box=None, header_style="bold")
         for row in cells:
-            table.add_row(*row, style="" if row[2] == "yes" else "dim")
+            table.add_row(*map(Text, row), style="" if row[2] == "yes" else "dim")
         Console().print(table)
         return
     widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
@@ -166,8 +170,10 @@ def _print(rows: list[Row]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def free_disk(folder: Path) -> int:
-    """Free bytes on the disk where `folder` is, or would be."""
+def free_disk(folder: Path | None) -> int | None:
+    """Free bytes on the disk where `folder` is, or would be; None without a folder."""
+    if folder is None:
+        return None
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

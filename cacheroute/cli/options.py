@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -10,11 +10,26 @@ from typing import Annotated
 
 import typer
 
+from cacheroute.cli import prompt
+from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.files import read_text
 from cacheroute.install.machine import cores
 from cacheroute.routing.eviction import ONLINE
 from cacheroute.routing.strategies import Routing
+
+MAX_COUNT = 2**31 - 1
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
+MAX_SEED = 2**32 - 2  # llama.cpp takes 2^32-1 for a random one
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises UsageError for a number of the option `name` that C could not hold: it would be another number there."""
+    limit = MAX_SEED if name == "--seed" else MAX_COUNT
+    if isinstance(value, int) and value > limit:
+        raise UsageError(f"{name} is at most {limit}, not {value}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} is a number, not {value}.")
+
 
 ModelOption = Annotated[
     str | None,
@@ -23,17 +38,19 @@ ModelOption = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("-t", "--threads", min=1, help="Compute threads in total. [default: all cores]")
+    int | None, typer.Option("-t", "--threads", min=1, max=MAX_THREADS, help="Compute threads in total. [default: all cores]")
 ]
 IoOption = Annotated[
     str,
     typer.Option("--io", help="How misses are read: mmap (page cache), direct (past it), auto (the faster one, measured once)."),
 ]
 FlashOption = Annotated[
-    float | None, typer.Option("--flash-mbps", min=0.001, help="Limit reads to that many MB/s, as a slower flash would.")
+    float | None,
+    typer.Option("--flash-mbps", min=0.001, help="Limit reads to that many MB/s, as a slower flash would."),
 ]
 PrefetchOption = Annotated[
-    int, typer.Option("--prefetch", min=0, help="Experts of the next layer to read ahead while a layer computes, at most.")
+    int,
+    typer.Option("--prefetch", min=0, help="Experts of the next layer to read ahead while a layer computes, at most."),
 ]
 WarmStartOption = Annotated[
     Path | None,
@@ -44,7 +61,10 @@ EvictionsOption = Annotated[str, typer.Option("--eviction", help=f"Evictions, se
 WorkersOption = Annotated[
     int,
     typer.Option(
-        "--workers", min=1, help="Processes that score side by side, each with the model; they share the threads of -t."
+        "--workers",
+        min=1,
+        max=MAX_THREADS,
+        help="Processes that score side by side, each with the model; they share the threads of -t.",
     ),
 ]
 FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
@@ -59,7 +79,7 @@ def say_slow(routings: Iterable[Routing]) -> None:
     """One line on stderr for each policy in Python."""
     for routing in routings:
         if routing.policy:
-            print(f"{routing}: Python is asked for every token and layer, which is slower.", file=sys.stderr)
+            say(f"{routing}: Python is asked for every token and layer, which is slower.")
 
 
 def names(text: str) -> list[str]:
@@ -71,7 +91,4 @@ def text(file: Path | None) -> str:
     """The text of a file, or the held-out text of the package. Raises UsageError when it cannot be read."""
     if file is None:
         return files("cacheroute").joinpath("data/heldout.txt").read_text(encoding="utf-8")
-    try:
-        return read_text(file).decode("utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(f"{file} is not UTF-8 text; convert it first.") from None
+    return prompt.from_file(file)

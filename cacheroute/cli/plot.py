@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cacheroute.cli import table
+from cacheroute.cli.terminal import say
 from cacheroute.plot import chart, figures
 
 
@@ -30,12 +30,12 @@ def plot(
         chart.check_path(output, force=force)
     figure = figures.chart(files, kind, layer)
     if figure.note:
-        print(figure.note, file=sys.stderr)
+        say(figure.note)
     drawable = importlib.util.find_spec("matplotlib") is not None
     if output and drawable:
         chart.save(figure, output, force=force)
-        print(f"{output} is drawn.", file=sys.stderr)
+        say(f"{output} is drawn.")
         return
     if output:
-        print(f"matplotlib is missing (pip install 'cacheroute[plot]'): instead of {output}, a table.", file=sys.stderr)
+        say(f"matplotlib is missing (pip install 'cacheroute[plot]'): instead of {output}, a table.")
     print(table.as_markdown(figure.cells))

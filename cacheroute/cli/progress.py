@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cacheroute.cli.terminal import say
+
 if TYPE_CHECKING:
     from cacheroute.evals.runner import Request
     from cacheroute.evals.scorer import Scorer
@@ -49,7 +51,7 @@ def _lines(what: str, total: float) -> Advance:
         if now - last >= _SECONDS_BETWEEN_LINES and done:
             last = now
             left = (now - start) * max(total - done, 0) / done
-            print(f"{what}: {min(done / total, 1):.0%}, about {left / 60:.0f} min left; {text}", file=sys.stderr, flush=True)
+            say(f"{what}: {min(done / total, 1):.0%}, about {left / 60:.0f} min left; {text}")
 
     return advance
 
@@ -59,7 +61,7 @@ def scoring(scorer: Scorer, requests: Sequence[Request]) -> Iterator[None]:
     """Shows what is computed of those requests, in scored tokens; says first how much of them is in the cache."""
     total, missing = sum(scorer.chunks[r.chunk].n_scored for r in requests), scorer.missing(requests)
     if missing < total:
-        print(f"{total - missing} of {total} scored tokens are in the cache", file=sys.stderr)
+        say(f"{total - missing} of {total} scored tokens are in the cache")
     with bar("scoring", max(missing, 1)) as advance:
         scorer.after = lambda cell: advance(cell.n, f"{cell.routing} {cell.budget} experts")
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -22,6 +21,5 @@ def pull(
     try:
         path = puller.pull(name)
     except KeyboardInterrupt:
-        print("\nstopped; run the same command to go on", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt("Stopped; run the same command to go on.") from None
     print(path)

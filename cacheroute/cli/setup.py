@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cacheroute.cli.terminal import say
 from cacheroute.install import engine_build
 from cacheroute.install.tools import PlainProgress, Progress
 
@@ -70,11 +71,11 @@ def setup(
         raise typer.Exit(0 if all(result.applies for result in results) else 1)
     with shown_progress() as progress:
         state = engine_build.ensure(engine_build.BuildOptions(sdist, portable, jobs), progress)
-    print(f"engine {state.version} is installed", file=sys.stderr)
+    say(f"engine {state.version} is installed")
     if demo:
         # Late: --no-demo needs neither numpy nor gguf.
         from cacheroute.model import demo_model
 
         with shown_progress() as progress:
             path = demo_model.ensure(progress=progress.step)
-        print(f"demo model: {path}", file=sys.stderr)
+        say(f"demo model: {path}")

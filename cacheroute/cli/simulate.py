@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cacheroute.cli import options, progress, table
+from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.routing import strategies
 from cacheroute.routing.eviction import ALL, BELADY, DEFAULT
@@ -33,7 +34,7 @@ def simulate(
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="Control: the tokens in random order, the same experts without locality.")
     ] = False,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of --shuffle.")] = 0,
+    seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Seed of --shuffle.")] = 0,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
 ) -> None:
     """Replay a trace with other budgets, routings and evictions, by the router that runs live.
@@ -48,7 +49,7 @@ def simulate(
     options.say_slow({arm.routing.text: arm.routing for arm in arms}.values())
     trace = trace_file.read(file)
     if not trace.complete:
-        print(f"{file} was cut short; what is there is replayed.", file=sys.stderr)
+        say(f"{file} was cut short; what is there is replayed.")
     with progress.bar("simulate", len(arms)) as advance:
         rows = simulator.run(
             trace,
@@ -57,11 +58,10 @@ def simulate(
             shuffle=seed if shuffle else None,
             progress=lambda arm: advance(1, f"{arm.routing} {arm.eviction} {arm.budget}"),
         )
-    print("Open-loop: scores are the recorded ones, whatever is chosen.", file=sys.stderr)
+    say("Open-loop: scores are the recorded ones, whatever is chosen.")
     if any(arm.eviction == BELADY for arm in arms):
-        print(
+        say(
             "belady is shown with `original` only: it needs the future choices, which other routings make by the cache.",
-            file=sys.stderr,
         )
     if output == "csv":
         writer = csv.DictWriter(sys.stdout, [f.name for f in fields(Row)], lineterminator="\n")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cacheroute.errors import UsageError
+from cacheroute.files import printable
 
 OUTPUTS = ("md", "json", "jsonl")
 
@@ -31,6 +32,7 @@ def write(rows: Sequence[Any], output: str, markdown: Sequence[Sequence[str]]) -
 
 def as_markdown(cells: Sequence[Sequence[str]]) -> str:
     """An aligned Markdown table; the first row is the head."""
+    cells = [[printable(cell) for cell in row] for row in cells]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cacheroute.cli import options, progress
+from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.files import MIB
 from cacheroute.routing.eviction import DEFAULT
@@ -49,14 +49,18 @@ def trace(
     if prompt is not None and file is not None:
         raise UsageError("Give one text, with -p or with -f.")
     text = options.text(file) if prompt is None else prompt
+    if not text.strip():
+        raise UsageError("The text is empty; give one with -p or -f.")
     for path in (output, save_profile):
         if path and path.exists() and not force:
             raise UsageError(f"{path} exists; --force replaces it.")
     from cacheroute.engine.llama import Llama
-    from cacheroute.model import catalogue
+    from cacheroute.model import catalogue, context_memory
 
+    path = catalogue.resolve(model)
+    context_memory.check(path, ctx_size)
     llm = Llama(
-        str(catalogue.resolve(model)),
+        str(path),
         budget=budget,
         routing=routing,
         eviction=eviction,
@@ -74,7 +78,7 @@ def trace(
         record = trace_file.record_dtype(header.n_expert, header.n_used, mass=False).itemsize
         per_token = record * len(header.layers)
         n = len(tokens) + n_predict
-        print(f"{n} tokens x {len(header.layers)} layers x {record} bytes: {n * per_token / MIB:.1f} MiB", file=sys.stderr)
+        say(f"{n} tokens x {len(header.layers)} layers x {record} bytes: {n * per_token / MIB:.1f} MiB")
         try:
             with trace_file.TraceWriter(output, header, force=force) as writer, llm.tracing(writer.append):
                 if n_predict:
@@ -82,14 +86,13 @@ def trace(
                 else:
                     _step(llm, tokens, n_prompt, ctx_size)
         except KeyboardInterrupt:
-            print(f"What was traced is in {writer.part}; simulate reads it.", file=sys.stderr)
-            raise
+            kept = f" What was traced is in {writer.part}; simulate reads it." if writer.n_records else ""
+            raise KeyboardInterrupt(f"Stopped.{kept}") from None
         stats = llm.stats().decode
     done = trace_file.read(output)
-    print(
+    say(
         f"{output}: {len(done.records)} records, {output.stat().st_size / MIB:.1f} MiB | {stats.tokens} tokens decoded | "
         f"miss {100 * stats.miss_rate:.1f}% | swapped {stats.swapped}/{stats.examined}",
-        file=sys.stderr,
     )
     if save_profile:
         task_profile.save(task_profile.summarise(done), save_profile, force=force)

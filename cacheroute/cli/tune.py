@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import typer
 
 from cacheroute.cli import options, progress, table
 from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, TextOption
+from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import paired
 from cacheroute.routing import budget as budgets
@@ -87,7 +87,7 @@ def tune(
     price_groups: Annotated[
         int, typer.Option("--price-groups", min=1, help="Groups of neighbouring layers whose cost is measured together.")
     ] = 15,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the split and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Seed of the split and of the bootstrap.")] = 0,
     workers: options.WorkersOption = 1,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
@@ -121,12 +121,12 @@ def tune(
     with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=[eviction]) as session:
         fit, held_out = tuning.split(len(session.chunks), seed)
         if len(held_out) < paired.FEW_BLOCKS:
-            print(f"{len(session.chunks)} chunks are few: intervals will be wide, and little may fit", file=sys.stderr)
+            say(f"{len(session.chunks)} chunks are few: intervals will be wide, and little may fit")
         search = tuning.Search(session, goal, fit, held_out, report=_print_trial)
         with progress.bar("tuning", search.expected_work()) as advance, _resumable():
             session.after = lambda cell: advance(tuning.work(session.chunks[cell.chunk]), _label(cell.routing))
             if session.n_kept:
-                print(f"{session.n_kept} scores of earlier runs are used again", file=sys.stderr)
+                say(f"{session.n_kept} scores of earlier runs are used again")
             outcome = search.tune()
     saved = None
     if outcome.chosen:
@@ -135,7 +135,7 @@ def tune(
     _print(_report(layout, source.name, budget, goal, outcome, saved), output)
     if not outcome.chosen:
         raise CacherouteError(_why_not(outcome, allowed))
-    print(f"use it with --routing tuned --budget {budget}; it is in {saved}", file=sys.stderr)
+    say(f"use it with --routing tuned --budget {budget}; it is in {saved}")
 
 
 def _percent(text: str) -> float:
@@ -156,15 +156,13 @@ def _resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("\nstopped; run the same command to resume", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt("Stopped; run the same command to resume.") from None
 
 
 def _print_trial(trial: Trial) -> None:
-    print(
+    say(
         f"{trial.routing}: {_change(trial.difference)} % of perplexity on {trial.difference.n_tokens} tokens, "
         f"missed {trial.missed_mib_per_token:.2f} MiB/token",
-        file=sys.stderr,
     )
 
 
@@ -179,7 +177,7 @@ def _save(routing: tuned.TunedRouting, path: Path) -> None:
     except OSError as e:
         raise CacherouteError(f"{path.parent} cannot be made ({e.strerror}).") from None
     if path.exists():
-        print(f"this replaces the routing tuned for {tuned.load(path).notes.get('max_ppl_increase')}%", file=sys.stderr)
+        say(f"this replaces the routing tuned for {tuned.load(path).notes.get('max_ppl_increase')}%")
     tuned.save(routing, path, force=True)
 
 

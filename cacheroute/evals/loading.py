@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cacheroute.evals import text
 from cacheroute.install.machine import available_memory
+from cacheroute.model import context_memory
 from cacheroute.model.experts import ExpertLayout
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def load(path: Path, n_ctx: int, n_threads: int) -> Llama:
     """A model with room for `n_ctx` tokens. Settings come with `configure`."""
     from cacheroute.engine.llama import Llama
 
+    context_memory.check(path, n_ctx, option="--chunk or -c")
     return Llama(
         str(path),
         n_ctx=n_ctx,

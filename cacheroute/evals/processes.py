@@ -8,7 +8,9 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import closing, contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import ClassVar
 
 from cacheroute.errors import CacherouteError, UsageError
 
@@ -19,11 +21,35 @@ def pool(n: int) -> Iterator[Executor]:
 
     Ctrl-C goes to the parent only; the processes end when it ends, also when it is killed.
     """
-    executor = ProcessPoolExecutor(n, get_context("spawn"), _begin)
+    executor = ProcessPoolExecutor(n, _Spawn(), _begin)
+    first = len(_Process.started)
     try:
         yield executor
+    except KeyboardInterrupt:
+        for process in _Process.started[first:]:  # what they compute now is of no use, and nobody waits for it
+            process.kill()
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+class _Process(SpawnProcess):
+    """A fresh process that never sees Ctrl-C, not even while it imports."""
+
+    started: ClassVar[list[_Process]] = []
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.started.append(self)
+
+
+class _Spawn(SpawnContext):
+    Process = _Process
 
 
 def _begin() -> None:

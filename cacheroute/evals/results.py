@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import check_regular
+from cacheroute.files import check_regular, replaced
 
 
 class ResultsFile:
@@ -34,7 +35,8 @@ class ResultsFile:
             if old:
                 self._check(whole, header)
             if not old:
-                path.write_bytes(json.dumps(header).encode() + b"\n")
+                with replaced(path) as part:
+                    part.write_bytes(json.dumps(header).encode() + b"\n")
             elif len(whole) < len(old):  # or another process may be appending
                 os.truncate(path, len(whole))
         except OSError as e:
@@ -56,11 +58,16 @@ class ResultsFile:
             )
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line. Raises CacherouteError when it cannot be written."""
+        """Adds a line. Raises CacherouteError when it cannot be written; what was written of it is taken back."""
         try:
-            with self.path.open("ab") as f:
-                f.write(json.dumps(line).encode() + b"\n")
-                f.flush()
-                os.fsync(f.fileno())
+            with self.path.open("ab", buffering=0) as f:
+                size, data = f.seek(0, os.SEEK_END), json.dumps(line).encode() + b"\n"
+                try:
+                    if f.write(data) < len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(f.fileno())
+                except OSError:
+                    f.truncate(size)
+                    raise
         except OSError as e:
             raise CacherouteError(f"{self.path} cannot be written ({e.strerror}).") from None

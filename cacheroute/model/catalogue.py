@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import cache_dir, packaged
+from cacheroute.files import cache_dir, expanded, home, packaged
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -118,11 +118,13 @@ def resolve(name_or_path: str | None) -> Path:
 
     Raises UsageError for a name that means nothing or several models, CacherouteError for a known model that is not here.
     """
+    if name_or_path is not None and not name_or_path.strip():
+        raise UsageError("The model has no name: give a file or a name, or leave -m out for the demo model.")
     text = name_or_path or DEMO
     entry = load_catalogue().get(text.lower())
     if entry:
         return _catalogue_path(entry)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.exists():
         return path
     if text.startswith("hf:"):
@@ -226,11 +228,16 @@ def match_files(pattern: str, names: list[str]) -> list[str]:
     return [n for n in models if part.search(n.lower())]
 
 
-def hub_cache() -> Path:
-    """The cache of huggingface_hub, by its own rules (HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME)."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    chosen = os.environ.get("HF_HUB_CACHE") or Path(home) / "hub"
-    return Path(os.path.expandvars(chosen)).expanduser()
+def hub_cache() -> Path | None:
+    """The cache of huggingface_hub, by its own rules (HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME); None without a home folder.
+
+    Raises UsageError for the folder of a user that does not exist.
+    """
+    for variable, below in (("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")):
+        if chosen := os.environ.get(variable):
+            return expanded(os.path.expandvars(chosen), variable) / below
+    user = home()
+    return user / ".cache" / "huggingface" / "hub" if user else None
 
 
 def hub_file(repository: str, pattern: str) -> Path | None:
@@ -238,7 +245,10 @@ def hub_file(repository: str, pattern: str) -> Path | None:
 
     The snapshot that `main` points to comes first, then the newest.
     """
-    for snapshot in _snapshots(hub_cache() / f"models--{repository.replace('/', '--')}"):
+    cache = hub_cache()
+    if cache is None:
+        return None
+    for snapshot in _snapshots(cache / f"models--{repository.replace('/', '--')}"):
         names = _complete(snapshot)
         found = match_files(pattern, names)
         if len(found) == 1:
@@ -279,7 +289,8 @@ def _complete(folder: Path) -> list[str]:
 
 def hub_models() -> Iterator[DiskModel]:
     """Every model in the hub cache, once per repository, as `hf:OWNER/REPO:FILE`."""
-    for folder in sorted(hub_cache().glob("models--*--*")):
+    cache = hub_cache()
+    for folder in sorted(cache.glob("models--*--*")) if cache else []:
         repository, seen = folder.name.removeprefix("models--").replace("--", "/", 1), set()
         for snapshot in _snapshots(folder):
             names = _complete(snapshot)
@@ -291,7 +302,8 @@ def hub_models() -> Iterator[DiskModel]:
 
 def lmstudio_models() -> Iterator[DiskModel]:
     """Every model of LM Studio, as `lmstudio:PUBLISHER/REPO/FILE`."""
-    for root in (Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"):
+    user = home()
+    for root in (user / ".lmstudio" / "models", user / ".cache" / "lm-studio" / "models") if user else ():
         names = _complete(root) if root.is_dir() else []
         for name in first_shards(names):
             yield from _disk_model(f"lmstudio:{name}", root, name, names)
@@ -308,7 +320,13 @@ def ollama_models() -> Iterator[DiskModel]:
 
     A manifest is manifests/REGISTRY/OWNER/NAME/TAG and names the GGUF by its digest: blobs/sha256-...
     """
-    root = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models").expanduser()
+    chosen, user = os.environ.get("OLLAMA_MODELS"), home()
+    if chosen:
+        root = expanded(chosen, "OLLAMA_MODELS")
+    elif user:
+        root = user / ".ollama" / "models"
+    else:
+        return
     manifests = sorted(p for p in root.glob("manifests/*/*/*/*") if p.is_file())
     # the registry that holds `library` is Ollama's own: its name need not be written
     own = {p.parts[-4] for p in manifests if p.parts[-3] == "library"}

@@ -115,6 +115,8 @@ def _select(name: str, pattern: str, files: list[HubFile]) -> list[HubFile]:
 def _fetch(hub: ModuleType, repository: str, file: HubFile, revision: str) -> Path:
     """Makes one file complete in the cache and returns its path there."""
     cache = catalogue.hub_cache()
+    if cache is None:
+        raise CacherouteError("There is no home folder to fetch models to: set HF_HUB_CACHE to a folder of yours.")
     blobs = cache / f"models--{repository.replace('/', '--')}" / "blobs"
     by_xet = file.nbytes > getattr(hub.constants, "MAX_HTTP_DOWNLOAD_SIZE", 50 * GB)  # the hub refuses plain HTTP for these
     try:

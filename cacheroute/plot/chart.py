@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import UsageError
+from cacheroute.files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,18 +32,11 @@ def save(chart: Chart, path: Path, *, force: bool = False) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # no date and no random names in it: the same rows make the same bytes
-        with rc_context({"svg.hashsalt": "cacheroute", "svg.fonttype": "none"}):
-            figure = Figure(figsize=chart.inches, layout="constrained")
-            chart.draw(figure)
-            figure.savefig(part, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        os.replace(part, path)
-    except OSError as e:
-        raise CacherouteError(f"{path} cannot be written ({e.strerror}).") from None
-    finally:
-        part.unlink(missing_ok=True)
+    # no date and no random names in it: the same rows make the same bytes
+    with replaced(path) as part, rc_context({"svg.hashsalt": "cacheroute", "svg.fonttype": "none"}):
+        figure = Figure(figsize=chart.inches, layout="constrained")
+        chart.draw(figure)
+        figure.savefig(part, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def check_path(path: Path, *, force: bool) -> None:

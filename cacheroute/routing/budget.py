@@ -59,7 +59,8 @@ def _capacity(text: str, layout: ExpertLayout) -> int:
             raise UsageError(f"A budget of {text} is more than all experts; {FORMS}.")
         return int(layout.n_expert * number / 100 + 1e-9)
     if unit:
-        return min(int(number * _UNITS[unit]) // layout.expert_bytes, layout.n_expert)
-    if number != int(number) or number > layout.n_expert:
+        nbytes = min(number * _UNITS[unit], layout.n_expert * layout.expert_bytes)
+        return int(nbytes) // layout.expert_bytes
+    if number > layout.n_expert or number != int(number):
         raise UsageError(f"A budget of {text} experts does not fit a model of {layout.n_expert} experts per layer; {FORMS}.")
     return int(number)

@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from cacheroute import interrupts
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.native import bindings
 
@@ -66,6 +67,7 @@ class Policy:
             raise CacherouteError(f"{self._name} could not be made ({type(e).__name__}: {e}).") from e
         self._tokens = [0] * n_layers
         self._error: CacherouteError | None = None
+        self._interrupted = False
         self.callback = bindings.POLICY(self._call)
 
     def reset(self) -> None:
@@ -77,20 +79,29 @@ class Policy:
             raise CacherouteError(f"{self._name}.reset failed ({type(e).__name__}: {e}).") from e
 
     def check(self) -> None:
-        """Raises the CacherouteError of the first call that failed: what ran after it is not what the policy chose."""
+        """Raises the CacherouteError of the first call that failed, or KeyboardInterrupt: what ran after it is not what the
+        policy chose."""
+        interrupts.check()
+        if self._interrupted:
+            self._interrupted = False
+            raise KeyboardInterrupt
         if self._error:
             raise self._error
 
+    @interrupts.shield
     def _call(self, _: Any, layer: int, z: Any, mass: Any, resident: Any, out: Any) -> int:
-        if self._error:
-            return 1
-        self._tokens[layer] += 1
-        try:
+        try:  # around all that calls Python, where Ctrl-C may come
+            if self._error or self._interrupted or interrupts.pending():
+                return 1
+            self._tokens[layer] += 1
             n = (self._n_expert,)
             arrays = [np.ctypeslib.as_array(pointer, n).copy() for pointer in (z, mass, resident)]
             wrong = self._accept(self._policy.choose(layer, arrays[0], arrays[1], arrays[2].astype(bool)), out)
             cause = None
-        except BaseException as e:  # nothing may pass through C; Ctrl-C too is told below
+        except KeyboardInterrupt:
+            self._interrupted = True
+            return 1
+        except BaseException as e:  # nothing may pass through C
             wrong, cause = f"{type(e).__name__}: {e}", e
         if wrong:
             at = f"decoded token {self._tokens[layer]}, layer {layer}"

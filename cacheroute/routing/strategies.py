@@ -246,11 +246,11 @@ def _value(name: str, parameter: Parameter, text: str) -> float:
         value = float(text)
     except ValueError:
         raise UsageError(f"{name}: {parameter.name}={text!r} is not a number.") from None
+    if not math.isfinite(value):
+        raise UsageError(f"{name}: {parameter.name} is a number, not {text}.")
     upper = "" if parameter.high is None else f" and at most {parameter.high:g}"
     if not value >= parameter.low or (parameter.high is not None and value > parameter.high):
         raise UsageError(f"{name}: {parameter.name} is at least {parameter.low:g}{upper}, not {text}.")
-    if math.isinf(value):
-        raise UsageError(f"{name}: {parameter.name} is a number that is not infinite, not {text}.")
     if parameter.integer and value != int(value):
         raise UsageError(f"{name}: {parameter.name} is a whole number, not {text}.")
     return value

@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,6 +115,7 @@ class TraceWriter:
         self.path, self.header = path, header
         self.part = path.with_name(path.name + ".part")
         self.n_records = 0
+        self._failed = False  # a disk is full, say: what is in FILE.part then is of no use
         self._with_mass: bool | None = None
         for file in (path, self.part):
             if file.exists() and not force:
@@ -122,7 +123,7 @@ class TraceWriter:
         if path.is_dir():
             raise UsageError(f"{path} is a folder.")
         try:
-            self._file: IO[bytes] = self.part.open("wb" if force else "xb")
+            self._file = self.part.open("wb" if force else "xb", buffering=0)
         except OSError as e:
             raise CacherouteError(f"{self.part} cannot be written ({e.strerror}).") from None
 
@@ -130,13 +131,16 @@ class TraceWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None and self.n_records:
-            self._write(_END)
-        self._file.close()
-        if not self.n_records:
-            self.part.unlink()
-        elif kind is None:
-            os.replace(self.part, self.path)
+        try:
+            if kind is None and self.n_records:
+                self._write(_END)
+                os.replace(self.part, self.path)
+        except OSError as e:
+            raise CacherouteError(f"{self.path} cannot be written ({e.strerror}).") from None
+        finally:
+            self._file.close()
+            if self._failed or not self.n_records:
+                self.part.unlink(missing_ok=True)
 
     def append(self, data: bytes) -> None:
         """Appends records as the native hook gives them; they are in the file when this returns."""
@@ -158,9 +162,10 @@ class TraceWriter:
 
     def _write(self, data: bytes) -> None:
         try:
-            self._file.write(data)
-            self._file.flush()
+            while data:
+                data = data[self._file.write(data) or 0 :]
         except OSError as e:
+            self._failed = True
             raise CacherouteError(f"{self.part} cannot be written ({e.strerror}).") from None
 
 

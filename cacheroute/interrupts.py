@@ -1,0 +1,106 @@
+"""Ctrl-C in the program `cacheroute`: exit 130 and one line, within a second, whatever runs. Imports nothing that takes time.
+
+While the program starts, Ctrl-C ends it at once. While a command runs, it is a KeyboardInterrupt, so that what is open is
+closed; a second one ends the program at once, and so does a thread after GRACE seconds, where C code does not return to Python
+or something waits. Python code that C calls (a policy, a log callback) must not raise: `shield` marks it, and what calls the C
+code asks check() afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any, TypeVar
+
+GRACE = 0.8
+STOPPED = "Stopped."
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_shielded: set[CodeType] = set()
+_running = False
+_asked = False
+_pending = False
+_said = False
+_stderr = 2
+_speaking = threading.Lock()
+
+
+def install() -> None:
+    """Takes SIGINT over, in the main thread; not where a shell has it ignored for a program in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        return
+    global _stderr
+    _stderr = os.dup(2)  # llama-cpp-python turns 2 to /dev/null while it loads a model
+    signal.signal(signal.SIGINT, _handle)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(read,), daemon=True).start()
+
+
+def command_begins() -> None:
+    """From now on Ctrl-C is a KeyboardInterrupt."""
+    global _running
+    _running = True
+
+
+@contextlib.contextmanager
+def last_words() -> Iterator[None]:
+    """What is printed within it is the line of an interruption: no other follows."""
+    global _said
+    with _speaking:
+        yield
+        _said = True
+
+
+def shield(function: _Function) -> _Function:
+    """Marks Python code that C calls: there Ctrl-C waits for check()."""
+    _shielded.add(function.__code__)
+    return function
+
+
+def pending() -> bool:
+    """Whether Ctrl-C waits for check()."""
+    return _pending
+
+
+def check() -> None:
+    """Raises KeyboardInterrupt when Ctrl-C came within shielded code."""
+    global _pending
+    if _pending:
+        _pending = False
+        raise KeyboardInterrupt
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _asked, _pending
+    if _asked or not _running:
+        _leave()
+    _asked = True
+    if frame is not None and frame.f_code in _shielded:
+        _pending = True
+        return
+    raise KeyboardInterrupt
+
+
+def _watch(wakeup: int) -> None:
+    """Is woken by the signal itself, also while the main thread is in C code."""
+    while signal.SIGINT not in os.read(wakeup, 1):
+        pass
+    if _running:
+        time.sleep(GRACE)
+    _leave()
+
+
+def _leave() -> None:
+    heard = _speaking.acquire(timeout=0.1)  # or this is the main thread, within last_words()
+    if heard and not _said:
+        with contextlib.suppress(OSError):
+            os.write(_stderr, f"cacheroute: {STOPPED}\n".encode())
+    os._exit(130)

@@ -1,0 +1,41 @@
+"""What a context takes is known from the header, and refused before it is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cacheroute.errors import UsageError
+from cacheroute.model import context_memory, gguf_file
+from cacheroute.model.gguf_file import GgufFile
+
+
+def model(**metadata: int) -> GgufFile:
+    keys = {"block_count": 10, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2}
+    named = {k.replace("__", "."): v for k, v in metadata.items()}
+    return GgufFile((), {"general.architecture": "x", **{f"x.{k}": v for k, v in (keys | named).items()}}, ())
+
+
+def test_keys_and_values_of_all_layers_in_f16() -> None:
+    of_a_token = 2 * 10 * 2 * (16 + 16) + 4
+    assert context_memory.least_bytes(model(), 1000) == 1000 * of_a_token
+    assert context_memory.least_bytes(model(attention__key_length=32), 1) == 2 * 10 * 2 * (32 + 16) + 4
+
+
+def test_where_the_header_leaves_it_open_the_least_counts() -> None:
+    assert context_memory.least_bytes(model(attention__kv_lora_rank=8), 1) == 2 * 10 * 8 + 4
+    assert context_memory.least_bytes(model(full_attention_interval=4), 1) == 2 * 2 * 2 * 32 + 4
+
+
+def test_a_context_beyond_free_memory_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    least = context_memory.least_bytes(gguf_file.read(tiny), 1000)
+    monkeypatch.setattr(context_memory, "available_memory", lambda: least)
+    context_memory.check(tiny, 1000)
+    with pytest.raises(UsageError, match=r"1001 tokens takes .* give at most 1000 tokens with -c"):
+        context_memory.check(tiny, 1001)
+    monkeypatch.setattr(context_memory, "available_memory", lambda: None)
+    context_memory.check(tiny, 10**9)
+    monkeypatch.setattr(context_memory, "available_memory", lambda: 1)
+    with pytest.raises(UsageError, match="512 tokens"):
+        context_memory.check(tiny, 0)
