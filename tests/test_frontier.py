@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cacheroute.cli import app
-from cacheroute.evals import frontier
+from cacheroute.errors import UsageError
+from cacheroute.evals import frontier, scorer
 from cacheroute.evals.results import ResultsFile
 from cacheroute.model import experts, gguf_file
 from cacheroute.plot import figures
@@ -136,3 +137,17 @@ def test_a_file_of_something_else_is_left_alone(tiny: Path, prose: Path, tmp_pat
         assert result.exit_code == 2 and "is not a results file" in result.stderr
         assert (tmp_path / "notes").read_text() == notes
     assert ResultsFile(tmp_path / "new" / "r.jsonl", {"a": 1}).lines == []
+
+
+def test_a_damaged_score_cache_is_computed_again(tiny: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = scorer._kept_cells(tiny, "t")
+    with kept.path.open("ab") as file:
+        file.write(b'{"routing": 7}\n{"half')
+    again = scorer._kept_cells(tiny, "t")
+    assert again.lines == [] and "is damaged: what it kept is computed again" in capsys.readouterr().err
+
+
+def test_a_results_file_with_another_row_is_refused() -> None:
+    for line in ({}, {"chunk_nll": 7}, {"chunk_nll": [1.0], "routing": []}):
+        with pytest.raises(UsageError, match="no row of frontier"):
+            frontier.finished([line])

@@ -80,9 +80,9 @@ def _rows(memory: int | None, disk: int | None) -> Iterator[Row]:
         except UsageError as e:
             left_out += 1
             if not isinstance(e, NotRoutableError):
-                print(f"{model.name}: {e}", file=sys.stderr)
+                say(f"{model.name}: {e}")
         except CacherouteError as e:  # cut short, or there is no engine yet to read it
-            print(f"{model.name}: {e}", file=sys.stderr)
+            say(f"{model.name}: {e}")
             yield Row(model.name, model.name, model.nbytes, str(model.path))
     if left_out:
         say(f"{left_out} more on this disk have no experts, or none that can be used")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.files import decoded
+from cacheroute.files import decoded, read_text
 
 MAX_BYTES = 64 * 1024 * 1024
 _SECONDS_BEFORE_WORD = 2.0
@@ -35,6 +35,8 @@ def text(typed: str | None, file: Path | None) -> str:
 
 def from_file(path: Path) -> str:
     """The text of a file. Raises UsageError when it cannot be read."""
+    if path.is_fifo():
+        return decoded(read_text(path), str(path))
     try:
         with path.open("rb", buffering=0) as opened:
             data = _read(opened.fileno(), str(path))

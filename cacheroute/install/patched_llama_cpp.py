@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import logging
+import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from cacheroute.errors import CacherouteError
 from cacheroute.install import engine_build
@@ -26,8 +29,38 @@ def module() -> ModuleType:
         raise CacherouteError(f"llama-cpp-python cannot be loaded ({e}); {_SETUP}.") from None
     if not hasattr(llama_cpp.llama_cpp._lib, "llama_set_expert_hook"):
         raise CacherouteError(f"llama-cpp-python {llama_cpp.__version__} is a stock build without the expert hook; {_SETUP}.")
+    _speak_on_abort()
+    # today's enum ggml_log_level: llama-cpp-python has an older one, prints warnings as errors and hides errors
+    levels = llama_cpp._logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL
+    levels.update({1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR})
     module: ModuleType = llama_cpp
     return module
+
+
+_AbortCallback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+
+
+@functools.cache
+def _speak_on_abort() -> Any:
+    """From now on an assertion of llama.cpp that fails ends the process with a sentence and 1, and not with SIGABRT.
+
+    The sentence goes to what is stderr now: llama-cpp-python sends stderr nowhere while it loads a model. Kept by the cache.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:
+        return None
+
+    def speak(message: bytes) -> None:
+        said = message.decode("utf-8", "replace").replace("\n", " ")
+        _, _, said = said.rpartition("/")
+        sentence = f"llama.cpp gave up at {said}: the model is damaged, or one that this llama.cpp cannot run."
+        os.write(stderr, f"cacheroute: {sentence}\n".encode())
+        os._exit(1)
+
+    callback = _AbortCallback(speak)
+    shared_library("ggml-base").ggml_set_abort_callback(callback)
+    return callback
 
 
 def shared_library(name: str) -> ctypes.CDLL:

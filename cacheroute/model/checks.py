@@ -18,7 +18,17 @@ EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weigh
 _MOST_BLOCKS = 512  # LLAMA_MAX_LAYERS
 _MOST_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _MAPPED_ALIGNMENT = 32  # TENSOR_ALIGNMENT: where a buffer of mapped tensors may begin
+_MOST_OF_ANYTHING = 2**30
+_LAST_GATING = 4  # enum llama_expert_gating_func_type
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+
+# Whose heads are rotated as a whole, and as wide as their tensors say (src/models/*.cpp assert it)
+_PLAIN_HEADS = (
+    *("arctic", "dbrx", "deepseek", "dots1", "ernie4_5-moe", "granitemoe", "grok", "hunyuan-moe", "llada-moe", "llama"),
+    *("olmoe", "qwen2moe", "qwen3moe", "qwen3vlmoe", "rnd1"),
+)
+
+_PARTLY_ROTATED = ("gpt-oss",)  # the same, but for the rotation
 
 # Keys of an architecture whose type llama.cpp insists on; where a number for each layer will do, an array may stand.
 _COUNTS = (
@@ -36,12 +46,16 @@ _PER_LAYER = (
 _NOT_ZERO = (
     *("context_length", "embedding_length", "block_count", "expert_count", "expert_used_count", "attention.head_count"),
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.key_length_mla"),
-    *("attention.value_length_mla", "expert_feed_forward_length", "rope.dimension_count"),
+    *("attention.value_length_mla", "expert_feed_forward_length"),
 )
 _NUMBERS = (
     *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base", "rope.scaling.factor"),
     *("rope.scaling.attn_factor", "expert_weights_scale", "logit_scale", "residual_scale", "embedding_scale"),
     *("attention.scale", "attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping"),
+)
+_HEAD_KEYS = (
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    "rope.dimension_count",
 )
 _NOT_NEGATIVE = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 _TEXTS = ("general.architecture", "general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
@@ -61,6 +75,8 @@ def _problems(gguf: GgufFile) -> Iterator[str]:
     yield from _impossible_numbers(gguf)
     yield from _vocabulary(gguf)
     yield from _tensors(gguf)
+    yield from _heads(gguf)
+    yield from _latent_heads(gguf)
     yield from _alignment(gguf)
 
 
@@ -97,6 +113,9 @@ def _impossible_numbers(gguf: GgufFile) -> Iterator[str]:
                 yield f"the key {key} is {value}, which is no number"
             if short in _NOT_NEGATIVE and value < 0:
                 yield f"the key {key} is {value:g} and must not be negative"
+    for key in (*_COUNTS, "attention.sliding_window"):
+        if number(key) > _MOST_OF_ANYTHING:
+            yield f"the key {arch}.{key} is {number(key)}, which no model has"
     blocks = number("block_count")
     if blocks > _MOST_BLOCKS:
         yield f"the key {arch}.block_count is {blocks} and llama.cpp loads at most {_MOST_BLOCKS} blocks"
@@ -109,6 +128,8 @@ def _impossible_numbers(gguf: GgufFile) -> Iterator[str]:
     scaling = gguf.metadata.get(f"{arch}.rope.scaling.type", "none")
     if scaling not in _ROPE_SCALINGS:
         yield f"the key {arch}.rope.scaling.type is {scaling!r} and llama.cpp knows {', '.join(_ROPE_SCALINGS)}"
+    if number("expert_gating_func") > _LAST_GATING:
+        yield f"the key {arch}.expert_gating_func is {number('expert_gating_func')} and llama.cpp knows 1 to {_LAST_GATING}"
     for key in _PER_LAYER:
         n = gguf.lengths.get(f"{arch}.{key}", blocks)
         if n != blocks:
@@ -182,6 +203,62 @@ def _expert_tensors(gguf: GgufFile) -> Iterator[str]:
     for index in sorted(routers - layers.keys()):
         if layers and not any(t.name.startswith(f"blk.{index}.ffn_gate.") for t in gguf.tensors):
             yield f"the tensors blk.{index}.ffn_*_exps.weight are missing"
+
+
+def _latent_heads(gguf: GgufFile) -> Iterator[str]:
+    """DeepSeek's, whose keys and values are compressed together; with `key_length_mla` all heads share one."""
+    arch = gguf.architecture
+    values = {key: gguf.metadata.get(f"{arch}.{key}") for key in (*_HEAD_KEYS, "attention.kv_lora_rank")}
+    heads, _, key, value, rotated, rank = values.values()
+    if arch != "deepseek2" or rank is None or any(f"{arch}.{name}" in gguf.lists for name in values):
+        return
+    for name, found in values.items():
+        if not isinstance(found, int):
+            yield f"it has no key {arch}.{name}"
+    assert isinstance(heads, int) and isinstance(key, int) and isinstance(value, int)
+    assert isinstance(rank, int) and isinstance(rotated, int)
+    shared = f"{arch}.attention.key_length_mla" in gguf.metadata
+    right = {"head_count_kv": 1, "key_length": rank + rotated, "value_length": rank} if shared else {"head_count_kv": heads}
+    for name, wanted in right.items():
+        if values[f"attention.{name}"] != wanted:
+            yield f"the key {arch}.attention.{name} is {values[f'attention.{name}']} and has to be {wanted}"
+    widths = {"attn_kv_a_mqa": rank + rotated} | ({} if shared else {"attn_kv_b": heads * (key - rotated + value)})
+    yield from _wrong_widths(gguf, widths)
+
+
+def _heads(gguf: GgufFile) -> Iterator[str]:
+    """Widths of heads, where they are the same in all layers."""
+    arch = gguf.architecture
+    values = {key: gguf.metadata.get(f"{arch}.{key}") for key in (*_HEAD_KEYS, "embedding_length")}
+    heads, embedding = values["attention.head_count"], values["embedding_length"]
+    if arch not in (*_PLAIN_HEADS, *_PARTLY_ROTATED) or not isinstance(heads, int) or not isinstance(embedding, int):
+        return
+    usual = embedding // heads
+    widths = {part: values[f"attention.{part}_length"] for part in ("key", "value")}
+    key, value = (usual if width is None else int(width) for width in widths.values())
+    groups = values["attention.head_count_kv"]
+    rotated = values["rope.dimension_count"]
+    if rotated is not None and rotated != key and arch not in _PARTLY_ROTATED:
+        yield f"the key {arch}.rope.dimension_count is {rotated} and has to be the {key} of a head"
+    if value != key:
+        yield f"the key {arch}.attention.value_length is {value} and has to be the {key} of attention.key_length"
+    wanted = {"attn_q": heads * key, "attn_output": heads * key}
+    if isinstance(groups, int) or (groups is None and f"{arch}.attention.head_count_kv" not in gguf.kinds):
+        n = heads if groups is None else int(groups)
+        wanted |= {"attn_k": n * key, "attn_v": n * key}
+    yield from _wrong_widths(gguf, wanted)
+
+
+def _wrong_widths(gguf: GgufFile, wanted: dict[str, int]) -> Iterator[str]:
+    """`wanted`: names of matrices of a block -> how wide the heads are together, on their side of it."""
+    for tensor in gguf.tensors:
+        match = re.match(r"^blk\.\d+\.(\w+)\.weight$", tensor.name)
+        name = match[1] if match else ""
+        if name in wanted:
+            width = _shape(tensor)[0 if name == "attn_output" else 1]
+            if width != wanted[name]:
+                keys = f"{gguf.architecture}.attention.* and rope.dimension_count"
+                yield f"the tensor {tensor.name} is {width} wide and its heads together {wanted[name]}, by the keys {keys}"
 
 
 def _shape(tensor: TensorInfo) -> tuple[int, ...]:

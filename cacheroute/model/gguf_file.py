@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import mmap
 import os
 import re
 import struct
@@ -41,7 +42,9 @@ _SCALARS: dict[int, tuple[str, type]] = {
 _ARRAY, _STRING = 9, 8
 _MOST_ENTRIES = 2**31 - 1  # of keys and of tensors: llama.cpp counts them with an int
 _NUMBERS_KEPT = 4096  # of an array: those with a number for each layer, not a vocabulary's
-_TOKENS = "tokenizer.ggml.tokens"
+_TOKENS = b"tokenizer.ggml.tokens"
+_LONGEST_ARRAY, _LONGEST_TEXT = 2**21, 2**26  # the largest vocabularies have 300 thousand tokens
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
@@ -105,7 +108,6 @@ def _library() -> ctypes.CDLL:
         ("gguf_get_arr_type", ctypes.c_int, [p, i64]),
         ("gguf_get_arr_n", ctypes.c_size_t, [p, i64]),
         ("gguf_get_arr_data", p, [p, i64]),
-        ("gguf_get_arr_str", name, [p, i64, ctypes.c_size_t]),
         ("gguf_get_data_offset", ctypes.c_size_t, [p]),
         ("gguf_get_n_tensors", i64, [p]),
         ("gguf_get_tensor_name", name, [p, i64]),
@@ -236,6 +238,7 @@ def _shards(first: Path, number: int, count: int) -> list[Path]:
 def _read_one(path: Path, file: int) -> GgufFile:
     """The header of one file, which is shard `file`."""
     _check_start(path)
+    duplicate = _scan(path)
     lib = _library()
     with _silence(lib):
         handle = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
@@ -248,7 +251,7 @@ def _read_one(path: Path, file: int) -> GgufFile:
     size, needed = path.stat().st_size, max((t.offset + t.nbytes for t in head.tensors), default=0)
     if needed > size:
         raise CacherouteError(f"{path} is cut short: {needed} bytes are needed and {size} are there; download it again.")
-    return head
+    return dataclasses.replace(head, duplicate_token=duplicate)
 
 
 def _header(lib: ctypes.CDLL, handle: int, path: Path, file: int) -> GgufFile:
@@ -257,7 +260,6 @@ def _header(lib: ctypes.CDLL, handle: int, path: Path, file: int) -> GgufFile:
     kinds: dict[str, str] = {}
     lengths: dict[str, int] = {}
     lists: dict[str, tuple[int | float, ...]] = {}
-    duplicate = None
     for i in range(lib.gguf_get_n_kv(handle)):
         key, kind = _text(lib.gguf_get_key(handle, i)), lib.gguf_get_kv_type(handle, i)
         if kind in _SCALARS:
@@ -268,9 +270,7 @@ def _header(lib: ctypes.CDLL, handle: int, path: Path, file: int) -> GgufFile:
             element, n = lib.gguf_get_arr_type(handle, i), lib.gguf_get_arr_n(handle, i)
             suffix, ctype = _SCALARS.get(element, ("?", ctypes.c_uint8))
             kinds[key], lengths[key] = f"[{suffix}]", n
-            if element == _STRING:
-                duplicate = _duplicate(lib, handle, i, n) if key == _TOKENS else duplicate
-            elif n <= _NUMBERS_KEPT:
+            if element != _STRING and n <= _NUMBERS_KEPT:
                 data = lib.gguf_get_arr_data(handle, i)
                 lists[key] = tuple((ctype * n).from_address(data)) if n else ()
     start = lib.gguf_get_data_offset(handle)
@@ -289,19 +289,68 @@ def _header(lib: ctypes.CDLL, handle: int, path: Path, file: int) -> GgufFile:
                 nbytes=lib.gguf_get_tensor_size(handle, i),
             )
         )
-    return GgufFile((path,), metadata, tuple(tensors), kinds, lengths, lists, duplicate)
+    return GgufFile((path,), metadata, tuple(tensors), kinds, lengths, lists)
 
 
 def _text(value: bytes) -> str:
     return value.decode("utf-8", "replace")
 
 
-def _duplicate(lib: ctypes.CDLL, handle: int, key: int, n: int) -> str | None:
-    """A token that the vocabulary has twice. Empty ones do not count: llama.cpp gives each a name of its own."""
+def _scan(path: Path) -> str | None:
+    """Walks over the keys of a file; returns a token that its vocabulary has twice, None without such.
+
+    llama.cpp's reader takes minutes for an array that claims 2^30 entries, which a damaged count does in any large model; that
+    is refused here. What else is wrong with the keys is left to the reader. Empty tokens do not count as twice: llama.cpp gives
+    each a name of its own.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _walk(data, path)
+        except (struct.error, KeyError):  # the end of the file, a type that does not exist: the reader says so
+            return None
+
+
+def _walk(data: mmap.mmap, path: Path) -> str | None:
+    at = 24
+
+    def text() -> bytes:
+        nonlocal at
+        (n,) = _U64.unpack_from(data, at)
+        if n > _LONGEST_TEXT:
+            raise UsageError(f"The header of {path} is damaged: it claims a text of {n} bytes; download the file again.")
+        at += 8 + n
+        return data[at - n : at]
+
+    (n_keys,) = _U64.unpack_from(data, 16)
+    duplicate = None
+    for _ in range(n_keys):
+        key = text()
+        (kind,) = _U32.unpack_from(data, at)
+        at += 4
+        if kind == _ARRAY:
+            (kind,), (n,) = _U32.unpack_from(data, at), _U64.unpack_from(data, at + 4)
+            at += 12
+            if n > _LONGEST_ARRAY:
+                raise UsageError(
+                    f"The header of {path} is damaged: its key {_text(key)} claims {n} entries; download the file again."
+                )
+            if kind == _STRING:
+                entries = [text() for _ in range(n)]
+                if key == _TOKENS:
+                    duplicate = _duplicate(entries)
+            else:
+                at += n * ctypes.sizeof(_SCALARS[kind][1])
+        elif kind == _STRING:
+            text()
+        else:
+            at += ctypes.sizeof(_SCALARS[kind][1])
+    return duplicate
+
+
+def _duplicate(tokens: list[bytes]) -> str | None:
     seen: set[bytes] = set()
-    entry = lib.gguf_get_arr_str
-    for i in range(n):
-        token = entry(handle, key, i)
+    for token in tokens:
+        token = token.partition(b"\0")[0]  # as a string of C
         if token in seen:
             return _text(token)
         if token:

@@ -48,6 +48,7 @@ from cacheroute.model.experts import ExpertLayer, ExpertLayout, ExpertTensor
 
 FORMAT, VERSION = "cacheroute-trace", 1
 DECODE, PRESCRIBED, SOFTMAX_MASS = 1, 2, 4
+_MOST_EXPERTS = 1 << 16  # ids have 16 bits
 _ALIGN, _END = 64, b"end\n"
 
 Records = npt.NDArray[np.void]
@@ -178,11 +179,15 @@ def write(path: Path, header: Header, records: Records, *, force: bool = False) 
 
 
 def _encode(header: Header, dtype: np.dtype[np.void]) -> bytes:
-    columns = [(name, dtype[name]) for name in dtype.names or ()]
-    fields = [[name, c.base.str, list(c.shape)] if c.shape else [name, c.str] for name, c in columns]
-    content = {"format": FORMAT, "version": VERSION, "cacheroute": files.VERSION, **asdict(header), "dtype": fields}
+    content = {"format": FORMAT, "version": VERSION, "cacheroute": files.VERSION, **asdict(header), "dtype": _fields(dtype)}
     line = json.dumps(content).encode()
     return line + b" " * (-(len(line) + 1) % _ALIGN) + b"\n"
+
+
+def _fields(dtype: np.dtype[np.void]) -> list[list[Any]]:
+    """A record as the header has it."""
+    columns = [(name, dtype[name]) for name in dtype.names or ()]
+    return [[name, c.base.str, list(c.shape)] if c.shape else [name, c.str] for name, c in columns]
 
 
 def read(path: Path) -> Trace:
@@ -204,7 +209,16 @@ def read(path: Path) -> Trace:
     records: Records = np.memmap(path, dtype, mode="r", offset=len(line), shape=(n,))
     if (records["layer"] >= len(header.layers)).any() or (records["ids"] >= header.n_expert).any():
         raise UsageError(f"{path} is damaged: it names experts or layers that its model does not have.")
+    if (records["n_run"] > header.n_used).any() or not all(_are_scores(records, name) for name in ("z", "mass")[: 1 + with_mass]):
+        raise UsageError(f"{path} is damaged: it has scores that are no numbers; trace again.")
     return Trace(header, records, complete=rest == len(_END) and tail == _END)
+
+
+def _are_scores(records: Records, name: str) -> bool:
+    """Whether a field has neither NaN nor +inf, which the router could not rank; a million values at a time."""
+    step = max((1 << 20) // records.dtype[name].shape[0], 1)
+    pieces = (np.asarray(records[start : start + step][name]) for start in range(0, len(records), step))
+    return all(bool((piece < np.inf).all()) for piece in pieces)
 
 
 def _decode(path: Path, line: bytes) -> tuple[Header, bool]:
@@ -228,12 +242,14 @@ def _decode(path: Path, line: bytes) -> tuple[Header, bool]:
             eviction=str(content["eviction"]),
             budget_experts=int(content["budget_experts"]),
         )
-        stored = np.dtype([tuple(field) for field in content["dtype"]])
+        stored = content["dtype"]
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UsageError(f"{path} has a damaged header; trace again.") from None
-    with_mass = "mass" in (stored.names or ())
-    fits = 0 < header.n_used <= header.n_expert and 0 < len(header.layers) == len(header.expert_bytes)
-    if not fits or stored != record_dtype(header.n_expert, header.n_used, mass=with_mass):
+    fits = 0 < header.n_used <= header.n_expert <= _MOST_EXPERTS and 0 < len(header.layers) == len(header.expert_bytes)
+    # compared as it was written: numpy would evaluate what a damaged header says
+    forms = {mass: _fields(record_dtype(header.n_expert, header.n_used, mass=mass)) for mass in (True, False)} if fits else {}
+    with_mass = stored == forms.get(True)
+    if not with_mass and stored != forms.get(False, ()):
         raise UsageError(f"{path} has a header that contradicts itself; trace again.")
     return header, with_mass
 

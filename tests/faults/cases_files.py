@@ -90,6 +90,24 @@ def _list(key: str, element: int, values: list[Any]) -> Change:
     return _set(key, ARR, (element, values))
 
 
+def _hole(n: int) -> Change:
+    """A key that claims more entries than it has."""
+
+    def change(gguf: Gguf) -> None:
+        gguf.keys["long"] = ARR, (U32, [7, 7, 7, 7])
+        data = gguf.to_bytes()
+        entries = (4).to_bytes(8, "little") + (7).to_bytes(4, "little") * 4
+        vars(gguf)["to_bytes"] = lambda: data.replace(entries, n.to_bytes(8, "little") + entries[8:])
+
+    return change
+
+
+def _long_text(gguf: Gguf) -> None:
+    gguf.keys["long"] = STR, "a text"
+    data = gguf.to_bytes()
+    vars(gguf)["to_bytes"] = lambda: data.replace(b"\6\0\0\0\0\0\0\0a text", (2**40).to_bytes(8, "little") + b"a text")
+
+
 MODELS = [
     _model("a model with an alignment of 16", _aligned(16), "general.alignment is 16.*multiples of 32"),
     _model("a model with an alignment of 8", _aligned(8), "general.alignment is 8.*multiples of 32"),
@@ -133,6 +151,11 @@ MODELS = [
     _number("a negative epsilon", "attention.layer_norm_rms_epsilon", F32, -1.0, "negative"),
     _number("an epsilon that is a whole number", "attention.layer_norm_rms_epsilon", U32, 1, "type u32 .*f32"),
     _number("a rope base that is no number", "rope.freq_base", F32, float("nan"), "is nan"),
+    _number("a rotation of less than a head", "rope.dimension_count", U32, 8, "has to be the 16 of a head"),
+    _model(
+        "heads of another width than their tensors", _set(ARCH + "attention.head_count", U32, 2), "attn_output.weight is 64 wide"
+    ),
+    _number("keys of another width than values", "attention.value_length", U32, 8, "has to be the 16"),
     _number("a rope scaling that does not exist", "rope.scaling.type", STR, "wild", "'wild'.*yarn"),
     _number("a rope scaling that is a number", "rope.scaling.type", U32, 1, "type u32"),
     _number("no experts in the header but in the tensors", "expert_count", U32, 0, "is 0"),
@@ -143,6 +166,7 @@ MODELS = [
     _number("experts used that are a text", "expert_used_count", STR, "4", "type str"),
     _model("another K in each layer", _list(ARCH + "expert_used_count", U32, [4, 2]), "one number of experts used"),
     _model("no number of experts used", _dropped_key(ARCH + "expert_used_count"), "one number of experts used"),
+    _number("a gating that does not exist", "expert_gating_func", U32, 5, "knows 1 to 4"),
     _number("as many groups as experts", "expert_group_count", U32, 32, "not fewer than the 32"),
     _number("groups that do not divide the experts", "expert_group_count", U32, 5, "does not divide"),
     _model("groups of which none is used", _set(ARCH + "expert_group_count", U32, 4), "expert_group_used_count is 0"),
@@ -165,6 +189,8 @@ MODELS = [
     _model("2^31 keys", _attribute("n_keys", 2**31), "claims 2147483648 keys"),
     _model("2^31 tensors", _attribute("n_tensors", 2**31), "claims 2147483648 tensors"),
     _model("2^64 - 1 keys", _attribute("n_keys", 2**64 - 1), "claims 18446744073709551615 keys"),
+    _model("an array of 2^26 entries", _hole(2**26), "key long claims 67108864 entries"),
+    _model("a text of 2^40 bytes", _long_text, "claims a text of 1099511627776 bytes"),
     _model("more keys than there are", _attribute("n_keys", 2**31 - 1), "header of .* is damaged"),
     _model("a file for big-endian machines", _attribute("order", ">"), "big-endian"),
     _model("version 1", _attribute("version", 1), "of version 1 .*2 and 3"),
@@ -286,7 +312,7 @@ NO_FILES = (
         Case(
             f"{kind} as text",
             lambda place, make=make: ["trace", "-m", str(place.tiny), "-o", "o", "-f", make(place)],
-            sentence=sentence,
+            sentence=sentence + "|Is a directory|more than 64 MiB|No such device",
         )  # type: ignore[misc]
         for kind, make, sentence in KINDS[1:]
     ]
@@ -325,6 +351,18 @@ def _side(name: str, option: str, content: object, sentence: str) -> Case:
     return Case(name, command, sentence=sentence, more=True)
 
 
+def _nan_trace(place: Place) -> list[str]:
+    import numpy as np
+
+    from cacheroute.trace import trace_file
+
+    header = trace_file.Header("m", "a", 8, 2, (0,), (100,), "original", "lru", 4)
+    records = np.zeros(4, trace_file.record_dtype(8, 2, mass=False))
+    records["flags"], records["n_run"], records["z"][2, 5] = trace_file.DECODE | trace_file.SOFTMAX_MASS, 2, np.nan
+    trace_file.write(place.folder / "t.trace", header, records)
+    return ["simulate", str(place.folder / "t.trace")]
+
+
 SIDE_FILES = [
     _side("a tuned routing that is nested deeply", "--routing", _DEEP, "is not a cacheroute-routing-profile file"),
     _side("a tuned routing that is cut", "--routing", json.dumps(_TUNED)[:-20], "is not a cacheroute-routing-profile file"),
@@ -333,6 +371,13 @@ SIDE_FILES = [
     _side("a tuned routing without its strategy", "--routing", {**_TUNED, "strategy": 7}, "7"),
     _side("a tuned routing whose lambda is no number", "--routing", {**_TUNED, "parameters": [{"lambda": "x"}] * 2}, "cannot be"),
     _side("a tuned routing whose lambda is NaN", "--routing", {**_TUNED, "parameters": [{"lambda": float("nan")}] * 2}, "lambda"),
+    _side(
+        "a tuned routing whose m is infinite",
+        "--routing",
+        {**_TUNED, "strategy": "max-rank", "parameters": [{"m": 1e999}] * 2},
+        "m ",
+    ),
+    Case("a trace whose scores are no numbers", _nan_trace, sentence="scores that are no numbers"),
     _side("a task profile that is a list", "--warm-start", "[]", "is not a cacheroute-task-profile file"),
     _side("a task profile that is nested deeply", "--warm-start", _DEEP, "is not a cacheroute-task-profile file"),
     _side("a task profile of infinite uses", "--warm-start", {**_TASK, "uses": [[float("inf")] * 32] * 2}, "is a damaged"),
@@ -414,4 +459,15 @@ DISKS = [
     Case("a folder of LM Studio that is a file", _hub(lambda f: _put(f, ".lmstudio/models", b"")), **_LIST),
 ]
 
-CASES: list[Case] = [*MODELS, *SHARDS, *NO_FILES, *SIDE_FILES, *DISKS]
+
+def _tokenizer(place: Place) -> list[str]:
+    gguf = gguf_bytes.read(place.tiny.read_bytes())
+    gguf.keys["tokenizer.ggml.model"] = STR, "bert"
+    return ["generate", "-m", str(gguf.write(place.folder / "m.gguf")), "--raw", "-p", "\u00e9", "-n", "1"]
+
+
+ABORTS = [
+    Case("an assertion of llama.cpp that no check foresees", _tokenizer, 1, "llama.cpp gave up at .*", "{cacheroute}", more=True)
+]
+
+CASES: list[Case] = [*ABORTS, *MODELS, *SHARDS, *NO_FILES, *SIDE_FILES, *DISKS]
