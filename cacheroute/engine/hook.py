@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cacheroute.engine import stores
+from cacheroute.engine import log, stores
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
 from cacheroute.model.experts import ExpertLayout
@@ -195,14 +195,19 @@ class Interrupt:
 
     def __init__(self) -> None:
         python = ("PyGILState_Ensure", "PyGILState_Release", "PyErr_CheckSignals", "PyErr_Clear")
+        log.hush_when(self)
         self._handle = _lib.cr_interrupt_new(*(ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p) for name in python))
 
     def attach(self, context: Any) -> None:
         set_callback = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(("llama_set_abort_callback", _api))
         set_callback(context, ctypes.cast(_lib.cr_interrupt_poll, ctypes.c_void_p), self._handle)
 
+    def seen(self) -> bool:
+        """Whether a signal handler has raised since take() was last called."""
+        return bool(_lib.cr_interrupt_seen(self._handle))
+
     def take(self) -> bool:
-        """Whether a signal handler has raised since this was last asked."""
+        """As seen(), which is false from then on."""
         return bool(_lib.cr_interrupt_take(self._handle))
 
     def __del__(self, free: Callable[[Any], None] = _lib.cr_interrupt_free) -> None:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from cacheroute.engine import load_log, templates
+from cacheroute.engine import log, templates
 from cacheroute.engine.checkpoint import Checkpoint, load_sequence, save_sequence
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.open_files import OpenFiles
@@ -92,10 +92,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._files = OpenFiles(self.layout.paths)
         refused: list[str] = []
         try:
-            with load_log.errors(verbose=kwargs.get("verbose", True)) as refused:
+            with log.errors(verbose=kwargs.get("verbose", True)) as refused:
                 super().__init__(str(model_path), use_mmap=False, lazy_mode=_LAZY_MODE_EXPERTS, **kwargs)
         except ValueError as e:
-            raise CacherouteError(f"llama.cpp cannot load {model_path}: {load_log.reason(refused) or e}.") from e
+            raise CacherouteError(f"llama.cpp cannot load {model_path}: {log.reason(refused) or e}.") from e
         self._has_chat_format = bool(kwargs.get("chat_format") or kwargs.get("chat_handler"))
         self._interrupt = Interrupt()
         self._interrupt.attach(self._ctx.ctx)

@@ -97,7 +97,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     # small experts lose more to whole pages and system calls: powers of two are told apart
     key = f"{os.stat(arguments[0][0]).st_dev:x}:{layout.layers[0].expert_bytes.bit_length()}"
     known = _known(file)
-    if known.get(key) in _NEW:
+    if str(known.get(key)) in _NEW:
         return str(known[key])
     stores: dict[str, int] = {}
     try:
@@ -135,8 +135,8 @@ def _measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:
 
 def _known(file: Path) -> dict[str, Any]:
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 

@@ -151,7 +151,8 @@ CR_API cr_interrupt * cr_interrupt_new(const void * ensure, const void * release
 CR_API void cr_interrupt_free(cr_interrupt * interrupt);
 /* A ggml_abort_callback, data: a cr_interrupt. True from the moment on that a signal handler has raised. */
 CR_API int32_t cr_interrupt_poll(void * interrupt);
-/* Whether it has, since this was last asked. */
+/* Whether it has; take: and is as if it had not. */
+CR_API int32_t cr_interrupt_seen(const cr_interrupt * interrupt);
 CR_API int32_t cr_interrupt_take(cr_interrupt * interrupt);
 
 /* ---- the hook ---- */

@@ -246,6 +246,8 @@ int32_t cr_interrupt_poll(void * data) {
     return i->interrupted;
 }
 
+int32_t cr_interrupt_seen(const cr_interrupt * interrupt) { return interrupt->interrupted; }
+
 int32_t cr_interrupt_take(cr_interrupt * interrupt) { return std::exchange(interrupt->interrupted, false); }
 
 cr_hook * cr_hook_new(const cr_shape * shape, const cr_routing * routing, const int32_t * layer_of, int32_t n_il, cr_store * store,

@@ -38,6 +38,8 @@ void Scores::read_back(const uint16_t * recorded_z, const uint16_t * recorded_ma
     for (int e = 0; e < n_expert; e++) {
         z[e]    = from_half(recorded_z[e]);
         mass[e] = recorded_mass ? from_half(recorded_mass[e]) : std::exp(z[e]);
+        if (std::isnan(z[e])) z[e] = NEG_INF; // as in fill()
+        if (std::isnan(mass[e])) mass[e] = 0.0;
     }
 }
 

@@ -1,11 +1,13 @@
-"""Why llama.cpp refuses a model: the lines of level error that it logs while it loads."""
+"""llama.cpp's log: the reason why it refuses a model, and silence about what Ctrl-C has broken off."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from cacheroute import interrupts
 from cacheroute.install import patched_llama_cpp
@@ -43,6 +45,36 @@ def errors(*, verbose: bool) -> Iterator[list[str]]:
     finally:
         api.llama_log_set(before, None)
     interrupts.check()
+
+
+class Hush(Protocol):
+    """Says whether llama.cpp has been interrupted, so that its complaints of it need not be shown."""
+
+    def seen(self) -> bool: ...
+
+
+_hushes: weakref.WeakSet[Hush] = weakref.WeakSet()
+
+
+def hush_when(hush: Hush) -> None:
+    """From now on llama.cpp's log is not shown while hush.seen()."""
+    if not _hushes:
+        _filter()
+    _hushes.add(hush)
+
+
+@functools.cache
+def _filter() -> None:
+    api = patched_llama_cpp.module()
+    before: Any = api._logger.llama_log_callback
+
+    @interrupts.shield
+    def log(level: int, text: bytes, data: Any) -> None:
+        if not any(hush.seen() for hush in _hushes):
+            before(level, text, data)
+
+    api._logger.llama_log_callback = api.llama_log_callback(log)
+    api.llama_log_set(api._logger.llama_log_callback, None)
 
 
 def reason(lines: Sequence[str]) -> str:
