@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from cacheroute import Llama
 from cacheroute.errors import UsageError
-from cacheroute.model import context_memory, gguf_file
+from cacheroute.model import context_memory, experts, gguf_file
 from cacheroute.model.gguf_file import GgufFile
+from support import tiny_models
 
 
 def model(**metadata: int) -> GgufFile:
@@ -39,3 +42,36 @@ def test_a_context_beyond_free_memory_is_refused(tiny: Path, monkeypatch: pytest
     monkeypatch.setattr(context_memory, "available_memory", lambda: 1)
     with pytest.raises(UsageError, match="512 tokens"):
         context_memory.check(tiny, 0)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context_memory, "available_memory", lambda: 1024 * 1024)
+    layout = experts.layout(gguf_file.read(tiny))
+    with pytest.raises(
+        UsageError, match=r"needs .* \(.* of dense weights, .* of context, .* of experts\), and 1 MiB are free"
+    ):
+        Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
+    monkeypatch.setattr(context_memory, "available_memory", lambda: 1024)
+    with pytest.raises(UsageError, match=r"no budget fits; free memory, or take a smaller model\.$"):
+        Llama(str(tiny), n_ctx=64, budget="all", verbose=False)
+    for routing, io in ((None, "mmap"), ("original", "none")):
+        monkeypatch.setattr(context_memory, "available_memory", lambda: 10 * layout.all_expert_bytes)
+        with closing(Llama(str(tiny), n_ctx=64, budget="all", io=io, routing=routing, verbose=False)) as llm:
+            llm.eval([5])
+
+
+def test_the_advice_fits(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = experts.layout(gguf_file.read(tiny))
+    dense = gguf_file.read(tiny).nbytes - layout.all_expert_bytes
+    free = dense + context_memory.least_bytes(gguf_file.read(tiny), 64) + 10 * layout.resident_bytes
+    monkeypatch.setattr(context_memory, "available_memory", lambda: free)
+    with pytest.raises(UsageError, match=r": --budget 10 fits\.$"):
+        Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
+    with closing(Llama(str(tiny), n_ctx=64, budget=10, io="direct", verbose=False)) as llm:
+        llm.eval([5])
+
+
+def test_a_default_budget_suits_every_model(tmp_path: Path) -> None:
+    path = tiny_models.write("qwen3moe", tmp_path / "m.gguf", n_expert=4, n_used=3)
+    with closing(Llama(str(path), n_ctx=64, verbose=False)) as llm:
+        assert llm.stats().capacity == 3

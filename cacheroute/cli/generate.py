@@ -42,9 +42,7 @@ def generate(
     min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="Least probability, over the likeliest token's.")] = 0.05,
     repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", min=0, help="Penalty for repeated tokens; 1: none.")] = 1.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat template.")] = False,
-    budget: Annotated[
-        str, typer.Option("--budget", help="Experts kept in memory: 50%, 30 (per layer), 2GiB (all layers) or all.")
-    ] = "50%",
+    budget: options.BudgetOption = None,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     eviction: options.EvictionOption = DEFAULT,
     io: options.IoOption = "mmap",

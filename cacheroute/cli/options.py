@@ -51,6 +51,10 @@ FlashOption = Annotated[
     float | None,
     typer.Option("--flash-mbps", min=0.001, help="Limit reads to that many MB/s, to simulate a slower flash."),
 ]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", help="Experts kept in memory: 50%, 30 (per layer), 2GiB (all layers) or all. [default: 50%]"),
+]
 PrefetchOption = Annotated[
     int,
     typer.Option("--prefetch", min=0, help="Prefetch at most that many experts of the next layer while a layer computes."),

@@ -35,9 +35,7 @@ def trace(
         int, typer.Option("-c", "--ctx-size", min=2, help="Tokens per sequence; each starts with an empty cache.")
     ] = 1024,
     threads: options.ThreadsOption = None,
-    budget: Annotated[
-        str, typer.Option("--budget", help="Experts kept in memory: 50%, 30 (per layer), 2GiB (all layers) or all.")
-    ] = "50%",
+    budget: options.BudgetOption = None,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     eviction: options.EvictionOption = DEFAULT,
     io: Annotated[str, typer.Option("--io", help="How misses are read: mmap, direct, or none (only counted).")] = "mmap",

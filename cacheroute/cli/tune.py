@@ -70,9 +70,7 @@ def tune(
     model: options.ModelOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
-    budget: Annotated[
-        str, typer.Option("--budget", help="Experts kept in memory: 50%, 30 (per layer), 2GiB (all layers) or all.")
-    ] = "50%",
+    budget: options.BudgetOption = None,
     max_ppl_increase: Annotated[
         str, typer.Option("--max-ppl-increase", help="Limit on the increase of perplexity: the upper end of its 95% interval.")
     ] = "1%",
@@ -118,6 +116,7 @@ def tune(
     if uniform and not tuning.ladder(strategy, layout):
         raise UsageError(f"{strategy!r} has nothing to tune; there are cache-prior, max-rank, cumsum, drop-cold, pruning.")
     capacity = budgets.parse(budget, layout).capacity
+    budget = budget or budgets.default_name(layout)
     goal = tuning.Goal(capacity, eviction, allowed, uniform, strategy, price_tokens, price_groups, seed)
     source = loading.Source(file, column, chunk, None, limit)
     with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=[eviction]) as session:

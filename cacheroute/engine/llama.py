@@ -18,7 +18,7 @@ from cacheroute.engine.open_files import OpenFiles
 from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
-from cacheroute.model import experts, gguf_file
+from cacheroute.model import context_memory, experts, gguf_file
 from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
@@ -89,6 +89,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         for name in _OWN:
             if name in kwargs:
                 raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
+        if settings.io != "none":
+            # the page cache gives way to others, down to the least; slots do not
+            least = settings.budget.nbytes if settings.io == "direct" else self.layout.n_used * self.layout.resident_bytes
+            context_memory.check_budget(self.layout, kwargs.get("n_ctx", 512), 0, least if settings.routing else 0)
         self._files = OpenFiles(self.layout.paths)
         refused: list[str] = []
         try:

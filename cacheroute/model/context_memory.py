@@ -1,12 +1,14 @@
-"""What a context takes in memory, at least, from a model's header: one that cannot be is refused in time."""
+"""What a model takes in memory, at least, from its header: what cannot fit is refused before anything is loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from cacheroute.errors import UsageError
+from cacheroute.files import MIB
 from cacheroute.install.machine import available_memory
 from cacheroute.model import gguf_file
+from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 
 GIB = 1024**3
@@ -31,6 +33,29 @@ def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> No
         f"A context of {n_ctx} tokens takes {needed / GIB:.1f} GiB of memory beside the model, and {free / GIB:.1f} GiB are "
         f"free: give at most {fits} tokens with {option}."
     )
+
+
+def check_budget(layout: ExpertLayout, n_ctx: int, n_batch: int, budget_bytes: int) -> None:
+    """Raises UsageError when dense weights, a context and a budget of so many bytes do not fit the memory that is free.
+
+    The free memory is that of the machine, of every enclosing control group and of `ulimit`.
+    """
+    model, free = gguf_file.read(layout.paths[0]), available_memory()
+    dense = model.nbytes - layout.all_expert_bytes
+    context = least_bytes(model, n_ctx or _number(model, "context_length", 0), n_batch)
+    if free is None or dense + context + budget_bytes <= free:
+        return
+    left = free - dense - context
+    experts = max(left, 0) // layout.resident_bytes
+    advice = f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
+    raise UsageError(
+        f"{layout.paths[0]} needs {_size(dense + context + budget_bytes)} of memory ({_size(dense)} of dense weights, "
+        f"{_size(context)} of context, {_size(budget_bytes)} of experts), and {_size(free)} are free: {advice}."
+    )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.0f} MiB"
 
 
 def _number(model: GgufFile, key: str, default: int) -> int:

@@ -47,6 +47,11 @@ def parse(text: str | int | None, layout: ExpertLayout) -> Budget:
     return Budget(capacity, capacity * layout.resident_bytes)
 
 
+def default_name(layout: ExpertLayout) -> str:
+    """How the default budget is typed."""
+    return "50%" if layout.n_expert // 2 >= layout.n_used else str(layout.n_used)
+
+
 def _capacity(text: str, layout: ExpertLayout) -> int:
     if text == "all":
         return layout.n_expert

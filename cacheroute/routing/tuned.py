@@ -93,7 +93,7 @@ def path(model: Path, capacity: int) -> Path:
     return cache_dir() / "tuned" / f"{gguf_file.fingerprint(model)}-{capacity}.json"
 
 
-def find(model: Path, budget: str | int) -> Settings:
+def find(model: Path, budget: str | int | None) -> Settings:
     """The user's own file, else the packaged one where it is of this model and budget. Raises UsageError when there is none."""
     layout = experts.layout(gguf_file.read(model))
     capacity = budgets.parse(budget, layout).capacity
@@ -102,6 +102,7 @@ def find(model: Path, budget: str | int) -> Settings:
         file = DEMO
     if not file.exists():
         name = layout.model or model.name
+        budget = budget or budgets.default_name(layout)
         raise UsageError(f"Nothing is tuned for {name} at a budget of {budget}; run `cacheroute tune --budget {budget}` first.")
     return Settings(f"{NAME}:{file}", str(load(file).notes.get("eviction", "lru")))
 
@@ -111,7 +112,7 @@ def _is_for(file: Path, model: Path, capacity: int) -> bool:
     return (notes["fingerprint"], notes["budget"]) == (gguf_file.fingerprint(model), capacity)
 
 
-def resolve(model: Path, budget: str | int, routing: str, eviction: str) -> tuple[str, str]:
+def resolve(model: Path, budget: str | int | None, routing: str, eviction: str) -> tuple[str, str]:
     """(routing, eviction) as given, or those of the tuned file where `routing` is "tuned"."""
     if routing != NAME:
         return routing, eviction
