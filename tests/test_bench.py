@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import bench_store
@@ -91,3 +94,19 @@ def test_too_little_text_is_one_sentence(alone: Path, tmp_path: Path) -> None:
     text.write_text("short")
     assert "longer" in sentence(cacheroute("bench", "-m", alone, "-f", text, "-p", 64, "-n", 64), 2)
     assert "nothing to run" in sentence(cacheroute("bench", "-m", alone, "-p", 0, "-n", 0), 2)
+
+
+def test_pages_that_another_process_holds_are_reported(tiny: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(tiny, tmp_path / "m.gguf"))
+    hold = "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); "
+    hold += "sum(m[::4096]); print(flush=True); input()"
+    few = ("bench", "-m", path, "-p", 4, "-n", 4, "-r", 1, "-t", 1, "--routing", "original", "--eviction", "lru", "-o", "json")
+    alone = cacheroute(*few, "--io", "mmap,direct")
+    assert {row["foreign_mib"] for row in json.loads(alone.stdout)} == {0.0} and "held by another" not in alone.stderr
+    with subprocess.Popen([sys.executable, "-c", hold, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        beside = cacheroute(*few, "--io", "mmap,direct")
+        other.communicate(b"\n")
+    assert all(row["foreign_mib"] > 0 for row in json.loads(beside.stdout))
+    assert "MiB of experts were in memory before a run, held by another process" in beside.stderr

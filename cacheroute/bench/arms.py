@@ -46,7 +46,8 @@ class Row:
     """One line of a report. Names that llama-bench also uses have the same meaning; MiB are 2^20 bytes.
 
     `resident_mib` is the largest amount of experts in memory after a run, by the kernel's count (mincore; null for a file of
-    another user, where it is not reliable), `counted_mib` the store's own count; `read_mib_per_token` is what was asked
+    another user, where it is not reliable), `counted_mib` the store's own count, `foreign_mib` what was in memory before a run
+    and could not be dropped, as another process has mapped it; `read_mib_per_token` is what was asked
     of the device, `device_mib_per_token` what the kernel fetched. `hook_ms_per_token` is the time of routing. `vs_lru` is
     the mean over repetitions of tok/s against `original` with lru at the same budget and io (a control: at the same budget, with
     the first io), paired within each repetition, `vs_lru_sd` its standard deviation; null when that arm was not in the run.
@@ -78,6 +79,7 @@ class Row:
     budget_experts: int
     budget_mib: float
     resident_mib: float | None
+    foreign_mib: float | None
     counted_mib: float | None
     miss_rate: float | None
     swap_rate: float | None
@@ -195,6 +197,7 @@ def _row(
     selected = max(sum(x.hits + x.misses for x in c), 1)
     examined = max(sum(x.examined for x in c), 1)
     measured = [run.resident_bytes for run in runs if run.resident_bytes is not None]
+    foreign = [run.foreign_bytes for run in runs if run.foreign_bytes is not None]
     device = [run.device_bytes for run in runs if run.device_bytes is not None]
     hooked = not arm.control
     return Row(
@@ -214,6 +217,7 @@ def _row(
         budget_experts=llm.budget.capacity,
         budget_mib=llm.budget.nbytes / MIB,
         resident_mib=max(measured) / MIB if measured else None,
+        foreign_mib=max(foreign) / MIB if foreign else None,
         counted_mib=max(run.counted_bytes for run in runs) / MIB if hooked else None,
         miss_rate=sum(x.misses for x in c) / selected if hooked else None,
         swap_rate=sum(x.swapped for x in c) / examined if hooked else None,

@@ -25,6 +25,7 @@ class Run:
     counters: Counters = field(default_factory=Counters)
     resident_bytes: int | None = None
     counted_bytes: int = 0
+    foreign_bytes: int | None = None
 
     @property
     def ts(self) -> float:
@@ -58,14 +59,16 @@ def timed(llm: Any, work: Callable[[], None]) -> Run:
 
 def both_phases(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int) -> tuple[Run | None, Run | None]:
     """The prompt as one batch, then `n_gen` tokens one by one; None for a phase without tokens."""
-    prompt = _phase(llm, lambda: llm.eval(tokens[:n_prompt]), decoded=False) if n_prompt else None
+    measured = llm.measure_resident()
+    foreign = None if measured is None else max(measured - llm.stats().resident_bytes, 0)
+    prompt = _phase(llm, lambda: llm.eval(tokens[:n_prompt]), foreign, decoded=False) if n_prompt else None
     if not n_gen:
         return prompt, None
     with llm.decoding():
-        return prompt, _phase(llm, lambda: decode(llm, tokens[n_prompt : n_prompt + n_gen]), decoded=True)
+        return prompt, _phase(llm, lambda: decode(llm, tokens[n_prompt : n_prompt + n_gen]), foreign, decoded=True)
 
 
-def _phase(llm: Llama, work: Callable[[], None], *, decoded: bool) -> Run:
+def _phase(llm: Llama, work: Callable[[], None], foreign: int | None, *, decoded: bool) -> Run:
     before = llm.stats()
     run = timed(llm, work)
     after = llm.stats()
@@ -74,4 +77,5 @@ def _phase(llm: Llama, work: Callable[[], None], *, decoded: bool) -> Run:
         counters=after.decode - before.decode if decoded else after.prefill - before.prefill,
         resident_bytes=llm.measure_resident(),
         counted_bytes=after.resident_bytes,
+        foreign_bytes=foreign,
     )

@@ -134,6 +134,9 @@ def bench(
             rows = run_arms(
                 llm, arms, tokens, n_prompt, n_gen, repetitions, progress, against_floor=floor, replay=forced, say=_say
             )
+    foreign = max((row.foreign_mib or 0.0 for row in rows), default=0.0)
+    if foreign:
+        _say(f"{foreign:.1f} MiB of experts were in memory before a run, held by another process that has the file mapped")
     _write(rows, output)
 
 
