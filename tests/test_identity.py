@@ -18,6 +18,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
+from gguf import GGUFReader
 
 from cacheroute import Llama
 from cacheroute.native import bindings
@@ -358,3 +359,46 @@ def test_original_on_the_demo_model_is_the_unhooked_engine(demo_model: Path) -> 
     unhooked = run(engine(demo_model, routing=None), n_decode=8)
     for budget, routing in (("25%", "original"), ("all", "original"), ("25%", "cache-prior:lambda=0")):
         assert_same_bits(run(engine(demo_model, routing=routing, budget=budget), n_decode=8), unhooked)
+
+
+# ---- ties -----------------------------------------------------------------------------------------
+
+
+def with_equal_experts(case: Case, folder: Path) -> Path:
+    """A copy of a model whose routers have each row five times: scores are equal in fives, also at the edge of the top K."""
+    for shard in sorted(case.path.parent.glob("*.gguf")):
+        content = bytearray(shard.read_bytes())
+        for tensor in GGUFReader(shard).tensors:
+            if ".ffn_gate_inp." in tensor.name or ".exp_probs_b" in tensor.name:
+                rows = np.array(tensor.data, np.float32).reshape(case.shape.n_expert, -1)
+                rows = rows[np.arange(case.shape.n_expert) // 5 * 5]
+                at = int(tensor.data_offset)
+                content[at : at + rows.nbytes] = rows.tobytes()
+        (folder / shard.name).write_bytes(content)
+    return folder / case.path.name
+
+
+@pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0", "max-rank:m={k}", "pruning:k={k}", "drop-cold:f=0"])
+def test_equal_scores_are_chosen_as_upstream_does(case: Case, tmp_path: Path, routing: str) -> None:
+    """At its neutral parameter every strategy returns the ids of llama.cpp's own top-k node, ties included."""
+    path, name = with_equal_experts(case, tmp_path), routing.format(k=case.shape.n_used)
+    expected = run(engine(path, routing=None))
+    found = run(engine(path, routing=name, budget=max(case.shape.n_expert // 2, case.shape.n_used)))
+    assert_same_bits(found, expected)
+
+
+def as_chosen(e: Any) -> None:
+    """Leaves the ids that the model chose."""
+
+
+def test_the_model_with_equal_experts_has_ties(case: Case, tmp_path: Path) -> None:
+    """What the test above rests on: the K-th score and the one after it are often equal."""
+    llm = plain(with_equal_experts(case, tmp_path))
+    with PythonHook(as_chosen).attached(llm) as hook:
+        run(llm)
+    tied = 0
+    for e in hook.events:
+        ranked = -np.sort(-e.scores, axis=1)
+        at_edge = ranked[:, case.shape.n_used - 1] == ranked[:, min(case.shape.n_used, case.shape.n_expert - 1)]
+        tied += int(at_edge.sum())
+    assert tied > 0
