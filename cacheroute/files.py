@@ -53,7 +53,7 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def expanded(path: str, name: str = "") -> Path:
-    """A path whose ~ or ~user is filled in. Raises UsageError when nobody has that home; `name`: of the variable it is from."""
+    """A path whose ~ or ~user is filled in. Raises UsageError when there is no such user; `name`: of the variable it is from."""
     whole = os.path.expanduser(path)
     if whole.startswith("~") and not Path(whole).exists():
         user, _, _ = whole.partition("/")

@@ -1,4 +1,4 @@
-"""The one gate before llama_decode(): whoever computes, the budget holds, prompts are the model's own, errors are reported."""
+"""The one gate before llama_decode(): for every caller the budget holds, prompts are the model's own, errors are raised."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_embed_keeps_the_budget(alone: Path, io: str) -> None:
         assert llm.measure_resident() == 0
 
 
-def test_a_read_error_reaches_whoever_computes(tiny: Path, tmp_path: Path) -> None:
+def test_a_read_error_reaches_every_caller(tiny: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(tiny, tmp_path / "m.gguf"))
     with loaded(path, io="direct", embedding=True) as llm:
         llm.embed("the")

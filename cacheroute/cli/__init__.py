@@ -120,7 +120,7 @@ def _usage(e: Any) -> str:
 
 
 def _reason(e: OSError) -> str:
-    """Files of ours have names, and most of their errors are told where they come up."""
+    """Most errors of files are reported where they come up, with the file's name."""
     where = "Standard output cannot be written" if e.filename is None else f"{e.filename} cannot be used"
     return f"{where} ({e.strerror or e})."
 

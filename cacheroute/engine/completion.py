@@ -72,7 +72,7 @@ def chat_prompt(llm: Llama, text: str) -> Prompt:
     try:
         handler = handler or chat_format.get_chat_completion_handler(llm.chat_format)
         handler(llama=_Asked, messages=[{"role": "user", "content": text}], stream=True)
-    except Exception as e:  # whatever somebody's template does
+    except Exception as e:  # a template may raise anything
         raise _template_failed(f"{e}" if type(e) is ValueError else f"{type(e).__name__}: {e}") from None
     if not asked.get("prompt"):
         raise _template_failed("it renders nothing")

@@ -175,7 +175,7 @@ class Hook:
         return bytes(records)
 
     def counters(self, layer: int = -1, *, prefill: bool) -> Counters:
-        """Of one layer, -1: of all together; reads are not told apart by layer."""
+        """Of one layer, -1: of all together; reads are not counted by layer."""
         assert self.handle is not None
         return bindings.counters(_lib.cr_hook_counters, self.handle, layer, prefill=prefill)
 

@@ -214,7 +214,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         super().eval(tokens)
 
     def _decode(self, batch: Any) -> None:
-        """The one gate before llama_decode(): budget, phase and errors, whoever computes."""
+        """The one gate before llama_decode(): keeps the budget, sets the phase, and raises errors, for every caller."""
         self._check_usable()
         first = int(batch.batch.pos[0]) if batch.batch.n_tokens and batch.batch.pos else self.n_tokens
         if first == 0:
@@ -398,7 +398,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         )
 
     def decoded_by_layer(self) -> list[Counters]:
-        """Counters of the decoded tokens, one per MoE layer; reads are not told apart by layer."""
+        """Counters of the decoded tokens, one per MoE layer; reads are not counted by layer."""
         return [self._hook.counters(i, prefill=False) for i in range(len(self.layout.layers))] if self._hook else []
 
     def measure_resident(self) -> int | None:

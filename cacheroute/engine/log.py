@@ -79,5 +79,5 @@ def _filter() -> None:
 
 def reason(lines: Sequence[str]) -> str:
     """The line that says most of those: the first one that is not only that it failed. "" without any."""
-    told = [_SPEAKER.sub("", line.strip()).removeprefix("error loading model: ").rstrip(".") for line in lines if line.strip()]
-    return next((line for line in told if not _UNINFORMATIVE.search(line)), told[-1] if told else "")
+    lines = [_SPEAKER.sub("", line.strip()).removeprefix("error loading model: ").rstrip(".") for line in lines if line.strip()]
+    return next((line for line in lines if not _UNINFORMATIVE.search(line)), lines[-1] if lines else "")

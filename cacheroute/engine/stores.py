@@ -94,7 +94,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     Raises CacherouteError where one of them is not possible.
     """
     file = cache_dir() / "io.json"
-    # small experts lose more to whole pages and system calls: powers of two are told apart
+    # small experts lose more to whole pages and system calls: one measurement for each power of two
     key = f"{os.stat(arguments[0][0]).st_dev:x}:{layout.layers[0].expert_bytes.bit_length()}"
     known = _known(file)
     if str(known.get(key)) in _NEW:
@@ -108,9 +108,9 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
         for store in stores.values():
             bindings.lib.cr_store_free(store)
     best = min(seconds, key=lambda name: seconds[name])
-    told = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
+    times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
     kept = f"This is kept in {file}." if _remember(file, known | {key: best}) else f"Not kept: {file} cannot be written."
-    _say(f"reads {best}: an expert takes {told}. {kept}")
+    _say(f"reads {best}: an expert takes {times}. {kept}")
     return best
 
 

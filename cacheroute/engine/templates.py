@@ -21,6 +21,6 @@ def _error(template: str) -> str:
     formatter = import_module(f"{patched_llama_cpp.module().__name__}.llama_chat_format").Jinja2ChatFormatter
     try:
         formatter(template, eos_token="", bos_token="")
-    except Exception as e:  # whatever jinja2 raises for what somebody wrote, RecursionError among it
+    except Exception as e:  # jinja2 may raise anything, RecursionError included
         return f"{type(e).__name__}: {e}"
     return ""

@@ -26,7 +26,7 @@ def pool(n: int) -> Iterator[Executor]:
     try:
         yield executor
     except KeyboardInterrupt:
-        for process in _Process.started[first:]:  # what they compute now is of no use, and nobody waits for it
+        for process in _Process.started[first:]:  # what they compute now is of no use
             process.kill()
         executor.shutdown(wait=False, cancel_futures=True)
         raise

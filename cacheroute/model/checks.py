@@ -1,4 +1,4 @@
-"""What llama.cpp cannot load, told from the header: it would abort the process without a word, or refuse with one of its own.
+"""What llama.cpp cannot load, recognised from the header: it would abort the process, or refuse without naming the cause.
 
 Its limits are those of src/llama-model.cpp, load_hparams, and of ggml's operators. What it checks itself with an error that
 names the tensor (the shape of each one) is left to it.

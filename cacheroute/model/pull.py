@@ -198,7 +198,7 @@ def _check(path: Path, file: HubFile) -> None:
 
 
 def _check_size(blob: Path | None, file: HubFile) -> None:
-    """Raises CacherouteError for a blob of the cache that somebody has cut short or filled with something else."""
+    """Raises CacherouteError for a blob of the cache that was cut short or overwritten."""
     if blob is not None and blob.exists() and (not blob.is_file() or blob.stat().st_size != file.nbytes):
         raise CacherouteError(f"{file.name} is damaged in the hub cache; delete {blob} and pull again.")
 

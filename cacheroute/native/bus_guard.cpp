@@ -32,7 +32,7 @@ void on_bus_error(int number, siginfo_t * info, void * context) {
         range.hit            = true;
         if (mmap(zero, page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED) return;
     }
-    // not ours: as if we were not there
+    // not in a watched range: as without this handler
     if (before.sa_flags & SA_SIGINFO && before.sa_sigaction) return before.sa_sigaction(number, info, context);
     if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) return before.sa_handler(number);
     signal(number, SIG_DFL); // and the access is tried again
@@ -64,7 +64,7 @@ BusGuard::~BusGuard() {
     ranges[slot_].end = 0;
     if (--n_guards > 0) return;
     struct sigaction now {};
-    // whoever has put a handler over ours keeps it
+    // a handler that was installed after ours stays
     if (sigaction(SIGBUS, nullptr, &now) == 0 && now.sa_flags & SA_SIGINFO && now.sa_sigaction == on_bus_error) {
         sigaction(SIGBUS, &before, nullptr);
     }

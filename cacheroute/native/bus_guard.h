@@ -1,5 +1,5 @@
-// A file that is made shorter while it is mapped: whoever computes on the lost pages would die by SIGBUS. Instead they get zeros,
-// and file_shrank() says so.
+// A file that is made shorter while it is mapped: a thread that reads a lost page would die by SIGBUS. Instead it reads zeros, and
+// file_shrank() says so.
 #pragma once
 
 #include <cstdint>

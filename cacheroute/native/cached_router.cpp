@@ -23,13 +23,13 @@ const std::vector<int32_t> & CachedRouter::predict(const Scores & scores) {
 }
 
 bool CachedRouter::resume(const CachedRouter & other) {
-    const ExpertCache & theirs = other.cache_;
-    if (theirs.capacity() != cache_.capacity() || theirs.eviction() != cache_.eviction() ||
-        theirs.resident().size() != cache_.resident().size()) {
+    const ExpertCache & from = other.cache_;
+    if (from.capacity() != cache_.capacity() || from.eviction() != cache_.eviction() ||
+        from.resident().size() != cache_.resident().size()) {
         return false;
     }
     router_.resume(other.router_);
-    cache_ = theirs;
+    cache_ = from;
     return true;
 }
 

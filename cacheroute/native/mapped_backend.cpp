@@ -93,7 +93,7 @@ class MappedBackend final : public Backend {
 
     int read(const PageRun & r) override {
 #ifdef __linux__
-        madvise(r.address, r.bytes, MADV_WILLNEED); // in one piece what the device has not been told yet
+        madvise(r.address, r.bytes, MADV_WILLNEED); // in one request what has not been asked for yet
         int failed;
         do {
             failed = madvise(r.address, r.bytes, MADV_POPULATE_READ) == 0 ? 0 : errno;

@@ -78,7 +78,7 @@ void Readers::loop() {
         reading_++;
         const bool more = !queue_.empty();
         lock.unlock();
-        if (more) wake_.notify_one(); // readers wake each other: whoever starts them has a layer to compute
+        if (more) wake_.notify_one(); // readers wake each other: the thread that starts them has a layer to compute
         const int error = read_(piece.run);
         lock.lock();
         if (--reading_ == 0 && paused_) done_.notify_all();

@@ -127,7 +127,7 @@ class SlotBackend final : public Backend {
 
     uint64_t resident_bytes() const override { return resident_bytes_; }
 
-    uint64_t measure() const override { // of anonymous memory, which is ours, the kernel always tells
+    uint64_t measure() const override { // for anonymous memory mincore is always reliable
         uint64_t bytes = files_.mapped_in_memory();
         if (bytes == UNKNOWN_BYTES) bytes = 0;
         for (const Pool & pool : pools_) {
