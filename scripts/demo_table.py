@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-p", "--n-prompt", type=int, default=64, help="tokens of the prompt (default: 64)")
     parser.add_argument("-n", "--n-gen", type=int, default=64, help="tokens decoded after it (default: 64)")
-    parser.add_argument("-r", "--repetitions", type=int, default=5, help="interleaved runs of each row (default: 5)")
+    parser.add_argument("-r", "--repetitions", type=int, default=3, help="interleaved runs of each row (default: 3)")
     parser.add_argument("--chunks", type=int, default=12, help="chunks of text that are scored (default: 12)")
     parser.add_argument("--flash-mbps", type=float, help="limit cacheroute's reads (not the control's) to so many MB/s")
     return parser.parse_args()
@@ -116,3 +116,6 @@ if __name__ == "__main__":
         main()
     except CacherouteError as e:
         sys.exit(f"{Path(__file__).name}: {e}")
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)

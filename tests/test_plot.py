@@ -157,7 +157,7 @@ def test_without_matplotlib_there_is_a_table(rows: list[simulate.Row], tmp_path:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
     result = run(write(rows, tmp_path / "r.csv"), "-o", tmp_path / "f.png")
-    assert result.exit_code == 0 and "| budget" in result.stdout and "pip install 'cacheroute[plot]'" in result.stderr
+    assert result.exit_code == 0 and "| budget" in result.stdout and "python -m pip install matplotlib" in result.stderr
     assert not (tmp_path / "f.png").exists()
 
 

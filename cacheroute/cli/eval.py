@@ -292,5 +292,5 @@ class AnyTask(typer.core.TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-HELP = "Measure the quality of a routing: `eval perplexity`, or `eval TASK` for any task of lm-evaluation-harness."
+HELP = "Measure the quality of a routing.\n\n`eval perplexity`, or `eval TASK` for any task of lm-evaluation-harness."
 COMMANDS = (perplexity, task)

@@ -45,7 +45,7 @@ def frontier(
     flash_mbps: options.FlashOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="Format of the table on stdout: md, json or jsonl.")] = "md",
 ) -> None:
-    """Score many routings at several budgets; `cacheroute plot FILE` draws the result.
+    """Score many routings at several budgets, for `plot`.
 
     Each row is scored as by `eval perplexity` and paired with `original`. Scores are stored in the cache folder and shared
     with `tune` and `eval perplexity`, so nothing is computed twice.

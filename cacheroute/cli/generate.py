@@ -109,6 +109,8 @@ def generate(
                 say(f"The context of {llm.n_ctx()} tokens is full; give a larger one with -c.")
         except KeyboardInterrupt:
             run.finish_reason = "interrupted"
+            if output == "text" and run.text and not run.text.endswith("\n"):
+                print(flush=True)
             raise KeyboardInterrupt("" if run.first else interrupts.STOPPED) from None
         finally:
             if run.finish_reason and (run.first or run.finish_reason != "interrupted"):

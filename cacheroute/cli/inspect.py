@@ -19,7 +19,10 @@ def inspect(
     file: Annotated[str | None, typer.Argument(metavar="PATH|NAME", help="A GGUF file or a name. [default: demo]")] = None,
     output: Annotated[str, typer.Option("-o", "--output", help="text or json (sizes in bytes).")] = "text",
 ) -> None:
-    """Describe a model and the memory of each budget, reading only its header."""
+    """Describe a model and the memory of each budget.
+
+    Reads only its header.
+    """
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
     report = inspector.inspect(catalogue.resolve(file))
@@ -52,7 +55,7 @@ def _text(r: Report) -> list[str]:
     for c in r.tensors:
         types = ", ".join(f"{kind} x{n}" for kind, n in c.types.items())
         lines.append(f"{printable(c.name):24} {c.nbytes / MIB:10.1f}  {types}")
-    lines += ["", f"{'budget':8} {'experts':>8} {'MiB resident':>13} {'MiB/token if all miss':>22}"]
+    lines += ["", f"{'budget':8} {'experts':>8} {'MiB, at most':>13} {'MiB/token if all miss':>22}"]
     for b in r.budgets:
         lines.append(f"{b.budget:8} {b.experts:8} {b.resident_bytes / MIB:13.1f} {b.worst_read_bytes_per_token / MIB:22.1f}")
     return lines

@@ -46,9 +46,9 @@ class Row:
 def models(
     output: Annotated[str, typer.Option("-o", "--output", help="text or json (sizes in bytes).")] = "text",
 ) -> None:
-    """List the models of the catalogue and those on this disk, and whether they fit this machine. Uses no network.
+    """List known models and those on this disk, and what fits.
 
-    A model fits if the weights that are always in memory and the least budget (K experts per layer) fit the memory that is free
+    Uses no network.     A model fits if the weights that are always in memory and the least budget (K experts per layer) fit the memory that is free
     now; the context needs memory as well. The budget shown is half of the experts, or as many experts per layer as fit.
     """
     if output not in ("text", "json"):

@@ -28,9 +28,10 @@ def plot(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Draw results: quality against bytes, speed, miss rates by budget, the cache over time, or expert use by layer.
+    """Draw what the other commands have written.
 
-    The bytes on an axis are either missed bytes (simulate, eval, frontier) or bytes read from the device (bench), never both.
+    Quality against bytes, speed, miss rates by budget, the cache over time, or expert use by layer. The bytes on an axis are
+    either missed bytes (simulate, eval, frontier) or bytes read from the device (bench), never both.
     """
     if output:
         chart.check_path(output, force=force)
@@ -43,5 +44,5 @@ def plot(
         say(f"{output} is written.")
         return
     if output:
-        say(f"matplotlib is missing (pip install 'cacheroute[plot]'): here is a table instead of {output}.")
+        say(f"matplotlib is missing (python -m pip install matplotlib): here is a table instead of {output}.")
     print(table.as_markdown(figure.cells))

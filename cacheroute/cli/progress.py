@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Advance = Callable[[float, str], None]
 """Called with the units done since the last call and what happens now."""
 
-_SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BEFORE_THE_FIRST, _SECONDS_BETWEEN_LINES = 5.0, 30.0
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def _lines(what: str, total: float) -> Advance:
         nonlocal last, done
         done += units
         now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES and done:
+        if now - last >= (_SECONDS_BETWEEN_LINES if last > start else _SECONDS_BEFORE_THE_FIRST) and done:
             last = now
             left = (now - start) * max(total - done, 0) / done
             say(f"{what}: {min(done / total, 1):.0%}, about {left / 60:.0f} min left; {text}")

@@ -64,7 +64,10 @@ def setup(
         int | None, typer.Option(min=1, help="Number of compilers that run in parallel.", show_default="one per core")
     ] = None,
 ) -> None:
-    """Build and install the engine (some minutes the first time, then from the cache) and make the demo model."""
+    """Build and install the engine, and make the demo model.
+
+    It takes some minutes the first time, and comes from the cache after that.
+    """
     if check is not None:
         with shown_progress() as progress:
             results = engine_build.check(check, sdist, progress)

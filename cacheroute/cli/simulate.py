@@ -39,9 +39,10 @@ def simulate(
     seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Seed of --shuffle.")] = 0,
     output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
 ) -> None:
-    """Replay a trace with other budgets, routings and evictions, through the same router as a live run.
+    """Replay a trace with other budgets and routings.
 
-    Nothing is read: misses are counted, and MiB are misses x bytes of an expert.
+    It goes through the same router as a live run. Nothing is read: misses are counted, and MiB are misses x bytes of an
+    expert.
     """
     if output != "csv":
         table.check(output)

@@ -44,9 +44,10 @@ def trace(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
-    """Record the router's scores and choices for each token and layer, for `simulate` and `plot`.
+    """Record the router's scores and choices, for `simulate`.
 
-    The text is decoded token by token in sequences of -c tokens; with -n it is a prompt instead.
+    One record for each token and layer. The text is decoded token by token in sequences of -c tokens; with -n it is a prompt
+    instead.
     """
     if prompt is not None and file is not None:
         raise UsageError("Give one text, with -p or with -f.")

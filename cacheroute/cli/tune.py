@@ -93,9 +93,9 @@ def tune(
     io: IoOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md or json.")] = "md",
 ) -> None:
-    """Find the routing with the fewest misses that raises the perplexity of your text by no more than a limit.
+    """Find the routing that misses least within a limit on loss.
 
-    Each layer gets its own lambda and its own share of the budget: layers that lose most by rerouting get more cache. With
+    The loss is the rise of the perplexity of your text. Each layer gets its own lambda and its own share of the budget: layers that lose most by rerouting get more cache. With
     --uniform all layers are alike. Scores are stepped and paired with `original`. Two thirds of the chunks are used to fit, one
     third is held out to validate the choice.
 

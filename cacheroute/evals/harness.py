@@ -33,9 +33,7 @@ def require() -> None:
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError:
-        raise UsageError(
-            "Tasks need lm-evaluation-harness; install it with `pip install cacheroute[eval]` or `pip install lm-eval`."
-        ) from None
+        raise UsageError("Tasks need lm-evaluation-harness; run `python -m pip install lm-eval`.") from None
 
 
 def load_tasks(names: Sequence[str], folder: Path | None) -> Any:

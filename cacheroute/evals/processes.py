@@ -74,7 +74,7 @@ def cluster(scheduler: str) -> Iterator[tuple[Executor, int]]:
     try:
         from distributed import Client
     except ModuleNotFoundError:
-        raise UsageError("--scheduler needs dask.distributed; install it with `pip install cacheroute[dask]`.") from None
+        raise UsageError("--scheduler needs dask.distributed; run `python -m pip install distributed`.") from None
     try:
         client = Client(scheduler, timeout="10s")
     except (OSError, ValueError) as e:

@@ -24,7 +24,7 @@ from cacheroute.model import catalogue
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
-_MISSING = "`cacheroute pull` needs huggingface_hub: run `python -m pip install 'cacheroute[hub]'`."
+_MISSING = "`cacheroute pull` needs huggingface_hub: run `python -m pip install huggingface_hub`."
 GB = 1000**3
 
 

@@ -215,8 +215,8 @@ def parse(text: str) -> Routing:
         return Routing(name, policy=f"{module}:{class_name}", text=text.strip())
     strategy = STRATEGIES.get(name)
     if strategy is None:
-        forms = [*(usage(s) for s in STRATEGIES.values()), *OTHER_FORMS]
-        raise UsageError(f"There is no routing {name!r}; there are {', '.join(forms)}.")
+        names = ", ".join([*STRATEGIES, "tuned", "python"])
+        raise UsageError(f"There is no routing {name!r}; there are {names}: `cacheroute routing` lists their parameters.")
     return Routing(name, parse_parameters(name, parameters(strategy), pairs))
 
 

@@ -192,7 +192,8 @@ def _fields(dtype: np.dtype[np.void]) -> list[list[Any]]:
 
 def read(path: Path) -> Trace:
     """Maps a trace into memory. Raises UsageError for a file that is none, of another version, damaged, or without a token."""
-    files.check_regular(path, "a trace")
+    part = path.with_name(path.name + ".part")
+    files.check_regular(path, "a trace", missing=f"{part} is what an interrupted run left." if part.exists() else "")
     try:
         with path.open("rb") as file:
             line = file.readline(1 << 20)
