@@ -1,5 +1,5 @@
-// A file that is made shorter while it is mapped: whoever computes on the lost pages would die by SIGBUS. Instead they get zeros,
-// and file_shrank() says so.
+// Pages of a mapped file that cannot be read, as the device fails or the file was made shorter: whoever computes on them would die
+// by SIGBUS. Instead they get zeros, and hit() says so.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ class BusGuard {
     BusGuard(const BusGuard &)             = delete;
     BusGuard & operator=(const BusGuard &) = delete;
 
-    bool file_shrank() const; // since the guard was made
+    bool hit() const; // since the guard was made
 
   private:
     int slot_;
