@@ -12,7 +12,7 @@ import select
 import stat
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,15 @@ def check_regular(path: Path, what: str, *, missing: str = "") -> None:
         raise UsageError(
             f"{path} cannot be read: it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, and {what} has to be a file on a disk."
         )
+
+
+def check_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Raises UsageError where a file to be written is one of the inputs, or two of them are one file, links included."""
+    for i, output in enumerate(outputs):
+        for other in (*outputs[:i], *inputs):
+            same = output.samefile(other) if output.exists() and other.exists() else output.absolute() == other.absolute()
+            if same:
+                raise UsageError(f"{output} would replace {other}, which this command needs; write to another file.")
 
 
 def read_text(path: Path) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_cpp import LlamaRAMCache
+from llama_cpp import LlamaGrammar, LlamaRAMCache, LogitsProcessorList
 
 from cacheroute import Llama
 from cacheroute.engine import stores
@@ -320,3 +320,75 @@ def test_ctrl_c_ends_a_prompt_within_a_second(tmp_path: Path) -> None:
 def timer_started(timer: threading.Timer) -> float:
     timer.join()
     return time.monotonic() - 0.5
+
+
+# ---- one model, one user at a time
+
+
+@pytest.mark.parametrize("n_ctx", [1, 16, 20, 300])
+def test_the_context_is_what_was_asked_for(tiny: Path, n_ctx: int) -> None:
+    """llama.cpp rounds it up to a multiple of 256."""
+    with loaded(tiny, n_ctx=n_ctx) as llm, llm.decoding():
+        assert llm.n_ctx() == n_ctx
+        for token in range(n_ctx):
+            llm.eval([3 + token % 200])
+        mark = llm.checkpoint()
+        llm.return_to(mark)
+        assert llm.n_tokens == n_ctx
+        with pytest.raises(CacherouteError, match=rf"{n_ctx + 1} tokens do not fit the context of {n_ctx};"):
+            llm.eval([3])
+
+
+def test_two_answers_at_once_are_an_error_and_not_wrong_text(tiny: Path) -> None:
+    with loaded(tiny) as llm:
+        expected = [next(g) for g in [llm.generate(OTHER, temp=0.0)] for _ in range(6)]
+        one = llm.generate(PROMPT, temp=0.0)
+        next(one)
+        two = llm.generate(OTHER, temp=0.0)
+        assert [next(two) for _ in range(6)] == expected
+        with pytest.raises(CacherouteError, match="Another answer was begun before this one ended"):
+            next(one)
+
+
+def test_two_threads_are_an_error_and_not_a_crash(tiny: Path) -> None:
+    with loaded(tiny, n_ctx=2048) as llm:
+        said: list[str] = []
+        done: list[int] = []
+
+        def ask() -> None:
+            try:
+                done.append(len(list(zip(llm.generate(PROMPT, temp=0.0), range(200), strict=False))))
+            except CacherouteError as e:
+                said.append(str(e))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(said) + len(done) == 4
+        assert all("in use by another thread" in s or "Another answer was begun" in s for s in said)
+        llm.reset()
+        llm.eval(PROMPT)
+
+
+def test_an_error_in_a_logits_processor_reaches_the_caller(tiny: Path) -> None:
+    def fail(ids: Any, scores: Any) -> Any:
+        raise ValueError("ours")
+
+    with loaded(tiny) as llm, pytest.raises(ValueError, match="ours"):
+        llm.create_completion("the", max_tokens=4, logits_processor=LogitsProcessorList([fail]))
+
+
+def test_a_grammar_that_cannot_be_parsed_is_an_error(tiny: Path) -> None:
+    with loaded(tiny) as llm:
+        with pytest.raises(CacherouteError, match="The grammar cannot be parsed"):
+            llm.create_completion("the", max_tokens=4, grammar=LlamaGrammar.from_string("root ::= (((", verbose=False))
+        good = LlamaGrammar.from_string('root ::= "a"+', verbose=False)
+        assert set(llm.create_completion("the", max_tokens=4, grammar=good)["choices"][0]["text"]) <= {"a"}
+
+
+@pytest.mark.parametrize("wrong", [{"n_batch": -1}, {"n_batch": 0}, {"n_ctx": -1}, {"n_ubatch": -1}, {"n_threads": 0}])
+def test_sizes_that_cannot_be_are_refused_by_name(tiny: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=rf"^{next(iter(wrong))} is at least [01] and below 2\^31, not"):
+        Llama(str(tiny), verbose=False, **wrong)

@@ -48,7 +48,8 @@ def models(
 ) -> None:
     """List known models and those on this disk, and what fits.
 
-    Uses no network.     A model fits if the weights that are always in memory and the least budget (K experts per layer) fit the memory that is free
+    Uses no network. A model fits if the weights that are always in memory and the least budget (K experts per layer) fit the
+    memory that is free
     now; the context needs memory as well. The budget shown is half of the experts, or as many experts per layer as fit.
     """
     if output not in ("text", "json"):

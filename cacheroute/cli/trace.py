@@ -11,7 +11,7 @@ import typer
 from cacheroute.cli import options, progress
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB
+from cacheroute.files import MIB, check_distinct
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import task_profile, trace_file
 
@@ -58,9 +58,10 @@ def trace(
         if path and path.exists() and not force:
             raise UsageError(f"{path} exists; --force replaces it.")
     from cacheroute.engine.llama import Llama
-    from cacheroute.model import catalogue, context_memory
+    from cacheroute.model import catalogue, context_memory, gguf_file
 
     path = catalogue.resolve(model)
+    check_distinct([p for p in (output, save_profile) if p], [*gguf_file.read(path).paths, *([file] if file else [])])
     context_memory.check(path, ctx_size)
     llm = Llama(
         str(path),

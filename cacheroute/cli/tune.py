@@ -95,9 +95,9 @@ def tune(
 ) -> None:
     """Find the routing that misses least within a limit on loss.
 
-    The loss is the rise of the perplexity of your text. Each layer gets its own lambda and its own share of the budget: layers that lose most by rerouting get more cache. With
-    --uniform all layers are alike. Scores are stepped and paired with `original`. Two thirds of the chunks are used to fit, one
-    third is held out to validate the choice.
+    The loss is the rise of the perplexity of your text. Each layer gets its own lambda and its own share of the budget: layers
+    that lose most by rerouting get more cache. With --uniform all layers are alike. Scores are stepped and paired with
+    `original`. Two thirds of the chunks are used to fit, one third is held out to validate the choice.
 
     The result is a file that `--routing tuned` uses for this model and budget. Scores are kept in the cache folder: a command
     that was stopped resumes when it is run again.

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from cacheroute.engine import log, templates
+from cacheroute.engine import callbacks, log, templates
 from cacheroute.engine.checkpoint import Checkpoint, load_sequence, save_sequence
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.open_files import OpenFiles
@@ -27,6 +28,7 @@ from cacheroute.trace.task_profile import TaskProfile
 
 _llama_cpp = patched_llama_cpp.module()
 _LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
+_SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_seq_max": 1, "n_threads": 1, "n_threads_batch": 1}  # and their least
 _OWN = ("use_mmap", "use_mlock", "lazy_mode")  # arguments of llama_cpp.Llama that are not for the caller
 
 
@@ -79,6 +81,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._task: TaskProfile | None = None
         self.forced: ForcedScores | None = None  # force() sets it
         self._decoding = False
+        self._lock = threading.RLock()  # held by the thread that computes
+        self._generation: object = None  # the generate() that began last
         self._untouched = False  # no token since the last reset: resetting once more would read a warm cache twice
         self._trace_sink: Callable[[bytes], None] | None = None
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
@@ -89,6 +93,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         for name in _OWN:
             if name in kwargs:
                 raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
+        for name, least in _SIZES.items():
+            if name in kwargs and kwargs[name] is not None and not least <= kwargs[name] < 2**31:
+                raise UsageError(f"{name} is at least {least} and below 2^31, not {kwargs[name]}.")
         if settings.io != "none":
             # the page cache gives way to others, down to the least; slots do not
             least = settings.budget.nbytes if settings.io == "direct" else self.layout.n_used * self.layout.resident_bytes
@@ -101,6 +108,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         except ValueError as e:
             raise CacherouteError(f"llama.cpp cannot load {model_path}: {log.reason(refused) or e}.") from e
         self._has_chat_format = bool(kwargs.get("chat_format") or kwargs.get("chat_handler"))
+        # llama.cpp rounds the context up; ids and scores have room for what was asked for
+        self._n_ctx = len(self.input_ids) or super().n_ctx()
         self._interrupt = Interrupt()
         self._interrupt.attach(self._ctx.ctx)
         # every path that computes ends in this call: eval(), embed(), draft models, whatever upstream adds
@@ -156,6 +165,21 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self.budget, self.routing, self.eviction = settings.budget, settings.routing, settings.eviction
         self.io, self.prefetch = hook.io if hook else settings.io, settings.prefetch
 
+    def n_ctx(self) -> int:
+        """Tokens that a sequence may have."""
+        return int(getattr(self, "_n_ctx", 0) or super().n_ctx())
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within it this thread computes. Raises CacherouteError when another one does."""
+        self._check_usable()
+        if not self._lock.acquire(blocking=False):
+            raise CacherouteError("The model is in use by another thread; let one use it at a time, or load it for each.")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _check_usable(self) -> None:
         if self._closed:
             raise CacherouteError("The model is closed; load it again.")
@@ -206,12 +230,13 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
         Raises CacherouteError when the context is full, an expert cannot be read, or the model does not do what its file says.
         """
-        self._check_usable()
-        if self.n_tokens + len(tokens) > self._n_ctx:
-            raise CacherouteError(
-                f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; give a larger one (-c, n_ctx=)."
-            )
-        super().eval(tokens)
+        with self._alone():
+            if self.n_tokens + len(tokens) > self._n_ctx:
+                raise CacherouteError(
+                    f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; "
+                    "give a larger one (-c, n_ctx=)."
+                )
+            super().eval(tokens)
 
     def _decode(self, batch: Any) -> None:
         """The one gate before llama_decode(): keeps the budget, sets the phase, and raises errors, for every caller."""
@@ -237,12 +262,12 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """As llama_cpp.Llama.embed. Forgets the sequence."""
-        self._check_usable()
-        super().reset()
-        try:
-            return super().embed(*args, **kwargs)
-        finally:
+        with self._alone():
             super().reset()
+            try:
+                return super().embed(*args, **kwargs)
+            finally:
+                super().reset()
 
     def tokenize(self, *args: Any, **kwargs: Any) -> Any:
         """As llama_cpp.Llama.tokenize."""
@@ -363,18 +388,31 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                 self._hook.trace(False)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As llama_cpp.Llama.generate; the prompt is prefill, what follows is decode."""
+        """As llama_cpp.Llama.generate; the prompt is prefill, what follows is decode.
+
+        A model has one sequence: where another generate() has begun meanwhile, the next token raises CacherouteError.
+        """
         tokens = list(tokens)
+        own = self._generation = object()
+        processors = callbacks.Processors(kwargs.get("logits_processor") or ())
+        if kwargs.get("logits_processor"):
+            kwargs["logits_processor"] = _llama_cpp.LogitsProcessorList([processors])
+        if kwargs.get("grammar"):
+            callbacks.check_grammar(self._model, kwargs["grammar"])
         if self.routing and self.routing.lossy and list(self.input_ids[: self.n_tokens]) != tokens[: self.n_tokens]:
             self.reset()
         inner = super().generate(tokens, *args, **kwargs)
         try:
-            token = next(inner)
+            with self._alone():
+                token = next(inner)
             while True:
+                processors.check()
                 more = yield token
+                if self._generation is not own:
+                    raise CacherouteError("Another answer was begun before this one ended; end one first, or load two.")
                 if self.n_tokens >= self._n_ctx:
                     return  # full: the last token was sampled and cannot be evaluated
-                with self.decoding():  # only while it runs: a generator that is left alone changes nothing
+                with self._alone(), self.decoding():  # only while it runs: a generator that is left alone changes nothing
                     token = inner.send(more)
         except StopIteration:
             return

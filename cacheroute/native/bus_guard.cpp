@@ -70,6 +70,6 @@ BusGuard::~BusGuard() {
     }
 }
 
-bool BusGuard::file_shrank() const { return slot_ >= 0 && ranges[slot_].hit.load(); }
+bool BusGuard::hit() const { return slot_ >= 0 && ranges[slot_].hit.load(); }
 
 } // namespace cacheroute

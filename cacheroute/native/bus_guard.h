@@ -1,5 +1,5 @@
-// A file that is made shorter while it is mapped: a thread that reads a lost page would die by SIGBUS. Instead it reads zeros, and
-// file_shrank() says so.
+// Pages of a mapped file that cannot be read, as the device fails or the file was made shorter: a thread that reads one would die by
+// SIGBUS. Instead it reads zeros, and hit() says so.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ class BusGuard {
     BusGuard(const BusGuard &)             = delete;
     BusGuard & operator=(const BusGuard &) = delete;
 
-    bool file_shrank() const; // since the guard was made
+    bool hit() const; // since the guard was made
 
   private:
     int slot_;

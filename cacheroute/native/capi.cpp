@@ -3,6 +3,7 @@
 
 #include "hook.h"
 #include "interrupt.h"
+#include "sentence.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -60,7 +61,7 @@ template <typename F> auto guarded(char * error, int32_t error_size, F make) -> 
     try {
         return make();
     } catch (const std::exception & e) {
-        write_error(e.what(), error, error_size);
+        write_error(sentence(e), error, error_size);
         return nullptr;
     }
 }
@@ -71,7 +72,7 @@ template <typename F> bool attempt(cr_hook * hook, F f) {
         f(hook->hook);
         return true;
     } catch (const std::exception & e) {
-        hook->error = e.what();
+        hook->error = sentence(e);
         return false;
     }
 }
@@ -208,7 +209,7 @@ int32_t cr_store_exchange(cr_store * store, int32_t layer, const int32_t * load,
     store->store->finish();
     return 0;
 } catch (const std::exception & e) {
-    write_error(e.what(), error, error_size);
+    write_error(sentence(e), error, error_size);
     return -1;
 }
 

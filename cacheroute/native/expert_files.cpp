@@ -22,15 +22,16 @@ ExpertFiles::ExpertFiles(const std::vector<std::string> & names, int n_layers, i
     : n_expert_(n_expert), page_(uint64_t(sysconf(_SC_PAGESIZE))), names_(names), tensors_(tensors), layers_(size_t(n_layers)) {
     for (const auto & name : names) {
         const int fd = open(name.c_str(), O_RDONLY | O_CLOEXEC);
-        if (fd < 0) {
+        if (fd >= 0) fds_.push_back(fd);
+        struct stat s {};
+        if (fd < 0 || fstat(fd, &s) != 0) {
             const std::string why = std::strerror(errno);
             for (int opened : fds_) close(opened);
             throw std::runtime_error("cannot open " + name + ": " + why);
         }
-        fds_.push_back(fd);
-        struct stat s {};
+        sizes_.push_back(uint64_t(s.st_size));
         // for a file of another user that may not be written, the kernel reports every page as in memory
-        mincore_reliable_ = mincore_reliable_ && fstat(fd, &s) == 0 && (geteuid() == 0 || geteuid() == s.st_uid);
+        mincore_reliable_ = mincore_reliable_ && (geteuid() == 0 || geteuid() == s.st_uid);
         // pages that were just written are dirty, and dirty pages cannot be dropped
         fsync(fd);
     }
@@ -90,8 +91,22 @@ void ExpertFiles::drop(const PageRun & r) const {
 #endif
 }
 
-bool ExpertFiles::shrank() const {
-    return std::any_of(guards_.begin(), guards_.end(), [](const auto & guard) { return guard->file_shrank(); });
+void ExpertFiles::drop_unmapped() const {
+#ifdef __linux__
+    for (int fd : fds_) posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+#endif
+}
+
+bool ExpertFiles::bus_error() const {
+    return std::any_of(guards_.begin(), guards_.end(), [](const auto & guard) { return guard->hit(); });
+}
+
+bool ExpertFiles::shorter() const {
+    for (size_t i = 0; i < fds_.size(); i++) {
+        struct stat s {};
+        if (fstat(fds_[i], &s) == 0 && uint64_t(s.st_size) < sizes_[i]) return true;
+    }
+    return false;
 }
 
 uint64_t ExpertFiles::in_memory(const void * address, uint64_t bytes) const {

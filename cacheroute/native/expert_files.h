@@ -35,6 +35,7 @@ class ExpertFiles {
     uint64_t                          page_bytes() const { return page_; }
     const std::vector<std::string> &  names() const { return names_; }
     const std::vector<int> &          descriptors() const { return fds_; } // of the files, buffered
+    const std::vector<uint64_t> &     sizes() const { return sizes_; }     // of the files when they were opened, bytes
     const std::vector<ExpertTensor> & tensors() const { return tensors_; }
     const std::vector<size_t> &       tensors_of(int layer) const { return layers_[size_t(layer)]; }
     size_t                            index(size_t tensor, int32_t e) const { return tensor * size_t(n_expert_) + size_t(e); }
@@ -47,9 +48,10 @@ class ExpertFiles {
 
     // Drops whole pages of the mapping, from this process and from the page cache.
     void drop(const PageRun & run) const;
+    void drop_unmapped() const; // all pages of the files in the page cache that no process has mapped
 
-    // Whether a file has become shorter, and a page that is gone was touched.
-    bool shrank() const;
+    bool bus_error() const; // whether a page that cannot be read was touched
+    bool shorter() const;   // whether a file is shorter than it was
 
     // Bytes of a range of memory that are there as the kernel says (mincore); UNKNOWN_BYTES where it does not.
     uint64_t in_memory(const void * address, uint64_t bytes) const;
@@ -62,6 +64,7 @@ class ExpertFiles {
     const std::vector<std::string>   names_;
     const std::vector<ExpertTensor>  tensors_;
     std::vector<int>                 fds_;
+    std::vector<uint64_t>            sizes_;
     std::vector<std::vector<size_t>> layers_;     // tensors of each layer
     std::vector<size_t>              by_address_; // tensors, ascending
     std::vector<PageRun>             all_;

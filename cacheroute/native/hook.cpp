@@ -1,5 +1,7 @@
 #include "hook.h"
 
+#include "sentence.h"
+
 #include <algorithm>
 #include <exception>
 #include <limits>
@@ -25,7 +27,7 @@ template <typename F> void Hook::keep_error(F f) {
     try {
         f();
     } catch (const std::exception & e) {
-        if (error_.empty()) error_ = e.what();
+        if (error_.empty()) error_ = sentence(e);
     }
 }
 

@@ -97,8 +97,9 @@ class MappedBackend final : public Backend {
         int failed;
         do {
             failed = madvise(r.address, r.bytes, MADV_POPULATE_READ) == 0 ? 0 : errno;
-        } while (failed == EINTR || failed == EAGAIN);
-        if (failed != EINVAL && failed != ENOSYS && failed != EPERM) return failed == EFAULT ? EIO : failed; // EFAULT: a page cannot be read
+        } while (failed == EINTR);
+        // what the kernel does not have, or not now, is done by touching; EFAULT: a page cannot be read
+        if (failed != EINVAL && failed != ENOSYS && failed != EPERM && failed != EAGAIN) return failed == EFAULT ? EIO : failed;
 #endif
         for (uint64_t at = 0; at < r.bytes; at += files_.page_bytes()) {
             (void) *static_cast<volatile uint8_t *>(r.address + at);

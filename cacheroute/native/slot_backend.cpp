@@ -13,7 +13,6 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #ifndef O_DIRECT
@@ -37,6 +36,24 @@ struct Pool {
 
     uint64_t bytes() const { return n_slots * slot_bytes; }
 };
+
+// Reads `wanted` bytes, asking for `bytes`, which may reach past the end of the file. 0, or an errno.
+int read_all(int fd, uint8_t * to, uint64_t bytes, uint64_t wanted, uint64_t offset) {
+    for (uint64_t at = 0; at < wanted;) {
+        const ssize_t n = pread(fd, to + at, bytes - at, off_t(offset + at));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return errno;
+        if (n == 0) return ENODATA; // another process has made the file shorter
+        at += uint64_t(n);
+    }
+    return 0;
+}
+
+// Why a file is not read directly.
+std::string refusal(const std::string & name, int error) {
+    if (error == EINVAL || error == EOPNOTSUPP) return "the filesystem of " + name + " has no direct reads";
+    return "direct reads of " + name + " failed: " + std::strerror(error);
+}
 
 class SlotBackend final : public Backend {
   public:
@@ -96,15 +113,9 @@ class SlotBackend final : public Backend {
 
     int read(const PageRun & piece) override {
         const auto     file   = size_t(piece.file);
-        const uint64_t wanted = std::min(piece.bytes, sizes_[file] - piece.offset); // the last page reaches past the end of the file
-        for (uint64_t at = 0; at < wanted;) {
-            const ssize_t n = pread(direct_[file], piece.address + at, piece.bytes - at, off_t(piece.offset + at));
-            if (n < 0 && errno == EINTR) continue;
-            if (n < 0) return errno;
-            if (n == 0) return ENODATA; // another process has made the file shorter
-            at += uint64_t(n);
-        }
-        return 0;
+        const uint64_t size   = files_.sizes()[file]; // the last page reaches past the end of the file
+        const uint64_t wanted = std::min(piece.bytes, size - std::min(size, piece.offset));
+        return read_all(direct_[file], piece.address, piece.bytes, wanted, piece.offset);
     }
 
     const void * address(size_t tensor, int32_t e) const override {
@@ -140,11 +151,10 @@ class SlotBackend final : public Backend {
 
   private:
     void open_direct(const std::string & name) {
+        errno        = EINVAL;
         const int fd = O_DIRECT ? open(name.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT) : -1;
-        if (fd >= 0) direct_.push_back(fd);
-        struct stat s {};
-        if (fd < 0 || fstat(fd, &s) != 0) throw std::runtime_error("the filesystem of " + name + " has no direct reads");
-        sizes_.push_back(uint64_t(s.st_size));
+        if (fd < 0) throw std::runtime_error(refusal(name, errno));
+        direct_.push_back(fd);
         probe(direct_.size() - 1, name);
     }
 
@@ -159,9 +169,11 @@ class SlotBackend final : public Backend {
             run       = *own;
             run.bytes = std::min(own->bytes, MOST * page);
             files_.drop(run);
+            files_.drop_unmapped(); // a part of a large folio cannot be dropped
         }
         const bool     watched = run.address && files_.mincore_reliable() && files_.in_memory(run.address, run.bytes) == 0;
-        const uint64_t wanted  = std::min(run.bytes, sizes_[file] - std::min(sizes_[file], run.offset));
+        const uint64_t size    = files_.sizes()[file];
+        const uint64_t wanted  = std::min(run.bytes, size - std::min(size, run.offset));
         void *         memory  = nullptr;
         if (posix_memalign(&memory, page, 2 * run.bytes) != 0) throw std::bad_alloc();
         const std::unique_ptr<void, void (*)(void *)> owner(memory, std::free);
@@ -169,11 +181,11 @@ class SlotBackend final : public Backend {
         auto * const plain  = direct + run.bytes;
         std::memset(direct, 0xa5, run.bytes);
         std::memset(plain, 0x5a, run.bytes);
-        const bool read   = pread(direct_[file], direct, run.bytes, off_t(run.offset)) == ssize_t(wanted);
+        const int  failed = wanted ? read_all(direct_[file], direct, run.bytes, wanted, run.offset) : EINVAL;
         const bool cached = watched && files_.in_memory(run.address, run.bytes) != 0;
-        if (!read || wanted == 0) throw std::runtime_error("the filesystem of " + name + " has no direct reads");
+        if (failed) throw std::runtime_error(refusal(name, failed));
         if (cached) throw std::runtime_error("the filesystem of " + name + " puts direct reads into the page cache");
-        const bool same = pread(files_.descriptors()[file], plain, wanted, off_t(run.offset)) == ssize_t(wanted) &&
+        const bool same = read_all(files_.descriptors()[file], plain, wanted, wanted, run.offset) == 0 &&
                           std::memcmp(direct, plain, wanted) == 0;
         if (run.address) files_.drop(run);
         if (!same) throw std::runtime_error("the filesystem of " + name + " gives other bytes by direct reads");
@@ -230,7 +242,6 @@ class SlotBackend final : public Backend {
 
     const ExpertFiles &    files_;
     std::vector<int>       direct_;
-    std::vector<uint64_t>  sizes_; // of the files, bytes
     std::vector<Pool>      pools_;
     std::vector<size_t>    pool_of_; // [tensor]
     std::vector<uint8_t *> slot_;    // [tensor][E] where the expert is, or null

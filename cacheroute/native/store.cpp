@@ -4,7 +4,6 @@
 #include <cstring>
 #include <stdexcept>
 
-#include <fcntl.h>
 #include <sys/resource.h>
 
 namespace cacheroute {
@@ -152,10 +151,11 @@ void Store::finish() {
     readers_->wait_for_all();
     evict_cancelled(-1, {});
     counters_.read_seconds += seconds_since(start);
-    if (const int error = readers_->take_error()) {
-        throw std::runtime_error(std::string("reading experts failed: ") + std::strerror(error));
-    }
-    if (files_.shrank()) throw std::runtime_error("reading experts failed: the file has become shorter since it was loaded");
+    const int error = readers_->take_error();
+    if (!error && !files_.bus_error()) return;
+    const char * why = error ? std::strerror(error) : "a page of the file cannot be read";
+    if (files_.shorter()) why = "the file has become shorter since it was loaded";
+    throw std::runtime_error(std::string("reading experts failed: ") + why);
 }
 
 const void * Store::find(const void * expert, bool late) {
@@ -174,10 +174,7 @@ void Store::clear() {
     prefetched_.clear();
     cancelled_.clear();
     backend_->clear();
-#ifdef __linux__
-    // and what llama.cpp read of the dense weights, which it has copied
-    for (int fd : files_.descriptors()) posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-#endif
+    files_.drop_unmapped(); // what llama.cpp read of the dense weights, which it has copied
 }
 
 uint64_t Store::measure_resident() const {

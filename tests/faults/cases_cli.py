@@ -326,4 +326,38 @@ NAMES = [
     ),
 ]
 
-CASES: list[Case] = [*NUMBERS, *COMMAND_LINE, *TEXT, *FOLDERS, *STREAMS, *RESULTS, *NAMES]
+
+def _copied(*words: str) -> Callable[[Place], list[str]]:
+    """A command on a copy of the tiny model, m.gguf in the folder of the case."""
+
+    def of(place: Place) -> list[str]:
+        model = place.file("m.gguf", place.tiny.read_bytes())
+        return [*(word.format(dir=place.folder) for word in words), "-m", str(model), "-p", "the"]
+
+    return of
+
+
+CASES: list[Case] = [
+    Case(
+        "a trace into its own model", _copied("trace", "-o", "{dir}/m.gguf", "--force"), 2, r"would replace .*m\.gguf, which this"
+    ),
+    Case(
+        "a trace and a profile in one file",
+        "trace -m {tiny} -p the -o {dir}/t --save-profile {dir}/t",
+        2,
+        r"would replace .*t, which this command needs; write to another file",
+    ),
+    Case(
+        "a prompt longer than a context of 20",
+        "generate -m {tiny} --raw -n 2 -c 20 -t 1 -p " + "'" + "the " * 40 + "'",
+        1,
+        r"does not fit the context of 20; give a larger one with -c",
+    ),
+    *NUMBERS,
+    *COMMAND_LINE,
+    *TEXT,
+    *FOLDERS,
+    *STREAMS,
+    *RESULTS,
+    *NAMES,
+]
