@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import os
 import random
 import sys
@@ -125,7 +127,7 @@ class Soak:
                 self._decode(_STEP)
                 llm.load_state(state)
             self._decode(_STEP)
-            llm.set_cache(LlamaRAMCache(capacity_bytes=4 << 20))
+            llm.set_cache(LlamaRAMCache(capacity_bytes=1 << 20))
             text = llm.detokenize(self._prompt(20)).decode("utf-8", "replace")
             for _ in range(3):
                 said = llm.create_completion(text, max_tokens=_STEP, temperature=0)
@@ -140,6 +142,8 @@ class Soak:
         at = f"--io {self.io}, token {self.done}"
         if measured is None:
             raise ViolationError("The kernel does not say what is in memory of a file of another user.")
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what has been freed is no growth
         f.resident.append(measured)
         f.anonymous.append(_of_this_process("RssAnon"))
         f.threads.append(_of_this_process("Threads"))
