@@ -35,7 +35,7 @@ from cacheroute.routing import budget as budgets
 NAME = "tuned"
 FORMAT, VERSION = "cacheroute-routing-profile", 1
 DEMO = PACKAGE / "data" / "demo_tuned.json"
-"""The demo model's at a budget of 50%: what `cacheroute tune --budget 50% --limit 6000 --price-tokens 512 --workers 2` wrote."""
+"""The demo model's at a budget of 50%: what `cacheroute tune --budget 50% --limit 20000 --price-tokens 512 --workers 2` wrote."""
 
 
 @dataclass(frozen=True)
