@@ -143,7 +143,7 @@ def run_arms(
                 continue
             try:
                 if arm not in limits:
-                    limits[arm] = control.limit_for(llm, arm.budget)
+                    limits[arm] = control.limit_for(llm, arm.budget, tokens, n_prompt)
                 runs[arm].append(control.run(llm, limits[arm], tokens, n_prompt, n_gen, repack=arm.repack))
             except CacherouteError as e:
                 say(f"no control{' with repacking' if arm.repack else ''} at {arm.budget}: {e}")

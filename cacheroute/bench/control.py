@@ -1,8 +1,8 @@
 """The control arm: the same tokens on the same engine without the hook, over a plain mapping, in the same memory.
 
 It represents llama.cpp as it is usually run with a model larger than the memory. It runs in a process of its own; the memory of
-that process, page cache included, is limited to what an arm with that budget may use: everything that the hooked process
-holds beside its experts (dense weights, KV cache, buffers, interpreter), and the budget.
+that process, page cache included, is limited to what it needs beside the experts (dense weights, KV cache, buffers,
+interpreter), and the budget of experts.
 
 It starts with what loading and ten tokens have left in memory, so its page cache is not empty: an advantage for the control.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 # Waits before it imports anything: memory belongs to the group in which it was first used.
 _CHILD = "import sys; request = sys.stdin.readline(); from cacheroute.bench import control; control.child(request)"
+
+
+_COMMAND = [sys.executable, "-c", _CHILD]
+_PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,34 @@ def own_memory() -> int:
     raise CacherouteError("this system does not report how much memory a process holds")
 
 
-def limit_for(llm: Llama, budget: str) -> MemoryLimit:
-    """The memory of an arm with that budget. Drops all experts. Raises CacherouteError where processes cannot be limited."""
+def limit_for(llm: Llama, budget: str, tokens: Sequence[int], n_prompt: int) -> MemoryLimit:
+    """The memory of the control at that budget: its own ordinary memory, found by running the prompt without a limit, the dense
+    weights, which it maps, and the budget. Drops all experts. Raises CacherouteError where processes cannot be limited.
+    """
     llm.configure(budget=budget)
-    nbytes = own_memory() + llm.budget.nbytes
+    unlimited = subprocess.Popen(_COMMAND, **_PIPES)
+    own = int(_finished(unlimited, _request(llm, tokens[: n_prompt + 10], n_prompt, 1, repack=False))["own_memory"])
+    size = sum(path.stat().st_size for path in llm.layout.paths)
+    dense = size - llm.layout.all_expert_bytes
     # the limit also counts page tables (8 bytes a page, all of the mapped file at worst), stacks and open files
-    return MemoryLimit(nbytes + sum(path.stat().st_size for path in llm.layout.paths) // 512 + 4 * MIB)
+    return MemoryLimit(own + dense + llm.budget.nbytes + size // 512 + 4 * MIB)
+
+
+def _request(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int, *, repack: bool) -> Request:
+    p = llm.context_params
+    engine = {name: getattr(p, name) for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")}
+    return Request(llm.model_path, engine | {"use_extra_bufts": repack}, list(tokens), n_prompt, n_gen)
+
+
+def _finished(process: subprocess.Popen[str], request: Request) -> dict[str, Any]:
+    """What the control process prints for a request. Raises CacherouteError when it fails."""
+    out, _ = process.communicate(json.dumps(asdict(request)) + "\n")
+    if process.returncode < 0:
+        raise CacherouteError("the control was killed")
+    if process.returncode:
+        raise CacherouteError("the control failed" + (f": {out.strip()}" if out.strip() else ""))
+    found: dict[str, Any] = json.loads(out)
+    return found
 
 
 def run(
@@ -70,21 +97,19 @@ def run(
     Raises CacherouteError when the control does not fit its memory, or fails.
     """
     llm.configure(budget=llm.budget.capacity)  # evicts: the control must not find pages that this process has read
-    p = llm.context_params
-    engine = {name: getattr(p, name) for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")}
-    request = Request(llm.model_path, engine | {"use_extra_bufts": repack}, list(tokens), n_prompt, n_gen)
-    with limit.process([sys.executable, "-c", _CHILD]) as process:
-        out, _ = process.communicate(json.dumps(asdict(request)) + "\n")
-    if process.returncode < 0:
-        raise CacherouteError(f"the control was killed: it needs more than its {limit.nbytes / MIB:.0f} MiB")
-    if process.returncode:
-        raise CacherouteError("the control failed" + (f": {out.strip()}" if out.strip() else ""))
-    prompt, decoded = (Run(**phase) if phase else None for phase in json.loads(out))
+    with limit.process(_COMMAND) as process:
+        try:
+            found = _finished(process, _request(llm, tokens, n_prompt, n_gen, repack=repack))
+        except CacherouteError as e:
+            if process.returncode and process.returncode < 0:
+                raise CacherouteError(f"the control was killed: it needs more than its {limit.nbytes / MIB:.0f} MiB") from None
+            raise e
+    prompt, decoded = (Run(**phase) if phase else None for phase in found["phases"])
     return prompt, decoded
 
 
 def child(request: str) -> None:
-    """Runs in the control process: takes a JSON Request, prints both phases as JSON on stdout."""
+    """Runs in the control process: takes a JSON Request, prints both phases and what memory it holds as JSON on stdout."""
     r = Request(**json.loads(request))
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp's own output goes to stderr
@@ -100,4 +125,4 @@ def child(request: str) -> None:
     prompt = timed(llm, lambda: llm.eval(r.tokens[: r.n_prompt])) if r.n_prompt else None
     decoded = timed(llm, lambda: decode(llm, r.tokens[r.n_prompt : r.n_prompt + r.n_gen])) if r.n_gen else None
     phases = [p and {k: getattr(p, k) for k in ("tokens", "seconds", "device_bytes", "major_faults")} for p in (prompt, decoded)]
-    print(json.dumps(phases), file=out, flush=True)
+    print(json.dumps({"phases": phases, "own_memory": own_memory()}), file=out, flush=True)
