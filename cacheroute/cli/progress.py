@@ -56,6 +56,12 @@ def _lines(what: str, total: float) -> Advance:
     return advance
 
 
+def label(key: str) -> str:
+    """A routing's key without what it has for each layer."""
+    name, per_layer, _ = key.partition("[")
+    return name + " per layer" if per_layer else name
+
+
 @contextmanager
 def scoring(scorer: Scorer, requests: Sequence[Request]) -> Iterator[None]:
     """Shows what is computed of those requests, in scored tokens; prints first how many of them are in the cache."""
@@ -63,5 +69,5 @@ def scoring(scorer: Scorer, requests: Sequence[Request]) -> Iterator[None]:
     if missing < total:
         say(f"{total - missing} of {total} scored tokens are in the cache")
     with bar("scoring", max(missing, 1)) as advance:
-        scorer.after = lambda cell: advance(cell.n, f"{cell.routing} {cell.budget} experts")
+        scorer.after = lambda cell: advance(cell.n, f"{label(cell.routing)} {cell.budget} experts")
         yield

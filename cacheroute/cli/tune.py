@@ -125,7 +125,7 @@ def tune(
             say(f"{len(session.chunks)} chunks are few: intervals will be wide, and little may fit")
         search = tuning.Search(session, goal, fit, held_out, report=_print_trial)
         with progress.bar("tuning", search.expected_work()) as advance, _resumable():
-            session.after = lambda cell: advance(tuning.work(session.chunks[cell.chunk]), _label(cell.routing))
+            session.after = lambda cell: advance(tuning.work(session.chunks[cell.chunk]), progress.label(cell.routing))
             if session.n_kept:
                 say(f"{session.n_kept} scores of earlier runs are used again")
             outcome = search.tune()
@@ -150,12 +150,6 @@ def _percent(text: str) -> float:
     if not match or not 0 < float(match[1]) <= 100:
         raise UsageError(f"{text!r} is not a limit; give percent above 0 and up to 100, such as 1%.")
     return float(match[1])
-
-
-def _label(key: str) -> str:
-    """A routing's key without what it has for each layer."""
-    name, per_layer, _ = key.partition("[")
-    return name + " per layer" if per_layer else name
 
 
 @contextmanager
