@@ -52,7 +52,7 @@ class Row:
     the mean over repetitions of tok/s against `original` with lru at the same budget and io (a control: at the same budget, with
     the first io), paired within each repetition, `vs_lru_sd` its standard deviation; null when that arm was not in the run.
 
-    A control has no hook, so what the hook counts is null there. `memory_limit_mib` is the control's memory.
+    A control has no hook, so what the hook counts is null there. `memory_limit_mib` is the control's memory in its last run.
     `floor_ts` is the mean tok/s of max(compute with everything resident, bytes missed / bandwidth), `floor_share` the mean of
     tok/s against it, paired as `vs_lru`; null when not measured.
 
@@ -144,7 +144,8 @@ def run_arms(
             try:
                 if arm not in limits:
                     limits[arm] = control.limit_for(llm, arm.budget, tokens, n_prompt)
-                runs[arm].append(control.run(llm, limits[arm], tokens, n_prompt, n_gen, repack=arm.repack))
+                limits[arm], phases = control.run(llm, limits[arm], tokens, n_prompt, n_gen, repack=arm.repack)
+                runs[arm].append(phases)
             except CacherouteError as e:
                 say(f"no control{' with repacking' if arm.repack else ''} at {arm.budget}: {e}")
                 del runs[arm]

@@ -88,24 +88,33 @@ def _finished(process: subprocess.Popen[str], request: Request) -> dict[str, Any
 
 def run(
     llm: Llama, limit: MemoryLimit, tokens: Sequence[int], n_prompt: int, n_gen: int, *, repack: bool
-) -> tuple[Run | None, Run | None]:
+) -> tuple[MemoryLimit, tuple[Run | None, Run | None]]:
     """Runs the control once, after evicting the experts and the file's pages that `llm` has in memory.
+
+    A process may need more for a moment than it holds at its end: a control that is killed runs again with 4 MiB more, at most
+    three times.
 
     Args:
         repack: whether llama.cpp may copy weights into the layout that is fastest for its kernels.
 
+    Returns the limit that it ran with, and the prompt and the decoding.
+
     Raises CacherouteError when the control does not fit its memory, or fails.
     """
-    llm.configure(budget=llm.budget.capacity)  # evicts: the control must not find pages that this process has read
-    with limit.process(_COMMAND) as process:
-        try:
-            found = _finished(process, _request(llm, tokens, n_prompt, n_gen, repack=repack))
-        except CacherouteError as e:
-            if process.returncode and process.returncode < 0:
-                raise CacherouteError(f"the control was killed: it needs more than its {limit.nbytes / MIB:.0f} MiB") from None
-            raise e
-    prompt, decoded = (Run(**phase) if phase else None for phase in found["phases"])
-    return prompt, decoded
+    for attempt in range(4):
+        if attempt:
+            limit = MemoryLimit(limit.nbytes + 4 * MIB)
+        llm.configure(budget=llm.budget.capacity)  # evicts: the control must not find pages that this process has read
+        with limit.process(_COMMAND) as process:
+            try:
+                found = _finished(process, _request(llm, tokens, n_prompt, n_gen, repack=repack))
+            except CacherouteError:
+                if process.returncode and process.returncode < 0:
+                    continue
+                raise
+        prompt, decoded = (Run(**phase) if phase else None for phase in found["phases"])
+        return limit, (prompt, decoded)
+    raise CacherouteError(f"the control was killed: it needs more than its {limit.nbytes / MIB:.0f} MiB")
 
 
 def child(request: str) -> None:
