@@ -45,6 +45,10 @@ class Request:
     n_gen: int
 
 
+class _KilledError(CacherouteError):
+    """By a signal: where memory is limited, by the limit."""
+
+
 def own_memory() -> int:
     """Bytes of ordinary memory that this process holds (RssAnon). Raises CacherouteError where the kernel does not report it."""
     try:
@@ -79,7 +83,7 @@ def _finished(process: subprocess.Popen[str], request: Request) -> dict[str, Any
     """What the control process prints for a request. Raises CacherouteError when it fails."""
     out, _ = process.communicate(json.dumps(asdict(request)) + "\n")
     if process.returncode < 0:
-        raise CacherouteError("the control was killed")
+        raise _KilledError("the control was killed")
     if process.returncode:
         raise CacherouteError("the control failed" + (f": {out.strip()}" if out.strip() else ""))
     found: dict[str, Any] = json.loads(out)
@@ -108,10 +112,8 @@ def run(
         with limit.process(_COMMAND) as process:
             try:
                 found = _finished(process, _request(llm, tokens, n_prompt, n_gen, repack=repack))
-            except CacherouteError:
-                if process.returncode and process.returncode < 0:
-                    continue
-                raise
+            except _KilledError:
+                continue
         prompt, decoded = (Run(**phase) if phase else None for phase in found["phases"])
         return limit, (prompt, decoded)
     raise CacherouteError(f"the control was killed: it needs more than its {limit.nbytes / MIB:.0f} MiB")

@@ -28,7 +28,6 @@ def pool(n: int) -> Iterator[Executor]:
     except KeyboardInterrupt:
         for process in _Process.started[first:]:  # what they compute now is of no use
             process.kill()
-        executor.shutdown(wait=False, cancel_futures=True)
         raise
     finally:
         executor.shutdown(cancel_futures=True)
