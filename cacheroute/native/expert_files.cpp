@@ -109,18 +109,29 @@ bool ExpertFiles::shorter() const {
     return false;
 }
 
-uint64_t ExpertFiles::in_memory(const void * address, uint64_t bytes) const {
+uint64_t ExpertFiles::in_file(const PageRun & run) const {
+    const uint64_t size = sizes_[size_t(run.file)];
+    return std::min(run.bytes, size - std::min(size, run.offset));
+}
+
+std::vector<bool> ExpertFiles::present(const void * address, uint64_t bytes) const {
 #ifdef __linux__
     std::vector<unsigned char> state(bytes / page_);
 #else
     std::vector<char> state(bytes / page_);
 #endif
-    if (mincore(const_cast<void *>(address), bytes, state.data()) != 0) return UNKNOWN_BYTES;
-    uint64_t n = 0;
-    for (auto s : state) n += (s & 1) ? page_ : 0;
-    return n;
+    std::vector<bool> there;
+    if (mincore(const_cast<void *>(address), bytes, state.data()) != 0) return there;
+    there.reserve(state.size());
+    for (auto s : state) there.push_back((s & 1) != 0);
+    return there;
 }
 
+uint64_t ExpertFiles::in_memory(const void * address, uint64_t bytes) const {
+    const auto there = present(address, bytes);
+    if (there.empty() && bytes) return UNKNOWN_BYTES;
+    return uint64_t(std::count(there.begin(), there.end(), true)) * page_;
+}
 
 uint64_t ExpertFiles::mapped_in_memory() const {
     if (!mincore_reliable_) return UNKNOWN_BYTES;

@@ -35,7 +35,6 @@ class ExpertFiles {
     uint64_t                          page_bytes() const { return page_; }
     const std::vector<std::string> &  names() const { return names_; }
     const std::vector<int> &          descriptors() const { return fds_; } // of the files, buffered
-    const std::vector<uint64_t> &     sizes() const { return sizes_; }     // of the files when they were opened, bytes
     const std::vector<ExpertTensor> & tensors() const { return tensors_; }
     const std::vector<size_t> &       tensors_of(int layer) const { return layers_[size_t(layer)]; }
     size_t                            index(size_t tensor, int32_t e) const { return tensor * size_t(n_expert_) + size_t(e); }
@@ -53,6 +52,12 @@ class ExpertFiles {
     bool bus_error() const; // whether a page that cannot be read was touched
     bool shorter() const;   // whether a file is shorter than it was
 
+    // Of pages of a file, the bytes that it has: its last page reaches past its end.
+    uint64_t in_file(const PageRun & run) const;
+
+    // Which pages of a range of memory are there, as the kernel says (mincore); empty where it does not.
+    std::vector<bool> present(const void * address, uint64_t bytes) const;
+
     // Bytes of a range of memory that are there as the kernel says (mincore); UNKNOWN_BYTES where it does not.
     uint64_t in_memory(const void * address, uint64_t bytes) const;
     uint64_t mapped_in_memory() const; // of all_pages()
@@ -64,7 +69,7 @@ class ExpertFiles {
     const std::vector<std::string>   names_;
     const std::vector<ExpertTensor>  tensors_;
     std::vector<int>                 fds_;
-    std::vector<uint64_t>            sizes_;
+    std::vector<uint64_t>            sizes_; // when they were opened, bytes
     std::vector<std::vector<size_t>> layers_;     // tensors of each layer
     std::vector<size_t>              by_address_; // tensors, ascending
     std::vector<PageRun>             all_;

@@ -19,12 +19,6 @@
 namespace cacheroute {
 namespace {
 
-#ifdef __linux__
-using Page = unsigned char; // of mincore
-#else
-using Page = char;
-#endif
-
 constexpr int      N_READERS = 2;         // they wait for pages that the device already reads
 constexpr uint64_t PIECE     = 128 << 10; // the kernel cuts a larger request down to its read-ahead window, 128 KiB on phones
 
@@ -77,15 +71,13 @@ class MappedBackend final : public Backend {
     bool reclaimable() const override { return files_.mincore_reliable(); }
 
     PageRun missing(size_t tensor, int32_t e) const override {
-        const PageRun     run = files_.pages(tensor, e, 1);
-        std::vector<Page> state(run.bytes / files_.page_bytes());
-        if (mincore(run.address, run.bytes, state.data()) != 0) return {};
-        const auto gone  = [](Page s) { return !(s & 1); };
-        const auto first = std::find_if(state.begin(), state.end(), gone);
-        if (first == state.end()) return {};
-        const auto     last = std::find_if(state.rbegin(), state.rend(), gone);
-        const uint64_t head = uint64_t(first - state.begin()) * files_.page_bytes();
-        const uint64_t tail = uint64_t(last - state.rbegin()) * files_.page_bytes();
+        const PageRun run   = files_.pages(tensor, e, 1);
+        const auto    there = files_.present(run.address, run.bytes);
+        const auto    first = std::find(there.begin(), there.end(), false);
+        if (first == there.end()) return {};
+        const auto     last = std::find(there.rbegin(), there.rend(), false);
+        const uint64_t head = uint64_t(first - there.begin()) * files_.page_bytes();
+        const uint64_t tail = uint64_t(last - there.rbegin()) * files_.page_bytes();
         return {run.file, run.offset + head, run.address + head, run.bytes - head - tail};
     }
 

@@ -112,10 +112,7 @@ class SlotBackend final : public Backend {
     }
 
     int read(const PageRun & piece) override {
-        const auto     file   = size_t(piece.file);
-        const uint64_t size   = files_.sizes()[file]; // the last page reaches past the end of the file
-        const uint64_t wanted = std::min(piece.bytes, size - std::min(size, piece.offset));
-        return read_all(direct_[file], piece.address, piece.bytes, wanted, piece.offset);
+        return read_all(direct_[size_t(piece.file)], piece.address, piece.bytes, files_.in_file(piece), piece.offset);
     }
 
     const void * address(size_t tensor, int32_t e) const override {
@@ -172,8 +169,7 @@ class SlotBackend final : public Backend {
             files_.drop_unmapped(); // a part of a large folio cannot be dropped
         }
         const bool     watched = run.address && files_.mincore_reliable() && files_.in_memory(run.address, run.bytes) == 0;
-        const uint64_t size    = files_.sizes()[file];
-        const uint64_t wanted  = std::min(run.bytes, size - std::min(size, run.offset));
+        const uint64_t wanted  = files_.in_file(run);
         void *         memory  = nullptr;
         if (posix_memalign(&memory, page, 2 * run.bytes) != 0) throw std::bad_alloc();
         const std::unique_ptr<void, void (*)(void *)> owner(memory, std::free);
