@@ -18,7 +18,7 @@ from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
 
-MIB = 1024 * 1024
+MIB, GIB = 1024**2, 1024**3
 PACKAGE = Path(__file__).resolve().parent
 VERSION = importlib.metadata.version("cacheroute")
 
@@ -128,6 +128,12 @@ def check_regular(path: Path, what: str, *, missing: str = "") -> None:
         )
 
 
+def check_new(path: Path, *, force: bool) -> None:
+    """Raises UsageError for a file that exists, unless `force`."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists; --force replaces it.")
+
+
 def check_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
     """Raises UsageError where a file to be written is one of the inputs, or two of them are one file, links included."""
     for i, output in enumerate(outputs):
@@ -204,7 +210,6 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: dict[str, Any], *, force: bool) -> None:
     """Writes a JSON file whole or not at all. Raises UsageError when it exists unless `force`, CacherouteError when it cannot."""
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists; --force replaces it.")
+    check_new(path, force=force)
     with replaced(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -115,7 +115,7 @@ def _scored(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
 
 def _carried(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
     with progress.bar("scoring", len(arms) * len(session.chunks)) as advance:
-        session.after = lambda cell: advance(1, f"{cell.routing} {cell.budget} experts")
+        session.after = lambda cell: advance(1, progress.doing(cell))
         return [session.carried(*arm.requests(1)[0][:3]) for arm in arms]
 
 

@@ -14,13 +14,11 @@ import typer
 
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import printable
+from cacheroute.files import GIB, printable
 from cacheroute.install.machine import available_memory
 from cacheroute.model import catalogue, experts, gguf_file
 from cacheroute.model.catalogue import DiskModel, ModelEntry
 from cacheroute.model.experts import NotRoutableError
-
-GIB = 1024**3
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cacheroute.cli.terminal import say
 
 if TYPE_CHECKING:
-    from cacheroute.evals.runner import Request
+    from cacheroute.evals.runner import Cell, Request
     from cacheroute.evals.scorer import Scorer
 
 Advance = Callable[[float, str], None]
@@ -62,6 +62,11 @@ def label(key: str) -> str:
     return name + " per layer" if per_layer else name
 
 
+def doing(cell: Cell) -> str:
+    """What was computed of a cell."""
+    return f"{label(cell.routing)} {cell.budget} experts"
+
+
 @contextmanager
 def scoring(scorer: Scorer, requests: Sequence[Request]) -> Iterator[None]:
     """Shows what is computed of those requests, in scored tokens; prints first how many of them are in the cache."""
@@ -69,5 +74,5 @@ def scoring(scorer: Scorer, requests: Sequence[Request]) -> Iterator[None]:
     if missing < total:
         say(f"{total - missing} of {total} scored tokens are in the cache")
     with bar("scoring", max(missing, 1)) as advance:
-        scorer.after = lambda cell: advance(cell.n, f"{label(cell.routing)} {cell.budget} experts")
+        scorer.after = lambda cell: advance(cell.n, doing(cell))
         yield

@@ -11,7 +11,7 @@ import typer
 from cacheroute.cli import options, progress
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB, check_distinct
+from cacheroute.files import MIB, check_distinct, check_new
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import task_profile, trace_file
 
@@ -55,8 +55,8 @@ def trace(
     if not text.strip():
         raise UsageError("The text is empty; give one with -p or -f.")
     for path in (output, save_profile):
-        if path and path.exists() and not force:
-            raise UsageError(f"{path} exists; --force replaces it.")
+        if path:
+            check_new(path, force=force)
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory, gguf_file
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cacheroute.errors import UsageError
-from cacheroute.files import replaced
+from cacheroute.files import check_new, replaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,5 +43,4 @@ def check_path(path: Path, *, force: bool) -> None:
     """Raises UsageError for another ending than .png or .svg, or a file that exists."""
     if path.suffix not in ENDINGS:
         raise UsageError(f"{path} is neither a .png nor a .svg file.")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists; --force replaces it.")
+    check_new(path, force=force)

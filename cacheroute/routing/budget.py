@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 
 from cacheroute.errors import UsageError
+from cacheroute.files import MIB
 from cacheroute.model.experts import ExpertLayout
 
-MIB = 1024 * 1024
 _UNITS = {
     "kib": 1024,
     "mib": MIB,

@@ -118,8 +118,7 @@ class TraceWriter:
         self._failed = False  # a disk is full, say: what is in FILE.part then is of no use
         self._with_mass: bool | None = None
         for file in (path, self.part):
-            if file.exists() and not force:
-                raise UsageError(f"{file} exists; --force replaces it.")
+            files.check_new(file, force=force)
         if path.is_dir():
             raise UsageError(f"{path} is a folder.")
         try:

@@ -45,14 +45,6 @@ def _number(name: str, key: str, kind: int, value: Any, sentence: str) -> Case:
     return _model(name, _set(ARCH + key, kind, value), f"{ARCH}{key}.*{sentence}" if sentence else f"{ARCH}{key}")
 
 
-def _both(*changes: Change) -> Change:
-    def change(gguf: Gguf) -> None:
-        for one in changes:
-            one(gguf)
-
-    return change
-
-
 def _attribute(name: str, value: Any) -> Change:
     return lambda gguf: setattr(gguf, name, value)
 
@@ -418,7 +410,6 @@ def _put(root: Path, name: str, content: bytes) -> None:
 _HUB = ".cache/huggingface/hub/models--a--b/"
 _SNAPSHOT = _HUB + "snapshots/1/"
 _MANIFEST = ".ollama/models/manifests/r/library/n/latest"
-_ODD = b'{"layers": [{"mediaType": 1, "digest": 2}]}'
 _ELSEWHERE = b'{"layers": [{"mediaType": "a.image.model", "digest": "../../../../../etc/passwd"}]}'
 _LIST: dict[str, Any] = {"code": 0, "stdout": True, "more": True}
 DISKS = [
