@@ -88,7 +88,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
         self._flash_mbps = flash_mbps
         self._owner = os.getpid()
-        self.layout = experts.layout(gguf_file.read(model_path))
+        header = gguf_file.read(model_path)
+        self.layout = experts.layout(header)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch)
         for name in _OWN:
             if name in kwargs:
@@ -99,7 +100,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if settings.io != "none":
             # the page cache gives way to others, down to the least; slots do not
             least = settings.budget.nbytes if settings.io == "direct" else self.layout.n_used * self.layout.resident_bytes
-            context_memory.check_budget(self.layout, kwargs.get("n_ctx", 512), 0, least if settings.routing else 0)
+            context_memory.check_budget(header, self.layout, kwargs.get("n_ctx", 512), least if settings.routing else 0)
         self._files = OpenFiles(self.layout.paths)
         refused: list[str] = []
         try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB
+from cacheroute.files import GIB, MIB
 from cacheroute.install.machine import available_memory
 from cacheroute.model import gguf_file
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 
-GIB = 1024**3
 _F16, _F32 = 2, 4
 
 
@@ -35,14 +34,14 @@ def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> No
     )
 
 
-def check_budget(layout: ExpertLayout, n_ctx: int, n_batch: int, budget_bytes: int) -> None:
+def check_budget(model: GgufFile, layout: ExpertLayout, n_ctx: int, budget_bytes: int) -> None:
     """Raises UsageError when dense weights, a context and a budget of so many bytes do not fit the memory that is free.
 
     The free memory is that of the machine, of every enclosing control group and of `ulimit`.
     """
-    model, free = gguf_file.read(layout.paths[0]), available_memory()
+    free = available_memory()
     dense = model.nbytes - layout.all_expert_bytes
-    context = least_bytes(model, n_ctx or _number(model, "context_length", 0), n_batch)
+    context = least_bytes(model, n_ctx or _number(model, "context_length", 0))
     if free is None or dense + context + budget_bytes <= free:
         return
     left = free - dense - context
