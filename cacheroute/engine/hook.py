@@ -91,8 +91,9 @@ class Hook:
             _lib.cr_hook_set_policy(self.handle, policy.callback, None)
         if forced:
             self._force(forced)
+        self._router_weights = self._routers()
         if settings.prefetch:
-            self._prefetch(settings.prefetch)
+            _lib.cr_hook_prefetch(self.handle, settings.prefetch, *self._router_weights)
         self._raise_error()
 
     def _force(self, forced: ForcedScores) -> None:
@@ -101,13 +102,18 @@ class Hook:
             mass, predicted = (None if x is None else x.ctypes.data for x in others)
             _lib.cr_hook_force(self.handle, i, len(z), z.ctypes.data, mass, predicted)
 
-    def _prefetch(self, n: int) -> None:
+    def _routers(self) -> tuple[int, Any]:
+        """(width of the hidden state, each layer's weights) in the model's memory; null where they are not F32."""
         routers = [layer.router for layer in self._layout.layers]
         weights = (bindings.RouterWeights * len(routers))()
         for own, router in zip(weights, routers, strict=True):
             if router:
                 own.weight, own.bias, own.norm = (self._address(name) for name in (router.weight, router.bias, router.norm))
-        _lib.cr_hook_prefetch(self.handle, n, next(router.width for router in routers if router), weights)
+        return next((router.width for router in routers if router), 0), weights
+
+    def read_ahead(self, limit: int) -> None:
+        """While a layer computes on a prompt, up to `limit` bytes of the next layer's experts are read; 0: none."""
+        _lib.cr_hook_read_ahead(self.handle, limit, *self._router_weights)
 
     def _address(self, tensor: str) -> int | None:
         """Of its data in memory; None where llama.cpp has no such tensor on the CPU."""
@@ -178,6 +184,11 @@ class Hook:
         """Of one layer, -1: of all together; reads are not counted by layer."""
         assert self.handle is not None
         return bindings.counters(_lib.cr_hook_counters, self.handle, layer, prefill=prefill)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was resident since the last reset(), as counted."""
+        return int(_lib.cr_hook_peak_bytes(self.handle))
 
     @property
     def resident_bytes(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from cacheroute.engine import callbacks, log, templates
 from cacheroute.engine.checkpoint import Checkpoint, load_sequence, save_sequence
 from cacheroute.engine.hook import Hook, Interrupt, Settings
+from cacheroute.engine.micro_batch import MicroBatches, Plan
 from cacheroute.engine.open_files import OpenFiles
 from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
@@ -46,6 +47,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             (the faster one, measured once for each filesystem and shown on stderr), "none" (misses are counted, memory is left to
             the kernel: scores and counts are the same, sooner, where the model fits).
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
+        n_ubatch, n_batch: tokens of a prompt that are computed together; None: as many as the memory beside the budget allows, as
+            each pass over the layers reads their experts again.
+        read_ahead: while a layer computes on a prompt, the experts that the next one will surely need are read. They take memory
+            beside the budget, at most those of one layer; what is chosen stays the same.
         prefetch: while a layer computes on a decoded token, up to so many experts are read that the next layer would miss if its
             router were given this layer's hidden state. They take memory beside the budget; what is chosen stays the same.
         Everything else: as llama_cpp.Llama.
@@ -73,8 +78,12 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         io: str = "mmap",
         flash_mbps: float | None = None,
         prefetch: int = 0,
+        n_batch: int | None = None,
+        n_ubatch: int | None = None,
+        read_ahead: bool = True,
         **kwargs: Any,
     ) -> None:
+        sizes = {"n_batch": n_batch, "n_ubatch": n_ubatch} | kwargs
         self.template_error = ""  # why the file's chat template cannot be parsed; the setter of `metadata` sets it
         self._hook: Hook | None = None
         self._closed = False
@@ -95,12 +104,25 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             if name in kwargs:
                 raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
         for name, least in _SIZES.items():
-            if name in kwargs and kwargs[name] is not None and not least <= kwargs[name] < 2**31:
-                raise UsageError(f"{name} is at least {least} and below 2^31, not {kwargs[name]}.")
+            if sizes.get(name) is not None and not least <= sizes[name] < 2**31:
+                raise UsageError(f"{name} is at least {least} and below 2^31, not {sizes[name]}.")
         if settings.io != "none":
             # the page cache gives way to others, down to the least; slots do not
             least = settings.budget.nbytes if settings.io == "direct" else self.layout.n_used * self.layout.resident_bytes
             context_memory.check_budget(header, self.layout, kwargs.get("n_ctx", 512), least if settings.routing else 0)
+        given = [n for n in (n_ubatch, n_batch) if n]
+        if kwargs.get("embedding"):  # llama.cpp takes n_batch for the number of sequences, too
+            given = given or [512]
+        self._read_ahead = read_ahead
+        self._batches = MicroBatches(
+            header,
+            self.layout,
+            n_ctx=kwargs.get("n_ctx", 512),
+            flash_attn=bool(kwargs.get("flash_attn")),
+            all_outputs=bool(kwargs.get("logits_all") or kwargs.get("draft_model")),
+            length=min(given, default=None),
+        )
+        kwargs |= {"n_ubatch": self._batches.ceiling, "n_batch": n_batch or max(512 if given else 0, self._batches.ceiling)}
         self._files = OpenFiles(self.layout.paths)
         refused: list[str] = []
         try:
@@ -237,7 +259,21 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                     f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; "
                     "give a larger one (-c, n_ctx=)."
                 )
-            super().eval(tokens)
+            step = self._begin_prompt(len(tokens)) if len(tokens) > 1 and not self._decoding else len(tokens)
+            for at in range(0, max(len(tokens), 1), max(step, 1)):
+                super().eval(tokens[at : at + step])
+
+    def _begin_prompt(self, n_tokens: int) -> int:
+        """Tokens that are given to llama.cpp at a time."""
+        plan = self.plan(n_tokens)
+        if self._hook:
+            self._hook.read_ahead(plan.ahead if self._read_ahead else 0)
+        return n_tokens if self._batches.fixed else plan.length  # a fixed split is llama.cpp's own
+
+    def plan(self, n_tokens: int) -> Plan:
+        """How a prompt of so many more tokens, after those evaluated, would be computed with the memory that is free now."""
+        resident = self._hook.resident_bytes if self._hook and self.io == "direct" else 0
+        return self._batches.plan(n_tokens, self.n_tokens, self.budget, resident)
 
     def _decode(self, batch: Any) -> None:
         """The one gate before llama_decode(): keeps the budget, sets the phase, and raises errors, for every caller."""

@@ -36,7 +36,7 @@ def _limits(root: Path) -> Iterator[int]:
         room = _group_room(group)
         if room is not None:
             yield room
-    yield from _ulimit_room(root)
+    yield from ulimit_room(root)
 
 
 def _groups(root: Path) -> Iterator[Path]:
@@ -99,7 +99,7 @@ def _group_room(group: Path) -> int | None:
     return min(rooms, default=None)
 
 
-def _ulimit_room(root: Path) -> Iterator[int]:
+def ulimit_room(root: Path = Path("/")) -> Iterator[int]:
     """What `ulimit -v` and `ulimit -d` leave this process; mapped files count for the first."""
     try:
         import resource

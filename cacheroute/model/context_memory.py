@@ -12,12 +12,43 @@ from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 
 _F16, _F32 = 2, 4
+_SLACK = 1.25  # what a matrix multiplication makes of its input, and what lies between buffers
 
 
 def least_bytes(model: GgufFile, n_ctx: int, n_batch: int = 0) -> int:
     """Of keys and values in F16 and of the scores of a batch. Where the header leaves something open, the least that may be."""
     per_token = _F16 * _kv_layers(model) * _kv_width(model) + _F32  # and the token's id
     return n_ctx * per_token + n_batch * _n_vocab(model) * _F32
+
+
+def trained_context(model: GgufFile) -> int:
+    """Tokens that the model was trained for; 512 where the file does not say."""
+    return _number(model, "context_length", 512)
+
+
+def output_bytes(model: GgufFile, n_outputs: int) -> int:
+    """Of the scores of the vocabulary, for so many tokens."""
+    return n_outputs * _n_vocab(model) * _F32
+
+
+def compute_bytes(model: GgufFile, layout: ExpertLayout, n_tokens: int, n_kv: int, *, flash_attn: bool, n_outputs: int) -> int:
+    """About what llama.cpp takes to compute a batch of `n_tokens` that looks back on `n_kv` tokens, itself included.
+
+    The residual stream and its norm, a layer's attention scores (without flash attention of every head and pair of tokens) and
+    what its experts put out. They are not alive together, but llama.cpp lays them out for the longest batch, where they do not
+    overlap.
+    """
+    embd = _number(model, "embedding_length", 0)
+    heads = max(_number(model, "attention.head_count", 1), 1)
+    head = _number(model, "attention.key_length", embd // heads)
+    ff = _number(model, "expert_feed_forward_length", 0) or _number(model, "feed_forward_length", embd)
+    experts = layout.n_used * (2 * ff + embd) + _number(model, "expert_shared_feed_forward_length", 0) * 2
+    if any(t.name.endswith("_exps.bias") for t in model.tensors):
+        experts = experts * 5 // 2  # each output once more with its bias, and clamped
+    attention = 3 * heads * head + (0 if flash_attn else heads * n_kv)
+    mask = n_kv * (1 if flash_attn else 1.5)
+    live = 4 * embd + experts + attention + mask
+    return int(n_tokens * live * _F32 * _SLACK) + output_bytes(model, n_outputs)
 
 
 def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> None:

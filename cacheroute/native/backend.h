@@ -8,8 +8,9 @@
 
 namespace cacheroute {
 
-// How soon an expert is needed: a prefetch may be cancelled before its reads begin.
-enum class Urgency { needed, prefetch };
+// How soon an expert is needed: now, by the next layer of a prompt, or perhaps by the next layer of a decoded token. The last two may
+// be cancelled before their reads begin.
+enum class Urgency { needed, ahead, prefetch };
 
 class Backend {
   public:
@@ -22,8 +23,8 @@ class Backend {
     // Gives the expert a place and returns what must be read into it; 0 bytes: all of it is there already.
     virtual PageRun admit(size_t tensor, int32_t e, Urgency urgency) = 0;
 
-    // The expert is gone. Its memory may be kept until trim(), for what is admitted meanwhile.
-    virtual void evict(size_t tensor, int32_t e) = 0;
+    // The expert is gone. Its memory may be kept until trim(), for what is admitted meanwhile, unless it has not been read to its end.
+    virtual void evict(size_t tensor, int32_t e, bool complete) = 0;
 
     // Frees the memory of evicted experts that has not been reused.
     virtual void trim() = 0;

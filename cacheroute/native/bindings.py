@@ -49,7 +49,7 @@ class Tensor(ctypes.Structure):
     _fields_ = [("layer", c_int32), ("file", c_int32), ("offset", c_uint64), ("expert_bytes", c_uint64), ("address", c_void_p)]
 
 
-ABI_VERSION = 6  # CR_ABI_VERSION
+ABI_VERSION = 7  # CR_ABI_VERSION
 UNKNOWN_BYTES = 2**64 - 1  # of expert_files.h
 
 _I32P, _F64P = POINTER(c_int32), POINTER(c_double)
@@ -98,11 +98,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_hook_begin": (None, [c_void_p, c_int64]),
     "cr_hook_force": (None, [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p]),
     "cr_hook_prefetch": (None, [c_void_p, c_int32, c_int32, POINTER(RouterWeights)]),
+    "cr_hook_read_ahead": (None, [c_void_p, c_uint64, c_int32, POINTER(RouterWeights)]),
     "cr_hook_trace": (None, [c_void_p, c_int32]),
     "cr_hook_trace_take": (c_uint64, [c_void_p, c_void_p, c_uint64]),
     "cr_hook_counters": (None, [c_void_p, c_int32, c_int32, POINTER(CCounters)]),
     "cr_hook_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),
     "cr_hook_resident_bytes": (c_uint64, [c_void_p]),
+    "cr_hook_peak_bytes": (c_uint64, [c_void_p]),
     "cr_hook_measure_resident": (c_uint64, [c_void_p]),
     "cr_hook_error": (c_char_p, [c_void_p]),
 }

@@ -25,7 +25,7 @@ extern "C" {
 #define CR_API __attribute__((visibility("default")))
 
 /* Counts changes of anything in this header. */
-#define CR_ABI_VERSION 6
+#define CR_ABI_VERSION 7
 
 /* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (explained in router.h). */
 struct cr_routing {
@@ -190,12 +190,16 @@ CR_API void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const
 /* From now on, while a layer computes on a decoded token, up to n experts are read that the next layer would miss if its router
  * were given this layer's hidden state. What is chosen stays the same. layers: [n_layers]. */
 CR_API void cr_hook_prefetch(cr_hook * hook, int32_t n, int32_t n_embd, const struct cr_router_weights * layers);
+/* From now on, while a layer computes on a prompt, the experts that the next layer will surely need are read, up to `limit` bytes of
+ * them (0: none). What is chosen stays the same. layers: [n_layers], as for cr_hook_prefetch(); read by the first call. */
+CR_API void cr_hook_read_ahead(cr_hook * hook, uint64_t limit, int32_t n_embd, const struct cr_router_weights * layers);
 CR_API void cr_hook_trace(cr_hook * hook, int32_t on); /* both ways it forgets the sequence, as cr_hook_reset() */
 /* Bytes of the records that wait (trace.h); moved to `out` where it has room for all of them. */
 CR_API uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size);
 CR_API void cr_hook_counters(cr_hook * hook, int32_t layer /* -1: all */, int32_t prefill, struct cr_counters * out);
 CR_API void cr_hook_resident(cr_hook * hook, int32_t layer, uint8_t * mask /* [E] */);
 CR_API uint64_t cr_hook_resident_bytes(const cr_hook * hook);
+CR_API uint64_t cr_hook_peak_bytes(const cr_hook * hook); /* the most that was resident since the last cr_hook_reset(), as counted */
 CR_API uint64_t cr_hook_measure_resident(const cr_hook * hook);
 CR_API const char * cr_hook_error(const cr_hook * hook); /* "" if all is well */
 

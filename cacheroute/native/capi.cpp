@@ -316,12 +316,18 @@ void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16
     });
 }
 
+static Prediction make_prediction(Hook & h, int32_t n_embd, const cr_router_weights * layers) {
+    std::vector<RouterWeights> weights;
+    for (size_t l = 0; l < h.routers().size(); l++) weights.push_back({layers[l].weight, layers[l].bias, layers[l].norm});
+    return Prediction(int(h.routers()[0].cache().resident().size()), n_embd, std::move(weights));
+}
+
 void cr_hook_prefetch(cr_hook * hook, int32_t n, int32_t n_embd, const cr_router_weights * layers) {
-    attempt(hook, [=](Hook & h) {
-        std::vector<RouterWeights> weights;
-        for (size_t l = 0; l < h.routers().size(); l++) weights.push_back({layers[l].weight, layers[l].bias, layers[l].norm});
-        h.prefetch(n, Prediction(int(h.routers()[0].cache().resident().size()), n_embd, std::move(weights)));
-    });
+    attempt(hook, [=](Hook & h) { h.prefetch(n, make_prediction(h, n_embd, layers)); });
+}
+
+void cr_hook_read_ahead(cr_hook * hook, uint64_t limit, int32_t n_embd, const cr_router_weights * layers) {
+    attempt(hook, [=](Hook & h) { h.read_ahead(limit, make_prediction(h, n_embd, layers)); });
 }
 
 uint64_t cr_hook_trace_take(cr_hook * hook, uint8_t * out, uint64_t size) {
@@ -354,6 +360,11 @@ void cr_hook_resident(cr_hook * hook, int32_t layer, uint8_t * mask) {
 uint64_t cr_hook_resident_bytes(const cr_hook * hook) {
     auto * store = const_cast<cr_hook *>(hook)->hook.store();
     return store ? store->resident_bytes() : 0;
+}
+
+uint64_t cr_hook_peak_bytes(const cr_hook * hook) {
+    auto * store = const_cast<cr_hook *>(hook)->hook.store();
+    return store ? store->peak_bytes() : 0;
 }
 
 uint64_t cr_hook_measure_resident(const cr_hook * hook) {

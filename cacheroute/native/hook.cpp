@@ -50,8 +50,12 @@ void Hook::select(const ExpertEvent & ev) {
     needed_.assign(size_t(ev.n_expert), 0);
     for (int t = 0; t < ev.n_tokens; t++) choose(layer, ev, t);
 
-    residency_.require(layer, needed_, routers_[size_t(layer)].cache().resident());
-    if (prefetch_ && phase_ == Phase::decode && ev.n_tokens == 1) prefetch_->after(layer, batch_first_, ev, source_, routers_, residency_);
+    const bool prefetch = prefetch_ && phase_ == Phase::decode && ev.n_tokens == 1;
+    const bool ahead    = ahead_ && phase_ == Phase::prefill && ev.n_tokens > 1;
+    residency_.require(layer, needed_, routers_[size_t(layer)].cache().resident(), prefetch || ahead);
+    if (prefetch) prefetch_->after(layer, batch_first_, ev, source_, routers_, residency_);
+    if (ahead) ahead_->after(layer, ev, needed_, source_, residency_, int(routers_.size()));
+    residency_.settle();
     count();
 }
 
@@ -117,6 +121,12 @@ void Hook::trace(bool on) {
     reset();
     sequence_ = 0;
     trace_.reset(on ? new TraceBuffer : nullptr);
+}
+
+void Hook::read_ahead(uint64_t limit, const Prediction & prediction) {
+    if (!limit) return ahead_.reset();
+    if (!ahead_) ahead_.reset(new ReadAhead(prediction, routers_.front().n_used()));
+    ahead_->set_limit(limit);
 }
 
 void Hook::warm(int layer, const std::vector<int32_t> & ids) {

@@ -5,6 +5,7 @@
 #include "cached_router.h"
 #include "expert_event.h"
 #include "prefetch.h"
+#include "read_ahead.h"
 #include "residency.h"
 #include "score_source.h"
 #include "trace.h"
@@ -57,6 +58,10 @@ class Hook {
     // From now on up to `n` experts are read before their layer chooses; n = 0: none.
     void prefetch(int n, Prediction prediction) { prefetch_.reset(n ? new Prefetch(n, std::move(prediction)) : nullptr); }
 
+    // From now on, while a layer computes on a prompt, the experts that the next one will surely need are read, up to `limit` bytes
+    // of them; 0: none.
+    void read_ahead(uint64_t limit, const Prediction & prediction);
+
     // Brings experts of a layer, at most its capacity, into memory before a sequence starts; the last is the most recent.
     void warm(int layer, const std::vector<int32_t> & ids);
 
@@ -80,6 +85,7 @@ class Hook {
     ScoreSource                  source_;
     Residency                    residency_;
     std::unique_ptr<Prefetch>    prefetch_; // null: off
+    std::unique_ptr<ReadAhead>   ahead_;    // null: off
     std::unique_ptr<TraceBuffer> trace_;    // null: off
     Phase                        phase_ = Phase::prefill;
     Counters                     counters_[2] = {};

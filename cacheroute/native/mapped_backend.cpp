@@ -39,7 +39,7 @@ class MappedBackend final : public Backend {
             if (users_[page]++ > 0) cut_page(unread, page);
         });
         resident_bytes_ += unread.bytes;
-        if (urgency == Urgency::prefetch) return unread; // may be cancelled, and a request to the device cannot be
+        if (urgency != Urgency::needed) return unread; // may be cancelled, and a request to the device cannot be
         for (uint64_t at = 0; at < unread.bytes; at += PIECE) {
             madvise(unread.address + at, std::min(PIECE, unread.bytes - at), MADV_WILLNEED);
         }
@@ -47,7 +47,7 @@ class MappedBackend final : public Backend {
     }
 
     // Counted out in trim(), when what is admitted meanwhile has been counted in: a page that both have stays.
-    void evict(size_t tensor, int32_t e) override { leaving_.push_back({tensor, e}); }
+    void evict(size_t tensor, int32_t e, bool) override { leaving_.push_back({tensor, e}); }
 
     void trim() override {
         for (const auto & [tensor, e] : leaving_) {

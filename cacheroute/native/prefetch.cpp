@@ -16,7 +16,7 @@ void Prefetch::after(int layer, uint32_t token, const ExpertEvent & ev, const Sc
     }
     experts_ = routers[size_t(next)].predict(predicted_);
     if (experts_.size() > n_) experts_.resize(n_);
-    if (!experts_.empty()) residency.prefetch(next, experts_);
+    if (!experts_.empty()) residency.prefetch(next, experts_, Urgency::prefetch);
 }
 
 } // namespace cacheroute

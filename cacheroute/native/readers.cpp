@@ -25,21 +25,23 @@ Readers::~Readers() {
     for (auto & thread : threads_) thread.join();
 }
 
-void Readers::add(const PageRun & run, uint64_t piece_bytes, PendingPieces & pending) {
+void Readers::add(const PageRun & run, uint64_t piece_bytes, uint64_t use, PendingPieces & pending) {
     for (uint64_t at = 0; at < run.bytes; at += piece_bytes) {
-        added_.push_back({{run.file, run.offset + at, run.address + at, std::min(piece_bytes, run.bytes - at)}, &pending, {}});
+        added_.push_back({{run.file, run.offset + at, run.address + at, std::min(piece_bytes, run.bytes - at)}, &pending, use, {}});
         pending.fetch_add(1, std::memory_order_relaxed);
     }
 }
 
 void Readers::start(Clock::time_point since) {
     if (added_.empty()) return;
+    const auto earlier = [](const Piece & a, const Piece & b) { return a.use < b.use; };
+    std::stable_sort(added_.begin(), added_.end(), earlier);
+    for (Piece & piece : added_) piece.since = since;
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        for (Piece & piece : added_) {
-            piece.since = since;
-            queue_.push_back(piece);
-        }
+        const auto queued = std::ptrdiff_t(queue_.size());
+        queue_.insert(queue_.end(), added_.begin(), added_.end());
+        std::inplace_merge(queue_.begin(), queue_.begin() + queued, queue_.end(), earlier);
         pending_ += added_.size();
     }
     added_.clear();

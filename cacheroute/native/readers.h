@@ -1,4 +1,4 @@
-// Threads that read pieces of experts in the order in which they were queued, no faster than a pace. Knows no files.
+// Threads that read pieces of experts in the order of their use, no faster than a pace. Knows no files.
 #pragma once
 
 #include <atomic>
@@ -34,8 +34,9 @@ class Readers {
     Readers(int n_threads, Read read);
     ~Readers();
 
-    // Queues the run in pieces of at most `piece_bytes`; `pending` counts them down.
-    void add(const PageRun & run, uint64_t piece_bytes, PendingPieces & pending);
+    // Queues the run in pieces of at most `piece_bytes`; `pending` counts them down. What is used earlier is read earlier, whatever
+    // was queued first: `use` ascends; among equals the order is that of the calls.
+    void add(const PageRun & run, uint64_t piece_bytes, uint64_t use, PendingPieces & pending);
     void start(Clock::time_point since); // what was added; the pace counts from `since`
 
     // Cancels those of the pieces that have not begun, and returns their bytes. What has begun is read to its end.
@@ -56,6 +57,7 @@ class Readers {
     struct Piece {
         PageRun           run;
         PendingPieces *   pending;
+        uint64_t          use;
         Clock::time_point since; // when it was asked for
     };
 

@@ -8,9 +8,10 @@ namespace cacheroute {
 Residency::Residency(std::unique_ptr<Store> store, int n_layers, int n_expert)
     : store_(std::move(store)), in_memory_(size_t(n_layers), Mask(size_t(n_expert), 0)) {}
 
-void Residency::require(int layer, const Mask & needed, const Mask & cached) {
+void Residency::require(int layer, const Mask & needed, const Mask & cached, bool more) {
     if (!store_) return;
-    if (over_ >= 0 && over_ != layer) finish();
+    if (over_ >= 0 && over_ != layer) release(over_, over_cached_);
+    if (ahead_ == layer) ahead_ = -1;
     over_   = -1;
     wanted_ = cached;
     for (size_t e = 0; e < needed.size(); e++) {
@@ -20,11 +21,26 @@ void Residency::require(int layer, const Mask & needed, const Mask & cached) {
         }
     }
     if (over_ >= 0) over_cached_ = cached;
-    exchange(layer, wanted_, &needed);
+    exchange(layer, wanted_, &needed, more);
+}
+
+void Residency::settle() {
+    if (store_) store_->trim();
+}
+
+// Of a layer that has been computed; what takes its memory is admitted before settle().
+void Residency::release(int layer, const Mask & cached) {
+    Mask & in_memory = in_memory_[size_t(layer)];
+    evict_.clear();
+    for (int32_t e = 0; e < int32_t(cached.size()); e++) {
+        if (in_memory[size_t(e)] && !cached[size_t(e)]) evict_.push_back(e);
+    }
+    in_memory = cached;
+    store_->release(layer, evict_);
 }
 
 // `needed`: what is computed on next, or null.
-void Residency::exchange(int layer, const Mask & wanted, const Mask * needed) {
+void Residency::exchange(int layer, const Mask & wanted, const Mask * needed, bool more) {
     Mask & in_memory = in_memory_[size_t(layer)];
     const bool look = needed && store_->under_pressure();
     load_.clear();
@@ -37,21 +53,26 @@ void Residency::exchange(int layer, const Mask & wanted, const Mask * needed) {
     }
     in_memory = wanted;
     if (load_.empty() && evict_.empty() && hits_.empty() && !store_->prefetching()) return;
-    store_->exchange(layer, load_, evict_, hits_);
+    store_->exchange(layer, load_, evict_, hits_, more);
 }
 
-void Residency::prefetch(int layer, const std::vector<int32_t> & experts) {
+void Residency::prefetch(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
     if (!store_) return;
+    if (ahead_ != layer) {
+        ahead_        = layer;
+        ahead_cached_ = in_memory_[size_t(layer)];
+    }
     load_.clear();
-    for (int32_t e : experts) { // one may be on its way already: a batch was broken off before its layer's turn
+    for (int32_t e : experts) {
         if (!std::exchange(in_memory_[size_t(layer)][size_t(e)], uint8_t(1))) load_.push_back(e);
     }
-    if (!load_.empty()) store_->prefetch(layer, load_);
+    if (!load_.empty()) store_->prefetch(layer, load_, urgency);
 }
 
 void Residency::finish() {
     if (!store_) return;
-    if (over_ >= 0) return follow(std::exchange(over_, -1), over_cached_);
+    if (ahead_ >= 0) exchange(std::exchange(ahead_, -1), ahead_cached_, nullptr);
+    if (over_ >= 0) exchange(std::exchange(over_, -1), over_cached_, nullptr);
     store_->finish();
 }
 
@@ -63,7 +84,7 @@ void Residency::follow(int layer, const Mask & cached) {
 
 void Residency::clear() {
     for (Mask & m : in_memory_) std::fill(m.begin(), m.end(), uint8_t(0));
-    over_ = -1;
+    over_ = ahead_ = -1;
     if (store_) store_->clear();
 }
 

@@ -10,6 +10,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -64,12 +65,12 @@ class SlotBackend final : public Backend {
             for (size_t t = 0; t < files_.tensors().size(); t++) pool_of_.push_back(find_pool(t));
             for (Pool & pool : pools_) reserve(pool);
         } catch (...) {
-            release();
+            release_all();
             throw;
         }
     }
 
-    ~SlotBackend() override { release(); }
+    ~SlotBackend() override { release_all(); }
 
     int      n_readers() const override { return N_READERS; }
     uint64_t piece_bytes() const override { return PIECE; }
@@ -82,19 +83,20 @@ class SlotBackend final : public Backend {
         return run;
     }
 
-    void evict(size_t tensor, int32_t e) override {
-        uint8_t *& slot = slot_[files_.index(tensor, e)];
-        if (slot) pools_[pool_of_[tensor]].free.push_back(slot);
-        slot = nullptr;
+    void evict(size_t tensor, int32_t e, bool complete) override {
+        uint8_t * const slot = std::exchange(slot_[files_.index(tensor, e)], nullptr);
+        Pool &          pool = pools_[pool_of_[tensor]];
+        if (!slot) return;
+        if (complete) {
+            pool.free.push_back(slot);
+        } else { // a part of it may never have been in memory
+            release(pool, slot);
+        }
     }
 
     void trim() override {
         for (Pool & pool : pools_) {
-            for (; pool.free.size() > pool.spare; pool.free.pop_back()) {
-                madvise(pool.free.back(), pool.slot_bytes, MADV_DONTNEED);
-                pool.empty.push_back(pool.free.back());
-                resident_bytes_ -= pool.slot_bytes;
-            }
+            for (; pool.free.size() > pool.spare; pool.free.pop_back()) release(pool, pool.free.back());
         }
     }
 
@@ -229,7 +231,13 @@ class SlotBackend final : public Backend {
         return slot;
     }
 
-    void release() {
+    void release(Pool & pool, uint8_t * slot) {
+        madvise(slot, pool.slot_bytes, MADV_DONTNEED);
+        pool.empty.push_back(slot);
+        resident_bytes_ -= pool.slot_bytes;
+    }
+
+    void release_all() {
         for (const Pool & pool : pools_) {
             if (pool.base) munmap(pool.base, pool.bytes());
         }

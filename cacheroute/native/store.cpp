@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include <sys/resource.h>
 
@@ -14,22 +15,38 @@ Store::Store(const std::vector<std::string> & files, int n_layers, int n_expert,
       readers_(std::make_unique<Readers>(backend_->n_readers(), [this](const PageRun & run) { return backend_->read(run); })) {}
 
 void Store::exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evicted,
-                     const std::vector<int32_t> & hits) {
+                     const std::vector<int32_t> & hits, bool more) {
     const auto start = Clock::now();
-    for (State * s : late_) {
-        readers_->wait_for(s->pending); // finish() reports an error of the readers
-        s->late = false;
-    }
-    late_.clear();
+    turn_++;
+    wait_for_late();
     leaving_ = evicted;
     resolve_prefetch(layer, leaving_);
     evict_cancelled(layer, load); // before the loads: a page that is shared with a cancelled expert is read with them
     evict(layer, leaving_);
     admit(layer, load, Urgency::needed);
-    if (!leaving_.empty()) trim();
+    if (!more) trim();
     read_reclaimed(layer, hits);
     readers_->start(start);
     counters_.read_seconds += seconds_since(start);
+}
+
+void Store::wait_for_late() {
+    for (State * s : late_) {
+        readers_->wait_for(s->pending); // finish() reports an error of the readers
+        s->late = false;
+    }
+    late_.clear();
+}
+
+void Store::release(int layer, const std::vector<int32_t> & experts) {
+    wait_for_late();
+    evict(layer, experts);
+}
+
+uint64_t Store::expert_bytes(int layer) const {
+    uint64_t bytes = 0;
+    for (size_t t : files_.tensors_of(layer)) bytes += files_.pages(t, 0, 1).bytes;
+    return bytes;
 }
 
 void Store::admit(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
@@ -40,14 +57,17 @@ void Store::admit(int layer, const std::vector<int32_t> & experts, Urgency urgen
         }
     }
     counters_.reads += experts.size();
+    peak_bytes_ = std::max<uint64_t>(peak_bytes_, backend_->resident_bytes());
 }
 
 void Store::read(size_t tensor, int32_t e, const PageRun & run, Urgency urgency) {
-    State &    s        = state(tensor, e);
-    const bool prefetch = urgency == Urgency::prefetch;
-    if (!prefetch) make_late(s);
+    State &        s    = state(tensor, e);
+    const uint64_t turn = turn_ + (urgency != Urgency::needed);
+    if (urgency == Urgency::needed) make_late(s);
     // a prefetch in smaller pieces: those that have begun are in the way of what is needed
-    readers_->add(run, prefetch ? backend_->piece_bytes() / 4 : backend_->piece_bytes(), s.pending);
+    const uint64_t piece = urgency == Urgency::prefetch ? backend_->piece_bytes() / 4 : backend_->piece_bytes();
+    // a layer computes tensor by tensor, and on a tensor expert by expert
+    readers_->add(run, piece, turn * states_.size() + files_.index(tensor, e), s.pending);
     counters_.read_bytes += run.bytes;
 }
 
@@ -79,15 +99,17 @@ void Store::make_late(State & s) {
     late_.push_back(&s);
 }
 
-void Store::evict(int layer, const std::vector<int32_t> & experts) {
+void Store::evict(int layer, const std::vector<int32_t> & experts, bool complete) {
     const auto & tensors = files_.tensors_of(layer);
+    untrimmed_           = untrimmed_ || !experts.empty();
     // from the last one on: what is freed last is taken first, by the same tensor
     for (auto t = tensors.rbegin(); t != tensors.rend(); ++t) {
-        for (int32_t e : experts) backend_->evict(*t, e);
+        for (int32_t e : experts) backend_->evict(*t, e, complete);
     }
 }
 
 void Store::trim() {
+    if (!std::exchange(untrimmed_, false)) return;
     const auto start = Clock::now();
     if (backend_->trim_needs_idle_readers()) readers_->pause();
     backend_->trim();
@@ -95,11 +117,14 @@ void Store::trim() {
     counters_.evict_seconds += seconds_since(start);
 }
 
-void Store::prefetch(int layer, const std::vector<int32_t> & experts) {
+void Store::prefetch(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
     evict_cancelled(layer, experts);
-    admit(layer, experts, Urgency::prefetch);
-    backend_->keep_room(files_.tensors_of(layer), prefetched_.size() + cancelled_.size() + experts.size());
-    for (int32_t e : experts) prefetched_.push_back({layer, e});
+    admit(layer, experts, urgency);
+    if (urgency == Urgency::prefetch) {
+        backend_->keep_room(files_.tensors_of(layer), prefetched_.size() + cancelled_.size() + experts.size());
+    }
+    if (urgency == Urgency::prefetch) trim(); // else the caller does, when all is admitted
+    for (int32_t e : experts) prefetched_.push_back({layer, e, urgency});
     readers_->start(Clock::now());
     counters_.prefetched += experts.size();
 }
@@ -140,8 +165,8 @@ void Store::evict_cancelled(int layer, const std::vector<int32_t> & wanted) {
             ended = ended && s.pending.load(std::memory_order_acquire) == 0;
         }
         if (!ended) continue;
-        evict(x.layer, {x.id});
-        trim();
+        evict(x.layer, {x.id}, x.urgency == Urgency::prefetch);
+        if (wait) trim(); // or what is read again would be dropped with what leaves
         cancelled_.erase(cancelled_.begin() + std::ptrdiff_t(i));
     }
 }
@@ -150,6 +175,7 @@ void Store::finish() {
     const auto start = Clock::now();
     readers_->wait_for_all();
     evict_cancelled(-1, {});
+    trim();
     counters_.read_seconds += seconds_since(start);
     const int error = readers_->take_error();
     if (!error && !files_.bus_error()) return;
@@ -174,6 +200,7 @@ void Store::clear() {
     prefetched_.clear();
     cancelled_.clear();
     backend_->clear();
+    peak_bytes_ = 0;
     files_.drop_unmapped(); // what llama.cpp read of the dense weights, which it has copied
 }
 

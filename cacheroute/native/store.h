@@ -4,6 +4,7 @@
 #include "backend.h"
 #include "counters.h"
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -23,16 +24,24 @@ class Store {
     // Returns when the reads are on their way; those of the exchange before it have ended. Called, like finish() and clear(),
     // from one thread at a time, and not while others are in find(). Of `hits`, which are resident and computed on next, the pages
     // that the kernel has taken are read again.
+    // `more`: other experts take the memory of the evicted ones at once; what they leave of it is freed by trim().
     void exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evict,
-                  const std::vector<int32_t> & hits = {});
+                  const std::vector<int32_t> & hits = {}, bool more = false);
+
+    // Drops experts of a layer that has been computed. Their memory is taken by what is loaded next; trim() frees the rest.
+    void release(int layer, const std::vector<int32_t> & experts);
+    void trim();
 
     // Whether the kernel has lately taken pages of this process, so that hits should be looked at. Asked once a layer.
     bool under_pressure();
 
     // Begins to read experts of a layer before its next exchange(), behind the reads under way. They take memory until that
     // exchange, which neither loads those that stay nor waits for those that it evicts. Called as exchange() is.
-    void prefetch(int layer, const std::vector<int32_t> & experts);
+    // Urgency::prefetch keeps room for as many when they leave again; Urgency::ahead does not: a prompt comes to its end.
+    void prefetch(int layer, const std::vector<int32_t> & experts, Urgency urgency = Urgency::prefetch);
     bool prefetching() const { return !prefetched_.empty(); } // experts whose layer has had no exchange since
+
+    uint64_t expert_bytes(int layer) const; // that one expert of the layer takes in memory, whole pages
 
     // Blocks until all reads have ended. Throws std::runtime_error when one has failed.
     void finish();
@@ -46,6 +55,8 @@ class Store {
     void clear(); // drops everything, from the page cache too
 
     uint64_t resident_bytes() const { return backend_->resident_bytes(); } // as counted, whole pages. Any thread.
+
+    uint64_t peak_bytes() const { return peak_bytes_; } // the most of them since the last clear()
 
     // Bytes of all experts that are in memory as the kernel says (mincore), after the reads under way; UNKNOWN_BYTES where mincore
     // is not reliable. Slow: any thread, not during a token.
@@ -65,12 +76,13 @@ class Store {
     struct Expert {
         int     layer;
         int32_t id;
+        Urgency urgency;
     };
     State & state(size_t tensor, int32_t e) { return states_[files_.index(tensor, e)]; }
     void    admit(int layer, const std::vector<int32_t> & experts, Urgency urgency);
-    void    evict(int layer, const std::vector<int32_t> & experts);
-    void    trim();
+    void    evict(int layer, const std::vector<int32_t> & experts, bool complete = true);
     void    read(size_t tensor, int32_t e, const PageRun & run, Urgency urgency);
+    void    wait_for_late();
     void    read_reclaimed(int layer, const std::vector<int32_t> & hits);
     void    make_late(State & state);
     void    resolve_prefetch(int layer, std::vector<int32_t> & evict);
@@ -83,6 +95,9 @@ class Store {
     std::vector<Expert>      prefetched_; // no exchange of their layer since
     std::vector<Expert>      cancelled_;  // evicted while a part of them is still being read
     std::vector<int32_t>     leaving_;
+    bool                     untrimmed_ = false; // evicted since the last trim()
+    std::atomic<uint64_t>    peak_bytes_{0};
+    uint64_t                 turn_      = 0;     // exchanges: what is read for a later one is read later
     int64_t                  major_faults_ = -1; // of this process, when last asked
     int                      alert_        = 0;  // so many more looks at hits
     Counters                 counters_{};
