@@ -392,3 +392,33 @@ def test_a_grammar_that_cannot_be_parsed_is_an_error(tiny: Path) -> None:
 def test_sizes_that_cannot_be_are_refused_by_name(tiny: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=rf"^{next(iter(wrong))} is at least [01] and below 2\^31, not"):
         Llama(str(tiny), verbose=False, **wrong)
+
+
+# ---- token embeddings stay in the file where the output has a matrix of its own
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])
+def test_token_embeddings_stay_in_the_file(tmp_path: Path, arch: str) -> None:
+    """And a file that shrinks below them is a sentence: rows that are gone are not read as the end of the process."""
+    path = tiny_models.write(arch, tmp_path / "m.gguf")
+    code = """
+import os, sys
+from cacheroute import CacherouteError, Llama
+from cacheroute.engine.embeddings import tensor_address
+llm = Llama(sys.argv[1], budget="all", io="direct", n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+at = tensor_address(llm._model.model, "token_embd.weight")
+maps = [line.split() for line in open("/proc/self/maps") if line.rstrip().endswith(sys.argv[1])]
+print(any(int(a, 16) <= at < int(b, 16) for a, b in (m[0].split("-") for m in maps)), llm.layout.embedding_bytes > 0)
+llm.eval([5, 6, 7])
+os.truncate(sys.argv[1], 4096)
+try:
+    with llm.decoding():
+        for token in range(3, 60):
+            llm.eval([token])
+except CacherouteError as e:
+    print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done
+    said = done.stdout.splitlines()
+    assert said[0] == "True True" and "failed" in said[1], done

@@ -51,7 +51,11 @@ def test_sizes_of_a_small_model(tmp_path: Path) -> None:
     assert (report.experts, report.used, report.shards) == (16, 4, 1)
     assert (report.expert_bytes, report.expert_bytes_all_layers) == (expert, 3 * expert)
     assert report.all_expert_bytes == 16 * 3 * expert
-    assert report.dense_bytes + report.all_expert_bytes == report.total_bytes == sum(c.nbytes for c in report.tensors)
+    assert (
+        report.dense_bytes + report.embedding_bytes + report.all_expert_bytes
+        == report.total_bytes
+        == sum(c.nbytes for c in report.tensors)
+    )
     by_class = {c.name: c for c in report.tensors}
     assert by_class["experts"].nbytes == report.all_expert_bytes and by_class["experts"].types == {"Q8_0": 9}
     assert by_class["router"].types == {"F32": 3}

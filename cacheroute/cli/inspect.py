@@ -48,6 +48,7 @@ def _text(r: Report) -> list[str]:
         ("one expert", f"{_mib(r.expert_bytes)} a layer, {_mib(r.expert_bytes_all_layers)} in all layers"),
         ("all experts", _mib(r.all_expert_bytes)),
         ("always in memory", _mib(r.dense_bytes)),
+        *([("read by row", f"{_mib(r.embedding_bytes)} of token embeddings")] if r.embedding_bytes else []),
         ("total", _mib(r.total_bytes)),
     ]
     lines = [f"{key:17} {printable(value)}" for key, value in facts]

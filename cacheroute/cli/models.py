@@ -113,8 +113,7 @@ def _disk_row(model: DiskModel, memory: int | None) -> Row:
     """Raises NotRoutableError for a model without experts, CacherouteError for one that cannot be read."""
     gguf = gguf_file.read(model.path)
     layout = experts.layout(gguf)
-    dense = gguf.nbytes - layout.all_expert_bytes
-    fits, budget = _fit(layout.n_expert, layout.n_used, layout.expert_bytes, dense, memory)
+    fits, budget = _fit(layout.n_expert, layout.n_used, layout.expert_bytes, layout.dense_bytes, memory)
     return Row(
         name=model.name,
         title=str(gguf.metadata.get("general.name", model.name)),
@@ -125,7 +124,7 @@ def _disk_row(model: DiskModel, memory: int | None) -> Row:
         experts=layout.n_expert,
         used=layout.n_used,
         expert_bytes_all_layers=layout.expert_bytes,
-        dense_bytes=dense,
+        dense_bytes=layout.dense_bytes,
     )
 
 

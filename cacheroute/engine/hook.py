@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cacheroute.engine import log, stores
+from cacheroute.engine.embeddings import tensor_address
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
 from cacheroute.model.experts import ExpertLayout
@@ -27,8 +28,6 @@ from cacheroute.trace.forced_scores import ForcedScores
 _api = patched_llama_cpp.module().llama_cpp._lib
 _api.llama_set_expert_hook.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 _api.llama_set_expert_hook.restype = ctypes.c_bool
-_api.llama_model_tensor_data.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-_api.llama_model_tensor_data.restype = ctypes.c_void_p
 _lib = bindings.lib
 
 
@@ -117,8 +116,7 @@ class Hook:
 
     def _address(self, tensor: str) -> int | None:
         """Of its data in memory; None where llama.cpp has no such tensor on the CPU."""
-        address: int | None = _api.llama_model_tensor_data(self._model, tensor.encode()) if tensor else None
-        return address
+        return tensor_address(self._model, tensor) if tensor else None
 
     def attach(self, context: Any) -> None:
         """From now on the context asks this hook. Raises CacherouteError when the engine is of another version."""

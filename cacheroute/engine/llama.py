@@ -14,6 +14,7 @@ from typing import Any
 
 from cacheroute.engine import callbacks, log, templates
 from cacheroute.engine.checkpoint import Checkpoint, load_sequence, save_sequence
+from cacheroute.engine.embeddings import MappedEmbeddings
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.micro_batch import MicroBatches, Plan
 from cacheroute.engine.open_files import OpenFiles
@@ -130,6 +131,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                 super().__init__(str(model_path), use_mmap=False, lazy_mode=_LAZY_MODE_EXPERTS, **kwargs)
         except ValueError as e:
             raise CacherouteError(f"llama.cpp cannot load {model_path}: {log.reason(refused) or e}.") from e
+        self._embeddings = MappedEmbeddings(self.layout, self._model.model)
         self._has_chat_format = bool(kwargs.get("chat_format") or kwargs.get("chat_handler"))
         # llama.cpp rounds the context up; ids and scores have room for what was asked for
         self._n_ctx = len(self.input_ids) or super().n_ctx()
@@ -216,8 +218,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             context = getattr(self, "_ctx", None)
             self._hook.close(context.ctx if context else None)  # the garbage collector may have closed it first
             self._hook = None
-        if hasattr(self, "_files"):
-            self._files.close()
+        for part in ("_files", "_embeddings"):
+            if hasattr(self, part):
+                getattr(self, part).close()
         if os.getpid() == self._owner:
             super().close()
 
@@ -294,6 +297,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         finally:
             if self._hook:
                 self._hook.finish(complete=complete)
+        self._embeddings.check()
         if self._hook and self._trace_sink:
             self._trace_sink(self._hook.take_trace())
 

@@ -71,7 +71,7 @@ def check_budget(model: GgufFile, layout: ExpertLayout, n_ctx: int, budget_bytes
     The free memory is that of the machine, of every enclosing control group and of `ulimit`.
     """
     free = available_memory()
-    dense = model.nbytes - layout.all_expert_bytes
+    dense = layout.dense_bytes
     context = least_bytes(model, n_ctx or _number(model, "context_length", 0))
     if free is None or dense + context + budget_bytes <= free:
         return

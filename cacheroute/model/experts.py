@@ -16,6 +16,8 @@ from cacheroute.model.gguf_file import GgufFile
 _USE = {"gate": 0, "gate_up": 0, "up": 1, "down": 2}
 _OLD_EXPERT_TENSOR = re.compile(r"^blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight$")
 
+EMBEDDING = "token_embd.weight"
+
 # Architectures of this llama.cpp that the hook cannot serve, and why.
 _UNSUPPORTED = {
     "granite-switch": "it chooses its experts outside build_moe_ffn, where no hook reaches",
@@ -73,7 +75,11 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """The experts of a model: E `n_expert` and K `n_used` per layer, of `layers`; `model` is its name, "" if it has none."""
+    """The experts of a model: E `n_expert` and K `n_used` per layer, of `layers`; `model` is its name, "" if it has none.
+
+    `dense_bytes` are always in memory. `embedding_bytes` are those of the token embeddings where these stay in the file
+    (patches/0002): a token reads its row of them.
+    """
 
     paths: tuple[Path, ...]
     architecture: str
@@ -81,6 +87,8 @@ class ExpertLayout:
     n_used: int
     layers: tuple[ExpertLayer, ...]
     model: str = ""
+    dense_bytes: int = 0
+    embedding_bytes: int = 0
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -125,7 +133,11 @@ def layout(gguf: GgufFile) -> ExpertLayout:
         ExpertLayer(i, tuple(t for _, t in sorted(ts, key=lambda pair: pair[0])), _router(i, floats))
         for i, ts in sorted(found.items())
     )
-    return ExpertLayout(gguf.paths, arch, n_expert, n_used, layers, str(gguf.metadata.get("general.name", "")))
+    sizes = {t.name: t.nbytes for t in gguf.tensors}
+    embedding = sizes.get(EMBEDDING, 0) if "output.weight" in sizes else 0  # else it is the output, too, and read whole
+    dense = gguf.nbytes - n_expert * sum(layer.expert_bytes for layer in layers) - embedding
+    name = str(gguf.metadata.get("general.name", ""))
+    return ExpertLayout(gguf.paths, arch, n_expert, n_used, layers, name, dense, embedding)
 
 
 def _blocks_that_run(gguf: GgufFile) -> int:

@@ -78,6 +78,7 @@ class Report:
     expert_bytes_all_layers: int
     all_expert_bytes: int
     dense_bytes: int
+    embedding_bytes: int
     total_bytes: int
     gating: str
     selection_bias: bool
@@ -107,7 +108,8 @@ def inspect(path: Path) -> Report:
         expert_bytes=layout.expert_bytes // len(layout.layers),
         expert_bytes_all_layers=layout.expert_bytes,
         all_expert_bytes=layout.all_expert_bytes,
-        dense_bytes=gguf.nbytes - layout.all_expert_bytes,
+        dense_bytes=layout.dense_bytes,
+        embedding_bytes=layout.embedding_bytes,
         total_bytes=gguf.nbytes,
         gating=_gating(gguf),
         selection_bias=any("exp_probs_b" in t.name for t in gguf.tensors),

@@ -29,6 +29,9 @@ class Backend {
     // Frees the memory of evicted experts that has not been reused.
     virtual void trim() = 0;
 
+    // Whether admit() takes the memory that evict() has left.
+    virtual bool reuses() const = 0;
+
     // Whether trim() needs idle readers: a page fault of a reader maps what the page cache has around it, and pages mapped in
     // that moment cannot be dropped.
     virtual bool trim_needs_idle_readers() const = 0;

@@ -142,6 +142,15 @@ CR_API uint64_t cr_store_resident_bytes(const cr_store * store);
 CR_API uint64_t cr_store_measure_resident(const cr_store * store); /* UINT64_MAX: mincore is not reliable */
 CR_API uint64_t cr_store_read_bytes(const cr_store * store);
 
+/* ---- a mapping of a file that may become shorter, or whose device may fail ---- */
+
+typedef struct cr_guard cr_guard;
+
+/* From now on, until it is freed, a page of the range that cannot be read is read as zeros, and cr_guard_hit() is 1. */
+CR_API cr_guard * cr_guard_new(const void * address, uint64_t bytes);
+CR_API int32_t cr_guard_hit(const cr_guard * guard);
+CR_API void cr_guard_free(cr_guard * guard);
+
 /* ---- Ctrl-C while llama.cpp computes ---- */
 
 typedef struct cr_interrupt cr_interrupt;

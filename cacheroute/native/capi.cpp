@@ -27,6 +27,10 @@ struct cr_hook {
     std::string error = {}; // of a call, not of a batch
 };
 
+struct cr_guard {
+    BusGuard guard;
+};
+
 struct cr_checkpoint {
     std::vector<CachedRouter> routers;
 };
@@ -223,6 +227,10 @@ void     cr_store_set_pace(cr_store * store, double bytes_per_second) { store->s
 uint64_t cr_store_resident_bytes(const cr_store * store) { return store->store->resident_bytes(); }
 uint64_t cr_store_measure_resident(const cr_store * store) { return store->store->measure_resident(); }
 uint64_t cr_store_read_bytes(const cr_store * store) { return store->store->counters().read_bytes; }
+
+cr_guard * cr_guard_new(const void * address, uint64_t bytes) { return new cr_guard{{address, bytes}}; }
+int32_t    cr_guard_hit(const cr_guard * guard) { return guard->guard.hit(); }
+void       cr_guard_free(cr_guard * guard) { delete guard; }
 
 cr_interrupt * cr_interrupt_new(const void * ensure, const void * release, const void * check, const void * clear) {
     return new cr_interrupt{reinterpret_cast<int32_t (*)()>(reinterpret_cast<uintptr_t>(ensure)),

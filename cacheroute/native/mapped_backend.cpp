@@ -66,6 +66,8 @@ class MappedBackend final : public Backend {
         leaving_.clear();
     }
 
+    bool reuses() const override { return false; }
+
     bool trim_needs_idle_readers() const override { return true; }
 
     bool reclaimable() const override { return files_.mincore_reliable(); }

@@ -100,6 +100,8 @@ class SlotBackend final : public Backend {
         }
     }
 
+    bool reuses() const override { return true; }
+
     bool trim_needs_idle_readers() const override { return false; }
 
     bool    reclaimable() const override { return false; }

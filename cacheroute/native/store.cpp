@@ -24,7 +24,7 @@ void Store::exchange(int layer, const std::vector<int32_t> & load, const std::ve
     evict_cancelled(layer, load); // before the loads: a page that is shared with a cancelled expert is read with them
     evict(layer, leaving_);
     admit(layer, load, Urgency::needed);
-    if (!more) trim();
+    if (!more || !backend_->reuses()) trim();
     read_reclaimed(layer, hits);
     readers_->start(start);
     counters_.read_seconds += seconds_since(start);

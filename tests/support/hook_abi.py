@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,20 +57,22 @@ def select(
     *,
     probs: npt.NDArray[np.float32] | None = None,
     gating: int = 1,
-    hidden: Sequence[float] = (),
+    hidden: npt.ArrayLike = (),
     model_ids: npt.NDArray[np.int32] | None = None,
 ) -> npt.NDArray[np.int32]:
     """Calls a hook, given its address, for the tokens of `scores` [n_tokens, E]; returns the ids [n_tokens, n_used] that run.
 
+    `hidden`: [n_embd] of the one token, or [n_tokens, n_embd].
     `probs` None: the scores themselves. `model_ids` None: the n_used best scores, ties to the lower index.
     """
     scores = np.ascontiguousarray(scores, np.float32)
     probs = scores if probs is None else np.ascontiguousarray(probs, np.float32)
     state = np.array(hidden, np.float32)
+    n_embd = state.shape[-1]
     best = np.argsort(-scores, axis=1, kind="stable")[:, :n_used] if model_ids is None else model_ids
     ids = np.ascontiguousarray(best, np.int32)
     event = CEvent(
-        layer, gating, scores.shape[1], n_used, len(scores), len(state), scores.ctypes.data_as(_FLOATS),
+        layer, gating, scores.shape[1], n_used, len(scores), n_embd, scores.ctypes.data_as(_FLOATS),
         probs.ctypes.data_as(_FLOATS), state.ctypes.data_as(_FLOATS), ids.ctypes.data_as(_INTS), None,
     )  # fmt: skip
     native = CHook.from_address(hook)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from cacheroute.errors import CacherouteError
@@ -46,6 +47,14 @@ class Live:
         ids = hook_abi.select(LIB.cr_hook_address(self.handle), layer, scores[None], N_USED, hidden=hidden)
         assert set(ids[0]) == set(experts)
 
+    def prompt(self, layer: int, rows: Sequence[Sequence[int]], hidden: npt.ArrayLike = ()) -> None:
+        """A prompt's tokens, each with its best experts; `hidden`: [tokens, n_embd] inputs of the layer's router."""
+        scores = np.zeros((len(rows), N_EXPERT), np.float32)
+        for own, experts in zip(scores, rows, strict=True):
+            own[list(experts)] = 5 - np.arange(len(experts))
+        LIB.cr_hook_set_phase(self.handle, 0)
+        hook_abi.select(LIB.cr_hook_address(self.handle), layer, scores, N_USED, hidden=hidden)
+
     def find(self, layer: int, tensor: int, expert: int, late: bool) -> int | None:
         place = self.address + HEADER + ((layer * N_TENSORS + tensor) * N_EXPERT + expert) * EXPERT
         source = self._native.source
@@ -68,22 +77,22 @@ class Live:
 
 
 @contextmanager
-def hooked(path: Path, io: str) -> Iterator[Live]:
+def hooked(path: Path, io: str, n_layers: int = N_LAYERS) -> Iterator[Live]:
     make = {"mmap": LIB.cr_store_new, "direct": LIB.cr_store_new_direct}[io]
-    content = np.random.default_rng(0).bytes(HEADER + N_LAYERS * N_TENSORS * N_EXPERT * EXPERT)
+    content = np.random.default_rng(0).bytes(HEADER + n_layers * N_TENSORS * N_EXPERT * EXPERT)
     path.write_bytes(content)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
         address = int(np.frombuffer(view, np.uint8).ctypes.data)
-        starts = [HEADER + t * N_EXPERT * EXPERT for t in range(N_LAYERS * N_TENSORS)]
+        starts = [HEADER + t * N_EXPERT * EXPERT for t in range(n_layers * N_TENSORS)]
         tensors = [bindings.Tensor(t // N_TENSORS, 0, at, EXPERT, address + at) for t, at in enumerate(starts)]
         files = (ctypes.c_char_p * 1)(os.fspath(path).encode())
         try:
-            store = bindings.checked(make, files, 1, (bindings.Tensor * len(tensors))(*tensors), len(tensors), N_LAYERS, N_EXPERT)
+            store = bindings.checked(make, files, 1, (bindings.Tensor * len(tensors))(*tensors), len(tensors), n_layers, N_EXPERT)
         except CacherouteError as e:
             pytest.skip(str(e))
-        shape = bindings.Shape(N_LAYERS, N_EXPERT, N_USED, 4, evictions.ONLINE["lru"])
-        per_layer = strategies.to_native(strategies.parse("original"), N_USED, N_LAYERS)
-        hook = bindings.checked(LIB.cr_hook_new, shape, per_layer, (ctypes.c_int32 * 2)(0, 1), 2, store)
+        shape = bindings.Shape(n_layers, N_EXPERT, N_USED, 4, evictions.ONLINE["lru"])
+        per_layer = strategies.to_native(strategies.parse("original"), N_USED, n_layers)
+        hook = bindings.checked(LIB.cr_hook_new, shape, per_layer, (ctypes.c_int32 * n_layers)(*range(n_layers)), n_layers, store)
         try:
             LIB.cr_hook_reset(hook)
             LIB.cr_hook_set_pace(hook, PACE)
