@@ -6,13 +6,14 @@ One token passes: command -> Llama -> llama.cpp -> hook -> router -> store (nati
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from cacheroute.engine import callbacks, log, templates
+from cacheroute.engine import arguments, callbacks, log, progress, templates
 from cacheroute.engine.checkpoint import Checkpoint, load_sequence, save_sequence
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.open_files import OpenFiles
@@ -28,8 +29,6 @@ from cacheroute.trace.task_profile import TaskProfile
 
 _llama_cpp = patched_llama_cpp.module()
 _LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
-_SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_seq_max": 1, "n_threads": 1, "n_threads_batch": 1}  # and their least
-_OWN = ("use_mmap", "use_mlock", "lazy_mode")  # arguments of llama_cpp.Llama that are not for the caller
 
 
 class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
@@ -48,6 +47,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
         prefetch: while a layer computes on a decoded token, up to so many experts are read that the next layer would miss if its
             router were given this layer's hidden state. They take memory beside the budget; what is chosen stays the same.
+        prompt_progress: called with a PromptProgress (engine/progress.py) twice a second while a prompt is computed, from another
+            thread; what it raises is raised when the prompt has been computed. Also an attribute; a pickled model has none.
         Everything else: as llama_cpp.Llama.
 
     Policies act on decoded tokens; prompts are routed by `original`. generate() and everything above it know which is which;
@@ -73,8 +74,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         io: str = "mmap",
         flash_mbps: float | None = None,
         prefetch: int = 0,
+        prompt_progress: progress.PromptCallback | None = None,
         **kwargs: Any,
     ) -> None:
+        self.prompt_progress = prompt_progress
         self.template_error = ""  # why the file's chat template cannot be parsed; the setter of `metadata` sets it
         self._hook: Hook | None = None
         self._closed = False
@@ -84,6 +87,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._lock = threading.RLock()  # held by the thread that computes
         self._generation: object = None  # the generate() that began last
         self._untouched = False  # no token since the last reset: resetting once more would read a warm cache twice
+        self._broken = False  # a batch was broken off since then: the routing state is not that of the tokens
         self._trace_sink: Callable[[bytes], None] | None = None
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
         self._flash_mbps = flash_mbps
@@ -91,12 +95,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         header = gguf_file.read(model_path)
         self.layout = experts.layout(header)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch)
-        for name in _OWN:
-            if name in kwargs:
-                raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
-        for name, least in _SIZES.items():
-            if name in kwargs and kwargs[name] is not None and not least <= kwargs[name] < 2**31:
-                raise UsageError(f"{name} is at least {least} and below 2^31, not {kwargs[name]}.")
+        arguments.check(kwargs)
         if settings.io != "none":
             # the page cache gives way to others, down to the least; slots do not
             least = settings.budget.nbytes if settings.io == "direct" else self.layout.n_used * self.layout.resident_bytes
@@ -158,7 +157,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Makes the new hook before the old one goes."""
         hook = Hook(self.layout, settings, self._model.model, self.forced, self._files.paths) if settings.routing else None
         if hook:
-            hook.attach(self._ctx.ctx)
+            hook.attach(self._ctx.ctx, self._interrupt)
             hook.set_pace(self._flash_mbps)
         if self._hook:
             self._hook.close(None if hook else self._ctx.ctx)
@@ -202,7 +201,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def __getstate__(self) -> dict[str, Any]:
         """As llama_cpp.Llama: what makes the same model again, settings included, the sequence not."""
         self._check_usable()
-        state = {k: v for k, v in super().__getstate__().items() if k not in _OWN}
+        state = {k: v for k, v in super().__getstate__().items() if k not in arguments.OWN}
         own = {"budget": self.budget.capacity, "routing": self.routing, "eviction": self.eviction, "io": self.io}
         return state | own | {"flash_mbps": self._flash_mbps, "prefetch": self.prefetch}
 
@@ -237,7 +236,17 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                     f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; "
                     "give a larger one (-c, n_ctx=)."
                 )
-            super().eval(tokens)
+            with self._reported(len(tokens)):
+                super().eval(tokens)
+
+    def _reported(self, n_tokens: int) -> contextlib.AbstractContextManager[None]:
+        """Within it so many tokens are evaluated, which follow those that were: a prompt has its own counts and progress."""
+        if self._hook is None or self._decoding or not n_tokens:
+            return contextlib.nullcontext()
+        self._hook.begin_prompt(self.n_tokens)
+        if self.prompt_progress is None:
+            return contextlib.nullcontext()
+        return progress.reported(self.prompt_progress, functools.partial(self._hook.progress, n_tokens))
 
     def _decode(self, batch: Any) -> None:
         """The one gate before llama_decode(): keeps the budget, sets the phase, and raises errors, for every caller."""
@@ -245,19 +254,24 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         first = int(batch.batch.pos[0]) if batch.batch.n_tokens and batch.batch.pos else self.n_tokens
         if first == 0:
             self._files.check()
+        broken, self._broken = self._broken, True
         self._untouched = complete = False
         if self._hook:
             self._hook.begin(first, decode=self._decoding)
         try:
             self._compute(batch)
-            complete = True
+            complete = not self._interrupt.seen()  # what an interrupted batch has computed is of no use
         except RuntimeError:
-            if self._interrupt.take():
-                raise KeyboardInterrupt from None
-            raise
+            if not self._interrupt.seen():
+                raise
         finally:
             if self._hook:
                 self._hook.finish(complete=complete)
+            interrupted = self._interrupt.take()
+        if interrupted:
+            self._requires_eval = True  # the logits of the last token are gone
+            raise KeyboardInterrupt
+        self._broken = broken
         if self._hook and self._trace_sink:
             self._trace_sink(self._hook.take_trace())
 
@@ -289,6 +303,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Forgets the sequence and, with it, which experts are resident."""
         self._check_usable()
         super().reset()
+        self._broken = False
         if self._hook and not self._untouched:
             self._hook.reset()
             self._warm()
@@ -400,7 +415,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             kwargs["logits_processor"] = _llama_cpp.LogitsProcessorList([processors])
         if kwargs.get("grammar"):
             callbacks.check_grammar(self._model, kwargs["grammar"])
-        if self.routing and self.routing.lossy and list(self.input_ids[: self.n_tokens]) != tokens[: self.n_tokens]:
+        continued = not self._broken and list(self.input_ids[: self.n_tokens]) == tokens[: self.n_tokens]
+        if self.routing and self.routing.lossy and not continued:
             self.reset()
         inner = super().generate(tokens, *args, **kwargs)
         try:
@@ -422,19 +438,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def stats(self) -> Stats:
         """Counters since the model was loaded or configured."""
-        return Stats(
-            routing=str(self.routing) if self.routing else "none",
-            eviction=self.eviction,
-            io=self.io,
-            n_expert=self.layout.n_expert,
-            n_used=self.layout.n_used,
-            n_layers=len(self.layout.layers),
-            capacity=self.budget.capacity,
-            budget_bytes=self.budget.nbytes,
-            resident_bytes=self._hook.resident_bytes if self._hook else 0,
-            prefill=self._hook.counters(prefill=True) if self._hook else Counters(),
-            decode=self._hook.counters(prefill=False) if self._hook else Counters(),
-        )
+        return Stats.of(self)
 
     def decoded_by_layer(self) -> list[Counters]:
         """Counters of the decoded tokens, one per MoE layer; reads are not counted by layer."""
