@@ -48,7 +48,8 @@ class Store {
     // Once it is raised no call waits for reads any more. Null: none. While nothing computes.
     void set_interrupt(Interrupt * interrupt) { readers_->set_interrupt(interrupt); }
 
-    // Bytes that are read for these experts [E] 0/1 of a layer when none of them is resident, whole pages.
+    // Bytes that are read for these experts [E] 0/1 of a layer when none of them is resident, whole pages; a page that two
+    // tensors share counts for both.
     uint64_t bytes_of(int layer, const std::vector<uint8_t> & experts) const;
 
     // Bytes that were asked of the device so far, and of those what it has delivered. Any thread.
