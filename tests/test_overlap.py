@@ -145,7 +145,7 @@ def test_an_interrupt_ends_every_wait_and_cancels_the_reads(live: Live, where: s
         others = [pool.submit(live.find, 0, t, 5, True) for t in range(3)] if where != "select" else []
         if where == "another thread's find":
             time.sleep(0.2)  # until one of them sleeps
-        signal.came = True
+        threading.Timer(0.3, setattr, (signal, "came", True)).start()  # while this thread waits
         if where == "select":
             live.select(1, 0, 3)
             assert live.find(1, 0, 3, late=True) is None

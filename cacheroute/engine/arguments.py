@@ -1,4 +1,4 @@
-"""Arguments of llama_cpp.Llama that cacheroute's checks before llama.cpp does, which would crash or do something else."""
+"""Arguments of llama_cpp.Llama that are checked before llama.cpp has them: it would crash, or do something else."""
 
 from __future__ import annotations
 

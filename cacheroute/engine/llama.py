@@ -6,7 +6,6 @@ One token passes: command -> Llama -> llama.cpp -> hook -> router -> store (nati
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 import weakref
@@ -236,17 +235,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                     f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; "
                     "give a larger one (-c, n_ctx=)."
                 )
-            with self._reported(len(tokens)):
+            hook = None if self._decoding else self._hook
+            with progress.of_prompt(hook, self.n_tokens, len(tokens), self.prompt_progress):
                 super().eval(tokens)
-
-    def _reported(self, n_tokens: int) -> contextlib.AbstractContextManager[None]:
-        """Within it so many tokens are evaluated, which follow those that were: a prompt has its own counts and progress."""
-        if self._hook is None or self._decoding or not n_tokens:
-            return contextlib.nullcontext()
-        self._hook.begin_prompt(self.n_tokens)
-        if self.prompt_progress is None:
-            return contextlib.nullcontext()
-        return progress.reported(self.prompt_progress, functools.partial(self._hook.progress, n_tokens))
 
     def _decode(self, batch: Any) -> None:
         """The one gate before llama_decode(): keeps the budget, sets the phase, and raises errors, for every caller."""

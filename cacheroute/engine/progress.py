@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cacheroute.files import MIB
 from cacheroute.native import bindings
+
+if TYPE_CHECKING:
+    from cacheroute.engine.hook import Hook
 
 _SECONDS_BETWEEN_CALLS = 0.5
 
@@ -49,6 +54,18 @@ def estimate(now: bindings.Progress, n_layers: int, n_tokens: int, seconds: floa
         passed = done + share * (begun - done)
         left = seconds * (total - passed) / passed
     return PromptProgress(done // n_layers, n_tokens, read / MIB, needed / MIB, seconds, left)
+
+
+@contextlib.contextmanager
+def of_prompt(hook: Hook | None, first: int, n_tokens: int, callback: PromptCallback | None) -> Iterator[None]:
+    """Within it the hook, if there is one, is asked for a prompt of n_tokens, which begins with that token of its sequence."""
+    if hook:
+        hook.begin_prompt(first)
+    if hook is None or callback is None:
+        yield
+        return
+    with reported(callback, functools.partial(hook.progress, n_tokens)):
+        yield
 
 
 @contextlib.contextmanager
