@@ -18,8 +18,9 @@ import pytest
 
 from cacheroute import Llama, interrupts
 from cacheroute.cli.progress import PromptLine, prompt_text
-from cacheroute.engine.progress import PromptProgress, estimate
+from cacheroute.engine.progress import Prompt, PromptProgress, estimate
 from cacheroute.files import MIB
+from cacheroute.model import experts, gguf_file
 from cacheroute.native.bindings import Progress
 from support.cli import cacheroute
 
@@ -32,19 +33,35 @@ def now(begun: int, done: int, needed: float, read: float, layer: float) -> Prog
     return Progress(begun, done, int(needed * MIB), int(read * MIB), int(layer * MIB))
 
 
+WHOLE = Prompt((100,), 4, 2, 8)
+
+
 def test_nothing_is_estimated_before_a_layer_is_done() -> None:
-    assert estimate(now(0, 0, 0, 0, 0), 4, 100, 0.5) == PromptProgress(0, 100, 0, 0, 0.5, None)
-    assert estimate(now(100, 0, 10, 3, 10), 4, 100, 3) == PromptProgress(0, 100, 3, 40, 3, None)
+    assert estimate(now(0, 0, 0, 0, 0), WHOLE, 0.5) == PromptProgress(0, 100, 0, 0, 0.5, None)
+    assert estimate(now(100, 0, 10, 3, 10), WHOLE, 3) == PromptProgress(0, 100, 3, 40, 3, None)
 
 
 def test_the_rest_takes_as_long_as_the_layers_so_far() -> None:
-    assert estimate(now(200, 100, 20, 10, 10), 4, 100, 3) == PromptProgress(25, 100, 10, 40, 3, 9)
-    assert estimate(now(200, 100, 20, 15, 10), 4, 100, 3).seconds_left == pytest.approx(3 * 250 / 150)  # half of the second
-    assert estimate(now(400, 400, 44, 44, 11), 4, 100, 8) == PromptProgress(100, 100, 44, 44, 8, 0)
+    assert estimate(now(200, 100, 20, 10, 10), WHOLE, 3) == PromptProgress(25, 100, 10, 40, 3, 9)
+    assert estimate(now(200, 100, 20, 15, 10), WHOLE, 3).seconds_left == pytest.approx(3 * 250 / 150)  # half of the second
+    assert estimate(now(400, 400, 44, 44, 11), WHOLE, 8) == PromptProgress(100, 100, 44, 44, 8, 0)
+
+
+def test_a_short_micro_batch_reads_almost_as_much_as_a_long_one() -> None:
+    prompt = Prompt((100, 3), 4, 4, 8)
+    told = estimate(now(400, 400, 40, 40, 10), prompt, 8)
+    assert told.needed_mib == pytest.approx(40 * (1 + 7 / 8)) and told.seconds_left == pytest.approx(8 * 7 / 8)
+    assert estimate(now(400, 400, 0, 0, 0), prompt, 8).seconds_left == pytest.approx(8 * 3 / 100)
+
+
+def test_a_prompt_is_split_as_llama_cpp_does(tiny: Path) -> None:
+    layout = experts.layout(gguf_file.read(tiny))
+    assert Prompt.of(300, 128, 50, layout).micro_batches == (50, 50, 28, 50, 50, 28, 44)
+    assert Prompt.of(0, 128, 50, layout).tokens == 0
 
 
 def test_a_model_that_reads_nothing_has_a_time_left() -> None:
-    assert estimate(now(300, 200, 0, 0, 0), 4, 100, 4) == PromptProgress(50, 100, 0, 0, 4, 4)
+    assert estimate(now(300, 200, 0, 0, 0), WHOLE, 4) == PromptProgress(50, 100, 0, 0, 4, 4)
 
 
 def test_the_text_leaves_out_what_is_not_known() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cacheroute.engine import log, stores
-from cacheroute.engine.progress import PromptProgress, estimate
+from cacheroute.engine.progress import Prompt, PromptProgress, estimate
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
 from cacheroute.model.experts import ExpertLayout
@@ -144,11 +144,11 @@ class Hook:
         """Before the first batch of a prompt, which begins with that token of the sequence."""
         _lib.cr_hook_begin_prompt(self.handle, token)
 
-    def progress(self, n_tokens: int, seconds: float) -> PromptProgress:
-        """Of a prompt of n_tokens, so long after its beginning. Any thread may ask."""
+    def progress(self, prompt: Prompt, seconds: float) -> PromptProgress:
+        """Of the prompt, so long after its beginning. Any thread may ask."""
         now = bindings.Progress()
         _lib.cr_hook_progress(self.handle, now)
-        return estimate(now, len(self._layout.layers), n_tokens, seconds)
+        return estimate(now, prompt, seconds)
 
     def finish(self, *, complete: bool) -> None:
         """After a batch: reads have ended, and memory is within the budget. `complete`: it ran to its end. After one that was

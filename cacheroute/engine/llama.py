@@ -236,7 +236,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                     "give a larger one (-c, n_ctx=)."
                 )
             hook = None if self._decoding else self._hook
-            with progress.of_prompt(hook, self.n_tokens, len(tokens), self.prompt_progress):
+            prompt = progress.Prompt.of(len(tokens), self.n_batch, self.context_params.n_ubatch, self.layout)
+            with progress.of_prompt(hook, self.n_tokens, prompt, self.prompt_progress):
                 super().eval(tokens)
 
     def _decode(self, batch: Any) -> None:
