@@ -27,6 +27,7 @@ _running = False
 _asked = False
 _pending = False
 _said = False
+_repair = b""
 _stderr = 2
 _speaking = threading.Lock()
 
@@ -57,6 +58,17 @@ def last_words() -> Iterator[None]:
     with _speaking:
         yield
         _said = True
+
+
+@contextlib.contextmanager
+def repaired(text: str) -> Iterator[None]:
+    """Within it, `text` is written to stderr before the program ends at once: to repair a terminal that is drawn on."""
+    global _repair
+    before, _repair = _repair, text.encode()
+    try:
+        yield
+    finally:
+        _repair = before
 
 
 def shield(function: _Function) -> _Function:
@@ -100,7 +112,7 @@ def _watch(wakeup: int) -> None:
 
 def _leave() -> None:
     heard = _speaking.acquire(timeout=0.1)  # or this is the main thread, within last_words()
-    if heard and not _said:
-        with contextlib.suppress(OSError):
-            os.write(_stderr, f"cacheroute: {STOPPED}\n".encode())
+    words = b"" if _said or not heard else f"cacheroute: {STOPPED}\n".encode()
+    with contextlib.suppress(OSError):
+        os.write(_stderr, _repair + words)
     os._exit(130)

@@ -34,7 +34,7 @@ def test_another_library_is_refused(tmp_path: Path, body: str) -> None:
 
 
 def test_each_size_and_the_version_count() -> None:
-    structs = (bindings.Routing, bindings.Shape, bindings.RouterWeights, CCounters, bindings.Tensor)
+    structs = (bindings.Routing, bindings.Shape, bindings.RouterWeights, CCounters, bindings.Tensor, bindings.Progress)
     right = [bindings.ABI_VERSION, *map(ctypes.sizeof, structs)]
     assert bindings.lib.cr_abi_matches(*right)
     for i in range(len(right)):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cacheroute import interrupts
+from cacheroute import Llama, interrupts
+from cacheroute.engine.progress import PromptProgress
 
 pytestmark = pytest.mark.engine
 
@@ -23,6 +28,18 @@ class Slow:
     def choose(self, layer, z, mass, resident):
         time.sleep(0.002)
         return np.argsort(-z, kind="stable")[: self.k]
+"""
+
+STUCK = """
+import time
+from cacheroute import interrupts
+@interrupts.shield
+def stuck():
+    print("ready", flush=True)
+    while True: time.sleep(0.01)
+interrupts.install()
+interrupts.command_begins()
+with interrupts.repaired("repaired;"): stuck()
 """
 
 
@@ -66,6 +83,72 @@ def test_in_a_prompt(tmp_path: Path, demo_model: Path) -> None:
     lines, seconds = interrupted(tmp_path, "generate", "-f", "long.txt", "-n", 2, "-c", 8192, "-t", 1, after=3)
     assert lines == ["cacheroute: Stopped."]
     assert seconds < 5 * interrupts.GRACE
+
+
+def test_in_a_prompt_that_waits_for_reads(tmp_path: Path, demo_model: Path) -> None:
+    (tmp_path / "long.txt").write_text("The cat that sat on the mat told a story. " * 150)
+    moments = random.Random()
+    for _ in range(3):
+        after = moments.uniform(1, 7)
+        lines, seconds = interrupted(tmp_path, "generate", "-f", "long.txt", "-c", 4096, "--flash-mbps", 0.5, after=after)
+        assert lines == ["cacheroute: Stopped."], after
+        assert seconds < 5, after
+
+
+@pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0.3"])
+def test_a_model_is_as_good_as_new_after_an_interruption(tiny: Path, routing: str) -> None:
+    settings: dict[str, Any] = dict(budget="25%", routing=routing, n_ctx=512, n_batch=128, n_threads=2, verbose=False)
+    tokens = [5 + i * 7 % 90 for i in range(400)]
+
+    def answer(llm: Llama) -> list[int]:
+        return list(itertools.islice(llm.generate(tokens, temp=0), 12))
+
+    def interrupt(progress: PromptProgress) -> None:
+        nonlocal asked
+        if progress.tokens_done >= least:
+            asked = time.monotonic()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    expected = answer(Llama(str(tiny), **settings))
+    llm = Llama(str(tiny), **settings)
+    asked = 0.0
+    for least, llm.flash_mbps in ((0, 0.01), (128, 0.5)):  # in the first batch, which takes minutes, and in a later one
+        llm.reset()
+        llm.prompt_progress = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            answer(llm)
+        assert time.monotonic() - asked < 20
+        llm.prompt_progress = None
+        assert least <= llm.n_tokens < 400 and (least or not llm.n_tokens)
+        llm.flash_mbps = None
+        assert answer(llm) == expected
+
+
+def test_an_answer_that_was_interrupted_can_be_continued(tiny: Path) -> None:
+    settings: dict[str, Any] = dict(budget="25%", n_ctx=512, n_threads=2, verbose=False)
+    tokens = [5 + i * 7 % 90 for i in range(40)]
+    expected = list(itertools.islice(Llama(str(tiny), **settings).generate(tokens, temp=0), 12))
+    llm = Llama(str(tiny), **settings)
+    run = llm.generate(tokens, temp=0)
+    got = [next(run) for _ in range(4)]
+    llm.flash_mbps = 0.001
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        for token in run:
+            got.append(token)
+    llm.flash_mbps = None
+    assert len(got) < 12
+    assert got + list(itertools.islice(llm.generate([*tokens, *got], temp=0), 12 - len(got))) == expected
+
+
+def test_the_terminal_is_repaired_when_the_program_ends_at_once(tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK)
+    with subprocess.Popen([sys.executable, "stuck.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"repaired;cacheroute: Stopped.\n")
 
 
 def test_twice(tmp_path: Path, demo_model: Path) -> None:

@@ -5,8 +5,10 @@ Reads are paced, so that a test sets how long one takes; the threads are those o
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from cacheroute.native import bindings
 from support.expert_file import on_a_disk
 from support.live_hook import EXPERT, HEADER, LIB, N_TENSORS, PACE, SLOW, Live, hooked
+
+NEVER = 1e3  # bytes/s at which one expert takes a minute
+HANG = 30  # seconds after which something waits that should not
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
 
@@ -82,7 +88,7 @@ def test_many_threads_wait_at_the_same_time(live: Live) -> None:
                 assert found.count(True) == 3 * N_TENSORS  # in one of the rounds, or where the mapping is
 
 
-@pytest.mark.parametrize("when", ["finish", "reset", "save", "resume", "measure", "free"])
+@pytest.mark.parametrize("when", ["finish", "save", "resume", "measure"])
 def test_operations_that_need_idle_readers_wait_for_the_reads(live: Live, when: str) -> None:
     start = time.monotonic()
     saved = LIB.cr_hook_save(live.handle)
@@ -93,11 +99,104 @@ def test_operations_that_need_idle_readers_wait_for_the_reads(live: Live, when: 
         LIB.cr_checkpoint_free(LIB.cr_hook_save(live.handle))
     elif when == "resume":
         assert LIB.cr_hook_resume(live.handle, saved)
-    elif when != "free":
-        LIB.cr_hook_finish(live.handle, 1) if when == "finish" else LIB.cr_hook_reset(live.handle)
+    else:
+        LIB.cr_hook_finish(live.handle, 1)
     LIB.cr_checkpoint_free(saved)
-    if when != "free":  # or nothing touches the memory of a store that is gone
-        assert time.monotonic() - start >= 6 * EXPERT / PACE
+    assert time.monotonic() - start >= 6 * EXPERT / PACE
+
+
+def test_a_reset_drops_what_has_not_been_read(live: Live) -> None:
+    LIB.cr_hook_set_pace(live.handle, NEVER)
+    start = time.monotonic()
+    live.select(0, 2, 5)
+    LIB.cr_hook_reset(live.handle)
+    assert time.monotonic() - start < HANG and LIB.cr_hook_resident_bytes(live.handle) == 0
+    LIB.cr_hook_set_pace(live.handle, 0)
+    live.select(0, 2, 5)
+    assert all(live.has(0, t, e, late=True) for t in range(N_TENSORS) for e in (2, 5))
+
+
+def test_a_hook_is_freed_while_it_reads(live: Live) -> None:
+    LIB.cr_hook_set_pace(live.handle, NEVER)
+    live.select(0, 2, 5)  # the fixture frees it: nothing touches the memory of a store that is gone
+
+
+class Signal:
+    """A cr_interrupt that is raised, in the thread that makes it, once `came` is set."""
+
+    def __init__(self) -> None:
+        self.came = False
+        kinds = (ctypes.CFUNCTYPE(ctypes.c_int32), ctypes.CFUNCTYPE(None, ctypes.c_int32), ctypes.CFUNCTYPE(ctypes.c_int32))
+        functions = (lambda: 0, lambda gil: None, lambda: -1 if self.came else 0)
+        self._callbacks = [kind(f) for kind, f in zip(kinds, functions, strict=True)] + [ctypes.CFUNCTYPE(None)(lambda: None)]
+        pointers = (ctypes.cast(callback, ctypes.c_void_p) for callback in self._callbacks)
+        self.handle = LIB.cr_interrupt_new(*pointers, threading.get_ident())
+
+
+@pytest.mark.parametrize("where", ["find", "another thread's find", "select"])
+def test_an_interrupt_ends_every_wait_and_cancels_the_reads(live: Live, where: str) -> None:
+    signal = Signal()
+    LIB.cr_hook_set_interrupt(live.handle, signal.handle)
+    LIB.cr_hook_set_pace(live.handle, NEVER)
+    start = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        LIB.cr_hook_begin(live.handle, 0)
+        live.select(0, 2, 5)
+        others = [pool.submit(live.find, 0, t, 5, True) for t in range(3)] if where != "select" else []
+        if where == "another thread's find":
+            time.sleep(0.2)  # until one of them sleeps
+        threading.Timer(0.3, setattr, (signal, "came", True)).start()  # while this thread waits
+        if where == "select":
+            live.select(1, 0, 3)
+            assert live.find(1, 0, 3, late=True) is None
+        else:
+            assert live.find(0, 0, 2, late=True) is None
+        assert all(other.result() is None for other in others)
+        LIB.cr_hook_finish(live.handle, 0)
+    assert time.monotonic() - start < HANG
+    assert live.error() == "" and LIB.cr_hook_resident_bytes(live.handle) == 0
+    assert LIB.cr_interrupt_take(signal.handle) and not LIB.cr_interrupt_seen(signal.handle)
+    signal.came = False
+    LIB.cr_hook_set_pace(live.handle, 0)
+    LIB.cr_hook_begin(live.handle, 0)
+    for layer in range(2):
+        live.select(layer, 2, 5)
+        assert all(live.has(layer, t, e, late=True) for t in range(N_TENSORS) for e in (2, 5))
+    LIB.cr_hook_finish(live.handle, 1)
+    assert live.error() == "" and LIB.cr_hook_resident_bytes(live.handle) > 0
+    LIB.cr_hook_set_interrupt(live.handle, None)
+    LIB.cr_interrupt_free(signal.handle)
+
+
+def test_an_interrupt_is_seen_in_the_main_thread_alone() -> None:
+    signal = Signal()
+    signal.came = True
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(LIB.cr_interrupt_poll, signal.handle).result()
+        assert LIB.cr_interrupt_poll(signal.handle)
+        assert pool.submit(LIB.cr_interrupt_poll, signal.handle).result()
+    LIB.cr_interrupt_free(signal.handle)
+
+
+def test_progress_may_be_asked_for_while_the_layers_are_read(live: Live) -> None:
+    def ask(_: int) -> bindings.Progress:
+        now = bindings.Progress()
+        LIB.cr_hook_progress(live.handle, now)
+        return now
+
+    with ThreadPoolExecutor(2) as pool:
+        LIB.cr_hook_begin(live.handle, 0)
+        live.select(0, 2, 5)
+        seen = list(pool.map(ask, range(50)))
+        live.select(1, 0, 3)
+        seen += pool.map(ask, range(50))
+    LIB.cr_hook_finish(live.handle, 1)
+    seen.append(ask(0))
+    assert [(p.begun, p.done) for p in seen] == [(1, 0)] * 50 + [(2, 1)] * 50 + [(2, 2)]
+    reads = [p.read_bytes for p in seen]
+    assert reads == sorted(reads) and reads[-1] == seen[-1].needed_bytes == 2 * seen[0].needed_bytes > 0
+    LIB.cr_hook_begin_prompt(live.handle, 1)
+    assert not any(bytes(ask(0)))
 
 
 def test_a_failed_read_wakes_its_waiters_and_is_reported(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cacheroute import interrupts
-from cacheroute.cli import options
+from cacheroute.cli import options, progress
 from cacheroute.cli import prompt as prompts
 from cacheroute.cli.terminal import say
 from cacheroute.engine.stats import Stats
@@ -49,11 +49,14 @@ def generate(
     flash_mbps: options.FlashOption = None,
     prefetch: options.PrefetchOption = 0,
     warm_start: options.WarmStartOption = None,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Show the progress of a long prompt where stderr is no terminal, too.")
+    ] = False,
     output: Annotated[
         str, typer.Option("-o", "--output", help="text, json (one object at the end) or jsonl (one object per piece of text).")
     ] = "text",
 ) -> None:
-    """Answer a prompt. The answer goes to stdout, statistics go to stderr.
+    """Answer a prompt. The answer goes to stdout, statistics and the progress of a long prompt go to stderr.
 
     The prompt is -p, then the file of -f, then what is piped in or redirected from a file, a blank line between them. With -p or
     -f a line on stderr says how much of standard input was read; </dev/null leaves it out, and a file that a shell loop reads
@@ -92,7 +95,7 @@ def generate(
         say(f"{llm.routing} is lossy: it may run other experts than the model chooses.")
         options.say_slow([llm.routing])
     sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
-    with closing(llm):
+    with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
         chat = not raw and completion.has_chat_template(llm)
         asked = completion.chat_prompt(llm, text) if chat else completion.raw_prompt(llm, text)
         run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling)
@@ -139,6 +142,8 @@ def _object(run: Completion, path: Path) -> dict[str, Any]:
         "n_prompt": stats.prefill.tokens,
         "n_gen": run.n_tokens,
         "prompt_ts": _prompt_rate(run),
+        "prompt_read_mib": stats.prefill.read_mib,
+        "prompt_distinct_mib": stats.prefill.distinct_mib,
         "ts": _rate(run),
         "time_to_first_token_s": run.first - run.started if run.first else None,
         "miss_rate": stats.decode.miss_rate,
@@ -165,7 +170,9 @@ def _summary(run: Completion) -> str:
     d, rate, prompt_rate = s.decode, _rate(run), _prompt_rate(run)
     parts = [
         f"{run.n_tokens} token{'' if run.n_tokens == 1 else 's'}" + ("" if rate is None else f", {rate:.1f} tok/s"),
-        f"prompt {s.prefill.tokens}" + ("" if prompt_rate is None else f", {prompt_rate:.1f} tok/s"),
+        f"prompt {s.prefill.tokens}"
+        + ("" if prompt_rate is None else f", {prompt_rate:.1f} tok/s")
+        + f", read {s.prefill.read_mib:.1f} of {s.prefill.distinct_mib:.1f} MiB",
         *([f"first token {run.first - run.started:.2f} s"] if run.first else []),
         f"miss {100 * d.miss_rate:.1f}%",
         f"read {d.read_mib_per_token:.2f} MiB/token",

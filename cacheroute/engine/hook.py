@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cacheroute.engine import log, stores
 from cacheroute.engine.embeddings import tensor_address
+from cacheroute.engine.progress import Prompt, PromptProgress, estimate
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
 from cacheroute.model.experts import ExpertLayout
@@ -118,8 +120,13 @@ class Hook:
         """Of its data in memory; None where llama.cpp has no such tensor on the CPU."""
         return tensor_address(self._model, tensor) if tensor else None
 
-    def attach(self, context: Any) -> None:
-        """From now on the context asks this hook. Raises CacherouteError when the engine is of another version."""
+    def attach(self, context: Any, interrupt: Interrupt) -> None:
+        """From now on the context asks this hook, which no longer waits for reads once `interrupt` is seen.
+
+        Raises CacherouteError when the engine is of another version.
+        """
+        self._interrupt = interrupt  # alive as long as the hook asks it
+        _lib.cr_hook_set_interrupt(self.handle, interrupt.handle)
         if not _api.llama_set_expert_hook(context, _lib.cr_hook_address(self.handle)):
             raise CacherouteError("The engine and cacheroute were built from different versions; run `cacheroute setup`.")
 
@@ -137,8 +144,19 @@ class Hook:
         _lib.cr_hook_set_phase(self.handle, decode)
         _lib.cr_hook_begin(self.handle, token)
 
+    def begin_prompt(self, token: int) -> None:
+        """Before the first batch of a prompt, which begins with that token of the sequence."""
+        _lib.cr_hook_begin_prompt(self.handle, token)
+
+    def progress(self, prompt: Prompt, seconds: float) -> PromptProgress:
+        """Of the prompt, so long after its beginning. Any thread may ask."""
+        now = bindings.Progress()
+        _lib.cr_hook_progress(self.handle, now)
+        return estimate(now, prompt, seconds)
+
     def finish(self, *, complete: bool) -> None:
-        """After a batch: reads have ended, and memory is within the budget. `complete`: it ran to its end.
+        """After a batch: reads have ended, and memory is within the budget. `complete`: it ran to its end. After one that was
+        interrupted, the sequence is forgotten and no expert is in memory.
 
         Raises CacherouteError when an expert could not be read, or when the model does not do what its file says.
         """
@@ -200,24 +218,25 @@ class Hook:
 
 
 class Interrupt:
-    """Lets Ctrl-C end a llama_decode() within a twentieth of a second."""
+    """Lets Ctrl-C end a llama_decode(), between two nodes of its graph and where one waits for an expert. `handle`: native."""
 
     def __init__(self) -> None:
         python = ("PyGILState_Ensure", "PyGILState_Release", "PyErr_CheckSignals", "PyErr_Clear")
         log.hush_when(self)
-        self._handle = _lib.cr_interrupt_new(*(ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p) for name in python))
+        functions = (ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p) for name in python)
+        self.handle = _lib.cr_interrupt_new(*functions, threading.main_thread().ident)
 
     def attach(self, context: Any) -> None:
         set_callback = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(("llama_set_abort_callback", _api))
-        set_callback(context, ctypes.cast(_lib.cr_interrupt_poll, ctypes.c_void_p), self._handle)
+        set_callback(context, ctypes.cast(_lib.cr_interrupt_poll, ctypes.c_void_p), self.handle)
 
     def seen(self) -> bool:
         """Whether a signal handler has raised since take() was last called."""
-        return bool(_lib.cr_interrupt_seen(self._handle))
+        return bool(_lib.cr_interrupt_seen(self.handle))
 
     def take(self) -> bool:
         """As seen(), which is false from then on."""
-        return bool(_lib.cr_interrupt_take(self._handle))
+        return bool(_lib.cr_interrupt_take(self.handle))
 
     def __del__(self, free: Callable[[Any], None] = _lib.cr_interrupt_free) -> None:
-        free(self._handle)
+        free(self.handle)

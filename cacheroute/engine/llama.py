@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from cacheroute.engine import callbacks, log, templates
+from cacheroute.engine import arguments, callbacks, log, progress, templates
 from cacheroute.engine.checkpoint import Checkpoint, load_sequence, save_sequence
 from cacheroute.engine.embeddings import MappedEmbeddings
 from cacheroute.engine.hook import Hook, Interrupt, Settings
@@ -30,8 +30,6 @@ from cacheroute.trace.task_profile import TaskProfile
 
 _llama_cpp = patched_llama_cpp.module()
 _LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
-_SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_seq_max": 1, "n_threads": 1, "n_threads_batch": 1}  # and their least
-_OWN = ("use_mmap", "use_mlock", "lazy_mode")  # arguments of llama_cpp.Llama that are not for the caller
 
 
 class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
@@ -54,6 +52,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             beside the budget, at most those of one layer; what is chosen stays the same.
         prefetch: while a layer computes on a decoded token, up to so many experts are read that the next layer would miss if its
             router were given this layer's hidden state. They take memory beside the budget; what is chosen stays the same.
+        prompt_progress: called with a PromptProgress (engine/progress.py) twice a second while a prompt is computed, from another
+            thread; what it raises is raised when the prompt has been computed. Also an attribute; a pickled model has none.
         Everything else: as llama_cpp.Llama.
 
     Policies act on decoded tokens; prompts are routed by `original`. generate() and everything above it know which is which;
@@ -82,9 +82,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         n_batch: int | None = None,
         n_ubatch: int | None = None,
         read_ahead: bool = True,
+        prompt_progress: progress.PromptCallback | None = None,
         **kwargs: Any,
     ) -> None:
-        sizes = {"n_batch": n_batch, "n_ubatch": n_ubatch} | kwargs
+        self.prompt_progress = prompt_progress
         self.template_error = ""  # why the file's chat template cannot be parsed; the setter of `metadata` sets it
         self._hook: Hook | None = None
         self._closed = False
@@ -94,6 +95,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._lock = threading.RLock()  # held by the thread that computes
         self._generation: object = None  # the generate() that began last
         self._untouched = False  # no token since the last reset: resetting once more would read a warm cache twice
+        self._broken = False  # a batch was broken off since then: the routing state is not that of the tokens
         self._trace_sink: Callable[[bytes], None] | None = None
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
         self._flash_mbps = flash_mbps
@@ -101,12 +103,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         header = gguf_file.read(model_path)
         self.layout = experts.layout(header)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch)
-        for name in _OWN:
-            if name in kwargs:
-                raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
-        for name, least in _SIZES.items():
-            if sizes.get(name) is not None and not least <= sizes[name] < 2**31:
-                raise UsageError(f"{name} is at least {least} and below 2^31, not {sizes[name]}.")
+        arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
         if settings.io != "none":
             # the page cache gives way to others, down to the least; slots do not
             least = settings.budget.nbytes if settings.io == "direct" else self.layout.n_used * self.layout.resident_bytes
@@ -182,7 +179,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Makes the new hook before the old one goes."""
         hook = Hook(self.layout, settings, self._model.model, self.forced, self._files.paths) if settings.routing else None
         if hook:
-            hook.attach(self._ctx.ctx)
+            hook.attach(self._ctx.ctx, self._interrupt)
             hook.set_pace(self._flash_mbps)
         if self._hook:
             self._hook.close(None if hook else self._ctx.ctx)
@@ -227,9 +224,11 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def __getstate__(self) -> dict[str, Any]:
         """As llama_cpp.Llama: what makes the same model again, settings included, the sequence not."""
         self._check_usable()
-        state = {k: v for k, v in super().__getstate__().items() if k not in _OWN}
+        state = {k: v for k, v in super().__getstate__().items() if k not in arguments.OWN}
         own = {"budget": self.budget.capacity, "routing": self.routing, "eviction": self.eviction, "io": self.io}
-        return state | own | {"flash_mbps": self._flash_mbps, "prefetch": self.prefetch}
+        more = {"flash_mbps": self._flash_mbps, "prefetch": self.prefetch, "read_ahead": self._read_ahead}
+        as_memory_allows = {} if self._batches.fixed else {"n_batch": None, "n_ubatch": None}
+        return state | own | more | as_memory_allows
 
     @property
     def flash_mbps(self) -> float | None:
@@ -262,21 +261,22 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                     f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; "
                     "give a larger one (-c, n_ctx=)."
                 )
-            step = self._begin_prompt(len(tokens)) if len(tokens) > 1 and not self._decoding else len(tokens)
-            for at in range(0, max(len(tokens), 1), max(step, 1)):
-                super().eval(tokens[at : at + step])
-
-    def _begin_prompt(self, n_tokens: int) -> int:
-        """Tokens that are given to llama.cpp at a time."""
-        plan = self.plan(n_tokens)
-        if self._hook:
-            self._hook.read_ahead(plan.ahead if self._read_ahead else 0)
-        return n_tokens if self._batches.fixed else plan.length  # a fixed split is llama.cpp's own
+            if self._decoding:
+                super().eval(tokens)
+                return
+            plan = self.plan(len(tokens))
+            step = len(tokens) if self._batches.fixed else plan.length  # a fixed split is llama.cpp's own
+            prompt = progress.Prompt.of(len(tokens), min(step, self.n_batch), self.context_params.n_ubatch, self.layout)
+            if self._hook:
+                self._hook.read_ahead(plan.ahead if self._read_ahead else 0)
+            with progress.of_prompt(self._hook, self.n_tokens, prompt, self.prompt_progress):
+                for at in range(0, len(tokens), step):
+                    super().eval(tokens[at : at + step])
 
     def plan(self, n_tokens: int) -> Plan:
         """How a prompt of so many more tokens, after those evaluated, would be computed with the memory that is free now."""
         resident = self._hook.resident_bytes if self._hook and self.io == "direct" else 0
-        return self._batches.plan(n_tokens, self.n_tokens, self.budget, resident)
+        return self._batches.plan(max(n_tokens, 1), self.n_tokens, self.budget, resident)
 
     def _decode(self, batch: Any) -> None:
         """The one gate before llama_decode(): keeps the budget, sets the phase, and raises errors, for every caller."""
@@ -284,20 +284,25 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         first = int(batch.batch.pos[0]) if batch.batch.n_tokens and batch.batch.pos else self.n_tokens
         if first == 0:
             self._files.check()
+        broken, self._broken = self._broken, True
         self._untouched = complete = False
         if self._hook:
             self._hook.begin(first, decode=self._decoding)
         try:
             self._compute(batch)
-            complete = True
+            complete = not self._interrupt.seen()  # what an interrupted batch has computed is of no use
         except RuntimeError:
-            if self._interrupt.take():
-                raise KeyboardInterrupt from None
-            raise
+            if not self._interrupt.seen():
+                raise
         finally:
             if self._hook:
                 self._hook.finish(complete=complete)
+            interrupted = self._interrupt.take()
+        if interrupted:
+            self._requires_eval = True  # the logits of the last token are gone
+            raise KeyboardInterrupt
         self._embeddings.check()
+        self._broken = broken
         if self._hook and self._trace_sink:
             self._trace_sink(self._hook.take_trace())
 
@@ -329,6 +334,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Forgets the sequence and, with it, which experts are resident."""
         self._check_usable()
         super().reset()
+        self._broken = False
         if self._hook and not self._untouched:
             self._hook.reset()
             self._warm()
@@ -440,7 +446,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             kwargs["logits_processor"] = _llama_cpp.LogitsProcessorList([processors])
         if kwargs.get("grammar"):
             callbacks.check_grammar(self._model, kwargs["grammar"])
-        if self.routing and self.routing.lossy and list(self.input_ids[: self.n_tokens]) != tokens[: self.n_tokens]:
+        continued = not self._broken and list(self.input_ids[: self.n_tokens]) == tokens[: self.n_tokens]
+        if self.routing and self.routing.lossy and not continued:
             self.reset()
         inner = super().generate(tokens, *args, **kwargs)
         try:
@@ -462,19 +469,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def stats(self) -> Stats:
         """Counters since the model was loaded or configured."""
-        return Stats(
-            routing=str(self.routing) if self.routing else "none",
-            eviction=self.eviction,
-            io=self.io,
-            n_expert=self.layout.n_expert,
-            n_used=self.layout.n_used,
-            n_layers=len(self.layout.layers),
-            capacity=self.budget.capacity,
-            budget_bytes=self.budget.nbytes,
-            resident_bytes=self._hook.resident_bytes if self._hook else 0,
-            prefill=self._hook.counters(prefill=True) if self._hook else Counters(),
-            decode=self._hook.counters(prefill=False) if self._hook else Counters(),
-        )
+        return Stats.of(self)
 
     def decoded_by_layer(self) -> list[Counters]:
         """Counters of the decoded tokens, one per MoE layer; reads are not counted by layer."""

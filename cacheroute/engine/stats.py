@@ -5,8 +5,12 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cacheroute.native.counters import Counters
+
+if TYPE_CHECKING:
+    from cacheroute.engine.llama import Llama
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,24 @@ class Stats:
     resident_bytes: int
     prefill: Counters
     decode: Counters
+
+    @staticmethod
+    def of(llm: Llama) -> Stats:
+        """As they are now."""
+        hook = llm._hook
+        return Stats(
+            routing=str(llm.routing) if llm.routing else "none",
+            eviction=llm.eviction,
+            io=llm.io,
+            n_expert=llm.layout.n_expert,
+            n_used=llm.layout.n_used,
+            n_layers=len(llm.layout.layers),
+            capacity=llm.budget.capacity,
+            budget_bytes=llm.budget.nbytes,
+            resident_bytes=hook.resident_bytes if hook else 0,
+            prefill=hook.counters(prefill=True) if hook else Counters(),
+            decode=hook.counters(prefill=False) if hook else Counters(),
+        )
 
 
 @dataclass(frozen=True)

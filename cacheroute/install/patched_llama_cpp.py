@@ -20,6 +20,7 @@ _SETUP = "run `cacheroute setup` to build and install the patched one"
 @functools.cache
 def module() -> ModuleType:
     """The patched `llama_cpp` module. Raises CacherouteError when it is missing, stock, or patched for another cacheroute."""
+    _limit_spinning()
     advice = engine_build.installed_state().advice
     if advice:
         raise CacherouteError(f"{advice[0].upper()}{advice[1:]}.")
@@ -35,6 +36,19 @@ def module() -> ModuleType:
     levels.update({1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR})
     module: ModuleType = llama_cpp
     return module
+
+
+# What OpenMP's libraries read once, when they are loaded: rounds of libgomp's spinning, milliseconds of libomp's.
+_SPINNING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+
+
+def _limit_spinning() -> None:
+    """Lets threads of llama.cpp that wait for each other sleep soon: one that spins takes the processor, beside other load, from
+    the one that it waits for. What the user has set stays; where another package has loaded the library before, so does that.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for name, value in _SPINNING.items():
+            os.environ.setdefault(name, value)
 
 
 _AbortCallback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
@@ -65,6 +79,7 @@ def _speak_on_abort() -> Any:
 
 def shared_library(name: str) -> ctypes.CDLL:
     """One of the libraries that llama-cpp-python carries ("ggml-base"), without loading libllama."""
+    _limit_spinning()
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise CacherouteError(f"llama-cpp-python is not installed; {_SETUP}.")

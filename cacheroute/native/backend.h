@@ -20,6 +20,9 @@ class Backend {
     virtual int      n_readers() const   = 0;
     virtual uint64_t piece_bytes() const = 0;
 
+    // Whether a page that two experts have is read once for both, and not for each.
+    virtual bool shares_pages() const = 0;
+
     // Gives the expert a place and returns what must be read into it; 0 bytes: all of it is there already.
     virtual PageRun admit(size_t tensor, int32_t e, Urgency urgency) = 0;
 

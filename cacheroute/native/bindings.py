@@ -49,6 +49,12 @@ class Tensor(ctypes.Structure):
     _fields_ = [("layer", c_int32), ("file", c_int32), ("offset", c_uint64), ("expert_bytes", c_uint64), ("address", c_void_p)]
 
 
+class Progress(ctypes.Structure):
+    """struct cr_progress"""
+
+    _fields_ = [(n, c_uint64) for n in ("begun", "done", "needed_bytes", "read_bytes", "layer_bytes")]
+
+
 ABI_VERSION = 7  # CR_ABI_VERSION
 UNKNOWN_BYTES = 2**64 - 1  # of expert_files.h
 
@@ -59,7 +65,7 @@ POLICY = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, _F64P, _F64P, POINTER(c_ui
 
 _STORE_NEW: list[Any] = [POINTER(c_char_p), c_int32, POINTER(Tensor), c_int32, c_int32, c_int32, c_char_p, c_int32]
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "cr_abi_matches": (c_int32, [c_uint32] * 6),
+    "cr_abi_matches": (c_int32, [c_uint32] * 7),
     "cr_router_new": (c_void_p, [POINTER(Shape), POINTER(Routing), c_char_p, c_int32]),
     "cr_router_free": (None, [c_void_p]),
     "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, c_int32, *[_I32P] * 5]),
@@ -82,8 +88,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_guard_new": (c_void_p, [c_void_p, c_uint64]),
     "cr_guard_hit": (c_int32, [c_void_p]),
     "cr_guard_free": (None, [c_void_p]),
-    "cr_interrupt_new": (c_void_p, [c_void_p] * 4),
+    "cr_interrupt_new": (c_void_p, [*[c_void_p] * 4, c_uint64]),
     "cr_interrupt_free": (None, [c_void_p]),
+    "cr_interrupt_poll": (c_int32, [c_void_p]),
     "cr_interrupt_seen": (c_int32, [c_void_p]),
     "cr_interrupt_take": (c_int32, [c_void_p]),
     "cr_hook_new": (c_void_p, [POINTER(Shape), POINTER(Routing), _I32P, c_int32, c_void_p, c_char_p, c_int32]),
@@ -99,6 +106,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_hook_set_policy": (None, [c_void_p, POLICY, c_void_p]),
     "cr_hook_warm": (None, [c_void_p, c_int32, _I32P, c_int32]),
     "cr_hook_begin": (None, [c_void_p, c_int64]),
+    "cr_hook_begin_prompt": (None, [c_void_p, c_int64]),
+    "cr_hook_progress": (None, [c_void_p, POINTER(Progress)]),
+    "cr_hook_set_interrupt": (None, [c_void_p, c_void_p]),
     "cr_hook_force": (None, [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p]),
     "cr_hook_prefetch": (None, [c_void_p, c_int32, c_int32, POINTER(RouterWeights)]),
     "cr_hook_read_ahead": (None, [c_void_p, c_uint64, c_int32, POINTER(RouterWeights)]),
@@ -128,7 +138,7 @@ def _load() -> ctypes.CDLL:
 def load(path: Path) -> ctypes.CDLL:
     """The library, its functions typed. Raises CacherouteError when it was not built from this cacheroute.h."""
     loaded = ctypes.CDLL(str(path))
-    structs = (Routing, Shape, RouterWeights, CCounters, Tensor)
+    structs = (Routing, Shape, RouterWeights, CCounters, Tensor, Progress)
     try:
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(loaded, name)

@@ -6,8 +6,8 @@
  *
  * Threads: a handle is used by one thread at a time. The hook's select() is called by llama.cpp from a compute thread while
  * llama_decode() runs; it returns when the reads have begun, and the compute threads wait for each expert. No cr_hook_* call
- * may run at the same time, but for cr_hook_measure_resident() and cr_hook_resident_bytes(), which any thread may call at any
- * time.
+ * may run at the same time, but for cr_hook_progress(), cr_hook_measure_resident() and cr_hook_resident_bytes(), which any
+ * thread may call at any time.
  *
  * Errors: constructors return NULL and write one sentence into `error`; what fails later in a hook is in cr_hook_error(). Nothing
  * throws through this header.
@@ -70,12 +70,22 @@ struct cr_counters {
     /* of the store; 0 for a bare router and for a single layer */
     uint64_t reads;         /* experts made resident */
     uint64_t read_bytes;    /* asked of the device, whole pages */
+    uint64_t distinct_bytes; /* of the experts that prompts ran, whole pages, each expert of a layer once for each prompt */
     uint64_t reclaimed;     /* hits that were read again: the kernel had taken pages of theirs */
     double   read_seconds;  /* waited: for an exchange to begin, for an expert, for the last read */
     double   evict_seconds; /* of that, spent on evicting */
     uint64_t prefetched;    /* experts whose reads began before their layer chose */
     uint64_t prefetch_used; /* of those, chosen: misses all the same */
     double   hook_seconds;  /* in the hook, without read_seconds: what routing costs */
+};
+
+/* How far a prompt has come. Each number is right by itself; they may be of slightly different moments. */
+struct cr_progress {
+    uint64_t begun;        /* sum over its tokens of the layers that have chosen experts */
+    uint64_t done;         /* of those layers, the ones that have been computed */
+    uint64_t needed_bytes; /* of the device, by the layers that have chosen: their missing experts, whole pages */
+    uint64_t read_bytes;   /* of those, what has been read */
+    uint64_t layer_bytes;  /* of those, what the layer needed that chose last */
 };
 
 /* strategy custom: fills ids[K], distinct, 0..E-1, and returns 0; anything else: no choice, `original` runs. z, mass: double[E],
@@ -94,7 +104,7 @@ struct cr_tensor {
 
 /* 1 if the caller was compiled for this version and for structs of these sizes. */
 CR_API int32_t cr_abi_matches(uint32_t version, uint32_t routing_bytes, uint32_t shape_bytes, uint32_t router_weights_bytes,
-                              uint32_t counters_bytes, uint32_t tensor_bytes);
+                              uint32_t counters_bytes, uint32_t tensor_bytes, uint32_t progress_bytes);
 
 /* ---- a bare router with its cache, all layers: simulator and tests ---- */
 
@@ -155,10 +165,12 @@ CR_API void cr_guard_free(cr_guard * guard);
 
 typedef struct cr_interrupt cr_interrupt;
 
-/* The four are PyGILState_Ensure, PyGILState_Release, PyErr_CheckSignals and PyErr_Clear. */
-CR_API cr_interrupt * cr_interrupt_new(const void * ensure, const void * release, const void * check, const void * clear);
+/* The four are PyGILState_Ensure, PyGILState_Release, PyErr_CheckSignals and PyErr_Clear; main_thread is
+ * threading.main_thread().ident, the only thread in which signal handlers run. */
+CR_API cr_interrupt * cr_interrupt_new(const void * ensure, const void * release, const void * check, const void * clear,
+                                       uint64_t main_thread);
 CR_API void cr_interrupt_free(cr_interrupt * interrupt);
-/* A ggml_abort_callback, data: a cr_interrupt. True from the moment on that a signal handler has raised. */
+/* A ggml_abort_callback, data: a cr_interrupt. True from the moment on that a signal handler has raised. Any thread. */
 CR_API int32_t cr_interrupt_poll(void * interrupt);
 /* Whether it has; take: and is as if it had not. */
 CR_API int32_t cr_interrupt_seen(const cr_interrupt * interrupt);
@@ -177,7 +189,10 @@ CR_API void cr_hook_free(cr_hook * hook);
 CR_API const void * cr_hook_address(cr_hook * hook); /* const struct llama_expert_hook *, of expert_event.h */
 CR_API void cr_hook_set_phase(cr_hook * hook, int32_t decode);
 CR_API void cr_hook_set_pace(cr_hook * hook, double bytes_per_second);
-/* After each llama_decode(). complete: it ran to its end, so every layer must have asked. */
+/* From now on the hook waits for no read once that is raised (NULL: none); it must outlive the hook. */
+CR_API void cr_hook_set_interrupt(cr_hook * hook, cr_interrupt * interrupt);
+/* After each llama_decode(). complete: it ran to its end, so every layer must have asked. If the interrupt is raised, it was
+ * broken off: the same as cr_hook_reset(), and what was being read is not read. */
 CR_API void cr_hook_finish(cr_hook * hook, int32_t complete);
 CR_API void cr_hook_reset(cr_hook * hook);  /* forget the sequence, drop every expert; counters stay */
 CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
@@ -191,6 +206,10 @@ CR_API int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint);
 CR_API void cr_checkpoint_free(cr_checkpoint * checkpoint);
 /* Before each llama_decode(): which token of the sequence it begins with. */
 CR_API void cr_hook_begin(cr_hook * hook, int64_t token);
+/* Before the first batch of a prompt, which begins with that token: cr_hook_progress() and each prompt's distinct_bytes count
+ * from here, or from a batch that begins with token 0. */
+CR_API void cr_hook_begin_prompt(cr_hook * hook, int64_t token);
+CR_API void cr_hook_progress(const cr_hook * hook, struct cr_progress * out);
 /* From now on the layer chooses by these scores and not by the model's own: z [n_tokens][E], mass likewise or NULL, as in
  * cr_router_replay, one row for each token of a sequence; a row that starts with NaN is not known, and asking for it is an error.
  * Copied. n_tokens 0: the model's own again. Gate weights are always the model's. */

@@ -3,6 +3,7 @@
 
 #include "hook.h"
 #include "interrupt.h"
+#include "progress.h"
 #include "sentence.h"
 
 #include <algorithm>
@@ -29,6 +30,10 @@ struct cr_hook {
 
 struct cr_guard {
     BusGuard guard;
+};
+
+struct cr_interrupt {
+    Interrupt interrupt;
 };
 
 struct cr_checkpoint {
@@ -131,10 +136,10 @@ void pack(const Mask & mask, uint8_t * bits) {
 } // namespace
 
 int32_t cr_abi_matches(uint32_t version, uint32_t routing_bytes, uint32_t shape_bytes, uint32_t router_weights_bytes,
-                       uint32_t counters_bytes, uint32_t tensor_bytes) {
+                       uint32_t counters_bytes, uint32_t tensor_bytes, uint32_t progress_bytes) {
     return version == CR_ABI_VERSION && routing_bytes == sizeof(cr_routing) && shape_bytes == sizeof(cr_shape) &&
            router_weights_bytes == sizeof(cr_router_weights) && counters_bytes == sizeof(cr_counters) &&
-           tensor_bytes == sizeof(cr_tensor);
+           tensor_bytes == sizeof(cr_tensor) && progress_bytes == sizeof(cr_progress);
 }
 
 cr_router * cr_router_new(const cr_shape * shape, const cr_routing * routing, char * error, int32_t error_size) {
@@ -232,32 +237,22 @@ cr_guard * cr_guard_new(const void * address, uint64_t bytes) { return new cr_gu
 int32_t    cr_guard_hit(const cr_guard * guard) { return guard->guard.hit(); }
 void       cr_guard_free(cr_guard * guard) { delete guard; }
 
-cr_interrupt * cr_interrupt_new(const void * ensure, const void * release, const void * check, const void * clear) {
-    return new cr_interrupt{reinterpret_cast<int32_t (*)()>(reinterpret_cast<uintptr_t>(ensure)),
-                            reinterpret_cast<void (*)(int32_t)>(reinterpret_cast<uintptr_t>(release)),
-                            reinterpret_cast<int32_t (*)()>(reinterpret_cast<uintptr_t>(check)),
-                            reinterpret_cast<void (*)()>(reinterpret_cast<uintptr_t>(clear))};
+cr_interrupt * cr_interrupt_new(const void * ensure, const void * release, const void * check, const void * clear,
+                                uint64_t main_thread) {
+    const Interrupt::Python python{reinterpret_cast<int32_t (*)()>(reinterpret_cast<uintptr_t>(ensure)),
+                                   reinterpret_cast<void (*)(int32_t)>(reinterpret_cast<uintptr_t>(release)),
+                                   reinterpret_cast<int32_t (*)()>(reinterpret_cast<uintptr_t>(check)),
+                                   reinterpret_cast<void (*)()>(reinterpret_cast<uintptr_t>(clear))};
+    return new cr_interrupt{{python, main_thread}};
 }
 
 void cr_interrupt_free(cr_interrupt * interrupt) { delete interrupt; }
 
-int32_t cr_interrupt_poll(void * data) {
-    auto *     i   = static_cast<cr_interrupt *>(data);
-    const auto now = Clock::now();
-    if (i->interrupted || now - i->asked < std::chrono::milliseconds(50)) return i->interrupted;
-    i->asked          = now;
-    const int32_t gil = i->ensure();
-    if (i->check() != 0) {
-        i->clear(); // who called llama_decode() raises it again
-        i->interrupted = true;
-    }
-    i->release(gil);
-    return i->interrupted;
-}
+int32_t cr_interrupt_poll(void * interrupt) { return static_cast<cr_interrupt *>(interrupt)->interrupt.poll(); }
 
-int32_t cr_interrupt_seen(const cr_interrupt * interrupt) { return interrupt->interrupted; }
+int32_t cr_interrupt_seen(const cr_interrupt * interrupt) { return interrupt->interrupt.raised(); }
 
-int32_t cr_interrupt_take(cr_interrupt * interrupt) { return std::exchange(interrupt->interrupted, false); }
+int32_t cr_interrupt_take(cr_interrupt * interrupt) { return interrupt->interrupt.take(); }
 
 cr_hook * cr_hook_new(const cr_shape * shape, const cr_routing * routing, const int32_t * layer_of, int32_t n_il, cr_store * store,
                       char * error, int32_t error_size) {
@@ -279,7 +274,13 @@ void         cr_hook_free(cr_hook * hook) { delete hook; }
 const void * cr_hook_address(cr_hook * hook) { return hook->hook.address(); }
 void         cr_hook_set_phase(cr_hook * hook, int32_t decode) { hook->hook.set_phase(decode ? Phase::decode : Phase::prefill); }
 void         cr_hook_begin(cr_hook * hook, int64_t token) { hook->hook.begin(uint32_t(token)); }
+void         cr_hook_begin_prompt(cr_hook * hook, int64_t token) { hook->hook.begin_prompt(uint32_t(token)); }
+void         cr_hook_progress(const cr_hook * hook, cr_progress * out) { *out = hook->hook.progress(); }
 void         cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user) { set_policies(hook->hook.routers(), policy, user); }
+
+void cr_hook_set_interrupt(cr_hook * hook, cr_interrupt * interrupt) {
+    hook->hook.set_interrupt(interrupt ? &interrupt->interrupt : nullptr);
+}
 
 void cr_hook_finish(cr_hook * hook, int32_t complete) {
     attempt(hook, [complete](Hook & h) { h.finish(complete != 0); });

@@ -11,7 +11,8 @@ namespace cacheroute {
 
 Hook::Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, std::unique_ptr<Store> store, bool reweights)
     : layer_of_(std::move(layer_of)), routers_(std::move(routers)), source_(routers_.size()),
-      residency_(std::move(store), int(routers_.size()), int(routers_.front().cache().resident().size())) {
+      residency_(std::move(store), int(routers_.size()), int(routers_.front().cache().resident().size())),
+      progress_(routers_.size(), routers_.front().cache().resident().size()) {
     hook_ = {HOOK_VERSION, sizeof(ExpertHook), sizeof(ExpertEvent), nullptr, nullptr, this, {nullptr, residency_.store()}};
     hook_.select = [](void * self, const ExpertEvent * event) { static_cast<Hook *>(self)->guarded_select(*event); };
     if (residency_.store()) {
@@ -53,6 +54,9 @@ void Hook::select(const ExpertEvent & ev) {
     const bool prefetch = prefetch_ && phase_ == Phase::decode && ev.n_tokens == 1;
     const bool ahead    = ahead_ && phase_ == Phase::prefill && ev.n_tokens > 1;
     residency_.require(layer, needed_, routers_[size_t(layer)].cache().resident(), prefetch || ahead);
+    if (interrupt_ && interrupt_->raised()) return; // finish() clears what is half done
+    if (phase_ == Phase::prefill) counters_[int(phase_)].distinct_bytes += progress_.use(layer, needed_, store());
+    progress_.chose(layer, batch_first_, batch_size_, store());
     if (prefetch) prefetch_->after(layer, batch_first_, ev, source_, routers_, residency_);
     if (ahead) ahead_->after(layer, ev, needed_, source_, residency_, int(routers_.size()));
     residency_.settle();
@@ -106,8 +110,11 @@ void Hook::reweight(const ExpertEvent & ev) {
 }
 
 void Hook::finish(bool complete) {
+    if (store()) store()->set_interrupt(nullptr);
+    if (interrupt_ && interrupt_->raised()) return reset();
     keep_error([&] { residency_.finish(); });
     count();
+    if (complete) progress_.computed(batch_first_, batch_size_);
     // of a batch that wants no output the last layer may have nothing to do
     const auto last   = asked_.empty() ? asked_.end() : asked_.end() - (asked_.size() > 1);
     const auto silent = std::find(asked_.begin(), last, 0);
@@ -158,6 +165,7 @@ void Hook::reset() {
     batch_first_ = batch_size_ = 0;
     for (auto & r : routers_) r.reset();
     residency_.clear();
+    count();
     error_.clear();
     source_.clear_error();
 }

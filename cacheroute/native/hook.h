@@ -5,6 +5,7 @@
 #include "cached_router.h"
 #include "expert_event.h"
 #include "prefetch.h"
+#include "progress.h"
 #include "read_ahead.h"
 #include "residency.h"
 #include "score_source.h"
@@ -31,16 +32,27 @@ class Hook {
 
     // Before a batch: it begins with that token of the sequence. Without a call it follows the last one.
     void begin(uint32_t token) {
+        if (token == 0) begin_prompt(token);
         batch_first_ = token;
         batch_size_  = 0;
         asked_.assign(routers_.size(), 0);
+        if (store()) store()->set_interrupt(interrupt_);
     }
+
+    // Before the first batch of a prompt that begins with that token; one that begins a sequence needs no call.
+    void begin_prompt(uint32_t token) { progress_.begin(token, residency_.store()); }
+
+    cr_progress progress() const { return progress_.get(residency_.store()); } // any thread
+
+    // Once it is raised, from begin() to finish() nothing waits for reads, and finish() is reset(). Null: none.
+    void set_interrupt(Interrupt * interrupt) { interrupt_ = interrupt; }
 
     // What a layer ranks from now on, in place of the model's own scores. Gate weights stay the model's.
     void force(int layer, ForcedScores scores) { source_.force(layer, std::move(scores)); }
 
     // After the last layer of a batch: waits for reads, and brings the layer back into the budget. `complete`: the batch was not
-    // broken off, so each layer must have asked for its experts since begin().
+    // broken off, so each layer must have asked for its experts since begin(). After an interrupted one it is reset(): what was
+    // being read is not read.
     void finish(bool complete);
 
     // Forgets the sequence and drops every expert; counters stay.
@@ -67,6 +79,7 @@ class Hook {
 
     std::vector<CachedRouter> & routers() { return routers_; }
     Store *                     store() { return residency_.store(); }
+    const Store *               store() const { return residency_.store(); }
     const Counters &            counters(Phase phase) const { return counters_[int(phase)]; } // of the store and the hook itself
     const std::string &         error() const { return error_.empty() ? source_.error() : error_; }
 
@@ -84,6 +97,8 @@ class Hook {
     std::vector<CachedRouter>    routers_;
     ScoreSource                  source_;
     Residency                    residency_;
+    Progress                     progress_;
+    Interrupt *                  interrupt_ = nullptr;
     std::unique_ptr<Prefetch>    prefetch_; // null: off
     std::unique_ptr<ReadAhead>   ahead_;    // null: off
     std::unique_ptr<TraceBuffer> trace_;    // null: off

@@ -31,6 +31,7 @@ class MappedBackend final : public Backend {
 
     int      n_readers() const override { return N_READERS; }
     uint64_t piece_bytes() const override { return PIECE; }
+    bool     shares_pages() const override { return true; }
 
     // Notes the pages that no resident expert has, and asks the device for all of them at once.
     PageRun admit(size_t tensor, int32_t e, Urgency urgency) override {

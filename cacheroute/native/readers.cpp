@@ -22,6 +22,7 @@ Readers::~Readers() {
         stop_ = true;
     }
     wake_.notify_all();
+    pace_over_.notify_all();
     for (auto & thread : threads_) thread.join();
 }
 
@@ -42,6 +43,7 @@ void Readers::start(Clock::time_point since) {
         const auto queued = std::ptrdiff_t(queue_.size());
         queue_.insert(queue_.end(), added_.begin(), added_.end());
         std::inplace_merge(queue_.begin(), queue_.begin() + queued, queue_.end(), earlier);
+        for (const Piece & piece : added_) asked_bytes_ += piece.run.bytes;
         pending_ += added_.size();
     }
     added_.clear();
@@ -59,7 +61,25 @@ uint64_t Readers::cancel(PendingPieces & pending) {
     });
     pending_ -= uint64_t(queue_.end() - begun);
     queue_.erase(begun, queue_.end());
+    asked_bytes_ -= bytes;
     if (bytes) done_.notify_all();
+    return bytes;
+}
+
+uint64_t Readers::cancel_all() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    uint64_t bytes = 0;
+    for (const Piece & piece : queue_) {
+        bytes += piece.run.bytes;
+        piece.pending->fetch_sub(1, std::memory_order_relaxed);
+    }
+    pending_ -= queue_.size();
+    queue_.clear();
+    asked_bytes_ -= bytes;
+    cancels_++;
+    deadline_ = std::min(deadline_, Clock::now()); // what was cancelled takes no time of a flash
+    pace_over_.notify_all();
+    done_.notify_all();
     return bytes;
 }
 
@@ -77,6 +97,7 @@ void Readers::loop() {
             deadline_ = std::max(deadline_, piece.since) + std::chrono::duration_cast<Clock::duration>(takes);
         }
         const auto not_before = deadline_;
+        const auto cancels    = cancels_;
         reading_++;
         const bool more = !queue_.empty();
         lock.unlock();
@@ -84,12 +105,9 @@ void Readers::loop() {
         const int error = read_(piece.run);
         lock.lock();
         if (--reading_ == 0 && paused_) done_.notify_all();
-        if (paced) {
-            lock.unlock();
-            std::this_thread::sleep_until(not_before);
-            lock.lock();
-        }
+        if (paced) pace_over_.wait_until(lock, not_before, [&] { return stop_ || cancels_ != cancels; });
         if (error) error_ = error;
+        read_bytes_ += piece.run.bytes;
         const bool last = piece.pending->fetch_sub(1, std::memory_order_release) == 1;
         pending_--;
         if (last || !pending_) done_.notify_all();
@@ -110,21 +128,30 @@ void Readers::resume() {
     wake_.notify_one();
 }
 
-void Readers::wait_for(const PendingPieces & pending) {
+bool Readers::wait_for(const PendingPieces & pending) {
     const auto there = [&] { return pending.load(std::memory_order_acquire) == 0; };
-    if (there()) return;
+    const auto over  = [&] { return there() || interrupted(); };
+    if (there()) return true;
     std::unique_lock<std::mutex> lock(mutex_);
     if (waiting_++ == 0) {
         waiting_since_ = Clock::now();
-        done_.wait(lock, there);
+        while (!done_.wait_for(lock, std::chrono::milliseconds(50), over)) {
+            lock.unlock(); // who holds the GIL may want it
+            poll_interrupt();
+            lock.lock();
+        }
     } else {
         // Only one thread sleeps. Two that are woken together may be put on the same processor, where each spins in ggml's
         // barrier while the other could run: 1.3 instead of 6 tokens/s on two processors.
         lock.unlock();
-        while (!there()) std::this_thread::yield();
+        while (!over()) {
+            std::this_thread::yield();
+            poll_interrupt();
+        }
         lock.lock();
     }
     if (--waiting_ == 0) waited_seconds_ += seconds_since(waiting_since_);
+    return there();
 }
 
 void Readers::wait_for_all() const {

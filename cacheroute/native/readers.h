@@ -1,6 +1,8 @@
 // Threads that read pieces of experts in the order of their use, no faster than a pace. Knows no files.
 #pragma once
 
+#include "interrupt.h"
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -42,13 +44,24 @@ class Readers {
     // Cancels those of the pieces that have not begun, and returns their bytes. What has begun is read to its end.
     uint64_t cancel(PendingPieces & pending);
 
+    // Cancels all that have not begun, and returns their bytes; those that have begun end without regard to the pace.
+    uint64_t cancel_all();
+
     // Between the two no piece is being read; what has begun is read to its end first.
     void pause();
     void resume();
 
-    void wait_for(const PendingPieces & pending); // any thread
+    bool wait_for(const PendingPieces & pending); // any thread. False: interrupted before they were read
     void wait_for_all() const;        // any thread
     int  take_error();                // of any read since the last call: 0 or an errno
+
+    // Ends wait_for() early, here and in every thread, once it is raised. Null: nothing does. While nobody waits.
+    void set_interrupt(Interrupt * interrupt) { interrupt_ = interrupt; }
+    bool poll_interrupt() const { return interrupt_ && interrupt_->poll(); } // any thread
+    bool interrupted() const { return interrupt_ && interrupt_->raised(); }  // any thread
+
+    uint64_t asked_bytes() const { return asked_bytes_; } // of what was started and not cancelled. Any thread.
+    uint64_t read_bytes() const { return read_bytes_; }   // of those, what has been read. Any thread.
 
     void     set_pace(double bytes_per_second);
     double   waited_seconds() const; // time during which at least one thread was in wait_for()
@@ -67,6 +80,7 @@ class Readers {
     mutable std::mutex              mutex_;
     mutable std::condition_variable done_;
     std::condition_variable         wake_;
+    std::condition_variable         pace_over_;
     std::vector<Piece>              added_; // by the one thread that adds
     std::deque<Piece>               queue_;
     uint64_t                        pending_ = 0; // pieces that are queued or on their way
@@ -74,6 +88,9 @@ class Readers {
     bool                            paused_  = false;
     double                          pace_    = 0;
     Clock::time_point               deadline_{};
+    uint64_t                        cancels_ = 0; // calls of cancel_all()
+    Interrupt *                     interrupt_ = nullptr;
+    std::atomic<uint64_t>           asked_bytes_{0}, read_bytes_{0};
     int                             error_   = 0;
     bool                            stop_    = false;
     int                             waiting_ = 0;

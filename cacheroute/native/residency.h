@@ -42,6 +42,7 @@ class Residency {
     void clear();
 
     Store *  store() { return store_.get(); } // null: none
+    const Store * store() const { return store_.get(); }
     Counters counters() const { return store_ ? store_->counters() : Counters{}; }
 
   private:

@@ -74,6 +74,7 @@ class SlotBackend final : public Backend {
 
     int      n_readers() const override { return N_READERS; }
     uint64_t piece_bytes() const override { return PIECE; }
+    bool     shares_pages() const override { return false; }
 
     PageRun admit(size_t tensor, int32_t e, Urgency urgency) override {
         uint8_t *& slot = slot_[files_.index(tensor, e)];

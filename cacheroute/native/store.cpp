@@ -22,6 +22,7 @@ void Store::exchange(int layer, const std::vector<int32_t> & load, const std::ve
     leaving_ = evicted;
     resolve_prefetch(layer, leaving_);
     evict_cancelled(layer, load); // before the loads: a page that is shared with a cancelled expert is read with them
+    if (readers_->interrupted()) return; // experts that are still being read must not be evicted
     evict(layer, leaving_);
     admit(layer, load, Urgency::needed);
     if (!more || !backend_->reuses()) trim();
@@ -40,7 +41,7 @@ void Store::wait_for_late() {
 
 void Store::release(int layer, const std::vector<int32_t> & experts) {
     wait_for_late();
-    evict(layer, experts);
+    if (!readers_->interrupted()) evict(layer, experts); // else clear() follows
 }
 
 uint64_t Store::expert_bytes(int layer) const {
@@ -187,21 +188,39 @@ void Store::finish() {
 const void * Store::find(const void * expert, bool late) {
     size_t  t;
     int32_t e;
+    if (readers_->poll_interrupt()) return nullptr; // the batch is broken off: nothing of it is needed
     if (!files_.locate(expert, t, e)) return late ? nullptr : expert; // not an expert of this store
     const State & s = state(t, e);
-    if (s.late != late) return nullptr;
-    if (late) readers_->wait_for(s.pending);
+    if (s.late != late || (late && !readers_->wait_for(s.pending))) return nullptr;
     return backend_->address(t, e);
 }
 
 void Store::clear() {
+    counters_.read_bytes -= readers_->cancel_all();
     readers_->wait_for_all();
+    for (State * s : late_) s->late = false;
+    late_.clear();
     readers_->take_error(); // of a sequence that has been reset
     prefetched_.clear();
     cancelled_.clear();
     backend_->clear();
     peak_bytes_ = 0;
     files_.drop_unmapped(); // what llama.cpp read of the dense weights, which it has copied
+}
+
+uint64_t Store::bytes_of(int layer, const std::vector<uint8_t> & experts) const {
+    uint64_t bytes = 0;
+    for (size_t t : files_.tensors_of(layer)) {
+        const uint8_t * end = nullptr; // of the pages that are counted
+        for (size_t e = 0; e < experts.size(); e++) {
+            if (!experts[e]) continue;
+            const PageRun run = files_.pages(t, int(e), 1);
+            bytes += run.bytes;
+            if (backend_->shares_pages() && run.address < end) bytes -= uint64_t(end - run.address);
+            end = run.address + run.bytes;
+        }
+    }
+    return bytes;
 }
 
 uint64_t Store::measure_resident() const {

@@ -22,7 +22,7 @@ class Store {
 
     // Begins to make `load` resident, tensor by tensor as the layer computes on them, and drops `evict` (experts of one layer).
     // Returns when the reads are on their way; those of the exchange before it have ended. Called, like finish() and clear(),
-    // from one thread at a time, and not while others are in find(). Of `hits`, which are resident and computed on next, the pages
+    // from one thread at a time, and not while others are in find(). Interrupted, it returns early, and clear() must follow. Of `hits`, which are resident and computed on next, the pages
     // that the kernel has taken are read again.
     // `more`: other experts take the memory of the evicted ones at once; what they leave of it is freed by trim().
     void exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evict,
@@ -49,10 +49,21 @@ class Store {
     // Where the bytes of an expert are; `expert`: its place in the mapping. Any thread that computes, after exchange() and
     // before the next one, asks twice: with late = false for the experts that were resident at the exchange, with
     // late = true for those that are on their way. Null: the answer comes in the other round. Blocks, in the second, until the
-    // bytes are there; after a read that failed they are not, and finish() says so.
+    // bytes are there; after a read that failed they are not, and finish() says so. Interrupted, it returns null at once.
     const void * find(const void * expert, bool late);
 
-    void clear(); // drops everything, from the page cache too
+    void clear(); // drops everything, from the page cache too; what has not been read yet is not read
+
+    // Once it is raised no call waits for reads any more. Null: none. While nothing computes.
+    void set_interrupt(Interrupt * interrupt) { readers_->set_interrupt(interrupt); }
+
+    // Bytes that are read for these experts [E] 0/1 of a layer when none of them is resident, whole pages; a page that two
+    // tensors share counts for both.
+    uint64_t bytes_of(int layer, const std::vector<uint8_t> & experts) const;
+
+    // Bytes that were asked of the device so far, and of those what it has delivered. Any thread.
+    uint64_t asked_bytes() const { return readers_->asked_bytes(); }
+    uint64_t read_bytes() const { return readers_->read_bytes(); }
 
     uint64_t resident_bytes() const { return backend_->resident_bytes(); } // as counted, whole pages. Any thread.
 

@@ -1,0 +1,20 @@
+"""Arguments of llama_cpp.Llama that are checked before llama.cpp has them: it would crash, or do something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cacheroute.errors import UsageError
+
+OWN = ("use_mmap", "use_mlock", "lazy_mode")  # not for the caller
+_SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_seq_max": 1, "n_threads": 1, "n_threads_batch": 1}  # and their least
+
+
+def check(arguments: dict[str, Any]) -> None:
+    """Raises UsageError for one that is not for the caller, or a number that C cannot hold."""
+    for name in OWN:
+        if name in arguments:
+            raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
+    for name, least in _SIZES.items():
+        if arguments.get(name) is not None and not least <= arguments[name] < 2**31:
+            raise UsageError(f"{name} is at least {least} and below 2^31, not {arguments[name]}.")
