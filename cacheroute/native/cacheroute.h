@@ -25,7 +25,7 @@ extern "C" {
 #define CR_API __attribute__((visibility("default")))
 
 /* Counts changes of anything in this header. */
-#define CR_ABI_VERSION 6
+#define CR_ABI_VERSION 7
 
 /* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (explained in router.h). */
 struct cr_routing {
@@ -180,6 +180,11 @@ CR_API cr_checkpoint * cr_hook_save(cr_hook * hook);
  * eviction. */
 CR_API int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint);
 CR_API void cr_checkpoint_free(cr_checkpoint * checkpoint);
+/* A checkpoint as bytes, for a machine of the same byte order: how many; written to `out` where it has room for all of them. 0: no
+ * memory. */
+CR_API uint64_t cr_checkpoint_bytes(const cr_checkpoint * checkpoint, uint8_t * out, uint64_t size);
+/* And back. NULL: the bytes are none of a checkpoint of this version, or of a state that cannot be. */
+CR_API cr_checkpoint * cr_checkpoint_from(const uint8_t * bytes, uint64_t size, char * error, int32_t error_size);
 /* Before each llama_decode(): which token of the sequence it begins with. */
 CR_API void cr_hook_begin(cr_hook * hook, int64_t token);
 /* From now on the layer chooses by these scores and not by the model's own: z [n_tokens][E], mass likewise or NULL, as in
