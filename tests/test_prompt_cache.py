@@ -332,6 +332,29 @@ def test_a_chat_whose_last_answer_is_cut_goes_on_after_the_question(tiny: Path, 
             assert again == answers and answers[3].counts == answers[1].counts
 
 
+@BOTH
+def test_chats_and_completions_do_so_too(tiny: Path, routing: str) -> None:
+    with loaded(tiny, routing=routing, chat_format="chatml", n_ctx=512) as llm:
+
+        def evaluated() -> int:
+            return llm.stats().prefill.tokens
+
+        def chat(*said: str) -> str:
+            roles = ("user", "assistant")
+            messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+            return str(llm.create_chat_completion(messages, max_tokens=12, temperature=0.0)["choices"][0]["message"]["content"])
+
+        first, n_first = chat("the cat that was"), evaluated()
+        assert chat("the cat that was") == first and evaluated() == n_first
+        chat("the cat that was", "mat", "and this")
+        n_second = evaluated() - n_first
+        llm.reset()
+        chat("the cat that was", "mat", "and this")
+        assert n_first + n_second == evaluated() - n_first - n_second, "the first question was not evaluated again"
+        texts = [llm("the hat of", max_tokens=8, temperature=0.0)["choices"][0]["text"] for _ in range(2)]
+        assert texts[0] == texts[1]
+
+
 def test_an_answer_that_is_kept_whole_goes_on_without_going_back(tiny: Path) -> None:
     with loaded(tiny, routing=LOSSY) as llm:
         first = answer(llm, PROMPT)
@@ -369,6 +392,54 @@ def test_the_points_that_were_used_last_are_kept(tiny: Path) -> None:
             answer(llm, prompt, 1)
         assert [p.n for p in llm._points] == list(range(9, 9 + MOST_POINTS))
         assert answer(llm, [*PROMPT[:5], 100], 1).evaluated == 6, "its point was given up"
+
+
+@BOTH
+def test_a_batch_that_is_broken_off_leaves_no_trace(tiny: Path, monkeypatch: pytest.MonkeyPatch, routing: str) -> None:
+    """Ctrl-C in a prompt of several batches, and in an answer: what was chosen for the batch is not of the sequence."""
+    with loaded(tiny, routing=routing, n_batch=8) as llm:
+        begin = answer(llm, PROMPT[:8])
+        llm.reset()
+        first, follow = answer(llm, PROMPT), answer(llm, [*PROMPT, *MORE])
+        compute = llm._compute
+
+        def check(found: Answer, expected: Answer, *, evaluated: int) -> None:
+            assert (found.tokens, found.evaluated) == (expected.tokens, evaluated)
+            assert routing == LOSSLESS or found.counts == expected.counts
+
+        def stop_at(batch: int) -> None:
+            left = iter(range(batch))
+
+            def broken_off(*arguments: Any) -> None:
+                compute(*arguments)
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+
+            monkeypatch.setattr(llm, "_compute", broken_off)
+            with pytest.raises(KeyboardInterrupt):
+                answer(llm, PROMPT)
+            monkeypatch.setattr(llm, "_compute", compute)
+
+        llm.reset()
+        stop_at(2)
+        assert llm.n_tokens == 16
+        check(answer(llm, PROMPT), first, evaluated=21 if routing == LOSSLESS else len(PROMPT))
+        stop_at(3)
+        assert llm.n_tokens == len(PROMPT) + 3
+        check(answer(llm, [*PROMPT, *MORE]), follow, evaluated=len(MORE))
+        llm.reset()
+        stop_at(1)
+        check(answer(llm, PROMPT[:8]), begin, evaluated=1 if routing == LOSSLESS else 8)  # the logits are of the other batch
+
+
+@BOTH
+def test_what_failed_is_evaluated_again(tiny: Path, routing: str) -> None:
+    with loaded(tiny, routing=routing) as llm:
+        first = answer(llm, PROMPT)
+        llm._hook.begin(llm.n_tokens, decode=False)  # as a batch in which a layer did not ask
+        with pytest.raises(CacherouteError, match="computed without asking"):
+            llm._hook.finish(complete=True)
+        assert answer(llm, PROMPT) == first
 
 
 @pytest.mark.parametrize("leave", ["stop at once", "leave early"])

@@ -251,7 +251,8 @@ class Llama(SequenceLlama):
             self._files.check()
         self._untouched = complete = False
         self._points.cut(first)
-        self._logits = None
+        self._logits, self._broken_off = None, True
+        self._requires_eval = True  # eval() says otherwise at its end
         if self._hook:
             self._hook.begin(first, decode=self._decoding)
         try:
@@ -264,6 +265,7 @@ class Llama(SequenceLlama):
         finally:
             if self._hook:
                 self._hook.finish(complete=complete)
+        self._broken_off = False
         if self._hook and self._trace_sink:
             self._trace_sink(self._hook.take_trace())
 

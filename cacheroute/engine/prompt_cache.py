@@ -48,11 +48,12 @@ class Kept:
 
 
 def check(path: Path) -> None:
-    """Raises what writing to it would raise, before anything is computed: UsageError for a file that is not a prompt cache, which
-    is never overwritten, CacherouteError where no file can be made."""
+    """Raises what can be said before anything is computed: UsageError for a file that is not a prompt cache, which is never
+    overwritten, CacherouteError where none is and none can be made."""
     if path.exists():
         with _opened(path) as file:
             _header(path, file)
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part") if path.name else path
     try:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT, 0o600))

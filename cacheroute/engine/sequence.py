@@ -46,6 +46,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     _hook: Hook | None
     _task: TaskProfile | None
     _untouched: bool  # no token since the last reset: resetting once more would read a warm cache twice
+    _broken_off: bool  # the last batch did not end: its tokens have changed the routing state and are not in the sequence
     _points: Points
     _logits: bytes | None  # of the token that follows, where the sequence is at a point and llama.cpp has those of another token
 
@@ -57,7 +58,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def _new_sequence(self) -> None:
         """The KV cache holds other tokens, or another hook acts: no point is left."""
-        self._points, self._logits = Points(), None
+        self._points, self._logits, self._broken_off = Points(), None, False
 
     def _tokens(self) -> list[int]:
         return [int(t) for t in self.input_ids[: self.n_tokens]]
@@ -66,7 +67,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Forgets the sequence and, with it, which experts are resident."""
         self._check_usable()
         super().reset()
-        self._logits = None
+        self._logits, self._broken_off = None, False
         if self._hook and not self._untouched:
             self._hook.reset()
             self._warm()
@@ -99,7 +100,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._check_usable()
         if not mark.fits(self._hook):
             raise CacherouteError("A checkpoint fits the budget and the eviction that it was taken with.")
-        self._untouched, self._logits = False, None
+        self._untouched, self._logits, self._broken_off = False, None, False
         if mark.sequence is not None:
             self._new_sequence()
             load_sequence(self._ctx.ctx, mark.sequence)
@@ -153,18 +154,21 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def _begin_prompt(self, tokens: list[int]) -> None:
         """Before generate() of these tokens: goes to where they can be continued, or resets. llama_cpp.Llama then cuts the rest
         off, also where a lossless routing shares more than a point."""
-        n, lossy = self.n_tokens, bool(self.routing and self.routing.lossy)
+        if self._hook and self._hook.failed:
+            return self.reset()
+        n, lossy, can_cut = self.n_tokens, bool(self.routing and self.routing.lossy), self._can_cut()
         shared = n_shared(self.input_ids[:n], tokens)
+        known = not self._broken_off or (can_cut and not lossy)  # the state after the n tokens
         live = not self._requires_eval or self._logits is not None
-        if n == 0 or (shared == n and (n < len(tokens) or live)):
+        if n == 0 or (known and shared == n and (n < len(tokens) or live)):
             return
         point = None if self.routing and self.routing.policy else self._points.best(shared)
+        if point is not None and point.n < n and not can_cut:
+            point = None
         whole = point is not None and point.n == len(tokens) and bool(point.logits)
-        if shared < n and not self._can_cut():
-            self.reset()
-        elif point is not None and (lossy or whole):
+        if point is not None and (lossy or whole):
             self._go_to(point, routing=lossy)
-        elif lossy and shared < n:
+        elif not known or (shared < n and (lossy or not can_cut)):
             self.reset()
 
     def _go_to(self, point: Point, *, routing: bool) -> None:
