@@ -301,13 +301,16 @@ def test_an_empty_sequence_and_a_policy_in_python_are_not_kept(
 
 @BOTH
 def test_the_same_prompt_again_evaluates_nothing_and_answers_the_same(tiny: Path, routing: str) -> None:
-    with loaded(tiny, routing=routing) as llm:
+    with loaded(tiny, routing=routing, io="direct") as llm:
         first = answer(llm, PROMPT)
         assert first.evaluated == len(PROMPT)
         for _ in range(3):
+            before = llm.stats().decode
             again = answer(llm, PROMPT)
             assert (again.tokens, again.evaluated) == (first.tokens, 0)
             assert routing == LOSSLESS or again.counts == first.counts
+            decoded = llm.stats().decode - before
+            assert decoded.reads == decoded.misses == sum(misses for misses, _ in again.counts), "going back is no decoding"
         llm.reset()
         assert answer(llm, PROMPT) == first, "reset() forgets points, too"
 

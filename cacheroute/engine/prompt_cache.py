@@ -11,6 +11,7 @@ payload is int32[tokens], then the points' states and logits, then the KV cache.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from cacheroute.files import MIB, check_regular, replaced
 MAGIC, VERSION = b"CRPROMPT", 1
 _HEAD = struct.Struct("=8sII32s")
 _MOST_HEADER = MIB
-_CHUNK = 16 * MIB  # written at a time and synced, so that Ctrl-C need not wait for more
+_CHUNK = 4 * MIB  # written at a time and synced, so that Ctrl-C need not wait for more
 _ELSE = "name another file, or remove this one"
 
 Settings = dict[str, str]
@@ -92,7 +93,7 @@ def write(path: Path, kept: Kept, settings: Settings) -> None:
 
 
 def read(path: Path, settings: Settings) -> Kept:
-    """Raises UsageError for a file that is none, is damaged, or was made with other settings than these."""
+    """Raises UsageError for a file that is none, is damaged, cannot be read, or was made with other settings than these."""
     with _opened(path) as file:
         header = _header(path, file)
         if header["byteorder"] != sys.byteorder:
@@ -125,12 +126,14 @@ def _split(payload: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
         payload = payload[size:]
 
 
-def _opened(path: Path) -> BufferedReader:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
     check_regular(path, "a prompt cache")
     try:
-        return path.open("rb")
+        with path.open("rb") as file:
+            yield file
     except OSError as e:
-        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+        raise UsageError(f"{path} cannot be read ({e.strerror}); {_ELSE}.") from None
 
 
 def _damaged(path: Path, reason: str) -> UsageError:

@@ -174,6 +174,8 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def _go_to(self, point: Point, *, routing: bool) -> None:
         """With `routing` also the caches go back; without, those of a lossless routing stay as they are."""
         if routing:
+            if self._hook:
+                self._hook.begin(point.n, decode=False)  # what is read to go there is no part of an answer
             self.return_to(point.mark)
         self.n_tokens = point.n
         self._logits = point.logits or None

@@ -94,6 +94,19 @@ def _without_rights(place: Place) -> list[str]:
     return _words(place)
 
 
+def _unreadable(place: Place) -> Outcome:
+    """A page of the file cannot be read."""
+    from cacheroute.engine import prompt_cache
+
+    _made(place)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    place.monkeypatch.setattr(prompt_cache, "_header", fail)
+    return in_process(_words(place))
+
+
 def _full(place: Place) -> Outcome:
     """A disk that is full once the prompt is evaluated: the answer is given, and the old file stays."""
     expected = in_process(_words(place, text=_LONGER))
@@ -155,6 +168,7 @@ CASES: list[Case] = [
         for share in (0.003, 0.01, 0.1, 0.3, 0.6, 0.99, 1)
     ),
     _damaged("a prompt cache of a later version", lambda data: data[:8] + b"\7" + data[9:], r"of version 7, and this .* reads 1"),
+    Case("a prompt cache that cannot be read", _unreadable, 2, r"/p cannot be read \(Input/output error\); name another file"),
     Case("a folder as a prompt cache", _directory, 2, r"/p cannot be read: it is a directory, and a prompt cache has to be a"),
     Case("a pipe as a prompt cache", lambda p: (os.mkfifo(p.folder / "p"), _words(p))[1], 2, r"it is a pipe"),
     Case("an empty file as a prompt cache", lambda p: (p.file("p", ""), _words(p))[1], 2, _NONE, leaves=("p",)),
