@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from support import tiny_models
 from support.cli import cacheroute, sentence
@@ -45,6 +48,39 @@ def test_json_and_jsonl_carry_the_same_text(demo_model: Path) -> None:
     assert whole["stats"]["decode"]["hits"] == last["stats"]["decode"]["hits"] > 0
     assert whole["stats"]["decode"]["swapped"] > 0
     assert whole["stats"]["routing"] == "cache-prior:lambda=0.2"
+
+
+@pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0.3"])
+def test_what_a_prompt_cache_keeps_is_not_evaluated_again(demo_model: Path, tmp_path: Path, routing: str) -> None:
+    def run(prompt: str, *more: object) -> tuple[dict[str, Any], str]:
+        done = cacheroute("generate", "--raw", "-p", prompt, "-n", 24, "-o", "json", "--routing", routing, *RUN, *more)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    def decoded(report: dict[str, Any]) -> list[int]:
+        return [report["stats"]["decode"][name] for name in ("misses", "hits", "swapped", "examined")]
+
+    file = tmp_path / "p"
+    keep = ("--prompt-cache", file)
+    text = "A computer is a machine that"
+    plain, _ = run(text)
+    first, said = run(text, *keep)
+    content, n = file.read_bytes(), plain["n_prompt"]
+    again, said_again = run(text, *keep)
+    assert f"prompt {n} (0 from {file})" in said and f"prompt {n} ({n} from {file})" in said_again
+    assert (plain["n_prompt_cached"], first["n_prompt_cached"], again["n_prompt_cached"]) == (0, 0, n)
+    assert plain["text"] == first["text"] == again["text"] and again["n_prompt"] == n
+    assert decoded(plain) == decoded(first) == decoded(again)
+    assert again["stats"]["prefill"]["tokens"] == 0 and again["prompt_ts"] is None and again["time_to_first_token_s"] > 0
+    assert file.read_bytes() == content, "a prompt that is kept already is not written again"
+
+    longer, _ = run(f"{text} works with numbers, and", *keep)
+    assert longer["n_prompt_cached"] == n < longer["n_prompt"] and file.read_bytes() != content
+    once_more, _ = run(f"{text} works with numbers, and", "-n", 0, *keep)
+    assert once_more["n_prompt_cached"] == once_more["n_prompt"] == longer["n_prompt"]
+    other, _ = run(f"{text} plays music", *keep)  # parts from the file after `text`, which both begin with
+    assert other["n_prompt_cached"] == n
+    assert run("It is late", *keep)[0]["n_prompt_cached"] == 0
 
 
 def test_a_seed_repeats_the_bytes_and_another_does_not(demo_model: Path) -> None:

@@ -42,6 +42,15 @@ def draw(figure):
 while True:
     chart.save(chart.Chart([["a"]], draw), path, force=True)
 """
+_PROMPT = """
+import os
+from cacheroute.engine import prompt_cache
+n = 0
+while True:
+    n += 1
+    kept = prompt_cache.Kept([1, 2, n], [(3, b"r" * 1000, b"l" * n)], os.urandom(20_000_000))
+    prompt_cache.write(path, kept, {"model": "m"})
+"""
 
 
 def read_tuned(path: Path) -> None:
@@ -63,6 +72,13 @@ def read_trace(path: Path) -> None:
     assert trace.complete and len(trace.records) == 20_000
 
 
+def read_prompt(path: Path) -> None:
+    from cacheroute.engine import prompt_cache
+
+    kept = prompt_cache.read(path, {"model": "m"})
+    assert len(kept.points[0][2]) == kept.tokens[2] >= 1
+
+
 def read_plot(path: Path) -> None:
     assert path.read_bytes().rstrip().endswith(b"</svg>")
 
@@ -74,8 +90,9 @@ def read_plot(path: Path) -> None:
         (_TASK, "p.json", read_task),
         (_TRACE, "t.trace", read_trace),
         (_PLOT, "f.svg", read_plot),
+        (_PROMPT, "p", read_prompt),
     ],
-    ids=["tuned", "task profile", "trace", "plot"],
+    ids=["tuned", "task profile", "trace", "plot", "prompt cache"],
 )
 def test_a_killed_writer_leaves_a_whole_file(program: str, name: str, read: object, tmp_path: Path) -> None:
     path, rng = tmp_path / name, random.Random(name)

@@ -111,7 +111,6 @@ def bench(
     llm = Llama(
         str(path),
         n_ctx=max(n_prompt + n_gen, 64),
-        n_batch=max(n_prompt, 64),
         n_threads=options.threads(threads),
         n_threads_batch=options.threads(threads),
         flash_mbps=flash_mbps,

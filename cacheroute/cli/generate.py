@@ -24,6 +24,7 @@ from cacheroute.trace import task_profile
 
 if TYPE_CHECKING:
     from cacheroute.engine.completion import Completion
+    from cacheroute.engine.micro_batch import Plan
 
 
 def generate(
@@ -49,8 +50,25 @@ def generate(
     flash_mbps: options.FlashOption = None,
     prefetch: options.PrefetchOption = 0,
     warm_start: options.WarmStartOption = None,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompt-cache",
+            help="Keep the evaluated prompt in this file; a later prompt with the same beginning and the same settings does not "
+            "evaluate that again.",
+        ),
+    ] = None,
+    ubatch_size: Annotated[
+        int | None,
+        typer.Option(
+            "-ub", "--ubatch-size", min=1, help="Tokens of a prompt computed together; default: as many as fit free memory."
+        ),
+    ] = None,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Show the progress of a long prompt where stderr is no terminal, too.")
+        bool,
+        typer.Option(
+            "-v", "--verbose", help="Say how a prompt is computed, and show its progress where stderr is no terminal, too."
+        ),
     ] = False,
     output: Annotated[
         str, typer.Option("-o", "--output", help="text, json (one object at the end) or jsonl (one object per piece of text).")
@@ -68,10 +86,13 @@ def generate(
     seed = secrets.randbelow(2**31) if seed < 0 else seed
     task = task_profile.load(warm_start) if warm_start else None
     from cacheroute.engine import completion
+    from cacheroute.engine import prompt_cache as caches
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
     from cacheroute.routing import tuned
 
+    if prompt_cache:
+        caches.check(prompt_cache)
     path = catalogue.resolve(model)
     routing, eviction = tuned.resolve(path, budget, routing, eviction)
     context_memory.check(path, ctx_size)
@@ -84,6 +105,7 @@ def generate(
         flash_mbps=flash_mbps,
         prefetch=prefetch,
         n_ctx=ctx_size,
+        n_ubatch=ubatch_size,
         n_threads=options.threads(threads),
         n_threads_batch=options.threads(threads),
         seed=seed,
@@ -98,7 +120,9 @@ def generate(
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
         chat = not raw and completion.has_chat_template(llm)
         asked = completion.chat_prompt(llm, text) if chat else completion.raw_prompt(llm, text)
-        run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling)
+        if verbose:
+            say(_plan(llm.plan(len(asked.tokens))))
+        run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling, prompt_cache)
         try:
             for piece in run.pieces():
                 if output == "text":
@@ -118,6 +142,16 @@ def generate(
         finally:
             if run.finish_reason and (run.first or run.finish_reason != "interrupted"):
                 _report(run, output, path)
+    if run.unkept:
+        raise run.unkept
+
+
+def _plan(plan: Plan) -> str:
+    """How a prompt is computed."""
+    return (
+        f"prompt of {plan.n_tokens} tokens: {plan.passes} pass{'' if plan.passes == 1 else 'es'} of {plan.length}, "
+        f"about {plan.compute / MIB:.0f} MiB beside the experts; up to {plan.ahead / MIB:.0f} MiB are read ahead"
+    )
 
 
 def _report(run: Completion, output: str, path: Path) -> None:
@@ -139,7 +173,8 @@ def _object(run: Completion, path: Path) -> dict[str, Any]:
         "finish_reason": run.finish_reason,
         "model": str(path),
         "seed": run.seed,
-        "n_prompt": stats.prefill.tokens,
+        "n_prompt": len(run.prompt.tokens),
+        "n_prompt_cached": len(run.prompt.tokens) - stats.prefill.tokens,
         "n_gen": run.n_tokens,
         "prompt_ts": _prompt_rate(run),
         "prompt_read_mib": stats.prefill.read_mib,
@@ -157,20 +192,24 @@ def _rate(run: Completion) -> float | None:
     """Tokens per second after the first one, whose time is the prompt's."""
     if not run.first or not run.last or run.last <= run.first:
         return None
-    return (run.n_tokens - 1) / (run.last - run.first)
+    return (run.n_tokens - 1) / (run.last - run.first - run.keeping)
 
 
 def _prompt_rate(run: Completion) -> float | None:
-    return run.llm.stats().prefill.tokens / (run.first - run.started) if run.first else None
+    """Evaluated tokens per second; None where none was."""
+    n = run.llm.stats().prefill.tokens
+    return n / (run.first - run.started) if run.first and n else None
 
 
 def _summary(run: Completion) -> str:
     """The line on stderr."""
     s: Stats = run.llm.stats()
     d, rate, prompt_rate = s.decode, _rate(run), _prompt_rate(run)
+    cached = len(run.prompt.tokens) - s.prefill.tokens
     parts = [
         f"{run.n_tokens} token{'' if run.n_tokens == 1 else 's'}" + ("" if rate is None else f", {rate:.1f} tok/s"),
-        f"prompt {s.prefill.tokens}"
+        f"prompt {len(run.prompt.tokens)}"
+        + (f" ({cached} from {run.prompt_cache})" if run.prompt_cache else "")
         + ("" if prompt_rate is None else f", {prompt_rate:.1f} tok/s")
         + f", read {s.prefill.read_mib:.1f} of {s.prefill.distinct_mib:.1f} MiB",
         *([f"first token {run.first - run.started:.2f} s"] if run.first else []),

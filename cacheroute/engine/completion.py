@@ -7,10 +7,12 @@ Prompt, sampling and stop strings are upstream's. Knows the loaded model, not wh
 from __future__ import annotations
 
 import codecs
+import contextlib
 import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheroute.errors import CacherouteError
@@ -103,6 +105,8 @@ class Completion:
     text: all of it. n_tokens: tokens generated, without the one that ends the text. finish_reason: "stop" or "length".
     started, first, last: times (perf_counter) of the call, of the first token and of the last one; None without a token.
     full: the context ended the answer.
+    prompt_cache: a file that begins the prompt, where it is there, and keeps it as soon as it is evaluated, unless it begins with
+    it already. unkept: why it could not be written. keeping: seconds that writing it took, between the first token and the next.
     """
 
     llm: Llama
@@ -110,6 +114,7 @@ class Completion:
     max_tokens: int | None
     seed: int
     sampling: dict[str, Any]
+    prompt_cache: Path | None = None
     text: str = ""
     n_tokens: int = 0
     finish_reason: str = ""
@@ -117,13 +122,26 @@ class Completion:
     started: float = field(default_factory=time.perf_counter)
     first: float | None = None
     last: float | None = None
+    unkept: CacherouteError | None = None
+    keeping: float = 0.0
 
     def pieces(self) -> Iterator[str]:
-        """Text as it comes. Raises CacherouteError when the prompt does not fit the context."""
+        """Text as it comes. Raises CacherouteError when the prompt does not fit the context, UsageError for a prompt cache that
+        cannot be used."""
         for piece in self._pieces():
             if piece:
                 self.text += piece
                 yield piece
+
+    def _keep(self, kept: list[int]) -> None:
+        """Writes the evaluated prompt to the file, which has kept those tokens; the answer goes on when that fails."""
+        if self.prompt_cache and kept[: len(self.prompt.tokens)] != self.prompt.tokens:
+            start = time.perf_counter()
+            try:
+                self.llm.save_prompt(self.prompt_cache)
+            except CacherouteError as e:
+                self.unkept = e
+            self.keeping = time.perf_counter() - start
 
     def _pieces(self) -> Iterator[str]:
         llm, tokens = self.llm, self.prompt.tokens
@@ -134,9 +152,11 @@ class Completion:
             )
         limit = room if self.max_tokens is None else min(self.max_tokens, room)
         self.started = time.perf_counter()
+        kept = llm.load_prompt(self.prompt_cache) if self.prompt_cache and self.prompt_cache.exists() else []
         if not limit:
-            llm.reset()
-            llm.eval(tokens)
+            with contextlib.closing(llm.generate(list(tokens), temp=0.0)) as generated:
+                next(generated, None)
+            self._keep(kept)
             self.finish_reason = "length"
             return
         llm.set_seed(self.seed)
@@ -145,7 +165,9 @@ class Completion:
         try:
             for token in generated:
                 now = time.perf_counter()
-                self.first = self.first or now
+                if self.first is None:
+                    self.first = now
+                    self._keep(kept)
                 if _is_end(llm, token):
                     self.finish_reason = "stop"
                     break

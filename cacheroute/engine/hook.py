@@ -166,6 +166,11 @@ class Hook:
             if self._policy:
                 self._policy.check()
 
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong in this sequence; reset() forgets it."""
+        return bool(_lib.cr_hook_error(self.handle))
+
     def _raise_error(self) -> None:
         error = _lib.cr_hook_error(self.handle).decode()
         if error:

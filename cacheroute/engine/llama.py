@@ -13,11 +13,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from cacheroute.engine import arguments, callbacks, log, progress, templates
-from cacheroute.engine.checkpoint import Checkpoint, load_sequence, save_sequence
 from cacheroute.engine.embeddings import MappedEmbeddings
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.micro_batch import MicroBatches, Plan
 from cacheroute.engine.open_files import OpenFiles
+from cacheroute.engine.sequence import SequenceLlama
 from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
@@ -32,7 +32,7 @@ _llama_cpp = patched_llama_cpp.module()
 _LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
 
 
-class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
+class Llama(SequenceLlama):
     """`llama_cpp.Llama` whose routed experts stay in the file, at most `budget` of them in memory.
 
     Args:
@@ -59,10 +59,12 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     Policies act on decoded tokens; prompts are routed by `original`. generate() and everything above it know which is which;
     tokens given to eval() directly are prompt, except within `decoding()`.
 
-    Routing state belongs to a sequence: reset() and, with a lossy routing, any generate() that does not continue the
-    tokens already evaluated start from an empty cache, so that a run can be repeated exactly; with `original` a prompt that
-    shares a prefix with them keeps the cache, whose state changes no logits. save_state() and load_state(), and with them
-    set_cache(), carry the routing state; a state of other settings, or one that was pickled, starts from an empty cache.
+    Routing state belongs to a sequence, and reset() starts from an empty cache. With a lossy routing a generate() continues after
+    the evaluated tokens, or where an earlier prompt ended (the last 8 are known), with the routing state that was there, and else
+    starts from an empty cache, so that the same prompts in the same order give the same answers; with `original` a prompt that
+    shares a prefix with the evaluated tokens keeps the cache, whose state changes no logits. save_prompt() and load_prompt() keep
+    an evaluated prompt in a file. save_state() and load_state(), and with them set_cache(), carry the routing state; a state of
+    other settings, or one that was pickled, starts from an empty cache.
 
     A process that is forked from one with a loaded model may leave it alone, and end; it cannot compute with it.
 
@@ -94,8 +96,8 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._decoding = False
         self._lock = threading.RLock()  # held by the thread that computes
         self._generation: object = None  # the generate() that began last
-        self._untouched = False  # no token since the last reset: resetting once more would read a warm cache twice
-        self._broken = False  # a batch was broken off since then: the routing state is not that of the tokens
+        self._untouched = False
+        self._new_sequence()
         self._trace_sink: Callable[[bytes], None] | None = None
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
         self._flash_mbps = flash_mbps
@@ -184,6 +186,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if self._hook:
             self._hook.close(None if hook else self._ctx.ctx)
         self._hook = hook
+        self._new_sequence()
         self.budget, self.routing, self.eviction = settings.budget, settings.routing, settings.eviction
         self.io, self.prefetch = hook.io if hook else settings.io, settings.prefetch
 
@@ -284,8 +287,10 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         first = int(batch.batch.pos[0]) if batch.batch.n_tokens and batch.batch.pos else self.n_tokens
         if first == 0:
             self._files.check()
-        broken, self._broken = self._broken, True
         self._untouched = complete = False
+        self._points.cut(first)
+        self._logits, broken, self._broken_off = None, self._broken_off, True
+        self._requires_eval = True  # eval() says otherwise at its end
         if self._hook:
             self._hook.begin(first, decode=self._decoding)
         try:
@@ -299,10 +304,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
                 self._hook.finish(complete=complete)
             interrupted = self._interrupt.take()
         if interrupted:
-            self._requires_eval = True  # the logits of the last token are gone
             raise KeyboardInterrupt
         self._embeddings.check()
-        self._broken = broken
+        self._broken_off = broken
         if self._hook and self._trace_sink:
             self._trace_sink(self._hook.take_trace())
 
@@ -324,85 +328,6 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """As llama_cpp.Llama.detokenize."""
         self._check_usable()
         return super().detokenize(*args, **kwargs)
-
-    def sample(self, *args: Any, **kwargs: Any) -> Any:
-        """As llama_cpp.Llama.sample."""
-        self._check_usable()
-        return super().sample(*args, **kwargs)
-
-    def reset(self) -> None:
-        """Forgets the sequence and, with it, which experts are resident."""
-        self._check_usable()
-        super().reset()
-        self._broken = False
-        if self._hook and not self._untouched:
-            self._hook.reset()
-            self._warm()
-
-    def rewind(self) -> None:
-        """Clears the tokens; experts stay in memory."""
-        super().reset()
-
-    def checkpoint(self, *, sequence: bool = False) -> Checkpoint:
-        """Keeps the routing state, for return_to(); with `sequence` also the model's, so that it outlives this sequence."""
-        self._check_usable()
-        state = save_sequence(self._ctx.ctx) if sequence else None
-        return Checkpoint(self._hook, [int(t) for t in self.input_ids[: self.n_tokens]], state)
-
-    def return_to(self, mark: Checkpoint) -> None:
-        """Continues after the tokens of a checkpoint of the same budget and eviction; the routing may be another. Counters go on.
-
-        Without its `sequence`, those tokens must still be the first ones here, and the model must not be recurrent: its state
-        cannot be cut back. Not for a policy in Python, which keeps its own state. Raises CacherouteError for what does not fit.
-        """
-        self._check_usable()
-        if not mark.fits(self._hook):
-            raise CacherouteError("A checkpoint fits the budget and the eviction that it was taken with.")
-        self._untouched = False
-        if mark.sequence is not None:
-            load_sequence(self._ctx.ctx, mark.sequence)
-            self.input_ids[: len(mark.tokens)] = mark.tokens
-        self.n_tokens = len(mark.tokens)
-
-    def save_state(self) -> Any:
-        """As llama_cpp.Llama.save_state, with the routing state."""
-        self._check_usable()
-        state = super().save_state()
-        state.routing = self.checkpoint()
-        return state
-
-    def load_state(self, state: Any) -> None:
-        """As llama_cpp.Llama.load_state; a state without routing state, or of another budget or eviction, starts from an empty
-        cache."""
-        self._check_usable()
-        super().load_state(state)
-        mark = getattr(state, "routing", None)
-        self._untouched = False
-        if self._hook and not (mark and mark.fits(self._hook)):
-            self._hook.reset()
-
-    def load_experts(self, layer: int, ids: Sequence[int]) -> None:
-        """Brings experts of a layer (by its place in `layout`) into memory; they count as used, the last as the most recent."""
-        if self._hook:
-            self._untouched = False
-            self._hook.warm(layer, ids)
-
-    def warm(self, task: TaskProfile | None) -> None:
-        """From now on every sequence starts with the experts that a task uses most in the cache; None: with an empty one.
-
-        Clears the sequence. Raises UsageError when the profile is of another model.
-        """
-        if task:
-            task.check(self.layout)
-        self._task = task
-        self._untouched = False
-        self.reset()
-
-    def _warm(self) -> None:
-        if self._task and self._hook:
-            for layer, capacity in enumerate(strategies.capacities(self.routing, self.budget, self.layout)):
-                self.load_experts(layer, self._task.best(layer, capacity))
-        self._untouched = True
 
     def force(self, scores: ForcedScores | None) -> None:
         """From now on layers rank these scores, a row for each token of a sequence, instead of the model's; None: the model's.
@@ -446,13 +371,14 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             kwargs["logits_processor"] = _llama_cpp.LogitsProcessorList([processors])
         if kwargs.get("grammar"):
             callbacks.check_grammar(self._model, kwargs["grammar"])
-        continued = not self._broken and list(self.input_ids[: self.n_tokens]) == tokens[: self.n_tokens]
-        if self.routing and self.routing.lossy and not continued:
-            self.reset()
+        with self._alone():
+            if kwargs.get("reset", True):
+                self._begin_prompt(tokens)
         inner = super().generate(tokens, *args, **kwargs)
         try:
             with self._alone():
                 token = next(inner)
+                self._keep_point()
             while True:
                 processors.check()
                 more = yield token

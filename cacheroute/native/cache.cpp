@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <stdexcept>
 
 namespace cacheroute {
 
@@ -22,6 +23,30 @@ void ExpertCache::reset() {
     std::fill(score_.begin(), score_.end(), 0.0);
     clock_ = 0;
     size_  = 0;
+}
+
+void ExpertCache::write(ByteWriter & out) const {
+    out.put(clock_);
+    out.put(resident_);
+    out.put(last_use_);
+    out.put(n_uses_);
+    out.put(score_);
+}
+
+void ExpertCache::read(ByteReader & in) {
+    clock_ = in.get<uint64_t>();
+    in.get(resident_);
+    in.get(last_use_);
+    in.get(n_uses_);
+    in.get(score_);
+    size_         = 0;
+    bool possible = true;
+    for (size_t e = 0; e < resident_.size(); e++) {
+        size_ += resident_[e];
+        possible = possible && resident_[e] <= (last_use_[e] > 0) && last_use_[e] <= clock_ && n_uses_[e] <= clock_ &&
+                   score_[e] >= 0.0 && score_[e] <= 1.0;
+    }
+    if (!possible || size_ > capacity_) throw std::runtime_error("a saved routing state has a cache that cannot be");
 }
 
 void ExpertCache::observe(const std::vector<double> & z) {

@@ -1,6 +1,8 @@
 // Which experts of one layer are resident, and which one goes when there are too many. Knows no bytes.
 #pragma once
 
+#include "bytes.h"
+
 #include <cstdint>
 #include <vector>
 
@@ -35,6 +37,11 @@ class ExpertCache {
     void trim(const std::vector<int32_t> & keep, bool by_recency, std::vector<int32_t> & out);
 
     void reset();
+
+    // All that a later token depends on, as bytes, and back into a cache of the same sizes; read() throws std::runtime_error for a
+    // state that no cache comes to.
+    void write(ByteWriter & out) const;
+    void read(ByteReader & in);
 
     const std::vector<uint8_t> & resident() const { return resident_; }
     int size() const { return size_; }

@@ -22,15 +22,27 @@ const std::vector<int32_t> & CachedRouter::predict(const Scores & scores) {
     return event_.missed;
 }
 
-bool CachedRouter::resume(const CachedRouter & other) {
+bool CachedRouter::can_resume(const CachedRouter & other) const {
     const ExpertCache & from = other.cache_;
-    if (from.capacity() != cache_.capacity() || from.eviction() != cache_.eviction() ||
-        from.resident().size() != cache_.resident().size()) {
-        return false;
-    }
+    return from.capacity() == cache_.capacity() && from.eviction() == cache_.eviction() &&
+           from.resident().size() == cache_.resident().size() && other.n_used_ == n_used_;
+}
+
+bool CachedRouter::resume(const CachedRouter & other) {
+    if (!can_resume(other)) return false;
     router_.resume(other.router_);
-    cache_ = from;
+    cache_ = other.cache_;
     return true;
+}
+
+void CachedRouter::write(ByteWriter & out) const {
+    router_.write(out);
+    cache_.write(out);
+}
+
+void CachedRouter::read(ByteReader & in) {
+    router_.read(in);
+    cache_.read(in);
 }
 
 void CachedRouter::warm(const std::vector<int32_t> & ids) {

@@ -42,6 +42,12 @@ class CachedRouter {
     // Continues from the state of another: its cache and running means, under this one's routing. Counters stay.
     // false, and nothing has changed: its cache is not of this size and eviction.
     bool resume(const CachedRouter & other);
+    bool can_resume(const CachedRouter & other) const;
+
+    // That state as bytes, and back into a router of the same sizes and eviction; read() throws std::runtime_error for a state
+    // that cannot be.
+    void write(ByteWriter & out) const;
+    void read(ByteReader & in);
 
     const ExpertCache & cache() const { return cache_; }
     ExpertCache &       cache() { return cache_; }

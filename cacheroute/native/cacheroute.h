@@ -204,6 +204,11 @@ CR_API cr_checkpoint * cr_hook_save(cr_hook * hook);
  * eviction. */
 CR_API int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint);
 CR_API void cr_checkpoint_free(cr_checkpoint * checkpoint);
+/* A checkpoint as bytes, for a machine of the same byte order: how many; written to `out` where it has room for all of them. 0: no
+ * memory. */
+CR_API uint64_t cr_checkpoint_bytes(const cr_checkpoint * checkpoint, uint8_t * out, uint64_t size);
+/* And back. NULL: the bytes are none of a checkpoint of this version, or of a state that cannot be. */
+CR_API cr_checkpoint * cr_checkpoint_from(const uint8_t * bytes, uint64_t size, char * error, int32_t error_size);
 /* Before each llama_decode(): which token of the sequence it begins with. */
 CR_API void cr_hook_begin(cr_hook * hook, int64_t token);
 /* Before the first batch of a prompt, which begins with that token: cr_hook_progress() and each prompt's distinct_bytes count

@@ -1,6 +1,7 @@
 // The C interface: unpacks arguments, turns exceptions into sentences. Decides nothing.
 #include "cacheroute.h"
 
+#include "checkpoint.h"
 #include "hook.h"
 #include "interrupt.h"
 #include "progress.h"
@@ -311,6 +312,18 @@ int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint) {
 }
 
 void cr_checkpoint_free(cr_checkpoint * checkpoint) { delete checkpoint; }
+
+uint64_t cr_checkpoint_bytes(const cr_checkpoint * checkpoint, uint8_t * out, uint64_t size) try {
+    const std::vector<uint8_t> bytes = to_bytes(checkpoint->routers);
+    if (out && size >= bytes.size()) std::copy(bytes.begin(), bytes.end(), out);
+    return bytes.size();
+} catch (const std::exception &) {
+    return 0;
+}
+
+cr_checkpoint * cr_checkpoint_from(const uint8_t * bytes, uint64_t size, char * error, int32_t error_size) {
+    return guarded(error, error_size, [&] { return new cr_checkpoint{from_bytes(bytes, size_t(size))}; });
+}
 
 void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass,
                    const uint16_t * predicted) {

@@ -149,10 +149,11 @@ std::vector<CachedRouter> Hook::save() {
 
 bool Hook::resume(const std::vector<CachedRouter> & saved) {
     if (saved.size() != routers_.size()) return false;
-    finish(false);
     for (size_t i = 0; i < routers_.size(); i++) {
-        if (!routers_[i].resume(saved[i])) return false;
+        if (!routers_[i].can_resume(saved[i])) return false;
     }
+    finish(false);
+    for (size_t i = 0; i < routers_.size(); i++) routers_[i].resume(saved[i]);
     for (size_t i = 0; i < routers_.size(); i++) {
         keep_error([&] { residency_.follow(int(i), routers_[i].cache().resident()); });
     }

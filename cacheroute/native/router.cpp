@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
 
 namespace cacheroute {
 
@@ -89,6 +90,17 @@ Router::Router(int n_expert, int n_used, const Routing & routing)
 void Router::reset() {
     mean_range_ = 0.0;
     n_seen_     = 0;
+}
+
+void Router::write(ByteWriter & out) const {
+    out.put(mean_range_);
+    out.put(n_seen_);
+}
+
+void Router::read(ByteReader & in) {
+    mean_range_ = in.get<double>();
+    n_seen_     = in.get<uint64_t>();
+    if (!std::isfinite(mean_range_) || mean_range_ < 0) throw std::runtime_error("a saved routing state has a mean that cannot be");
 }
 
 void Router::observe(const std::vector<double> & z) {

@@ -2,6 +2,8 @@
 // Knows no files, no llama.cpp, and of the cache only the mask.
 #pragma once
 
+#include "bytes.h"
+
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -95,6 +97,10 @@ class Router {
         mean_range_ = other.mean_range_;
         n_seen_     = other.n_seen_;
     }
+
+    // The running mean as bytes, and back; read() throws std::runtime_error for one that cannot be.
+    void write(ByteWriter & out) const;
+    void read(ByteReader & in);
 
     double mean_range() const { return mean_range_; }
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from faults import cases_cli, cases_files, cases_load, cases_system
+from faults import cases_cli, cases_files, cases_load, cases_prompt_cache, cases_system
 from faults.runner import Case, Place, check, run
 
-CASES: list[Case] = [*cases_cli.CASES, *cases_files.CASES, *cases_load.CASES, *cases_system.CASES]
+CASES: list[Case] = [*cases_cli.CASES, *cases_files.CASES, *cases_load.CASES, *cases_prompt_cache.CASES, *cases_system.CASES]
 
 
 def test_names_are_unique() -> None:
