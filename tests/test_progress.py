@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -171,7 +172,8 @@ def test_the_command_shows_it_where_asked(tiny: Path, slow_mbps: float) -> None:
     slow = (*arguments, "--flash-mbps", slow_mbps / 2)
     silent, told = cacheroute(*slow), cacheroute(*slow, "-v")
     assert "prompt: " not in silent.stderr and len(silent.stderr.splitlines()) == 1
-    *lines, summary = told.stderr.splitlines()
+    plan, *lines, summary = told.stderr.splitlines()
+    assert re.fullmatch(r"prompt of \d+ tokens: 1 pass of \d+, about \d+ MiB .*", plan)
     assert lines and all(line.startswith("prompt: ") and "\x1b" not in line for line in lines)
     answer = json.loads(cacheroute(*arguments, "-o", "json").stdout)
     assert 0 < answer["prompt_distinct_mib"] == answer["stats"]["prefill"]["distinct_bytes"] / MIB

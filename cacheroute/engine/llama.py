@@ -268,12 +268,12 @@ class Llama(SequenceLlama):
                 super().eval(tokens)
                 return
             plan = self.plan(len(tokens))
-            step = len(tokens) if self._batches.fixed else plan.length  # a fixed split is llama.cpp's own
+            step = max(len(tokens), 1) if self._batches.fixed else plan.length  # a fixed split is llama.cpp's own
             prompt = progress.Prompt.of(len(tokens), min(step, self.n_batch), self.context_params.n_ubatch, self.layout)
             if self._hook:
                 self._hook.read_ahead(plan.ahead if self._read_ahead else 0)
             with progress.of_prompt(self._hook, self.n_tokens, prompt, self.prompt_progress):
-                for at in range(0, len(tokens), step):
+                for at in range(0, max(len(tokens), 1), step):
                     super().eval(tokens[at : at + step])
 
     def plan(self, n_tokens: int) -> Plan:
