@@ -23,6 +23,7 @@ from cacheroute.model import context_memory, experts, gguf_file
 from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
+from cacheroute.routing.prompt_routing import PromptRouting
 from cacheroute.trace.forced_scores import ForcedScores
 from cacheroute.trace.task_profile import TaskProfile
 
@@ -48,13 +49,15 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
         prefetch: while a layer computes on a decoded token, up to so many experts are read that the next layer would miss if its
             router were given this layer's hidden state. They take memory beside the budget; what is chosen stays the same.
+        prompt_routing: how the experts of prompts are chosen: "original", or "keep:cover=0.9", which reads fewer of them and is
+            lossy (`cacheroute routing`).
         Everything else: as llama_cpp.Llama.
 
-    Policies act on decoded tokens; prompts are routed by `original`. generate() and everything above it know which is which;
-    tokens given to eval() directly are prompt, except within `decoding()`.
+    Policies act on decoded tokens; prompts are routed by `prompt_routing`. generate() and everything above it know which is
+    which; tokens given to eval() directly are prompt, except within `decoding()`.
 
-    Routing state belongs to a sequence: reset() and, with a lossy routing, any generate() that does not continue the
-    tokens already evaluated start from an empty cache, so that a run can be repeated exactly; with `original` a prompt that
+    Routing state belongs to a sequence: reset() and, with a lossy routing of either kind, any generate() that does not continue
+    the tokens already evaluated start from an empty cache, so that a run can be repeated exactly; with `original` a prompt that
     shares a prefix with them keeps the cache, whose state changes no logits. save_state() and load_state(), and with them
     set_cache(), carry the routing state; a state of other settings, or one that was pickled, starts from an empty cache.
 
@@ -73,6 +76,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         io: str = "mmap",
         flash_mbps: float | None = None,
         prefetch: int = 0,
+        prompt_routing: str | PromptRouting = "original",
         **kwargs: Any,
     ) -> None:
         self.template_error = ""  # why the file's chat template cannot be parsed; the setter of `metadata` sets it
@@ -90,7 +94,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._owner = os.getpid()
         header = gguf_file.read(model_path)
         self.layout = experts.layout(header)
-        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch)
+        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing)
         for name in _OWN:
             if name in kwargs:
                 raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
@@ -144,13 +148,14 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         eviction: str = evictions.DEFAULT,
         io: str = "mmap",
         prefetch: int = 0,
+        prompt_routing: str | PromptRouting = "original",
     ) -> None:
         """Changes the settings of a loaded model: no expert is resident, the sequence is forgotten, counters start at 0.
 
         When it fails, nothing has changed but that experts may have left memory.
         """
         self._check_usable()
-        self._apply(Settings.of(self.layout, budget, routing, eviction, io, prefetch))
+        self._apply(Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing))
         super().reset()
         self._warm()
 
@@ -165,6 +170,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._hook = hook
         self.budget, self.routing, self.eviction = settings.budget, settings.routing, settings.eviction
         self.io, self.prefetch = hook.io if hook else settings.io, settings.prefetch
+        self.prompt_routing, self._lossy = settings.prompt_routing, settings.lossy
 
     def n_ctx(self) -> int:
         """Tokens that a sequence may have."""
@@ -203,8 +209,9 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """As llama_cpp.Llama: what makes the same model again, settings included, the sequence not."""
         self._check_usable()
         state = {k: v for k, v in super().__getstate__().items() if k not in _OWN}
-        own = {"budget": self.budget.capacity, "routing": self.routing, "eviction": self.eviction, "io": self.io}
-        return state | own | {"flash_mbps": self._flash_mbps, "prefetch": self.prefetch}
+        own: dict[str, Any] = {"budget": self.budget.capacity, "routing": self.routing, "eviction": self.eviction, "io": self.io}
+        own |= {"flash_mbps": self._flash_mbps, "prefetch": self.prefetch, "prompt_routing": self.prompt_routing}
+        return state | own
 
     @property
     def flash_mbps(self) -> float | None:
@@ -369,7 +376,12 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             raise UsageError(f"{scores.name} does not fit {len(layout.layers)} layers of {layout.n_expert} experts.")
         self.forced = scores
         self.configure(
-            budget=self.budget.capacity, routing=self.routing, eviction=self.eviction, io=self.io, prefetch=self.prefetch
+            budget=self.budget.capacity,
+            routing=self.routing,
+            eviction=self.eviction,
+            io=self.io,
+            prefetch=self.prefetch,
+            prompt_routing=self.prompt_routing,
         )
 
     @contextlib.contextmanager
@@ -400,7 +412,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             kwargs["logits_processor"] = _llama_cpp.LogitsProcessorList([processors])
         if kwargs.get("grammar"):
             callbacks.check_grammar(self._model, kwargs["grammar"])
-        if self.routing and self.routing.lossy and list(self.input_ids[: self.n_tokens]) != tokens[: self.n_tokens]:
+        if self._lossy and list(self.input_ids[: self.n_tokens]) != tokens[: self.n_tokens]:
             self.reset()
         inner = super().generate(tokens, *args, **kwargs)
         try:
@@ -424,6 +436,7 @@ class Llama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Counters since the model was loaded or configured."""
         return Stats(
             routing=str(self.routing) if self.routing else "none",
+            prompt_routing=str(self.prompt_routing),
             eviction=self.eviction,
             io=self.io,
             n_expert=self.layout.n_expert,

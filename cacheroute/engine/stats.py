@@ -14,6 +14,7 @@ class Stats:
     """The state of a loaded model. Bytes; `resident_bytes` as the store counts, whole pages."""
 
     routing: str
+    prompt_routing: str
     eviction: str
     io: str
     n_expert: int

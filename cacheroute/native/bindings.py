@@ -28,6 +28,7 @@ class Routing(ctypes.Structure):
         ("f", c_double),
         ("max_loss", c_double),
         ("experts", c_int32),
+        ("prompt_cover", c_double),
     ]
 
 
@@ -49,7 +50,7 @@ class Tensor(ctypes.Structure):
     _fields_ = [("layer", c_int32), ("file", c_int32), ("offset", c_uint64), ("expert_bytes", c_uint64), ("address", c_void_p)]
 
 
-ABI_VERSION = 6  # CR_ABI_VERSION
+ABI_VERSION = 7  # CR_ABI_VERSION
 UNKNOWN_BYTES = 2**64 - 1  # of expert_files.h
 
 _I32P, _F64P = POINTER(c_int32), POINTER(c_double)

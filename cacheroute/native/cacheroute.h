@@ -25,7 +25,7 @@ extern "C" {
 #define CR_API __attribute__((visibility("default")))
 
 /* Counts changes of anything in this header. */
-#define CR_ABI_VERSION 6
+#define CR_ABI_VERSION 7
 
 /* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (explained in router.h). */
 struct cr_routing {
@@ -38,6 +38,7 @@ struct cr_routing {
     double  f;
     double  max_loss; /* < 0: no guard */
     int32_t experts;  /* of this layer in memory, n_used..n_expert; 0: the capacity of the shape */
+    double  prompt_cover; /* prompts keep to experts that carry this share of a batch's mass (prompt_router.h); 0, 1: `original` */
 };
 
 struct cr_shape {
@@ -109,11 +110,12 @@ CR_API void cr_router_free(cr_router * router);
 CR_API int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, const double * mass, int32_t prefill,
                               const int32_t * model_ids, int32_t prescribed, int32_t * ids, int32_t * missed, int32_t * n_missed,
                               int32_t * evicted, int32_t * n_evicted);
-/* n_events of one layer, recorded: z [n][E] in half precision; mass [n][E] likewise, NULL: exp(z); decode [n] 0/1; prescribed
- * [n][K], NULL or a row that starts with -1: chosen by the routing; next_use [n][K], belady only: when the prescribed expert is
- * needed next. Returns 0; -1: no memory. Fills, if not NULL, ids [n][K] and resident [n][ceil(E/8)]: the cache before the event, bit e % 8 of byte e / 8. */
+/* n_events of one layer, recorded: z [n][E] in half precision; mass [n][E] likewise, NULL: exp(z); flags [n]: 1 decoded, 8 the
+ * first of a micro-batch (of a prompt; a decoded token is one of its own); prescribed [n][K], NULL or a row that starts with -1:
+ * chosen by the routing; next_use [n][K], belady only: when the prescribed expert is needed next. Returns 0; -1: no memory. Fills,
+ * if not NULL, ids [n][K] and resident [n][ceil(E/8)]: the cache before the event, bit e % 8 of byte e / 8. */
 CR_API int32_t cr_router_replay(cr_router * router, int32_t layer, int64_t n_events, const uint16_t * z, const uint16_t * mass,
-                                const uint8_t * decode, const int32_t * prescribed, const int32_t * next_use, int32_t * ids,
+                                const uint8_t * flags, const int32_t * prescribed, const int32_t * next_use, int32_t * ids,
                                 uint8_t * resident);
 CR_API void cr_router_set_policy(cr_router * router, cr_policy policy, void * user);
 CR_API void cr_router_resident(const cr_router * router, int32_t layer, uint8_t * mask /* [E] */);

@@ -5,6 +5,7 @@
 #include "cached_router.h"
 #include "expert_event.h"
 #include "prefetch.h"
+#include "prompt_router.h"
 #include "residency.h"
 #include "score_source.h"
 #include "trace.h"
@@ -69,7 +70,9 @@ class Hook {
     void guarded_select(const ExpertEvent & event);
     void select(const ExpertEvent & event);
     int  layer_of(const ExpertEvent & event);
-    void choose(int layer, const ExpertEvent & event, int t);
+    uint32_t token_of(const ExpertEvent & event, int t) const;
+    const Mask * allowed(int layer, const ExpertEvent & event);
+    void choose(int layer, const ExpertEvent & event, int t, const Mask * allowed);
     void reweight(const ExpertEvent & event);
     void count();                 // what the store did since the last call, for the phase
     template <typename F> void keep_error(F f);
@@ -78,6 +81,7 @@ class Hook {
     std::vector<int>             layer_of_;
     std::vector<CachedRouter>    routers_;
     ScoreSource                  source_;
+    PromptRouter                 prompt_router_;
     Residency                    residency_;
     std::unique_ptr<Prefetch>    prefetch_; // null: off
     std::unique_ptr<TraceBuffer> trace_;    // null: off

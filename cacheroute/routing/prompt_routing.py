@@ -1,0 +1,65 @@
+"""How the experts of a prompt are chosen: `original`, or `keep:cover=0.9`, in the grammar of the strategies.
+
+`keep` itself is in native/prompt_router.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cacheroute.errors import UsageError
+from cacheroute.routing import strategies
+from cacheroute.routing.strategies import Parameter
+
+ORIGINAL, KEEP = "original", "keep"
+PARAMETERS = (
+    Parameter("cover", "share of the batch's router mass that the experts which may run carry; 1: all may run", 0.01, 1),
+)
+MEANING = (
+    "each batch keeps to the experts in memory and those with most router mass over its tokens, until they carry the share "
+    "`cover` of all of it; a token runs the K best of these"
+)
+SOURCE = "cacheroute; the thought is of arXiv 2511.02237"
+
+
+@dataclass(frozen=True)
+class PromptRouting:
+    """`original`, or `keep` with its parameters."""
+
+    name: str = ORIGINAL
+    parameters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cover(self) -> float:
+        """Share of a batch's router mass that the experts which may run carry."""
+        return self.parameters.get("cover", 1.0)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a prompt's tokens may run other experts than the model would choose."""
+        return self.cover < 1
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *(f"{k}={v:g}" for k, v in self.parameters.items())])
+
+    def set(self, per_layer: Iterable[Any]) -> None:
+        """Writes itself into what strategies.to_native() has made."""
+        for own in per_layer:
+            own.prompt_cover = self.cover
+
+
+def parse(text: str | PromptRouting) -> PromptRouting:
+    """Raises UsageError naming what exists when the name, a parameter or a value is wrong."""
+    if isinstance(text, PromptRouting):
+        return text
+    name, *pairs = text.strip().split(":")
+    if name not in (ORIGINAL, KEEP):
+        raise UsageError(f"There is no prompt routing {name!r}; there are {ORIGINAL} and {strategies.form(KEEP, PARAMETERS)}.")
+    return PromptRouting(name, strategies.parse_parameters(name, PARAMETERS if name == KEEP else (), pairs))
+
+
+def parse_list(text: str) -> list[PromptRouting]:
+    """Prompt routings separated by commas."""
+    return [parse(part) for part in text.split(",") if part.strip()]
