@@ -60,10 +60,12 @@ def select(
     gating: int = 1,
     hidden: Sequence[float] = (),
     model_ids: npt.NDArray[np.int32] | None = None,
+    prescribed: bool = False,
 ) -> npt.NDArray[np.int32]:
     """Calls a hook, given its address, for the tokens of `scores` [n_tokens, E]; returns the ids [n_tokens, n_used] that run.
 
-    `probs` None: the scores themselves. `model_ids` None: the n_used best scores, ties to the lower index.
+    `probs` None: the scores themselves. `model_ids` None: the n_used best scores, ties to the lower index. `prescribed`:
+    without scores, as llama.cpp calls where the model itself prescribes the ids.
     """
     scores = np.ascontiguousarray(scores, np.float32)
     probs = scores if probs is None else np.ascontiguousarray(probs, np.float32)
@@ -71,7 +73,7 @@ def select(
     best = np.argsort(-scores, axis=1, kind="stable")[:, :n_used] if model_ids is None else model_ids
     ids = np.ascontiguousarray(best, np.int32)
     event = CEvent(
-        layer, gating, scores.shape[1], n_used, len(scores), len(state), scores.ctypes.data_as(_FLOATS),
+        layer, gating, scores.shape[1], n_used, len(scores), len(state), None if prescribed else scores.ctypes.data_as(_FLOATS),
         probs.ctypes.data_as(_FLOATS), state.ctypes.data_as(_FLOATS), ids.ctypes.data_as(_INTS), None,
     )  # fmt: skip
     native = CHook.from_address(hook)
