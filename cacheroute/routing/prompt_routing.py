@@ -44,6 +44,11 @@ class PromptRouting:
     def __str__(self) -> str:
         return ":".join([self.name, *(f"{k}={v:g}" for k, v in self.parameters.items())])
 
+    @property
+    def key(self) -> str:
+        """In full: all digits of its parameters."""
+        return ":".join([self.name, *(f"{k}={v!r}" for k, v in sorted(self.parameters.items()))])
+
     def set(self, per_layer: Iterable[Any]) -> None:
         """Writes itself into what strategies.to_native() has made."""
         for own in per_layer:
