@@ -51,7 +51,7 @@ class CachedRouter {
     Counters &          counters(Phase phase) { return counters_[int(phase)]; }
     int                 n_used() const { return n_used_; }
     double              mean_range() const { return router_.mean_range(); }
-    double              prompt_cover() const { return router_.prompt_cover(); }
+    const Routing &     routing() const { return router_.routing(); }
 
   private:
     const int   n_used_;

@@ -38,6 +38,7 @@ struct cr_routing {
     double  f;
     double  max_loss; /* < 0: no guard */
     int32_t experts;  /* of this layer in memory, n_used..n_expert; 0: the capacity of the shape */
+    int32_t prompt_last;  /* tokens at the end of a prompt's batch that run their own experts all the same */
     double  prompt_cover; /* prompts keep to experts that carry this share of a batch's mass (prompt_router.h); 0, 1: `original` */
 };
 

@@ -43,7 +43,7 @@ std::vector<CachedRouter> make_routers(const cr_shape & s, const cr_routing * ro
         const cr_routing & r = routing[l];
         if (r.strategy < 0 || r.strategy > int32_t(Strategy::custom)) throw std::runtime_error("there is no such routing");
         const Routing as{Strategy(r.strategy), r.k, r.m, std::max(r.j, 0), r.p, r.lambda, r.f, r.max_loss,
-                         r.prompt_cover > 0 ? r.prompt_cover : 1.0};
+                         r.prompt_cover > 0 ? r.prompt_cover : 1.0, std::max(r.prompt_last, 0)};
         const int32_t capacity = r.experts ? r.experts : s.capacity;
         if (capacity < s.n_used || capacity > s.n_expert) {
             throw std::runtime_error("a cache of " + std::to_string(capacity) + " experts per layer is not within " +
@@ -115,14 +115,17 @@ std::vector<int32_t> ids(const int32_t * from, int32_t n) { return {from, from +
 // The experts that the prompt's batch that begins with row `first` may run; null: all.
 const Mask * allowed(cr_router & router, const CachedRouter & layer, const ScoreRows & rows, const uint8_t * flags,
                      const int32_t * prescribed, size_t first) {
-    if (layer.prompt_cover() >= 1.0) return nullptr;
+    const Routing & routing = layer.routing();
+    if (routing.prompt_cover >= 1.0) return nullptr;
+    size_t end = first + 1;
+    while (end < rows.n && !(flags[end] & (TRACE_DECODE | TRACE_BATCH))) end++;
     router.prompt_router.begin();
-    for (size_t i = first; i < rows.n && (i == first || !(flags[i] & (TRACE_DECODE | TRACE_BATCH))); i++) {
+    for (size_t i = first; i < end; i++) {
         if (prescribed && prescribed[i * size_t(layer.n_used())] >= 0) return nullptr;
         rows.read(i, router.scores);
-        router.prompt_router.add(router.scores, nullptr);
+        router.prompt_router.add(router.scores, nullptr, i + size_t(routing.prompt_last) >= end);
     }
-    return &router.prompt_router.allowed(layer.cache().resident(), layer.prompt_cover());
+    return &router.prompt_router.allowed(layer.cache().resident(), routing.prompt_cover);
 }
 
 void set_policies(std::vector<CachedRouter> & layers, cr_policy policy, void * user) {

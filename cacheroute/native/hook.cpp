@@ -74,15 +74,16 @@ uint32_t Hook::token_of(const ExpertEvent & ev, int t) const { return batch_firs
 
 // The experts that the tokens of a prompt's batch may run in a layer; null: all, which costs no look at the batch.
 const Mask * Hook::allowed(int layer, const ExpertEvent & ev) {
-    const CachedRouter & router = routers_[size_t(layer)];
-    if (phase_ == Phase::decode || router.prompt_cover() >= 1.0) return nullptr;
+    const CachedRouter & router  = routers_[size_t(layer)];
+    const Routing &      routing = router.routing();
+    if (phase_ == Phase::decode || routing.prompt_cover >= 1.0) return nullptr;
     prompt_router_.begin();
     for (int t = 0; t < ev.n_tokens; t++) {
         const auto from = source_.get(layer, token_of(ev, t), ev, t);
         if (from.prescribed) return nullptr;
-        prompt_router_.add(from.scores, from.model_ids);
+        prompt_router_.add(from.scores, from.model_ids, t >= ev.n_tokens - routing.prompt_last);
     }
-    return &prompt_router_.allowed(router.cache().resident(), router.prompt_cover());
+    return &prompt_router_.allowed(router.cache().resident(), routing.prompt_cover);
 }
 
 // Chooses for the t-th token of an event, and notes what must be in memory.

@@ -1,25 +1,33 @@
 #include "prompt_router.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 namespace cacheroute {
 
-PromptRouter::PromptRouter(int n_expert, int n_used) : n_used_(n_used), mass_(n_expert), allowed_(n_expert), order_(n_expert) {}
+PromptRouter::PromptRouter(int n_expert, int n_used)
+    : n_used_(n_used), mass_(n_expert), spared_(n_expert), allowed_(n_expert), order_(n_expert) {}
 
-void PromptRouter::begin() { std::fill(mass_.begin(), mass_.end(), 0.0); }
+void PromptRouter::begin() {
+    std::fill(mass_.begin(), mass_.end(), 0.0);
+    std::fill(spared_.begin(), spared_.end(), 0);
+}
 
-void PromptRouter::add(const Scores & scores, const int32_t * model_ids) {
+void PromptRouter::add(const Scores & scores, const int32_t * model_ids, bool spared) {
+    const auto &    z   = scores.z;
     const int32_t * top = model_ids;
     if (!top) {
-        const auto & z = scores.z;
         std::iota(order_.begin(), order_.end(), 0);
         std::partial_sort(order_.begin(), order_.begin() + n_used_, order_.end(),
                           [&](int32_t a, int32_t b) { return z[a] > z[b] || (z[a] == z[b] && a < b); });
         top = order_.data();
     }
     double sum = 0.0;
-    for (int i = 0; i < n_used_; i++) sum += scores.mass[top[i]];
+    for (int i = 0; i < n_used_; i++) {
+        sum += scores.mass[top[i]];
+        if (spared && std::isfinite(z[top[i]])) spared_[top[i]] = 1;
+    }
     if (!(sum > 0)) return;
     for (int i = 0; i < n_used_; i++) mass_[top[i]] += scores.mass[top[i]] / sum;
 }
@@ -30,7 +38,8 @@ const std::vector<uint8_t> & PromptRouter::allowed(const std::vector<uint8_t> & 
     double all = 0.0, carried = 0.0;
     for (size_t e = 0; e < mass_.size(); e++) {
         all += mass_[e];
-        if (!resident[e]) continue;
+        allowed_[e] |= spared_[e];
+        if (!allowed_[e]) continue;
         carried += mass_[e];
         n++;
     }

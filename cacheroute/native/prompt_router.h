@@ -19,17 +19,17 @@ class PromptRouter {
     void begin();
 
     // One token: each of its K best experts gains that expert's share of the mass of all K. `model_ids`: [K] the model's own K
-    // best; null: ranked here, ties to the lower index.
-    void add(const Scores & scores, const int32_t * model_ids);
+    // best; null: ranked here, ties to the lower index. `spared`: its K best are allowed whatever their mass.
+    void add(const Scores & scores, const int32_t * model_ids, bool spared);
 
-    // [E] 0/1: the resident ones, then those with most mass (ties: the lower index) until the allowed ones carry a share `cover`
-    // of all of it, and are K or more. Valid until the next begin().
+    // [E] 0/1: the resident ones and those of spared tokens, then those with most mass (ties: the lower index) until the allowed
+    // ones carry a share `cover` of all of it, and are K or more. Valid until the next begin().
     const std::vector<uint8_t> & allowed(const std::vector<uint8_t> & resident, double cover);
 
   private:
     const int            n_used_;
     std::vector<double>  mass_; // [E] sum over the tokens
-    std::vector<uint8_t> allowed_;
+    std::vector<uint8_t> spared_, allowed_;
     std::vector<int32_t> order_;
 };
 

@@ -29,6 +29,7 @@ struct Routing {
     double   f        = 0.0;  // drop-cold: skip a missing expert below f/K of the gate weight
     double   max_loss = -1.0; // guard: share of the top-K's router mass a token may lose; < 0: no guard
     double   prompt_cover = 1.0; // share of a prompt batch's mass that its allowed experts carry (prompt_router.h); 1: all may run
+    int32_t  prompt_last  = 0;   // tokens at a prompt batch's end that are spared
 };
 
 // One token in one layer, as the router sees it.
@@ -100,7 +101,7 @@ class Router {
     }
 
     double mean_range() const { return mean_range_; }
-    double prompt_cover() const { return routing_.prompt_cover; }
+    const Routing & routing() const { return routing_; }
 
   private:
     void rank(const std::vector<double> & key, int n, std::vector<int32_t> & order) const;

@@ -1,6 +1,7 @@
 """How the experts of a prompt are chosen: `original`, or `keep:cover=0.9`, in the grammar of the strategies.
 
-`keep` itself is in native/prompt_router.cpp.
+`keep` itself is in native/prompt_router.cpp. The last token of a prompt predicts the first one of the answer, so it is spared by
+default. Of a prompt that llama.cpp cuts into micro-batches, the last tokens of each are spared.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from cacheroute.routing.strategies import Parameter
 ORIGINAL, KEEP = "original", "keep"
 PARAMETERS = (
     Parameter("cover", "share of the batch's router mass that the experts which may run carry; 1: all may run", 0.01, 1),
+    Parameter(
+        "last", "tokens at the batch's end that run the model's own experts (default: 1)", 0, 1 << 20, True, required=False
+    ),
 )
 MEANING = (
-    "each batch keeps to the experts in memory and those with most router mass over its tokens, until they carry the share "
-    "`cover` of all of it; a token runs the K best of these"
+    "a prompt's batch keeps to the experts in memory, those of its last tokens, and those with most router mass over its tokens, "
+    "until they carry the share `cover` of it; a token runs the K best of these"
 )
 SOURCE = "cacheroute; the thought is of arXiv 2511.02237"
 
@@ -37,6 +41,11 @@ class PromptRouting:
         return self.parameters.get("cover", 1.0)
 
     @property
+    def last(self) -> int:
+        """Tokens at a batch's end that run the model's own experts."""
+        return int(self.parameters.get("last", 1))
+
+    @property
     def lossy(self) -> bool:
         """Whether a prompt's tokens may run other experts than the model would choose."""
         return self.cover < 1
@@ -52,7 +61,7 @@ class PromptRouting:
     def set(self, per_layer: Iterable[Any]) -> None:
         """Writes itself into what strategies.to_native() has made."""
         for own in per_layer:
-            own.prompt_cover = self.cover
+            own.prompt_cover, own.prompt_last = self.cover, self.last
 
 
 def parse(text: str | PromptRouting) -> PromptRouting:

@@ -126,14 +126,16 @@ def sequential_sum(values: Vector) -> float:
     return float(np.cumsum(values)[-1])
 
 
-def allowed(tokens: Sequence[tuple[Vector, Vector]], resident: set[int], n_used: int, cover: float) -> set[int]:
-    """The experts that a prompt's batch of (z, mass) may run: the resident, then those with most of the tokens' top-K mass."""
+def allowed(tokens: Sequence[tuple[Vector, Vector]], resident: set[int], n_used: int, cover: float, last: int) -> set[int]:
+    """The experts that a prompt's batch of (z, mass) may run: the resident and those of the last tokens, then those with most of
+    the tokens' top-K mass."""
     share = np.zeros(len(tokens[0][0]))
-    for z, mass in tokens:
+    found = set(resident)
+    for t, (z, mass) in enumerate(tokens):
         top = ranked(z)[:n_used]
+        found |= {e for e in top if t >= len(tokens) - last and z[e] > -math.inf}
         if mass[top].any():
             share[top] += mass[top] / sequential_sum(mass[top])
-    found = set(resident)
     for e in ranked(share):
         if len(found) >= n_used and share[sorted(found)].sum() >= cover * share.sum():
             break
@@ -210,9 +212,9 @@ class Layer:
         self.cache = Cache(n_expert, n_used, capacity, eviction)
         self.mean_range, self.n_tokens = 0.0, 0
 
-    def prompt(self, tokens: Sequence[tuple[Vector, Vector]], cover: float) -> list[Event]:
+    def prompt(self, tokens: Sequence[tuple[Vector, Vector]], cover: float, last: int) -> list[Event]:
         """One micro-batch of a prompt that keeps to few experts."""
-        among = allowed(tokens, self.cache.resident, self.n_used, cover)
+        among = allowed(tokens, self.cache.resident, self.n_used, cover, last)
         return [self.step(z, mass, prefill=True, among=among) for z, mass in tokens]
 
     def step(
