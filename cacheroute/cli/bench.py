@@ -95,7 +95,7 @@ def bench(
     typed = [str(parsed.get(r, r)) for r in options.names(routing)]
     prefetch_counts = _counts(prefetch)
     evictions = options.names(DEFAULT if eviction is None else eviction)
-    prompts_typed = [str(p) for p in prompts.parse_list(prompt_routing)]
+    prompts_typed = [p if p == prompts.TUNED else str(prompts.parse(p)) for p in options.names(prompt_routing)]
     settings = (options.names(budget), typed, evictions, options.names(io), prefetch_counts, prompts_typed)
     if not all(settings):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
@@ -109,7 +109,10 @@ def bench(
 
     path = catalogue.resolve(model)
     context_memory.check(path, n_prompt + n_gen, n_prompt, option="-p and -n")
-    arms = [Arm(b, *tuned.resolve(path, b, r, e), i, n, prompt_routing=p) for b, r, e, i, n, p in itertools.product(*settings)]
+    arms = [
+        Arm(b, *tuned.resolve(path, b, r, e), i, n, prompt_routing=prompts.resolve(path, b, p))
+        for b, r, e, i, n, p in itertools.product(*settings)
+    ]
     if eviction is None:
         arms = [*(Arm(b, "original", "lru", i) for b, i in itertools.product(settings[0], settings[3])), *arms]
     arms = list(dict.fromkeys(arms))

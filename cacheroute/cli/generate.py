@@ -68,10 +68,12 @@ def generate(
     from cacheroute.engine import completion
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
+    from cacheroute.routing import prompt_routing as tuned_prompts
     from cacheroute.routing import tuned
 
     path = catalogue.resolve(model)
     routing, eviction = tuned.resolve(path, budget, routing, eviction)
+    prompt_routing = tuned_prompts.resolve(path, budget, prompt_routing)
     context_memory.check(path, ctx_size)
     llm = Llama(
         str(path),

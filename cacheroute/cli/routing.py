@@ -18,6 +18,7 @@ def routing() -> None:
     prompts = prompt_routing
     print(f"--prompt-routing {strategies.form(prompts.KEEP, prompts.PARAMETERS)}\n    {prompts.MEANING} ({prompts.SOURCE})")
     _print_parameters(prompts.PARAMETERS)
+    print(f"--prompt-routing {prompts.TUNED}\n    what `tune --prompt` found for the model and the budget")
 
 
 def _print_parameters(known: Sequence[Parameter]) -> None:

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import UsageError
+from cacheroute.files import cache_dir, read_json, write_json
+from cacheroute.model import experts, gguf_file
+from cacheroute.routing import budget as budgets
 from cacheroute.routing import strategies
 from cacheroute.routing.strategies import Parameter
 
-ORIGINAL, KEEP = "original", "keep"
+ORIGINAL, KEEP, TUNED = "original", "keep", "tuned"
+_FORMAT, _VERSION = "cacheroute-prompt-routing", 1
 PARAMETERS = (
     Parameter("cover", "share of the batch's router mass that the experts which may run carry; 1: all may run", 0.01, 1),
     Parameter(
@@ -69,6 +74,8 @@ def parse(text: str | PromptRouting) -> PromptRouting:
     if isinstance(text, PromptRouting):
         return text
     name, *pairs = text.strip().split(":")
+    if text.strip() == TUNED:
+        raise UsageError("`tuned` is what `tune --prompt` found for one model and budget; here write the prompt routing out.")
     if name not in (ORIGINAL, KEEP):
         raise UsageError(f"There is no prompt routing {name!r}; there are {ORIGINAL} and {strategies.form(KEEP, PARAMETERS)}.")
     return PromptRouting(name, strategies.parse_parameters(name, PARAMETERS if name == KEEP else (), pairs))
@@ -77,3 +84,27 @@ def parse(text: str | PromptRouting) -> PromptRouting:
 def parse_list(text: str) -> list[PromptRouting]:
     """Prompt routings separated by commas."""
     return [parse(part) for part in text.split(",") if part.strip()]
+
+
+def tuned_path(model: Path, capacity: int) -> Path:
+    """The file of `tune --prompt` for a model file and a budget of so many experts per layer, whether it is there or not."""
+    return cache_dir() / "tuned" / f"{gguf_file.fingerprint(model)}-{capacity}-prompt.json"
+
+
+def save(found: PromptRouting, path: Path, notes: dict[str, Any]) -> None:
+    """Replaces an earlier file. `notes`: how it was found."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"format": _FORMAT, "version": _VERSION, "prompt_routing": found.key, "notes": notes}, force=True)
+
+
+def resolve(model: Path, budget: str | int | None, text: str) -> str:
+    """As given, or what was found for that model and budget where it is "tuned". Raises UsageError when nothing was."""
+    if text.strip() != TUNED:
+        return text
+    layout = experts.layout(gguf_file.read(model))
+    path = tuned_path(model, budgets.parse(budget, layout).capacity)
+    if not path.exists():
+        budget = budget or budgets.default_name(layout)
+        name = layout.model or model.name
+        raise UsageError(f"No prompt routing is tuned for {name} at a budget of {budget}; run `cacheroute tune --prompt` first.")
+    return str(parse(str(read_json(path, _FORMAT, _VERSION).get("prompt_routing"))))
