@@ -118,7 +118,7 @@ def tune(
     The result is a file that `--routing tuned` uses for this model and budget. Scores are kept in the cache folder: a command
     that was stopped resumes when it is run again.
 
-    With --prompt it finds a prompt routing, which `--prompt-routing tuned` uses, at places of the text as `eval prompt` takes them.
+    With --prompt it finds a prompt routing, which `--prompt-routing tuned` uses, at places of the text as `eval prompt` does.
     """
     allowed = _percent(max_ppl_increase)
     if output not in ("md", "json"):
