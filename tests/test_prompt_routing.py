@@ -308,6 +308,30 @@ def test_generate_says_that_it_is_lossy_and_counts_the_swaps(llm: Llama) -> None
     assert "lossy" not in lossless.stderr and "prompt swapped" not in lossless.stderr
 
 
+@pytest.mark.engine
+def test_bench_has_an_arm_for_each(llm: Llama) -> None:
+    arguments = ["bench", "-m", llm.model_path, "-p", 40, "-n", 2, "-r", 1, "-t", 1, "--budget", "25%", "--eviction", "lru"]
+    result = cacheroute(*arguments, "--routing", "original", "--prompt-routing", "original,keep:cover=0.4", "-o", "json")
+    assert result.returncode == 0, result.stderr
+    own, kept = (row for row in json.loads(result.stdout) if row["test"].startswith("pp"))
+    assert (own["prompt_routing"], kept["prompt_routing"]) == ("original", "keep:cover=0.4")
+    assert own["swap_rate"] == 0 < kept["swap_rate"] and kept["read_mib_per_token"] < own["read_mib_per_token"]
+
+
+@pytest.mark.engine
+def test_simulate_shows_the_reads_of_prompts(llm: Llama, tmp_path: Path) -> None:
+    trace = tmp_path / "t.trace"
+    made = cacheroute("trace", "-m", llm.model_path, "-o", trace, "--n-prompt", 40, "--max-tokens", 50, "-c", 64, "-t", 1)
+    assert made.returncode == 0, made.stderr
+    arguments = ["simulate", trace, "--budget", "25%", "--routing", "original", "--eviction", "lru"]
+    result = cacheroute(*arguments, "--prompt-routing", "original,keep:cover=0.4", "-o", "json")
+    own, kept = json.loads(result.stdout)
+    assert own["prompt_tokens"] == kept["prompt_tokens"] == 40 and own["prompt_reads"] > kept["prompt_reads"] > 0
+    assert own["prompt_read_mib"] > kept["prompt_read_mib"] > 0 and own["prompt_swap_rate"] == 0 < kept["prompt_swap_rate"]
+    table = cacheroute(*arguments).stdout.splitlines()
+    assert table[0].endswith("| prompt routing | prompt reads | prompt MiB | prompt swapped |") and " original " in table[2]
+
+
 # ---- the grammar -----------------------------------------------------------------------------------
 
 

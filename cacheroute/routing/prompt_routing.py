@@ -20,11 +20,10 @@ from cacheroute.routing.strategies import Parameter
 
 ORIGINAL, KEEP, TUNED = "original", "keep", "tuned"
 _FORMAT, _VERSION = "cacheroute-prompt-routing", 1
+_MOST = 2**31 - 1  # tokens that the native core can count
 PARAMETERS = (
     Parameter("cover", "share of the batch's router mass that the experts which may run carry; 1: all may run", 0.01, 1),
-    Parameter(
-        "last", "tokens at the batch's end that run the model's own experts (default: 1)", 0, 1 << 20, True, required=False
-    ),
+    Parameter("last", "tokens at the batch's end that run the model's own experts (default: 1)", 0, None, True, required=False),
 )
 MEANING = (
     "a prompt's batch keeps to the experts in memory, those of its last tokens, and those with most router mass over its tokens, "
@@ -66,7 +65,7 @@ class PromptRouting:
     def set(self, per_layer: Iterable[Any]) -> None:
         """Writes itself into what strategies.to_native() has made."""
         for own in per_layer:
-            own.prompt_cover, own.prompt_last = self.cover, self.last
+            own.prompt_cover, own.prompt_last = self.cover, min(self.last, _MOST)
 
 
 def parse(text: str | PromptRouting) -> PromptRouting:
