@@ -192,7 +192,9 @@ def test_prompt_tokens_are_marked(tiny: Path, tmp_path: Path) -> None:
     first, last = (records[records["layer"] == layer] for layer in (0, 1))
     assert first["token"].tolist() == list(range(43))
     assert last["token"].tolist() == [40, 41, 42]  # llama.cpp takes only the wanted outputs through the last layer
-    assert first["flags"].tolist() == [trace_file.SOFTMAX_MASS] * 41 + [trace_file.SOFTMAX_MASS | DECODE] * 2
+    prompt, batch = trace_file.SOFTMAX_MASS, trace_file.SOFTMAX_MASS | trace_file.BATCH
+    assert first["flags"].tolist() == [prompt | batch * (t in (0, 16, 32)) for t in range(41)] + [batch | DECODE] * 2
+    assert last["flags"].tolist() == [batch] + [batch | DECODE] * 2
     assert (records["n_run"] == 4).all() and (records["sequence"] == 0).all()
     assert "mass" not in (records.dtype.names or ())
     llm.reset()

@@ -35,6 +35,7 @@ class Arm:
     prefetch: int = 0
     control: bool = False
     repack: bool = False
+    prompt_routing: str = "original"
 
 
 def control_arm(budget: str, *, repack: bool) -> Arm:
@@ -70,6 +71,7 @@ class Row:
     n_depth: int
     n_threads: int
     routing: str
+    prompt_routing: str
     eviction: str
     io: str
     prefetch: int
@@ -166,7 +168,14 @@ def configure(llm: Llama, arm: Arm) -> None:
     if arm.control:
         llm.configure(budget=arm.budget, routing=None)
     else:
-        llm.configure(budget=arm.budget, routing=arm.routing, eviction=arm.eviction, io=arm.io, prefetch=arm.prefetch)
+        llm.configure(
+            budget=arm.budget,
+            routing=arm.routing,
+            eviction=arm.eviction,
+            io=arm.io,
+            prefetch=arm.prefetch,
+            prompt_routing=arm.prompt_routing,
+        )
 
 
 def _baseline(arm: Arm, arms: Sequence[Arm]) -> Arm:
@@ -209,6 +218,7 @@ def _row(
         n_depth=0 if prompt else n_prompt,
         n_threads=llm.n_threads,
         routing=arm.routing,
+        prompt_routing=arm.prompt_routing,
         eviction=arm.eviction,
         io=llm.io if hooked else arm.io,
         prefetch=arm.prefetch,

@@ -12,7 +12,7 @@ import typer.core
 
 from cacheroute import files, interrupts
 from cacheroute.cli import eval as evaluation
-from cacheroute.cli import options
+from cacheroute.cli import eval_prompt, options
 from cacheroute.cli.bench import bench
 from cacheroute.cli.frontier import frontier
 from cacheroute.cli.generate import generate
@@ -70,7 +70,7 @@ for _command in (generate, bench, tune, frontier, trace, simulate, plot, models,
     app.command(cls=_Command)(_command)
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)
-for _command in evaluation.COMMANDS:
+for _command in (*evaluation.COMMANDS, eval_prompt.prompt):
     _eval.command(cls=_Command)(_command)
 app.add_typer(_eval, name="eval")
 

@@ -19,6 +19,7 @@ from cacheroute.cli import options
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.files import printable
+from cacheroute.routing import prompt_routing as prompts
 from cacheroute.routing import strategies
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import forced_scores, task_profile
@@ -37,6 +38,9 @@ def bench(
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
     ] = "original,cache-prior:lambda=0.2",
+    prompt_routing: Annotated[
+        str, typer.Option("--prompt-routing", help="How experts of prompts are chosen; several separated by commas.")
+    ] = "original",
     eviction: Annotated[
         str | None,
         typer.Option(
@@ -91,7 +95,8 @@ def bench(
     typed = [str(parsed.get(r, r)) for r in options.names(routing)]
     prefetch_counts = _counts(prefetch)
     evictions = options.names(DEFAULT if eviction is None else eviction)
-    settings = (options.names(budget), typed, evictions, options.names(io), prefetch_counts)
+    prompts_typed = [p if p == prompts.TUNED else str(prompts.parse(p)) for p in options.names(prompt_routing)]
+    settings = (options.names(budget), typed, evictions, options.names(io), prefetch_counts, prompts_typed)
     if not all(settings):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     task = task_profile.load(warm_start) if warm_start else None
@@ -104,7 +109,10 @@ def bench(
 
     path = catalogue.resolve(model)
     context_memory.check(path, n_prompt + n_gen, n_prompt, option="-p and -n")
-    arms = [Arm(b, *tuned.resolve(path, b, r, e), i, n) for b, r, e, i, n in itertools.product(*settings)]
+    arms = [
+        Arm(b, *tuned.resolve(path, b, r, e), i, n, prompt_routing=prompts.resolve(path, b, p))
+        for b, r, e, i, n, p in itertools.product(*settings)
+    ]
     if eviction is None:
         arms = [*(Arm(b, "original", "lru", i) for b, i in itertools.product(settings[0], settings[3])), *arms]
     arms = list(dict.fromkeys(arms))
@@ -203,6 +211,8 @@ def _markdown(rows: list[Row]) -> str:
     head += ["floor tok/s", "of floor"] if floors else []
     prefetches = any(r.prefetch for r in rows)
     head += ["prefetch", "chosen"] if prefetches else []
+    rerouted = any(r.prompt_routing != prompts.ORIGINAL for r in rows)
+    head += ["prompt routing"] if rerouted else []
     replayed = any(r.replay for r in rows)
     head += ["replay"] if replayed else []
     table = [head, ["---"] * len(head)]
@@ -227,6 +237,7 @@ def _markdown(rows: list[Row]) -> str:
         ]
         cells += [_number(r.floor_ts), _number(r.floor_share, 100, 0, "%")] if floors else []
         cells += [str(r.prefetch), "" if r.prefetch_used is None else f"{100 * r.prefetch_used:.0f}%"] if prefetches else []
+        cells += [r.prompt_routing] if rerouted else []
         cells += [r.replay or ""] if replayed else []
         table.append(cells)
     table = [[printable(cell) for cell in row] for row in table]

@@ -45,6 +45,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat template.")] = False,
     budget: options.BudgetOption = None,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
+    prompt_routing: options.PromptRoutingOption = "original",
     eviction: options.EvictionOption = DEFAULT,
     io: options.IoOption = "mmap",
     flash_mbps: options.FlashOption = None,
@@ -89,12 +90,14 @@ def generate(
     from cacheroute.engine import prompt_cache as caches
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
+    from cacheroute.routing import prompt_routing as tuned_prompts
     from cacheroute.routing import tuned
 
     if prompt_cache:
         caches.check(prompt_cache)
     path = catalogue.resolve(model)
     routing, eviction = tuned.resolve(path, budget, routing, eviction)
+    prompt_routing = tuned_prompts.resolve(path, budget, prompt_routing)
     context_memory.check(path, ctx_size)
     llm = Llama(
         str(path),
@@ -104,6 +107,7 @@ def generate(
         io=io,
         flash_mbps=flash_mbps,
         prefetch=prefetch,
+        prompt_routing=prompt_routing,
         n_ctx=ctx_size,
         n_ubatch=ubatch_size,
         n_threads=options.threads(threads),
@@ -116,6 +120,8 @@ def generate(
     if llm.routing and llm.routing.lossy:
         say(f"{llm.routing} is lossy: it may run other experts than the model chooses.")
         options.say_slow([llm.routing])
+    if llm.prompt_routing.lossy:
+        say(f"{llm.prompt_routing} is lossy: tokens of the prompt may run other experts than the model chooses.")
     sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
         chat = not raw and completion.has_chat_template(llm)
@@ -183,6 +189,7 @@ def _object(run: Completion, path: Path) -> dict[str, Any]:
         "time_to_first_token_s": run.first - run.started if run.first else None,
         "miss_rate": stats.decode.miss_rate,
         "swap_rate": stats.decode.swap_rate,
+        "prompt_swap_rate": stats.prefill.swap_rate,
         "read_mib_per_token": stats.decode.read_mib_per_token,
         "stats": asdict(stats),
     }
@@ -216,6 +223,7 @@ def _summary(run: Completion) -> str:
         f"miss {100 * d.miss_rate:.1f}%",
         f"read {d.read_mib_per_token:.2f} MiB/token",
         f"swapped {d.swapped}/{d.examined}",
+        *([f"prompt swapped {s.prefill.swapped}/{s.prefill.examined}"] if run.llm.prompt_routing.lossy else []),
         *([f"dropped {d.dropped}/{d.examined}"] if d.dropped else []),
         *([f"prefetched {d.prefetched}, {d.prefetch_used} of them chosen"] if run.llm.prefetch else []),
         f"resident {s.resident_bytes / MIB:.1f} of {s.budget_bytes / MIB:.1f} MiB",

@@ -65,6 +65,10 @@ WarmStartOption = Annotated[
         "--warm-start", help="Start with the experts of a task in memory; the file is from `cacheroute trace --save-profile`."
     ),
 ]
+PromptRoutingOption = Annotated[
+    str,
+    typer.Option("--prompt-routing", help="How experts of prompts are chosen: original, or keep:cover=0.9 (lossy, reads less)."),
+]
 EvictionOption = Annotated[str, typer.Option("--eviction", help=f"Which expert leaves a full cache: {', '.join(ONLINE)}.")]
 EvictionsOption = Annotated[str, typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ONLINE)}.")]
 WorkersOption = Annotated[

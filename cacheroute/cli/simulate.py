@@ -13,6 +13,7 @@ import typer
 from cacheroute.cli import options, progress, table
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
+from cacheroute.routing import prompt_routing as prompts
 from cacheroute.routing import strategies
 from cacheroute.routing.eviction import ALL, BELADY, DEFAULT
 from cacheroute.trace import simulate as simulator
@@ -32,6 +33,9 @@ def simulate(
             "--eviction", help=f"Evictions, separated by commas: {', '.join(ALL)} (the offline optimum, with `original` only)."
         ),
     ] = f"lru,{DEFAULT},belady",
+    prompt_routing: Annotated[
+        str, typer.Option("--prompt-routing", help="How experts of prompts are chosen; several separated by commas.")
+    ] = "original",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Add a row for each layer.")] = False,
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="Replay the tokens in random order: the same experts without locality.")
@@ -46,7 +50,8 @@ def simulate(
     """
     if output != "csv":
         table.check(output)
-    arms = simulator.arms(options.names(budget), strategies.parse_list(routing), options.names(eviction))
+    of_prompts = prompts.parse_list(prompt_routing)
+    arms = simulator.arms(options.names(budget), strategies.parse_list(routing), options.names(eviction), of_prompts)
     if not arms:
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     options.say_slow({arm.routing.text: arm.routing for arm in arms}.values())
@@ -77,6 +82,9 @@ def simulate(
 def _cells(rows: list[Row]) -> list[list[str]]:
     layered = any(row.layer is not None for row in rows)
     head = ["budget", "routing", "eviction", "miss", "missed MiB/token", "swapped", "dropped", "lost mass", "lifetime"]
+    with_prompts = any(row.prompt_tokens for row in rows)
+    if with_prompts:
+        head += ["prompt routing", "prompt reads", "prompt MiB", "prompt swapped"]
     cells = [head[:3] + ["layer"] * layered + head[3:]]
     for r in rows:
         layer = ["all" if r.layer is None else str(r.layer)] if layered else []
@@ -92,6 +100,12 @@ def _cells(rows: list[Row]) -> list[list[str]]:
                 f"{100 * r.drop_rate:.1f}%",
                 f"{100 * r.lost_mass:.2f}%",
                 "" if r.lifetime_tokens is None else f"{r.lifetime_tokens:.1f}",
+                *(_prompt_cells(r) if with_prompts else []),
             ]
         )
     return cells
+
+
+def _prompt_cells(r: Row) -> list[str]:
+    mib = "?" if r.prompt_read_mib is None else f"{r.prompt_read_mib:.3f}"
+    return [r.prompt_routing, "?" if r.prompt_reads is None else str(r.prompt_reads), mib, f"{100 * r.prompt_swap_rate:.1f}%"]

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cacheroute.cli import options, progress, table
+from cacheroute.cli import options, progress, table, tune_prompt
 from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, TextOption
+from cacheroute.cli.eval_prompt import AfterOption, HistoryOption, PlacesOption, PromptTokensOption
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import paired
@@ -74,6 +75,21 @@ def tune(
     max_ppl_increase: Annotated[
         str, typer.Option("--max-ppl-increase", help="Limit on the increase of perplexity: the upper end of its 95% interval.")
     ] = "1%",
+    prompt: Annotated[
+        bool, typer.Option("--prompt", help="Tune --prompt-routing instead: the smallest cover within --max-kl.")
+    ] = False,
+    max_kl: Annotated[
+        float,
+        typer.Option(
+            "--max-kl",
+            min=0,
+            help="With --prompt, limit on the KL of the tokens after it, in nats: the upper end of its 95% interval.",
+        ),
+    ] = 0.02,
+    prompt_tokens: PromptTokensOption = 512,
+    history: HistoryOption = 0,
+    after: AfterOption = 64,
+    n_places: PlacesOption = 24,
     uniform: Annotated[bool, typer.Option("--uniform", help="Fit one value for all layers instead of one per layer.")] = False,
     strategy: Annotated[
         str, typer.Option("--strategy", help="Strategy for --uniform: cache-prior, max-rank, cumsum, drop-cold or pruning.")
@@ -101,10 +117,21 @@ def tune(
 
     The result is a file that `--routing tuned` uses for this model and budget. Scores are kept in the cache folder: a command
     that was stopped resumes when it is run again.
+
+    With --prompt it finds a prompt routing, which `--prompt-routing tuned` uses, at places of the text as `eval prompt` does.
     """
     allowed = _percent(max_ppl_increase)
     if output not in ("md", "json"):
         raise UsageError(f"There is no output {output!r}; there are md and json.")
+    if prompt:
+        if workers > 1:
+            raise UsageError("--prompt scores in one process; leave --workers out.")
+        from cacheroute.evals.prompts import Lengths
+
+        lengths = Lengths(history, prompt_tokens, after)
+        with _resumable():
+            tune_prompt.run(model, file, column, budget, eviction, max_kl, lengths, n_places, seed, threads, io, output)
+        return
     if strategy != "cache-prior" and not uniform:
         raise UsageError(f"{strategy} is fitted with --uniform only; per layer there is cache-prior.")
     from cacheroute.evals import loading, scorer

@@ -21,9 +21,10 @@ from cacheroute.model.experts import ExpertLayout
 from cacheroute.native import bindings
 from cacheroute.native.counters import Counters
 from cacheroute.routing import budget as budgets
-from cacheroute.routing import custom_policy, strategies
+from cacheroute.routing import custom_policy, prompt_routing, strategies
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing.budget import Budget
+from cacheroute.routing.prompt_routing import PromptRouting
 from cacheroute.routing.strategies import Routing
 from cacheroute.trace.forced_scores import ForcedScores
 
@@ -42,13 +43,28 @@ class Settings:
     eviction: str
     io: str
     prefetch: int
+    prompt_routing: PromptRouting
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the state of the caches may change logits."""
+        return self.prompt_routing.lossy or (self.routing is not None and self.routing.lossy)
 
     @staticmethod
     def of(
-        layout: ExpertLayout, budget: str | int | None, routing: str | Routing | None, eviction: str, io: str, prefetch: int
+        layout: ExpertLayout,
+        budget: str | int | None,
+        routing: str | Routing | None,
+        eviction: str,
+        io: str,
+        prefetch: int,
+        prompts: str | PromptRouting,
     ) -> Settings:
         """Raises UsageError for what does not exist or does not fit the model."""
         parsed = strategies.parse(routing) if isinstance(routing, str) else routing
+        prompts = prompt_routing.parse(prompts)
+        if prompts.lossy and not parsed:
+            raise UsageError("Without a routing prompts cannot be rerouted either.")
         if parsed:
             parsed.check(layout.n_expert, layout.n_used, layout.indices, layout.model)
         if eviction not in evictions.ONLINE:
@@ -61,7 +77,7 @@ class Settings:
             raise UsageError("Experts cannot be prefetched: the model keeps its routers in another type than F32.")
         resolved = budgets.parse(budget, layout)
         strategies.capacities(parsed, resolved, layout)
-        return Settings(resolved, parsed, eviction, io, min(prefetch, layout.n_expert))
+        return Settings(resolved, parsed, eviction, io, min(prefetch, layout.n_expert), prompts)
 
 
 class Hook:
@@ -85,6 +101,7 @@ class Hook:
             layer_of[layer.index] = i
         store, self.io = stores.open_store(settings.io, layout, self._address, paths)
         per_layer = strategies.to_native(routing, layout.n_used, n)
+        settings.prompt_routing.set(per_layer)
         self.handle = bindings.checked(_lib.cr_hook_new, shape, per_layer, layer_of, len(layer_of), store)
         _lib.cr_hook_reset(self.handle)  # what the page cache holds of the experts is not ours to count on
         self._policy = policy  # alive as long as the hook calls it

@@ -25,6 +25,7 @@ from cacheroute.model import context_memory, experts, gguf_file
 from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
+from cacheroute.routing.prompt_routing import PromptRouting
 from cacheroute.trace.forced_scores import ForcedScores
 from cacheroute.trace.task_profile import TaskProfile
 
@@ -54,17 +55,19 @@ class Llama(SequenceLlama):
             router were given this layer's hidden state. They take memory beside the budget; what is chosen stays the same.
         prompt_progress: called with a PromptProgress (engine/progress.py) twice a second while a prompt is computed, from another
             thread; what it raises is raised when the prompt has been computed. Also an attribute; a pickled model has none.
+        prompt_routing: how the experts of prompts are chosen: "original", or "keep:cover=0.9", which reads fewer of them and is
+            lossy (`cacheroute routing`).
         Everything else: as llama_cpp.Llama.
 
-    Policies act on decoded tokens; prompts are routed by `original`. generate() and everything above it know which is which;
-    tokens given to eval() directly are prompt, except within `decoding()`.
+    Policies act on decoded tokens; prompts are routed by `prompt_routing`. generate() and everything above it know which is
+    which; tokens given to eval() directly are prompt, except within `decoding()`.
 
-    Routing state belongs to a sequence, and reset() starts from an empty cache. With a lossy routing a generate() continues after
-    the evaluated tokens, or where an earlier prompt ended (the last 8 are known), with the routing state that was there, and else
-    starts from an empty cache, so that the same prompts in the same order give the same answers; with `original` a prompt that
-    shares a prefix with the evaluated tokens keeps the cache, whose state changes no logits. save_prompt() and load_prompt() keep
-    an evaluated prompt in a file. save_state() and load_state(), and with them set_cache(), carry the routing state; a state of
-    other settings, or one that was pickled, starts from an empty cache.
+    Routing state belongs to a sequence, and reset() starts from an empty cache. With a lossy routing of either kind a generate()
+    continues after the evaluated tokens, or where an earlier prompt ended (the last 8 are known), with the routing state that was
+    there, and else starts from an empty cache, so that the same prompts in the same order give the same answers; with `original`
+    a prompt that shares a prefix with the evaluated tokens keeps the cache, whose state changes no logits. save_prompt() and
+    load_prompt() keep an evaluated prompt in a file. save_state() and load_state(), and with them set_cache(), carry the routing
+    state; a state of other settings, or one that was pickled, starts from an empty cache.
 
     A process that is forked from one with a loaded model may leave it alone, and end; it cannot compute with it.
 
@@ -85,6 +88,7 @@ class Llama(SequenceLlama):
         n_ubatch: int | None = None,
         read_ahead: bool = True,
         prompt_progress: progress.PromptCallback | None = None,
+        prompt_routing: str | PromptRouting = "original",
         **kwargs: Any,
     ) -> None:
         self.prompt_progress = prompt_progress
@@ -104,7 +108,7 @@ class Llama(SequenceLlama):
         self._owner = os.getpid()
         header = gguf_file.read(model_path)
         self.layout = experts.layout(header)
-        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch)
+        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing)
         arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
         if settings.io != "none":
             # the page cache gives way to others, down to the least; slots do not
@@ -167,13 +171,14 @@ class Llama(SequenceLlama):
         eviction: str = evictions.DEFAULT,
         io: str = "mmap",
         prefetch: int = 0,
+        prompt_routing: str | PromptRouting = "original",
     ) -> None:
         """Changes the settings of a loaded model: no expert is resident, the sequence is forgotten, counters start at 0.
 
         When it fails, nothing has changed but that experts may have left memory.
         """
         self._check_usable()
-        self._apply(Settings.of(self.layout, budget, routing, eviction, io, prefetch))
+        self._apply(Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing))
         super().reset()
         self._warm()
 
@@ -189,6 +194,7 @@ class Llama(SequenceLlama):
         self._new_sequence()
         self.budget, self.routing, self.eviction = settings.budget, settings.routing, settings.eviction
         self.io, self.prefetch = hook.io if hook else settings.io, settings.prefetch
+        self.prompt_routing, self._lossy = settings.prompt_routing, settings.lossy
 
     def n_ctx(self) -> int:
         """Tokens that a sequence may have."""
@@ -229,7 +235,8 @@ class Llama(SequenceLlama):
         self._check_usable()
         state = {k: v for k, v in super().__getstate__().items() if k not in arguments.OWN}
         own = {"budget": self.budget.capacity, "routing": self.routing, "eviction": self.eviction, "io": self.io}
-        more = {"flash_mbps": self._flash_mbps, "prefetch": self.prefetch, "read_ahead": self._read_ahead}
+        more: dict[str, Any] = {"flash_mbps": self._flash_mbps, "prefetch": self.prefetch, "read_ahead": self._read_ahead}
+        more["prompt_routing"] = self.prompt_routing
         as_memory_allows = {} if self._batches.fixed else {"n_batch": None, "n_ubatch": None}
         return state | own | more | as_memory_allows
 
@@ -340,7 +347,12 @@ class Llama(SequenceLlama):
             raise UsageError(f"{scores.name} does not fit {len(layout.layers)} layers of {layout.n_expert} experts.")
         self.forced = scores
         self.configure(
-            budget=self.budget.capacity, routing=self.routing, eviction=self.eviction, io=self.io, prefetch=self.prefetch
+            budget=self.budget.capacity,
+            routing=self.routing,
+            eviction=self.eviction,
+            io=self.io,
+            prefetch=self.prefetch,
+            prompt_routing=self.prompt_routing,
         )
 
     @contextlib.contextmanager

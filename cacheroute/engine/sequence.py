@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cacheroute.engine.hook import Hook
     from cacheroute.model.experts import ExpertLayout
     from cacheroute.routing.budget import Budget
+    from cacheroute.routing.prompt_routing import PromptRouting
     from cacheroute.trace.task_profile import TaskProfile
 
 _llama_cpp = patched_llama_cpp.module()
@@ -43,6 +44,8 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     budget: Budget
     routing: strategies.Routing | None
     eviction: str
+    prompt_routing: PromptRouting
+    _lossy: bool  # either routing is
     _hook: Hook | None
     _task: TaskProfile | None
     _untouched: bool  # no token since the last reset: resetting once more would read a warm cache twice
@@ -156,7 +159,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         off, also where a lossless routing shares more than a point."""
         if self._hook and self._hook.failed:
             return self.reset()
-        n, lossy, can_cut = self.n_tokens, bool(self.routing and self.routing.lossy), self._can_cut()
+        n, lossy, can_cut = self.n_tokens, self._lossy, self._can_cut()
         shared = n_shared(self.input_ids[:n], tokens)
         known = not self._broken_off or (can_cut and not lossy)  # the state after the n tokens
         live = not self._requires_eval or self._logits is not None
@@ -277,6 +280,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             "budget": f"{self.budget.capacity}" + ("" if like else f" (layers {_short(own)})"),
             "eviction": self.eviction if self.routing else "none",
             "routing": _name(self.routing),
+            "prompt routing": str(self.prompt_routing),
             "type of the KV cache": f"{_KV_TYPES.get(p.type_k, p.type_k)}/{_KV_TYPES.get(p.type_v, p.type_v)}",
             "context": ",".join(context),
             "adapter": f"{self.lora_path}, {self.lora_scale:g}" if self.lora_path else "none",

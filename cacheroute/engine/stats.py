@@ -18,6 +18,7 @@ class Stats:
     """The state of a loaded model. Bytes; `resident_bytes` as the store counts, whole pages."""
 
     routing: str
+    prompt_routing: str
     eviction: str
     io: str
     n_expert: int
@@ -35,6 +36,7 @@ class Stats:
         hook = llm._hook
         return Stats(
             routing=str(llm.routing) if llm.routing else "none",
+            prompt_routing=str(llm.prompt_routing),
             eviction=llm.eviction,
             io=llm.io,
             n_expert=llm.layout.n_expert,

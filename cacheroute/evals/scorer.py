@@ -205,9 +205,16 @@ def session(
 
 
 def _kept_cells(model: Path, text: str) -> ResultsFile:
-    """The cells that this build has computed: another router or engine may choose and round differently."""
+    return kept_scores(model, text, "cacheroute-scores-2", _from_json)
+
+
+def kept_scores(model: Path, text: str, kind: str, parse: Callable[[dict[str, Any]], Any]) -> ResultsFile:
+    """The scores of that kind that this build has computed: another router or engine may choose and round differently.
+
+    `text` says what was scored. `parse` raises for a line that is damaged.
+    """
     header = {
-        "format": "cacheroute-scores-2",
+        "format": kind,
         "version": VERSION,
         "engine": patched_llama_cpp.module().__version__,
         "router": sha256(Path(bindings.lib._name))[:16],
@@ -219,7 +226,7 @@ def _kept_cells(model: Path, text: str) -> ResultsFile:
     try:
         kept = ResultsFile(file, header)
         for line in kept.lines:
-            _from_json(line)
+            parse(line)
         return kept
     except (UsageError, KeyError, TypeError, ValueError, AttributeError):
         print(f"{file} is damaged: what it kept is computed again.", file=sys.stderr)

@@ -28,6 +28,8 @@ class Routing(ctypes.Structure):
         ("f", c_double),
         ("max_loss", c_double),
         ("experts", c_int32),
+        ("prompt_last", c_int32),
+        ("prompt_cover", c_double),
     ]
 
 

@@ -51,7 +51,8 @@ void CachedRouter::warm(const std::vector<int32_t> & ids) {
     cache_.trim({}, true, event_.evicted);
 }
 
-const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32_t * model_ids, bool prescribed) {
+const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32_t * model_ids, bool prescribed,
+                                 const std::vector<uint8_t> * allowed) {
     const bool  prefill = phase == Phase::prefill;
     Selection & sel     = event_.selection;
 
@@ -62,7 +63,7 @@ const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32
     if (prescribed) {
         sel = Selection{{model_ids, model_ids + n_used_}, n_used_, 0, 0.0};
     } else {
-        router_.select(scores, cache_.resident(), prefill, model_ids, sel);
+        router_.select(scores, cache_.resident(), prefill, model_ids, sel, allowed);
     }
 
     // 3: count against that same cache

@@ -26,9 +26,11 @@ class CachedRouter {
     // capacity >= n_used, else the caller has made a mistake.
     CachedRouter(int n_expert, int n_used, int capacity, const Routing & routing, Eviction eviction);
 
-    // One token. In prefill the choice is `original` and the eviction is by recency. `model_ids`, if not null, are the ids [K]
-    // that the model itself would run, best first; `prescribed`: they run under any routing.
-    const Event & step(const Scores & scores, Phase phase, const int32_t * model_ids = nullptr, bool prescribed = false);
+    // One token. In prefill the choice is `original` among the `allowed` ([E] 0/1; null: all), and the eviction is by recency.
+    // `model_ids`, if not null, are the ids [K] that the model itself would run, best first; `prescribed`: they run under any
+    // routing.
+    const Event & step(const Scores & scores, Phase phase, const int32_t * model_ids = nullptr, bool prescribed = false,
+                       const std::vector<uint8_t> * allowed = nullptr);
 
     // What a decoded token of these scores would miss, best first. Changes nothing: a custom policy is not asked, `original` is.
     const std::vector<int32_t> & predict(const Scores & scores);
@@ -55,6 +57,7 @@ class CachedRouter {
     Counters &          counters(Phase phase) { return counters_[int(phase)]; }
     int                 n_used() const { return n_used_; }
     double              mean_range() const { return router_.mean_range(); }
+    const Routing &     routing() const { return router_.routing(); }
 
   private:
     const int   n_used_;

@@ -38,6 +38,8 @@ struct cr_routing {
     double  f;
     double  max_loss; /* < 0: no guard */
     int32_t experts;  /* of this layer in memory, n_used..n_expert; 0: the capacity of the shape */
+    int32_t prompt_last;  /* tokens at the end of a prompt's batch that run their own experts all the same */
+    double  prompt_cover; /* prompts keep to experts that carry this share of a batch's mass (prompt_router.h); 0, 1: `original` */
 };
 
 struct cr_shape {
@@ -119,11 +121,12 @@ CR_API void cr_router_free(cr_router * router);
 CR_API int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, const double * mass, int32_t prefill,
                               const int32_t * model_ids, int32_t prescribed, int32_t * ids, int32_t * missed, int32_t * n_missed,
                               int32_t * evicted, int32_t * n_evicted);
-/* n_events of one layer, recorded: z [n][E] in half precision; mass [n][E] likewise, NULL: exp(z); decode [n] 0/1; prescribed
- * [n][K], NULL or a row that starts with -1: chosen by the routing; next_use [n][K], belady only: when the prescribed expert is
- * needed next. Returns 0; -1: no memory. Fills, if not NULL, ids [n][K] and resident [n][ceil(E/8)]: the cache before the event, bit e % 8 of byte e / 8. */
+/* n_events of one layer, recorded: z [n][E] in half precision; mass [n][E] likewise, NULL: exp(z); flags [n]: 1 decoded, 8 the
+ * first of a micro-batch (of a prompt; a decoded token is one of its own); prescribed [n][K], NULL or a row that starts with -1:
+ * chosen by the routing; next_use [n][K], belady only: when the prescribed expert is needed next. Returns 0; -1: no memory. Fills,
+ * if not NULL, ids [n][K] and resident [n][ceil(E/8)]: the cache before the event, bit e % 8 of byte e / 8. */
 CR_API int32_t cr_router_replay(cr_router * router, int32_t layer, int64_t n_events, const uint16_t * z, const uint16_t * mass,
-                                const uint8_t * decode, const int32_t * prescribed, const int32_t * next_use, int32_t * ids,
+                                const uint8_t * flags, const int32_t * prescribed, const int32_t * next_use, int32_t * ids,
                                 uint8_t * resident);
 CR_API void cr_router_set_policy(cr_router * router, cr_policy policy, void * user);
 CR_API void cr_router_resident(const cr_router * router, int32_t layer, uint8_t * mask /* [E] */);

@@ -17,6 +17,7 @@ using namespace cacheroute;
 
 struct cr_router {
     std::vector<CachedRouter> layers;
+    PromptRouter              prompt_router;
     Scores                    scores;
 };
 
@@ -51,7 +52,8 @@ std::vector<CachedRouter> make_routers(const cr_shape & s, const cr_routing * ro
     for (int32_t l = 0; l < s.n_layers; l++) {
         const cr_routing & r = routing[l];
         if (r.strategy < 0 || r.strategy > int32_t(Strategy::custom)) throw std::runtime_error("there is no such routing");
-        const Routing as{Strategy(r.strategy), r.k, r.m, std::max(r.j, 0), r.p, r.lambda, r.f, r.max_loss};
+        const Routing as{Strategy(r.strategy), r.k, r.m, std::max(r.j, 0), r.p, r.lambda, r.f, r.max_loss,
+                         r.prompt_cover > 0 ? r.prompt_cover : 1.0, std::max(r.prompt_last, 0)};
         const int32_t capacity = r.experts ? r.experts : s.capacity;
         if (capacity < s.n_used || capacity > s.n_expert) {
             throw std::runtime_error("a cache of " + std::to_string(capacity) + " experts per layer is not within " +
@@ -120,6 +122,22 @@ cr_store * new_store(const char * const * files, int32_t n_files, const cr_tenso
 
 std::vector<int32_t> ids(const int32_t * from, int32_t n) { return {from, from + n}; }
 
+// The experts that the prompt's batch that begins with row `first` may run; null: all.
+const Mask * allowed(cr_router & router, const CachedRouter & layer, const ScoreRows & rows, const uint8_t * flags,
+                     const int32_t * prescribed, size_t first) {
+    const Routing & routing = layer.routing();
+    if (routing.prompt_cover >= 1.0) return nullptr;
+    size_t end = first + 1;
+    while (end < rows.n && !(flags[end] & (TRACE_DECODE | TRACE_BATCH))) end++;
+    router.prompt_router.begin();
+    for (size_t i = first; i < end; i++) {
+        if (prescribed && prescribed[i * size_t(layer.n_used())] >= 0) return nullptr;
+        rows.read(i, router.scores);
+        router.prompt_router.add(router.scores, nullptr, i + size_t(routing.prompt_last) >= end);
+    }
+    return &router.prompt_router.allowed(layer.cache().resident(), routing.prompt_cover);
+}
+
 void set_policies(std::vector<CachedRouter> & layers, cr_policy policy, void * user) {
     for (int32_t l = 0; l < int32_t(layers.size()); l++) {
         layers[size_t(l)].set_policy([=](const Scores & s, const std::vector<uint8_t> & resident, std::vector<int32_t> & chosen) {
@@ -144,7 +162,9 @@ int32_t cr_abi_matches(uint32_t version, uint32_t routing_bytes, uint32_t shape_
 }
 
 cr_router * cr_router_new(const cr_shape * shape, const cr_routing * routing, char * error, int32_t error_size) {
-    return guarded(error, error_size, [&] { return new cr_router{make_routers(*shape, routing), {}}; });
+    return guarded(error, error_size, [&] { 
+        return new cr_router{make_routers(*shape, routing), PromptRouter(shape->n_expert, shape->n_used), {}};
+    });
 }
 
 void cr_router_free(cr_router * router) { delete router; }
@@ -166,17 +186,20 @@ int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, cons
 }
 
 int32_t cr_router_replay(cr_router * router, int32_t layer, int64_t n_events, const uint16_t * z, const uint16_t * mass,
-                         const uint8_t * decode, const int32_t * prescribed, const int32_t * next_use, int32_t * out_ids,
+                         const uint8_t * flags, const int32_t * prescribed, const int32_t * next_use, int32_t * out_ids,
                          uint8_t * out_resident) try {
     CachedRouter &  r = router->layers[size_t(layer)];
     const size_t    n = r.cache().resident().size(), k = size_t(r.n_used());
     const ScoreRows rows{z, mass, size_t(n_events), n};
+    const Mask *    keep_to = nullptr;
     for (size_t i = 0; i < size_t(n_events); i++) {
+        const bool decode = flags[i] & TRACE_DECODE;
+        if (decode || (flags[i] & TRACE_BATCH) || i == 0) keep_to = decode ? nullptr : allowed(*router, r, rows, flags, prescribed, i);
         rows.read(i, router->scores);
         const int32_t * own = prescribed && prescribed[i * k] >= 0 ? prescribed + i * k : nullptr;
         for (size_t j = 0; own && next_use && j < k; j++) r.cache().set_next_use(own[j], next_use[i * k + j]);
         if (out_resident) pack(r.cache().resident(), out_resident + i * ((n + 7) / 8));
-        const Event & event = r.step(router->scores, decode[i] ? Phase::decode : Phase::prefill, own, own != nullptr);
+        const Event & event = r.step(router->scores, decode ? Phase::decode : Phase::prefill, own, own != nullptr, keep_to);
         if (out_ids) std::copy(event.selection.ids.begin(), event.selection.ids.end(), out_ids + i * k);
     }
     return 0;

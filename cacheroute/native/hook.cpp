@@ -11,6 +11,7 @@ namespace cacheroute {
 
 Hook::Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, std::unique_ptr<Store> store, bool reweights)
     : layer_of_(std::move(layer_of)), routers_(std::move(routers)), source_(routers_.size()),
+      prompt_router_(int(routers_.front().cache().resident().size()), routers_.front().n_used()),
       residency_(std::move(store), int(routers_.size()), int(routers_.front().cache().resident().size())),
       progress_(routers_.size(), routers_.front().cache().resident().size()) {
     hook_ = {HOOK_VERSION, sizeof(ExpertHook), sizeof(ExpertEvent), nullptr, nullptr, this, {nullptr, residency_.store()}};
@@ -49,10 +50,11 @@ void Hook::select(const ExpertEvent & ev) {
         batch_size_   = uint32_t(ev.n_tokens);
     }
     needed_.assign(size_t(ev.n_expert), 0);
-    for (int t = 0; t < ev.n_tokens; t++) choose(layer, ev, t);
+    const Mask * keep_to = allowed(layer, ev);
+    for (int t = 0; t < ev.n_tokens; t++) choose(layer, ev, t, keep_to);
 
     const bool prefetch = prefetch_ && phase_ == Phase::decode && ev.n_tokens == 1;
-    const bool ahead    = ahead_ && phase_ == Phase::prefill && ev.n_tokens > 1;
+    const bool ahead    = ahead_ && phase_ == Phase::prefill && ev.n_tokens > 1 && !keep_to; // else what is named is not what runs
     residency_.require(layer, needed_, routers_[size_t(layer)].cache().resident(), prefetch || ahead);
     if (interrupt_ && interrupt_->raised()) return; // finish() clears what is half done
     if (phase_ == Phase::prefill) counters_[int(phase_)].distinct_bytes += progress_.use(layer, needed_, store());
@@ -75,18 +77,35 @@ int Hook::layer_of(const ExpertEvent & ev) {
     return -1;
 }
 
+// The t-th token of an event as a token of its sequence.
+uint32_t Hook::token_of(const ExpertEvent & ev, int t) const { return batch_first_ + batch_size_ - uint32_t(ev.n_tokens - t); }
+
+// The experts that the tokens of a prompt's batch may run in a layer; null: all, which costs no look at the batch.
+const Mask * Hook::allowed(int layer, const ExpertEvent & ev) {
+    const CachedRouter & router  = routers_[size_t(layer)];
+    const Routing &      routing = router.routing();
+    if (phase_ == Phase::decode || routing.prompt_cover >= 1.0) return nullptr;
+    prompt_router_.begin();
+    for (int t = 0; t < ev.n_tokens; t++) {
+        const auto from = source_.get(layer, token_of(ev, t), ev, t);
+        if (from.prescribed) return nullptr;
+        prompt_router_.add(from.scores, from.model_ids, t >= ev.n_tokens - routing.prompt_last);
+    }
+    return &prompt_router_.allowed(router.cache().resident(), routing.prompt_cover);
+}
+
 // Chooses for the t-th token of an event, and notes what must be in memory.
-void Hook::choose(int layer, const ExpertEvent & ev, int t) {
-    const uint32_t token  = batch_first_ + batch_size_ - uint32_t(ev.n_tokens - t);
+void Hook::choose(int layer, const ExpertEvent & ev, int t, const Mask * allowed) {
+    const uint32_t token  = token_of(ev, t);
     CachedRouter & router = routers_[size_t(layer)];
     const auto     from   = source_.get(layer, token, ev, t);
     if (trace_) before_ = router.cache().resident();
     if (trace_ || router.cache().goes_by_score()) source_.scores().round_for_trace(ev.n_used, from.model_ids, from.prescribed);
 
-    const Selection & chosen = router.step(from.scores, phase_, from.model_ids, from.prescribed).selection;
+    const Selection & chosen = router.step(from.scores, phase_, from.model_ids, from.prescribed, allowed).selection;
     if (trace_) {
         const int flags = (phase_ == Phase::decode ? TRACE_DECODE : 0) | (from.prescribed ? TRACE_PRESCRIBED : 0) |
-                          (from.softmax_mass ? TRACE_SOFTMAX_MASS : 0);
+                          (from.softmax_mass ? TRACE_SOFTMAX_MASS : 0) | (t == 0 ? TRACE_BATCH : 0);
         trace_->add(sequence_, token, layer, uint8_t(flags), from.scores, before_, chosen);
     }
     std::copy(chosen.ids.begin(), chosen.ids.end(), ev.ids + size_t(t) * size_t(ev.n_used));

@@ -6,6 +6,7 @@
 #include "expert_event.h"
 #include "prefetch.h"
 #include "progress.h"
+#include "prompt_router.h"
 #include "read_ahead.h"
 #include "residency.h"
 #include "score_source.h"
@@ -87,7 +88,9 @@ class Hook {
     void guarded_select(const ExpertEvent & event);
     void select(const ExpertEvent & event);
     int  layer_of(const ExpertEvent & event);
-    void choose(int layer, const ExpertEvent & event, int t);
+    uint32_t token_of(const ExpertEvent & event, int t) const;
+    const Mask * allowed(int layer, const ExpertEvent & event);
+    void choose(int layer, const ExpertEvent & event, int t, const Mask * allowed);
     void reweight(const ExpertEvent & event);
     void count();                 // what the store did since the last call, for the phase
     template <typename F> void keep_error(F f);
@@ -96,6 +99,7 @@ class Hook {
     std::vector<int>             layer_of_;
     std::vector<CachedRouter>    routers_;
     ScoreSource                  source_;
+    PromptRouter                 prompt_router_;
     Residency                    residency_;
     Progress                     progress_;
     Interrupt *                  interrupt_ = nullptr;

@@ -154,6 +154,18 @@ int Router::cumsum_candidates(const std::vector<double> & z) {
     return n_expert_;
 }
 
+// order_ (the K best) -> chosen_: the K best of the allowed, then the best of the others, those that may not be chosen last.
+void Router::keep_to(const std::vector<uint8_t> & allowed, const std::vector<double> & z) {
+    if (std::all_of(chosen_.begin(), chosen_.end(), [&](int32_t e) { return allowed[e] != 0; })) return;
+    auto turn = [&](int32_t e) { return z[e] == NEG_INF ? 2 : allowed[e] ? 0 : 1; };
+    std::iota(index_.begin(), index_.end(), 0);
+    std::partial_sort(index_.begin(), index_.begin() + n_used_, index_.end(), [&](int32_t a, int32_t b) {
+        if (turn(a) != turn(b)) return turn(a) < turn(b);
+        return z[a] > z[b] || (z[a] == z[b] && place_[a] < place_[b]);
+    });
+    chosen_.assign(index_.begin(), index_.begin() + n_used_);
+}
+
 // Undoes swaps and skips, those that lose most mass first, until the token loses no more than its share.
 void Router::guard(const std::vector<double> & mass) {
     if (routing_.max_loss < 0) return;
@@ -187,7 +199,7 @@ void Router::guard(const std::vector<double> & mass) {
 }
 
 void Router::select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, const int32_t * model_ids,
-                    Selection & out) {
+                    Selection & out, const std::vector<uint8_t> * allowed) {
     const auto &   z    = scores.z;
     const auto &   mass = scores.mass;
     const Strategy s    = plain ? Strategy::original : routing_.strategy;
@@ -205,6 +217,7 @@ void Router::select(const Scores & scores, const std::vector<uint8_t> & resident
 
     switch (s) {
         case Strategy::original:
+            if (plain && allowed) keep_to(*allowed, z);
             break;
         case Strategy::custom:
             custom_ids_.resize(n_used_);

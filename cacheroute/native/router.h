@@ -30,6 +30,8 @@ struct Routing {
     double   lambda   = 0.0;  // cache-prior: bonus in units of the mean range of z
     double   f        = 0.0;  // drop-cold: skip a missing expert below f/K of the gate weight
     double   max_loss = -1.0; // guard: share of the top-K's router mass a token may lose; < 0: no guard
+    double   prompt_cover = 1.0; // share of a prompt batch's mass that its allowed experts carry (prompt_router.h); 1: all may run
+    int32_t  prompt_last  = 0;   // tokens at a prompt batch's end that are spared
 };
 
 // One token in one layer, as the router sees it.
@@ -81,8 +83,10 @@ class Router {
     void observe(const std::vector<double> & z);
 
     // `resident`: [E] 0/1, the cache before this token. `plain` chooses by `original` under any routing (prompt). `model_ids`:
-    // [K] the model's own top-K of z, best first, which `original` returns as it is; null: ranked here.
-    void select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, const int32_t * model_ids, Selection & out);
+    // [K] the model's own top-K of z, best first, which `original` returns as it is; null: ranked here. `allowed`: [E] 0/1, what
+    // `plain` chooses among; others run only where the allowed that are not masked are fewer than K. Null: all.
+    void select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, const int32_t * model_ids, Selection & out,
+                const std::vector<uint8_t> * allowed = nullptr);
 
     // What `custom` asks; without one, and where it fails, the choice is `original`.
     void set_policy(Policy policy) { policy_ = std::move(policy); }
@@ -103,11 +107,13 @@ class Router {
     void read(ByteReader & in);
 
     double mean_range() const { return mean_range_; }
+    const Routing & routing() const { return routing_; }
 
   private:
     void rank(const std::vector<double> & key, int n, std::vector<int32_t> & order) const;
     void max_rank(int m, const std::vector<double> & z, const std::vector<uint8_t> & resident);
     int  cumsum_candidates(const std::vector<double> & z);
+    void keep_to(const std::vector<uint8_t> & allowed, const std::vector<double> & z);
     void guard(const std::vector<double> & mass);
 
     const int     n_expert_;

@@ -13,6 +13,7 @@ enum TraceFlags : uint8_t {
     TRACE_DECODE       = 1, // not of a prompt
     TRACE_PRESCRIBED   = 2, // the model prescribed the ids
     TRACE_SOFTMAX_MASS = 4, // the mass is softmax(z)
+    TRACE_BATCH        = 8, // the first token of a micro-batch in its layer
 };
 
 // Records in the order in which the graph ran, little-endian, until they are taken. Not thread-safe.

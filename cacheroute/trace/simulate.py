@@ -23,9 +23,11 @@ from cacheroute.routing import budget as budgets
 from cacheroute.routing import custom_policy, strategies
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing.eviction import BELADY
+from cacheroute.routing.prompt_routing import PromptRouting
 from cacheroute.routing.strategies import Routing
-from cacheroute.trace.trace_file import DECODE, PRESCRIBED, Trace
+from cacheroute.trace.trace_file import BATCH, DECODE, PRESCRIBED, Trace
 
+_ORIGINAL = PromptRouting()
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -36,6 +38,7 @@ class Arm:
     budget: str
     routing: Routing
     eviction: str
+    prompt_routing: PromptRouting = _ORIGINAL
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Row:
     `layer` is llama.cpp's number, null for all layers together. `lost_mass` is the mean share of the top-K's router mass that
     did not run. `missed_mib_per_token` = misses x bytes of an expert. `lifetime_tokens` is how long an expert stays in the cache:
     tokens x experts held per eviction, null without one.
+
+    Of the prompts, all together: `prompt_swap_rate`, and `prompt_reads`, the experts that their micro-batches used and that the
+    cache did not have before the batch, with their bytes; null where the trace does not know the batches.
     """
 
     model: str
@@ -67,19 +73,29 @@ class Row:
     lost_mass: float
     missed_mib_per_token: float
     lifetime_tokens: float | None
+    prompt_routing: str
+    prompt_tokens: int
+    prompt_swap_rate: float
+    prompt_reads: int | None
+    prompt_read_mib: float | None
 
 
 @dataclass(frozen=True)
 class LayerEvents:
     """The records of one layer in one sequence, as the native router takes them.
 
-    [n, E] scores `z` and `mass` (half floats), [n] whether a token was decoded, [n, K] ids where the trace prescribes them.
+    [n, E] scores `z` and `mass` (half floats), [n] `flags` (DECODE, BATCH), [n, K] ids where the trace prescribes them.
     """
 
     z: npt.NDArray[np.uint16]
     mass: npt.NDArray[np.uint16] | None
-    decode: npt.NDArray[np.uint8]
+    flags: npt.NDArray[np.uint8]
     prescribed: npt.NDArray[np.int32] | None
+
+    @property
+    def decode(self) -> npt.NDArray[np.uint8]:
+        """[n]: whether a token was decoded, 0 or 1."""
+        return np.bitwise_and(self.flags, DECODE, dtype=np.uint8)
 
 
 class Replay:
@@ -90,6 +106,7 @@ class Replay:
         self.header = trace.header
         self.shuffled = shuffle is not None
         self._rng = np.random.default_rng(shuffle)
+        self._knows_batches = bool(trace.records["flags"][0] & BATCH)
         self.sequences = [self._cut(part) for part in _sequences(trace.records)]
         if not any(layer.decode.any() for layers in self.sequences for layer in layers):
             raise UsageError("The trace has no decoded token; routings act on those alone.")
@@ -106,14 +123,17 @@ class Replay:
             raise UsageError(
                 f"belady needs the future choices, which are known only with the routing `original`, not {arm.routing}."
             )
-        with self._router(budget.capacity, arm.routing, arm.eviction) as router:
+        if arm.prompt_routing.lossy and not self._knows_batches:
+            raise UsageError("The trace is of an earlier version and does not know which tokens shared a batch; trace again.")
+        reads = np.zeros(len(h.layers), np.int64)
+        with self._router(budget.capacity, arm.routing, arm.eviction, arm.prompt_routing) as router:
             for n, layers in enumerate(self.sequences):
                 router.reset()
                 for i, events in enumerate(layers):
                     ids = self._top(n, i) if arm.eviction == BELADY else events.prescribed
-                    router.replay(i, replace(events, prescribed=ids), with_next_uses=arm.eviction == BELADY)
+                    reads[i] += router.replay(i, replace(events, prescribed=ids), with_next_uses=arm.eviction == BELADY)[1]
             chosen = range(len(h.layers)) if per_layer else ()
-            return [self._row(router, arm, budget, i) for i in (-1, *chosen)]
+            return [self._row(router, arm, budget, i, reads) for i in (-1, *chosen)]
 
     def resident(self, arm: Arm, sequence: int, layer: int) -> npt.NDArray[np.bool_]:
         """[n_events, E]: the cache before each event of one layer in one sequence."""
@@ -124,11 +144,12 @@ class Replay:
     def _top(self, sequence: int, layer: int) -> npt.NDArray[np.int32]:
         """[n_events, K]: what the model itself chooses."""
         with self._router(self.header.n_used, Routing("original"), "lru") as router:
-            return router.replay(layer, self.sequences[sequence][layer])
+            return router.replay(layer, self.sequences[sequence][layer])[0]
 
-    def _router(self, capacity: int, routing: Routing, eviction: str) -> _Router:
+    def _router(self, capacity: int, routing: Routing, eviction: str, prompts: PromptRouting | None = None) -> _Router:
         h = self.header
-        return _Router(bindings.Shape(len(h.layers), h.n_expert, h.n_used, capacity, evictions.ALL[eviction]), routing)
+        shape = bindings.Shape(len(h.layers), h.n_expert, h.n_used, capacity, evictions.ALL[eviction])
+        return _Router(shape, routing, prompts or _ORIGINAL)
 
     def _cut(self, records: npt.NDArray[np.void]) -> list[LayerEvents]:
         decoded = np.unique(records["token"][records["flags"] & DECODE > 0])
@@ -143,14 +164,14 @@ class Replay:
                 LayerEvents(
                     z=np.ascontiguousarray(own["z"]).view(np.uint16),
                     mass=np.ascontiguousarray(own["mass"]).view(np.uint16) if "mass" in (own.dtype.names or ()) else None,
-                    decode=(own["flags"] & DECODE).astype(np.uint8),
+                    flags=(own["flags"] & (DECODE | BATCH)).astype(np.uint8),
                     prescribed=np.where(prescribed[:, None], own["ids"].astype(np.int32), -1) if prescribed.any() else None,
                 )
             )
         return layers
 
-    def _row(self, router: _Router, arm: Arm, budget: budgets.Budget, layer: int) -> Row:
-        h, c = self.header, router.counters(layer)
+    def _row(self, router: _Router, arm: Arm, budget: budgets.Budget, layer: int, reads: npt.NDArray[np.int64]) -> Row:
+        h, c, prompt = self.header, router.counters(layer), router.counters(layer, prefill=True)
         of = range(len(h.layers)) if layer < 0 else (layer,)
         missed = sum(router.counters(i).misses * h.expert_bytes[i] for i in of)
         return Row(
@@ -174,14 +195,24 @@ class Replay:
             lost_mass=c.lost_mass * h.n_used / max(c.examined, 1),
             missed_mib_per_token=missed / MIB / max(c.tokens, 1),
             lifetime_tokens=c.held / c.evictions if c.evictions else None,
+            prompt_routing=str(arm.prompt_routing),
+            prompt_tokens=prompt.tokens,
+            prompt_swap_rate=prompt.swap_rate,
+            prompt_reads=sum(int(reads[i]) for i in of) if self._knows_batches else None,
+            prompt_read_mib=sum(int(reads[i]) * h.expert_bytes[i] for i in of) / MIB if self._knows_batches else None,
         )
 
 
-def arms(budget: Sequence[str], routing: Sequence[Routing], eviction: Sequence[str]) -> list[Arm]:
+def arms(
+    budget: Sequence[str],
+    routing: Sequence[Routing],
+    eviction: Sequence[str],
+    prompt_routing: Sequence[PromptRouting] = (_ORIGINAL,),
+) -> list[Arm]:
     """All combinations; belady only once for each budget, with `original`."""
     found = []
-    for b, r, e in itertools.product(budget, routing, eviction):
-        arm = Arm(b, Routing("original") if e == BELADY else r, e)
+    for b, r, e, p in itertools.product(budget, routing, eviction, prompt_routing):
+        arm = Arm(b, Routing("original"), e) if e == BELADY else Arm(b, r, e, p)
         if arm not in found:
             found.append(arm)
     return found
@@ -228,9 +259,10 @@ def _sequences(records: npt.NDArray[np.void]) -> Iterator[npt.NDArray[np.void]]:
 class _Router:
     """A cr_router, freed at the end of a `with`."""
 
-    def __init__(self, shape: bindings.Shape, routing: Routing) -> None:
+    def __init__(self, shape: bindings.Shape, routing: Routing, prompts: PromptRouting) -> None:
         self._shape = shape
         per_layer = strategies.to_native(routing, shape.n_used, shape.n_layers)
+        prompts.set(per_layer)
         self._policy: custom_policy.Policy | None = None
         if routing.policy:
             self._policy = custom_policy.Policy(routing.policy, shape.n_expert, shape.n_used, shape.n_layers)
@@ -249,12 +281,14 @@ class _Router:
         if self._policy:
             self._policy.reset()
 
-    def replay(self, layer: int, events: LayerEvents, *, with_next_uses: bool = False) -> npt.NDArray[np.int32]:
-        """The ids chosen, [n, K]. `with_next_uses`, for belady: all ids are prescribed, and so is when each is needed next."""
+    def replay(self, layer: int, events: LayerEvents, *, with_next_uses: bool = False) -> tuple[npt.NDArray[np.int32], int]:
+        """The ids chosen, [n, K], and the experts that prompt batches read. `with_next_uses`, for belady: all ids are prescribed,
+        and so is when each is needed next."""
         ids = np.empty((len(events.z), self._shape.n_used), np.int32)
+        bits = np.empty((len(events.z), -(-self._shape.n_expert // 8)), np.uint8)
         following = next_uses(events.prescribed, events.decode) if with_next_uses and events.prescribed is not None else None
-        self._replay(layer, events, following, ids, None)
-        return ids
+        self._replay(layer, events, following, ids, bits)
+        return ids, self._prompt_reads(events, ids, bits)
 
     def watch(self, layer: int, events: LayerEvents) -> npt.NDArray[np.bool_]:
         """Which experts the cache held before each event, [n, E]."""
@@ -263,15 +297,27 @@ class _Router:
         self._replay(layer, events, None, None, bits)
         return np.unpackbits(bits, axis=1, count=n_expert, bitorder="little").view(np.bool_)
 
+    def _prompt_reads(self, events: LayerEvents, ids: npt.NDArray[np.int32], bits: npt.NDArray[np.uint8]) -> int:
+        """Experts that batches of a prompt used and the cache did not have before them; `bits`: the cache before each event."""
+        prompt, batch = events.decode == 0, np.cumsum(events.flags & BATCH > 0)
+        first = np.unique(batch[prompt], return_index=True)[1]
+        if not len(first):
+            return 0
+        used = np.zeros((len(first), self._shape.n_expert), np.bool_)
+        own = np.repeat(np.arange(len(first)), np.diff([*first, int(prompt.sum())]))
+        used[own[:, None], ids[prompt]] = True
+        before = np.unpackbits(bits[prompt][first], axis=1, count=self._shape.n_expert, bitorder="little")
+        return int((used & (before == 0)).sum())
+
     def _replay(self, layer: int, events: LayerEvents, *more: npt.NDArray[Any] | None) -> None:
-        arrays = (events.z, events.mass, events.decode, events.prescribed, *more)
+        arrays = (events.z, events.mass, events.flags, events.prescribed, *more)
         if bindings.lib.cr_router_replay(self._handle, layer, len(events.z), *(_address(a) for a in arrays)):
             raise CacherouteError("There is not enough memory to replay the trace.")
         if self._policy:
             self._policy.check()
 
-    def counters(self, layer: int) -> Counters:
-        return bindings.counters(bindings.lib.cr_router_counters, self._handle, layer, prefill=False)
+    def counters(self, layer: int, *, prefill: bool = False) -> Counters:
+        return bindings.counters(bindings.lib.cr_router_counters, self._handle, layer, prefill=prefill)
 
 
 def _address(array: npt.NDArray[Any] | None) -> ctypes.c_void_p | None:

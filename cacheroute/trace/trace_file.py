@@ -14,7 +14,8 @@ One record is one token in one layer, in the order in which they ran; a prompt r
     sequence  u4        0, 1, ...: each starts from an empty cache
     token     u4        position in its sequence
     layer     u2        index into the header's `layers`, which has llama.cpp's numbers
-    flags     u1        1: decoded, else of the prompt; 2: the model itself prescribed the ids; 4: the mass is softmax(z)
+    flags     u1        1: decoded, else of the prompt; 2: the model itself prescribed the ids; 4: the mass is softmax(z);
+                        8: the first token of a micro-batch in its layer (traces of earlier versions do not have it)
     n_run     u1        how many of the ids ran
     ids       u2[K]     experts chosen, best z first; those that did not run repeat the first
     resident  u1[E/8]   the cache before the token, bit e % 8 of byte e // 8 (np.unpackbits(..., bitorder="little"))
@@ -47,7 +48,7 @@ from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.model.experts import ExpertLayer, ExpertLayout, ExpertTensor
 
 FORMAT, VERSION = "cacheroute-trace", 1
-DECODE, PRESCRIBED, SOFTMAX_MASS = 1, 2, 4
+DECODE, PRESCRIBED, SOFTMAX_MASS, BATCH = 1, 2, 4, 8
 _MOST_EXPERTS = 1 << 16  # ids have 16 bits
 _ALIGN, _END = 64, b"end\n"
 

@@ -59,11 +59,13 @@ def select(
     gating: int = 1,
     hidden: npt.ArrayLike = (),
     model_ids: npt.NDArray[np.int32] | None = None,
+    prescribed: bool = False,
 ) -> npt.NDArray[np.int32]:
     """Calls a hook, given its address, for the tokens of `scores` [n_tokens, E]; returns the ids [n_tokens, n_used] that run.
 
     `hidden`: [n_embd] of the one token, or [n_tokens, n_embd].
-    `probs` None: the scores themselves. `model_ids` None: the n_used best scores, ties to the lower index.
+    `probs` None: the scores themselves. `model_ids` None: the n_used best scores, ties to the lower index. `prescribed`:
+    without scores, as llama.cpp calls where the model itself prescribes the ids.
     """
     scores = np.ascontiguousarray(scores, np.float32)
     probs = scores if probs is None else np.ascontiguousarray(probs, np.float32)
@@ -72,7 +74,7 @@ def select(
     best = np.argsort(-scores, axis=1, kind="stable")[:, :n_used] if model_ids is None else model_ids
     ids = np.ascontiguousarray(best, np.int32)
     event = CEvent(
-        layer, gating, scores.shape[1], n_used, len(scores), n_embd, scores.ctypes.data_as(_FLOATS),
+        layer, gating, scores.shape[1], n_used, len(scores), n_embd, None if prescribed else scores.ctypes.data_as(_FLOATS),
         probs.ctypes.data_as(_FLOATS), state.ctypes.data_as(_FLOATS), ids.ctypes.data_as(_INTS), None,
     )  # fmt: skip
     native = CHook.from_address(hook)

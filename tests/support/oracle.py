@@ -121,6 +121,38 @@ def choose(routing: Routing, z: Vector, mass: Vector, resident: set[int], mean_r
     return [e for e in ranked(z) if e in chosen]
 
 
+def sequential_sum(values: Vector) -> float:
+    """One after the other, so that equal masses stay equal."""
+    return float(np.cumsum(values)[-1])
+
+
+def allowed(tokens: Sequence[tuple[Vector, Vector]], resident: set[int], n_used: int, cover: float, last: int) -> set[int]:
+    """The experts that a prompt's batch of (z, mass) may run: the resident and those of the last tokens, then those with most of
+    the tokens' top-K mass."""
+    share = np.zeros(len(tokens[0][0]))
+    found = set(resident)
+    for t, (z, mass) in enumerate(tokens):
+        top = ranked(z)[:n_used]
+        found |= {e for e in top if t >= len(tokens) - last and z[e] > -math.inf}
+        if mass[top].any():
+            share[top] += mass[top] / sequential_sum(mass[top])
+    for e in ranked(share):
+        if len(found) >= n_used and share[sorted(found)].sum() >= cover * share.sum():
+            break
+        found.add(e)
+    return found
+
+
+def keep_to(among: set[int], z: Vector, n_used: int) -> list[int]:
+    """A token's K best of those; where too few of them are not masked, others, and masked ones last. Best score first."""
+
+    def turn(e: int) -> int:
+        return 2 if z[e] == -math.inf else int(e not in among)
+
+    chosen = sorted(range(len(z)), key=lambda e: (turn(e), -z[e], e))[:n_used]
+    return [e for e in ranked(z) if e in chosen]
+
+
 @dataclass
 class Cache:
     """Experts of one layer, at most `capacity` of them."""
@@ -180,7 +212,20 @@ class Layer:
         self.cache = Cache(n_expert, n_used, capacity, eviction)
         self.mean_range, self.n_tokens = 0.0, 0
 
-    def step(self, z: Vector, mass: Vector, *, prefill: bool = False, prescribed: Sequence[int] | None = None) -> Event:
+    def prompt(self, tokens: Sequence[tuple[Vector, Vector]], cover: float, last: int) -> list[Event]:
+        """One micro-batch of a prompt that keeps to few experts."""
+        among = allowed(tokens, self.cache.resident, self.n_used, cover, last)
+        return [self.step(z, mass, prefill=True, among=among) for z, mass in tokens]
+
+    def step(
+        self,
+        z: Vector,
+        mass: Vector,
+        *,
+        prefill: bool = False,
+        prescribed: Sequence[int] | None = None,
+        among: set[int] | None = None,
+    ) -> Event:
         self.n_tokens += 1
         self.mean_range += (finite_range(z) - self.mean_range) / self.n_tokens
         self.cache.observe(z)
@@ -188,6 +233,8 @@ class Layer:
         top = ranked(z)[: self.n_used]
         if prescribed is not None:
             run = top = list(prescribed)
+        elif among is not None:
+            run = keep_to(among, z, self.n_used)
         else:
             routing = Routing() if prefill else self.routing
             run = choose(routing, z, mass, before, self.mean_range, self.n_used)

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from cacheroute.trace import trace_file
-from cacheroute.trace.trace_file import DECODE, SOFTMAX_MASS, Header, Records, Trace
+from cacheroute.trace.trace_file import BATCH, DECODE, SOFTMAX_MASS, Header, Records, Trace
 
 
 def header(n_layers: int, n_expert: int, n_used: int, capacity: int = 0) -> Header:
@@ -16,7 +16,7 @@ def header(n_layers: int, n_expert: int, n_used: int, capacity: int = 0) -> Head
 
 
 def made_up(n_layers: int, n_expert: int, n_used: int, n_tokens: int, seed: int, *, mass: bool, n_prompt: int = 5) -> Trace:
-    """A trace whose neighbouring tokens share experts; two sequences; now and then a masked group."""
+    """A trace whose neighbouring tokens share experts; two sequences; now and then a masked group; every token a batch."""
     rng = np.random.default_rng(seed)
     records: Records = np.zeros(n_tokens * n_layers, trace_file.record_dtype(n_expert, n_used, mass=mass))
     habit = rng.normal(0, 2, (n_layers, n_expert))
@@ -29,7 +29,7 @@ def made_up(n_layers: int, n_expert: int, n_used: int, n_tokens: int, seed: int,
             record = records[t * n_layers + layer]
             record["sequence"], record["token"] = divmod(t, -(-n_tokens // 2))
             record["layer"] = layer
-            record["flags"] = DECODE * (record["token"] >= n_prompt) + SOFTMAX_MASS * (not mass)
+            record["flags"] = BATCH + DECODE * (record["token"] >= n_prompt) + SOFTMAX_MASS * (not mass)
             record["z"] = z - z.max()
             record["ids"] = np.argsort(-record["z"].astype(float), kind="stable")[:n_used]
             record["n_run"] = n_used

@@ -1,0 +1,148 @@
+"""`cacheroute tune --prompt`: finds the prompt routing that reads least within a limit on what it changes in the answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cacheroute.cli import progress, table
+from cacheroute.cli.eval_prompt import figures, millinats, say_few
+from cacheroute.cli.terminal import say
+from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.routing import budget as budgets
+from cacheroute.routing import prompt_routing as prompts
+
+if TYPE_CHECKING:
+    from cacheroute.evals.prompt_tune import Trial
+    from cacheroute.evals.prompts import Lengths, Summary
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial; the figures as `eval prompt` names them. `part` is fit or held out. `passed`: the upper end of the KL's interval
+    is within the limit; on the held-out part, the estimate itself."""
+
+    prompt_routing: str
+    part: str
+    passed: bool
+    figures: Summary
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result: `profile` is the file that `--prompt-routing tuned` takes, null when nothing fits."""
+
+    model: str
+    text: str
+    budget: str
+    budget_experts: int
+    eviction: str
+    n_history: int
+    n_prompt: int
+    max_kl: float
+    prompt_routing: str | None
+    profile: str | None
+    trials: list[TrialRow]
+
+
+def run(
+    model: str | None,
+    file: Path | None,
+    column: str,
+    budget: str | None,
+    eviction: str,
+    max_kl: float,
+    lengths: Lengths,
+    n_places: int,
+    seed: int,
+    threads: int | None,
+    io: str | None,
+    output: str,
+) -> None:
+    """Prints the trials, writes the file and says how it is used. Raises CacherouteError when nothing fits."""
+    from cacheroute.evals import prompt_tune
+    from cacheroute.evals import prompts as evaluation
+    from cacheroute.evals import tune as tuning
+    from cacheroute.model import catalogue, experts, gguf_file
+
+    path = catalogue.resolve(model)
+    layout = experts.layout(gguf_file.read(path))
+    capacity = budgets.parse(budget, layout).capacity
+    budget = budget or budgets.default_name(layout)
+    text = file.name if file else "heldout.txt"
+    with evaluation.session(
+        path, file, column, lengths, n_places, threads=threads, io=io, settings=[(budget, eviction)]
+    ) as session:
+        n = len(session.places)
+        if n < 4:
+            raise UsageError(f"{n} places are too few to fit and to validate; give more text, or more --places.")
+        say_few(n, n_places)
+        fit, held_out = tuning.split(n, seed)
+        search = prompt_tune.Search(session, capacity, eviction, max_kl, fit, held_out, seed, _say_trial)
+        if session.n_kept:
+            say(f"{session.n_kept} scores of earlier runs are used again")
+        n_trials = len(prompt_tune.COVERS).bit_length()
+        with progress.bar("tuning", len(fit) * (n_trials + 1) + 2 * len(held_out)) as advance:
+            session.after = lambda score: advance(1, score.routing)
+            outcome = search.run()
+    saved = None
+    if outcome.chosen and outcome.validation:
+        saved = prompts.tuned_path(path, capacity)
+        notes = {"text": text, "eviction": eviction, "max_kl": max_kl, "lengths": asdict(lengths)}
+        prompts.save(outcome.chosen, saved, notes | {"held_out": asdict(outcome.validation.summary)})
+    report = Report(
+        model=layout.model,
+        text=text,
+        budget=budget,
+        budget_experts=capacity,
+        eviction=eviction,
+        n_history=lengths.history,
+        n_prompt=lengths.prompt,
+        max_kl=max_kl,
+        prompt_routing=str(outcome.chosen) if outcome.chosen else None,
+        profile=str(saved) if saved else None,
+        trials=[_row(t) for t in sorted(outcome.trials, key=lambda t: t.validates)],
+    )
+    _print(report, output)
+    if not outcome.chosen or not outcome.validation:
+        s = max(outcome.trials, key=lambda t: t.prompt_routing.cover).summary
+        raise CacherouteError(
+            f"Nothing fits {1000 * max_kl:g} millinats: the mildest costs {millinats(s.kl, s.kl_low, s.kl_high)}; "
+            "allow more, or give more --places if the interval is too wide."
+        )
+    s = outcome.validation.summary
+    say(
+        f"{outcome.chosen} reads {100 * s.saved:.0f}% less for a prompt and changes the answer by {1000 * s.kl:.1f} millinats "
+        f"of KL a token on unseen text; use it with --prompt-routing tuned --budget {budget}; it is in {saved}"
+    )
+
+
+def _say_trial(trial: Trial) -> None:
+    s = trial.summary
+    say(f"{trial.prompt_routing}: KL {millinats(s.kl, s.kl_low, s.kl_high)} millinats, {100 * s.saved:.0f}% less read")
+
+
+def _row(trial: Trial) -> TrialRow:
+    return TrialRow(str(trial.prompt_routing), "held out" if trial.validates else "fit", trial.passed, trial.summary)
+
+
+def _print(report: Report, output: str) -> None:
+    if output == "json":
+        print(json.dumps(asdict(report), indent=2))
+        return
+    head = [
+        "prompt routing",
+        "places",
+        "experts read a layer",
+        "read MiB",
+        "saved",
+        "swapped",
+        "KL millinats [95%]",
+        "p99",
+        "first",
+    ]
+    cells = [[*head, "delta nll millinats [95%]", "same top-1", "tokens", f"within {1000 * report.max_kl:g} millinats"]]
+    cells += [[t.prompt_routing, t.part, *figures(t.figures), "yes" if t.passed else "no"] for t in report.trials]
+    print(table.as_markdown(cells))
