@@ -86,21 +86,22 @@ def test_lazy_experts_give_the_same_bits(case: Case) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
-def test_only_experts_stay_in_the_file(case: Case) -> None:
-    """Expert weights are mapped, dense ones are not, and each address is that of the tensor's own bytes."""
+def test_only_experts_and_embeddings_stay_in_the_file(case: Case) -> None:
+    """Expert weights are mapped, and token embeddings that are not the output; each address is that of the tensor's own bytes."""
     llm = load(case.path, **LAZY)
     tensor_data = llama_cpp.llama_cpp._lib.llama_model_tensor_data  # patches/0003
     tensor_data.argtypes, tensor_data.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p
-    n_experts = 0
+    n_experts, own_output = 0, tensor_data(llm._model.model, b"output.weight") is not None
     for shard in sorted(case.path.parent.iterdir()):
         ranges = mapped_ranges(shard)  # before the reader maps the file as well
         for tensor in GGUFReader(shard).tensors:
             address = tensor_data(llm._model.model, tensor.name.encode())
             mapped = any(start <= address < end for start, end in ranges)
-            assert mapped == tensor.name.endswith("_exps.weight"), tensor.name
+            expert, embedding = tensor.name.endswith("_exps.weight"), tensor.name == "token_embd.weight"
+            assert mapped == (expert or (embedding and own_output)), tensor.name
             if mapped:
                 assert ctypes.string_at(address, tensor.n_bytes) == tensor.data.tobytes()
-                n_experts += 1
+                n_experts += expert
     assert n_experts == (case.shape.n_layer - case.shape.n_dense) * (2 if case.shape.merged else 3)
     assert tensor_data(llm._model.model, b"no.such.tensor") is None
 
