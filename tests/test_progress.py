@@ -19,7 +19,9 @@ import pytest
 
 from cacheroute import Llama, interrupts
 from cacheroute.cli.progress import PromptLine, prompt_text
+from cacheroute.engine import progress
 from cacheroute.engine.progress import Prompt, PromptProgress, estimate
+from cacheroute.errors import CacherouteError
 from cacheroute.files import MIB
 from cacheroute.model import experts, gguf_file
 from cacheroute.native.bindings import Progress
@@ -207,3 +209,41 @@ def test_an_interruption_clears_the_line(tiny: Path, slow_mbps: float) -> None:
         os.close(ours)
     assert time.monotonic() - start < 5
     assert text.endswith(b"\x1b[K\r\x1b[Kcacheroute: Stopped.\r\n") and text.count(b"\n") == 1
+
+
+CALLS = ["close", "reset", "rewind", "checkpoint", "save_state", "configure", "force", "warm", "load_experts", "generate", "eval"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", CALLS)
+def test_a_callback_that_calls_into_the_model_is_refused(tiny: Path, slow_mbps: float, name: str) -> None:
+    """At every call, the last one included: the model computes, and the callback is in another thread."""
+    arguments: dict[str, tuple[Any, ...]] = {
+        "force": (None,), "warm": (None,), "load_experts": (0, [1, 2]), "generate": ([5, 6, 7],), "eval": ([5],),
+    }  # fmt: skip
+    refused: list[str] = []
+
+    def call(_: PromptProgress) -> None:
+        try:
+            result = getattr(llm, name)(*arguments.get(name, ()))
+            list(result) if name == "generate" else None
+        except CacherouteError as e:
+            refused.append(str(e))
+
+    llm = Llama(str(tiny), budget=4, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False, flash_mbps=slow_mbps)
+    tokens = [3 + i % 50 for i in range(200)]
+    llm.prompt_progress = call
+    llm.eval(tokens)
+    assert refused and all("in use by another thread" in text for text in refused)
+    assert llm.n_tokens == 200 and llm.measure_resident() == llm.stats().resident_bytes
+    llm.close()
+
+
+def test_a_callback_is_not_called_after_what_was_broken_off() -> None:
+    seen: list[float] = []
+    with pytest.raises(KeyboardInterrupt), progress.reported(seen.append, lambda seconds: seconds):  # type: ignore[arg-type]
+        time.sleep(0.7)
+        raise KeyboardInterrupt
+    n = len(seen)
+    time.sleep(1.2)
+    assert n == 1 and len(seen) == n

@@ -223,7 +223,7 @@ def test_what_tune_finds_is_used(tiny: Path, prose: Path) -> None:
         (("eval", "prompt", "--prompt-tokens", 10_000), "one place needs"),
         (("eval", "prompt", "--budget", "1%"), "give at least 4"),
         (("tune", "--prompt", "--places", 3), "3 places are too few to fit and to validate"),
-        (("tune", "--prompt", "--workers", 2), "leave --workers out"),
+        (("tune", "--prompt", "--workers", 2), "--workers is not an option with --prompt"),
     ],
 )
 def test_bad_input_is_one_sentence(tiny: Path, prose: Path, arguments: tuple[object, ...], message: str) -> None:

@@ -126,8 +126,8 @@ def generate(
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
         chat = not raw and completion.has_chat_template(llm)
         asked = completion.chat_prompt(llm, text) if chat else completion.raw_prompt(llm, text)
-        if verbose:
-            say(_plan(llm.plan(len(asked.tokens))))
+        if verbose and len(asked.tokens) < llm.n_ctx() and not (prompt_cache and prompt_cache.exists()):
+            say(_plan(llm.plan(len(asked.tokens))))  # what a kept prompt leaves of it is known when it has been read
         run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling, prompt_cache)
         try:
             for piece in run.pieces():
@@ -154,8 +154,9 @@ def generate(
 
 def _plan(plan: Plan) -> str:
     """How a prompt is computed."""
+    tokens, passes = "" if plan.n_tokens == 1 else "s", "" if plan.passes == 1 else "es"
     return (
-        f"prompt of {plan.n_tokens} tokens: {plan.passes} pass{'' if plan.passes == 1 else 'es'} of {plan.length}, "
+        f"prompt of {plan.n_tokens} token{tokens}: {plan.passes} pass{passes} of {plan.length}, "
         f"about {plan.compute / MIB:.0f} MiB beside the experts; up to {plan.ahead / MIB:.0f} MiB are read ahead"
     )
 
@@ -218,7 +219,8 @@ def _summary(run: Completion) -> str:
         f"prompt {len(run.prompt.tokens)}"
         + (f" ({cached} from {run.prompt_cache})" if run.prompt_cache else "")
         + ("" if prompt_rate is None else f", {prompt_rate:.1f} tok/s")
-        + f", read {s.prefill.read_mib:.1f} of {s.prefill.distinct_mib:.1f} MiB",
+        + f", read {s.prefill.read_mib:.1f}"
+        + (f" of {s.prefill.distinct_mib:.1f} MiB" if s.prefill.distinct_mib else " MiB"),
         *([f"first token {run.first - run.started:.2f} s"] if run.first else []),
         f"miss {100 * d.miss_rate:.1f}%",
         f"read {d.read_mib_per_token:.2f} MiB/token",

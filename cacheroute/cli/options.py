@@ -67,7 +67,9 @@ WarmStartOption = Annotated[
 ]
 PromptRoutingOption = Annotated[
     str,
-    typer.Option("--prompt-routing", help="How experts of prompts are chosen: original, or keep:cover=0.9 (lossy, reads less)."),
+    typer.Option(
+        "--prompt-routing", help="How experts of prompts are chosen: original, keep:cover=0.9 (lossy, reads less) or tuned."
+    ),
 ]
 EvictionOption = Annotated[str, typer.Option("--eviction", help=f"Which expert leaves a full cache: {', '.join(ONLINE)}.")]
 EvictionsOption = Annotated[str, typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ONLINE)}.")]

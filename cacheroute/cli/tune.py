@@ -67,7 +67,12 @@ class Report:
     trials: list[TrialRow]
 
 
+_OF_PROMPTS = ("max_kl", "prompt_tokens", "history", "after", "n_places")
+_OF_TOKENS = ("max_ppl_increase", "uniform", "strategy", "chunk", "limit", "price_tokens", "price_groups", "workers")
+
+
 def tune(
+    ctx: typer.Context,
     model: options.ModelOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
@@ -121,11 +126,14 @@ def tune(
     With --prompt it finds a prompt routing, which `--prompt-routing tuned` uses, at places of the text as `eval prompt` does.
     """
     allowed = _percent(max_ppl_increase)
+    for name in _OF_TOKENS if prompt else _OF_PROMPTS:
+        given = ctx.get_parameter_source(name)
+        if given and given.name == "COMMANDLINE":
+            option = "--places" if name == "n_places" else "--" + name.replace("_", "-")
+            raise UsageError(f"{option} is not an option {'with' if prompt else 'without'} --prompt; leave it out.")
     if output not in ("md", "json"):
         raise UsageError(f"There is no output {output!r}; there are md and json.")
     if prompt:
-        if workers > 1:
-            raise UsageError("--prompt scores in one process; leave --workers out.")
         from cacheroute.evals.prompts import Lengths
 
         lengths = Lengths(history, prompt_tokens, after)

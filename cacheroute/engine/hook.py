@@ -94,6 +94,7 @@ class Hook:
         assert routing
         self._layout, self._model, self._owner = layout, model, os.getpid()
         self.handle: int | None = None
+        self._freeing = threading.Lock()  # progress() is asked from another thread
         policy = custom_policy.Policy(routing.policy, layout.n_expert, layout.n_used, n) if routing.policy else None
         shape = bindings.Shape(n, layout.n_expert, layout.n_used, settings.budget.capacity, evictions.ONLINE[settings.eviction])
         layer_of = (ctypes.c_int32 * (layout.layers[-1].index + 1))(*[-1] * (layout.layers[-1].index + 1))
@@ -153,8 +154,9 @@ class Hook:
             return
         if context is not None:
             _api.llama_set_expert_hook(context, None)
-        _lib.cr_hook_free(self.handle)
-        self.handle = None
+        with self._freeing:
+            _lib.cr_hook_free(self.handle)
+            self.handle = None
 
     def begin(self, token: int, *, decode: bool) -> None:
         """Before a batch, which begins with that token of the sequence."""
@@ -168,7 +170,9 @@ class Hook:
     def progress(self, prompt: Prompt, seconds: float) -> PromptProgress:
         """Of the prompt, so long after its beginning. Any thread may ask."""
         now = bindings.Progress()
-        _lib.cr_hook_progress(self.handle, now)
+        with self._freeing:
+            if self.handle is not None:
+                _lib.cr_hook_progress(self.handle, now)
         return estimate(now, prompt, seconds)
 
     def finish(self, *, complete: bool) -> None:

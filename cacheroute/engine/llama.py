@@ -17,7 +17,7 @@ from cacheroute.engine.embeddings import MappedEmbeddings
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.micro_batch import MicroBatches, Plan
 from cacheroute.engine.open_files import OpenFiles
-from cacheroute.engine.sequence import SequenceLlama
+from cacheroute.engine.sequence import SequenceLlama, alone
 from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
@@ -163,6 +163,7 @@ class Llama(SequenceLlama):
             raise CacherouteError(f"The model's chat template cannot be used ({self.template_error}); give a chat_format.")
         return super().create_chat_completion(*args, **kwargs)
 
+    @alone
     def configure(
         self,
         *,
@@ -218,7 +219,13 @@ class Llama(SequenceLlama):
             raise CacherouteError("The model was loaded before this process was forked; load it again here.")
 
     def close(self) -> None:
-        """Frees the model. The hook goes first: it works on the model's mappings. May be called twice."""
+        """Frees the model. The hook goes first: it works on the model's mappings. May be called twice.
+
+        Raises CacherouteError while another thread computes.
+        """
+        if not self._closed and os.getpid() == self._owner:
+            with self._alone():
+                self._closed = True
         self._closed = True
         if self._hook:
             context = getattr(self, "_ctx", None)
@@ -336,6 +343,7 @@ class Llama(SequenceLlama):
         self._check_usable()
         return super().detokenize(*args, **kwargs)
 
+    @alone
     def force(self, scores: ForcedScores | None) -> None:
         """From now on layers rank these scores, a row for each token of a sequence, instead of the model's; None: the model's.
 
@@ -360,10 +368,11 @@ class Llama(SequenceLlama):
         """Within it `sink` is given the records (trace/trace_file.py) of every token, after each batch; starts a new sequence."""
         if self._hook is None:
             raise UsageError("There is nothing to trace without a routing.")
-        self._hook.trace(True)
-        self._trace_sink = sink
-        self._untouched = False
-        self.reset()
+        with self._alone():
+            self._hook.trace(True)
+            self._trace_sink = sink
+            self._untouched = False
+            self.reset()
         try:
             yield
         finally:

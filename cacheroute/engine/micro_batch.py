@@ -85,7 +85,7 @@ class MicroBatches:
             left = int(free * (1 - _MARGIN)) - taken + self._used
             length = self.fixed or max(min(left // each, self.ceiling), LEAST)
         passes = math.ceil(n_tokens / min(length, self.ceiling))
-        length = min(self.fixed, self.ceiling) if self.fixed else math.ceil(n_tokens / passes)
+        length = min(self.fixed, self.ceiling, n_tokens) if self.fixed else math.ceil(n_tokens / passes)
         compute = length * each
         self._used = max(self._used, min(compute, max(left, 0)))
         return Plan(n_tokens, length, passes, min(max(left - compute, 0), over) if free is not None else over, compute)

@@ -122,17 +122,19 @@ def reported(callback: PromptCallback, look: Callable[[float], PromptProgress]) 
     def run() -> None:
         while not errors and not ended.wait(_SECONDS_BETWEEN_CALLS):
             call()
+        if called and completed and not errors:
+            call()
 
+    completed = False
     thread = threading.Thread(target=run, name="cacheroute-progress", daemon=True)
-    with contextlib.suppress(RuntimeError):  # no thread to be had: the prompt is computed all the same
-        thread.start()
     try:
+        with contextlib.suppress(RuntimeError):  # no thread to be had: the prompt is computed all the same
+            thread.start()
         yield
+        completed = True
     finally:
-        ended.set()
-        if thread.ident is not None:
+        ended.set()  # what was broken off does not wait for a callback that takes long
+        if completed and thread.ident is not None:
             thread.join()
-    if called and not errors:
-        call()
     if errors:
         raise errors[0]

@@ -12,9 +12,9 @@ import ctypes
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cacheroute.engine import log, prompt_cache
 from cacheroute.engine.checkpoint import Checkpoint, Point, Points, load_sequence, n_shared, sample, save_sequence
@@ -32,9 +32,21 @@ if TYPE_CHECKING:
     from cacheroute.trace.task_profile import TaskProfile
 
 _llama_cpp = patched_llama_cpp.module()
+F = TypeVar("F", bound=Callable[..., Any])
 _KV_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 30: "bf16"}  # enum ggml_type
 _CONTEXT = ("flash_attn_type", "swa_full", "rope_scaling_type", "rope_freq_base", "rope_freq_scale")
 _YARN = ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx")
+
+
+def alone(method: F) -> F:
+    """A method of a model that only the thread that computes may call; another one gets a CacherouteError."""
+
+    @functools.wraps(method)
+    def guarded(self: SequenceLlama, *args: Any, **kwargs: Any) -> Any:
+        with self._alone():
+            return method(self, *args, **kwargs)
+
+    return cast(F, guarded)
 
 
 class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
@@ -66,6 +78,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def _tokens(self) -> list[int]:
         return [int(t) for t in self.input_ids[: self.n_tokens]]
 
+    @alone
     def reset(self) -> None:
         """Forgets the sequence and, with it, which experts are resident."""
         self._check_usable()
@@ -75,6 +88,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._hook.reset()
             self._warm()
 
+    @alone
     def rewind(self) -> None:
         """Clears the tokens; experts stay in memory."""
         super().reset()
@@ -88,12 +102,14 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         kwargs.pop("idx", None)
         return sample(self._sampler or self._init_sampler(*args, **kwargs), self._logits)
 
+    @alone
     def checkpoint(self, *, sequence: bool = False) -> Checkpoint:
         """Keeps the routing state, for return_to(); with `sequence` also the model's, so that it outlives this sequence."""
         self._check_usable()
         state = bytes(save_sequence(self._ctx.ctx)) if sequence else None
         return Checkpoint(self._hook, self._tokens(), state)
 
+    @alone
     def return_to(self, mark: Checkpoint) -> None:
         """Continues after the tokens of a checkpoint of the same budget and eviction; the routing may be another. Counters go on.
 
@@ -111,6 +127,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self.n_tokens = len(mark.tokens)
         self._requires_eval = True
 
+    @alone
     def save_state(self) -> Any:
         """As llama_cpp.Llama.save_state, with the routing state."""
         self._check_usable()
@@ -118,6 +135,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         state.routing = self.checkpoint()
         return state
 
+    @alone
     def load_state(self, state: Any) -> None:
         """As llama_cpp.Llama.load_state; a state without routing state, or of another budget or eviction, starts from an empty
         cache."""
@@ -129,12 +147,14 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if self._hook and not (mark and mark.fits(self._hook)):
             self._hook.reset()
 
+    @alone
     def load_experts(self, layer: int, ids: Sequence[int]) -> None:
         """Brings experts of a layer (by its place in `layout`) into memory; they count as used, the last as the most recent."""
         if self._hook:
             self._untouched = False
             self._hook.warm(layer, ids)
 
+    @alone
     def warm(self, task: TaskProfile | None) -> None:
         """From now on every sequence starts with the experts that a task uses most in the cache; None: with an empty one.
 
@@ -240,6 +260,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             try:
                 self._restore(kept)
             except (CacherouteError, ValueError) as e:
+                _llama_cpp.llama_cpp.llama_memory_clear(_llama_cpp.llama_cpp.llama_get_memory(self._ctx.ctx), True)
                 self._new_sequence()
                 self._untouched = False
                 self.reset()
@@ -258,8 +279,13 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             if len(logits) not in (0, 4 * vocabulary):
                 raise ValueError("its logits are none of this model")
             points.add(Point(Checkpoint.of_bytes(kept.tokens[:at], bytes(routing)), bytes(logits)))
+        api = _llama_cpp.llama_cpp
+        memory = api.llama_get_memory(self._ctx.ctx)
+        api.llama_memory_clear(memory, True)
         with log.errors(verbose=False):
             load_sequence(self._ctx.ctx, kept.sequence)
+        if api.llama_memory_seq_pos_max(memory, 0) != n - 1 or api.llama_memory_seq_pos_min(memory, 0) < 0:
+            raise ValueError("the places of its tokens are not those of a sequence")
         self.input_ids[:n] = kept.tokens
         self._points = points
         last = points.best(n)
@@ -289,7 +315,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        return gguf_file.fingerprint(self.layout.paths[0])
+        return gguf_file.content_fingerprint(self.layout.paths[0])
 
 
 def _name(routing: strategies.Routing | None) -> str:

@@ -372,3 +372,16 @@ def fingerprint(path: Path) -> str:
             f.seek(max(size - (1 << 20), 0))
             digest.update(f.read())
     return digest.hexdigest()[:16]
+
+
+def content_fingerprint(path: Path) -> str:
+    """As fingerprint(), and over 4 KiB of each MiB up to 1,024 places: models of one shape with other weights differ."""
+    digest = hashlib.sha256(fingerprint(path).encode())
+    for shard in read(path).paths:
+        size = shard.stat().st_size
+        step = max(size // 1024, 1 << 20)
+        with shard.open("rb") as f:
+            for at in range(0, size, step):
+                f.seek(at)
+                digest.update(f.read(4096))
+    return digest.hexdigest()[:16]
