@@ -39,7 +39,7 @@ def module() -> ModuleType:
 
 
 # What OpenMP's libraries read once, when they are loaded: rounds of libgomp's spinning, milliseconds of libomp's.
-_SPINNING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+_SPINNING = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 
 
 def _limit_spinning() -> None:
