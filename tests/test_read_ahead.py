@@ -163,6 +163,7 @@ def test_a_batch_that_is_broken_off_leaves_nothing_that_was_read_ahead(live: Liv
     assert LIB.cr_hook_measure_resident(live.handle) == LIB.cr_hook_resident_bytes(live.handle) <= 2 * 4 * EACH
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("io", ["mmap", "direct"])
 @pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])
 def test_a_prompt_has_the_same_logits_and_reads_with_and_without(tmp_path: Path, arch: str, io: str) -> None:
