@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +18,7 @@ from cacheroute.routing import prompt_routing as prompts
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
-    from cacheroute.evals.prompts import PromptScore, PromptScorer, Request, Summary
+    from cacheroute.evals.prompts import PromptRow, PromptScore, PromptScorer, Request, Summary
 
 PromptTokensOption = Annotated[
     int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt, which is what the prompt routing acts on.")
@@ -31,40 +30,6 @@ HistoryOption = Annotated[
 AfterOption = Annotated[int, typer.Option("--after", min=1, help="Tokens after the prompt, decoded one by one and scored.")]
 PlacesOption = Annotated[int, typer.Option("--places", min=1, help="Places of the text, evenly spread.")]
 PromptIoOption = Annotated[str | None, typer.Option("--io", help="How misses are read: mmap, direct, auto. [default: mmap]")]
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """One prompt routing at all places, against the lossless prompt (`original`) at the same ones.
-
-    Nats per token over the tokens after the prompt. `kl`: KL(after the lossless prompt || after this one), with its 95% interval,
-    99th percentile, and that of the first token, which the prompt itself predicts; `top1`: share with the same likeliest token.
-    Of the prompt alone: experts read per layer, MiB read (asked of the device), the share `saved` of the lossless prompt's.
-    """
-
-    model: str
-    text: str
-    budget: str
-    budget_experts: int
-    eviction: str
-    prompt_routing: str
-    n_history: int
-    n_prompt: int
-    n_places: int
-    n_tokens: int
-    kl: float
-    kl_low: float | None
-    kl_high: float | None
-    kl_p99: float
-    kl_first: float
-    delta_nll: float
-    delta_nll_low: float | None
-    delta_nll_high: float | None
-    top1: float
-    swap_rate: float
-    reads_per_layer: float
-    read_mib: float
-    saved: float
 
 
 def prompt(
@@ -118,7 +83,7 @@ def prompt(
             base = scores if not p.lossy else base
             found = evaluation.summary(base, scores, len(layout.layers), seed=seed)
             rows.append(
-                PromptRow(
+                evaluation.PromptRow(
                     model=layout.model or path.name,
                     text=file.name if file else "heldout.txt",
                     budget=b,
@@ -158,7 +123,7 @@ def _cells(rows: Sequence[PromptRow]) -> list[list[str]]:
     return [head, *([f"{r.budget} ({r.budget_experts})", r.eviction, r.prompt_routing, *figures(r)] for r in rows)]
 
 
-def figures(r: PromptRow | Summary) -> list[str]:
+def figures(r: Summary) -> list[str]:
     """The cells of the figures of one prompt routing."""
     return [
         f"{r.reads_per_layer:.1f}",

@@ -105,7 +105,7 @@ class Summary:
 
     Nats per token, with the 95% intervals of resampled places. `kl_p99`: 99th percentile over tokens; `kl_first`: of the token
     that the prompt itself predicts. `top1`: share of tokens with the same likeliest one. Of the mean prompt: `reads_per_layer`,
-    experts read, and `read_mib`.
+    experts read, `read_mib`, asked of the device, and the share `saved` of the lossless prompt's.
     """
 
     n_places: int
@@ -123,6 +123,25 @@ class Summary:
     reads_per_layer: float
     read_mib: float
     saved: float
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """What a row of `eval prompt` is of: `budget` as typed and its experts per layer, tokens of the history and of the prompt."""
+
+    model: str
+    text: str
+    budget: str
+    budget_experts: int
+    eviction: str
+    prompt_routing: str
+    n_history: int
+    n_prompt: int
+
+
+@dataclass(frozen=True)
+class PromptRow(Summary, PromptSettings):
+    """One prompt routing at all places, as `eval prompt` reports it: the settings, then the figures."""
 
 
 def summary(base: Sequence[PromptScore], scores: Sequence[PromptScore], n_layers: int, *, seed: int = 0) -> Summary:
