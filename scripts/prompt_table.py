@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from cacheroute.errors import CacherouteError
 from cacheroute.files import MIB
 from cacheroute.install.machine import cores
 
-ARMS: dict[str, dict[str, Any]] = {"ahead": {}, "not ahead": {"read_ahead": False}}
+ARMS = {"ahead": True, "not ahead": False}  # read_ahead
 COLUMNS = (
     "tokens", "flash", "compute s", "distinct MiB", "floor s", "first token s", "share of the floor", "without reading ahead",
     "read/distinct", "over budget",
@@ -63,11 +63,9 @@ def compute_seconds(llm: Llama, tokens: list[int], io: str) -> float:
     """Of the prompt with all experts in memory."""
     llm.configure(budget="all", io=io)
     llm.flash_mbps = None
-    for again in (False, True):
-        if again:
-            llm.rewind()
-        measured = prompt(llm, tokens)
-    return measured.seconds
+    prompt(llm, tokens)
+    llm.rewind()
+    return prompt(llm, tokens).seconds
 
 
 def own_speed(llm: Llama, io: str) -> float:
@@ -97,7 +95,7 @@ def table(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
                 names = list(ARMS)[:: 1 if repetition % 2 else -1]
                 for name in names:
                     llm.configure(budget=args.budget, io=args.io)
-                    llm.flash_mbps, llm._read_ahead = flash or None, ARMS[name].get("read_ahead", True)
+                    llm.flash_mbps, llm._read_ahead = flash or None, ARMS[name]
                     got = prompt(llm, tokens)
                     floor = max(compute, got.distinct * MIB / MB / min(flash or disk, disk))
                     shares.setdefault((flash, name), []).append(floor / got.seconds)

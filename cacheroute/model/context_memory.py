@@ -18,7 +18,7 @@ _SLACK = 1.25  # what a matrix multiplication makes of its input, and what lies 
 def least_bytes(model: GgufFile, n_ctx: int, n_batch: int = 0) -> int:
     """Of keys and values in F16 and of the scores of a batch. Where the header leaves something open, the least that may be."""
     per_token = _F16 * _kv_layers(model) * _kv_width(model) + _F32  # and the token's id
-    return n_ctx * per_token + n_batch * _n_vocab(model) * _F32
+    return n_ctx * per_token + output_bytes(model, n_batch)
 
 
 def trained_context(model: GgufFile) -> int:
@@ -58,7 +58,7 @@ def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> No
     needed = least_bytes(model, n_ctx, n_batch)
     if free is None or needed <= free:
         return
-    fits = max((free - n_batch * _n_vocab(model) * _F32) // max(least_bytes(model, 1), 1), 0)
+    fits = max((free - output_bytes(model, n_batch)) // max(least_bytes(model, 1), 1), 0)
     raise UsageError(
         f"A context of {n_ctx} tokens takes {needed / GIB:.1f} GiB of memory beside the model, and {free / GIB:.1f} GiB are "
         f"free: give at most {fits} tokens with {option}."

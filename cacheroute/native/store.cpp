@@ -44,12 +44,6 @@ void Store::release(int layer, const std::vector<int32_t> & experts) {
     if (!readers_->interrupted()) evict(layer, experts); // else clear() follows
 }
 
-uint64_t Store::expert_bytes(int layer) const {
-    uint64_t bytes = 0;
-    for (size_t t : files_.tensors_of(layer)) bytes += files_.pages(t, 0, 1).bytes;
-    return bytes;
-}
-
 void Store::admit(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
     for (size_t t : files_.tensors_of(layer)) {
         for (int32_t e : experts) {
@@ -121,10 +115,10 @@ void Store::trim() {
 void Store::prefetch(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
     evict_cancelled(layer, experts);
     admit(layer, experts, urgency);
-    if (urgency == Urgency::prefetch) {
+    if (urgency == Urgency::prefetch) { // else the caller trims, when all is admitted
         backend_->keep_room(files_.tensors_of(layer), prefetched_.size() + cancelled_.size() + experts.size());
+        trim();
     }
-    if (urgency == Urgency::prefetch) trim(); // else the caller does, when all is admitted
     for (int32_t e : experts) prefetched_.push_back({layer, e, urgency});
     readers_->start(Clock::now());
     counters_.prefetched += experts.size();

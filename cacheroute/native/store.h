@@ -41,7 +41,6 @@ class Store {
     void prefetch(int layer, const std::vector<int32_t> & experts, Urgency urgency = Urgency::prefetch);
     bool prefetching() const { return !prefetched_.empty(); } // experts whose layer has had no exchange since
 
-    uint64_t expert_bytes(int layer) const; // that one expert of the layer takes in memory, whole pages
 
     // Blocks until all reads have ended. Throws std::runtime_error when one has failed.
     void finish();
