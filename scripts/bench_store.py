@@ -1,4 +1,4 @@
-"""What reading experts costs: processor time for every 100 MB, and MB/s, of `mmap` and `direct`.
+"""What reading experts costs: processor time for every 100 MB, and MB/s, of `direct` and `buffered`.
 
 `python scripts/bench_store.py -m MODEL [--budget 50%] [--seconds 2] [-r 5] [--flash-mbps N]` exchanges random experts of random
 layers, as many at a time as one token misses (--misses), nothing computing beside it. Ways of reading alternate within each
@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--misses", type=int, default=2, help="experts of one exchange (default: 2)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of every run (default: 2)")
     parser.add_argument("-r", "--repetitions", type=int, default=5)
-    parser.add_argument("--io", default="mmap,direct", help="ways of reading, separated by commas")
+    parser.add_argument("--io", default="direct,buffered", help="ways of reading, separated by commas")
     parser.add_argument("--flash-mbps", type=float, help="pace reads to a slower flash")
     args = parser.parse_args()
     llm = Llama(args.model, budget=args.budget, n_ctx=64, flash_mbps=args.flash_mbps, verbose=False)

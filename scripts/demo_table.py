@@ -48,8 +48,8 @@ def main() -> None:
     notes = tuned.load(tuned.DEMO).notes
     arms = {
         "llama.cpp's own mmap, same memory": control_arm(BUDGET, repack=False),
-        "cacheroute, lossless, LRU": Arm(BUDGET, "original", "lru", "mmap"),
-        "cacheroute, tuned for 1%": Arm(BUDGET, f"{tuned.NAME}:{tuned.DEMO}", str(notes["eviction"]), "mmap"),
+        "cacheroute, lossless, LRU": Arm(BUDGET, "original", "lru", "auto"),
+        "cacheroute, tuned for 1%": Arm(BUDGET, f"{tuned.NAME}:{tuned.DEMO}", str(notes["eviction"]), "auto"),
     }
     reasons: list[str] = []
     rows = speed(path, list(arms.values()), a, reasons)

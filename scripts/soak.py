@@ -174,7 +174,7 @@ def main() -> None:
             from random_model import write
 
             model = write("qwen3moe", Path(folder) / "soak.gguf", **_SHAPE)
-        for io in ("mmap", "direct"):
+        for io in ("buffered", "direct"):
             soak = Soak(model, io, given.tokens // 2, given.every)
             try:
                 figures = soak.run()

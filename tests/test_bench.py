@@ -55,8 +55,8 @@ def test_the_kernel_read_what_was_asked_for(alone: Path) -> None:
 def test_a_paced_row_reports_its_pace(alone: Path) -> None:
     paced = rows(alone, "--flash-mbps", 50)
     assert {row["flash_mbps"] for row in paced} == {50}
-    done = cacheroute("bench", "-m", alone, *ARMS, "--flash-mbps", 50)
-    assert done.stdout.count("mmap @ 50 MB/s") == 12
+    done = cacheroute("bench", "-m", alone, *ARMS, "--flash-mbps", 50, "--io", "buffered")
+    assert done.stdout.count("buffered @ 50 MB/s") == 12
 
 
 def test_outputs_agree(alone: Path) -> None:
@@ -101,12 +101,12 @@ def test_pages_that_another_process_holds_are_reported(tiny: Path, tmp_path: Pat
     hold = "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); "
     hold += "sum(m[::4096]); print(flush=True); input()"
     few = ("bench", "-m", path, "-p", 4, "-n", 4, "-r", 1, "-t", 1, "--routing", "original", "--eviction", "lru", "-o", "json")
-    alone = cacheroute(*few, "--io", "mmap,direct")
+    alone = cacheroute(*few, "--io", "buffered,direct")
     assert {row["foreign_mib"] for row in json.loads(alone.stdout)} == {0.0} and "held by another" not in alone.stderr
     with subprocess.Popen([sys.executable, "-c", hold, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
         other.stdout.readline()
-        beside = cacheroute(*few, "--io", "mmap,direct")
+        beside = cacheroute(*few, "--io", "buffered,direct")
         other.communicate(b"\n")
     assert all(row["foreign_mib"] > 0 for row in json.loads(beside.stdout))
     assert "MiB of experts were in memory before a run, held by another process" in beside.stderr

@@ -83,7 +83,7 @@ def test_it_resumes_and_never_mixes(tiny: Path, prose: Path, tmp_path: Path) -> 
 def test_workers_give_the_same_rows(tiny: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = json.loads(run(*settings(tiny, prose, tmp_path / "a.jsonl")).stdout)
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path / "other"))
-    result = run(*settings(tiny, prose, tmp_path / "b.jsonl"), "--workers", 2, "--io", "mmap")
+    result = run(*settings(tiny, prose, tmp_path / "b.jsonl"), "--workers", 2, "--io", "buffered")
     assert result.exit_code == 0 and "in the cache" not in result.stderr, result.output
     assert all(row["ts"] is None for row in json.loads(result.stdout))  # they did not have the machine to themselves
     assert stable(json.loads(result.stdout)) == stable(alone)
@@ -101,7 +101,7 @@ def test_a_dask_cluster_gives_the_same_rows(tiny: Path, prose: Path, tmp_path: P
 
 
 def test_reads_have_a_speed_and_counts_have_none(tiny: Path, prose: Path, tmp_path: Path) -> None:
-    for io, timed in (("none", False), ("mmap", True)):
+    for io, timed in (("none", False), ("buffered", True)):
         rows = json.loads(run(*settings(tiny, prose, tmp_path / f"{io}.jsonl"), "--io", io).stdout)
         assert all((row["ts"] is not None) is timed for row in rows)
 

@@ -59,7 +59,7 @@ def test_loglikelihoods_equal_those_of_eval_perplexity(llm: Llama, routing: str)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("io", ["none", "mmap"])
+@pytest.mark.parametrize("io", ["none", "buffered"])
 def test_a_shared_head_is_evaluated_once_and_changes_nothing(llm: Llama, routing: str, io: str) -> None:
     asked = [(HEAD + q, a) for q in (QUESTION, "is it the mat") for a in (" a", " the", " the cat", " that hat was on it")]
     alone = [scorer(llm, routing, io=io).loglikelihood(*x) for x in asked]
@@ -83,7 +83,7 @@ def test_answers_of_one_token_share_the_question(llm: Llama) -> None:
 
 def test_the_state_comes_back_exactly(llm: Llama) -> None:
     """checkpoint() and return_to(): cache and running means, and with them every bit that follows."""
-    llm.configure(budget="25%", routing="cache-prior:lambda=0.6", eviction="score", io="mmap")
+    llm.configure(budget="25%", routing="cache-prior:lambda=0.6", eviction="score", io="buffered")
     tokens = np.random.default_rng(1).integers(3, 300, 40).tolist()
 
     def follow() -> Any:

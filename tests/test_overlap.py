@@ -26,7 +26,7 @@ HANG = 30  # seconds after which something waits that should not
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
 
 
-@pytest.fixture(params=["mmap", "direct"])
+@pytest.fixture(params=["buffered", "direct"])
 def live(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Live]:
     """Nothing resident, no token yet."""
     with hooked(on_a_disk(tmp_path) / "experts.bin", request.param) as hook:

@@ -82,16 +82,16 @@ def test_the_demo_model_too(demo_model: Path) -> None:
     with_room.close()
 
 
-def test_io_none_counts_what_mmap_reads(llm: Llama, chunks: list[Chunk]) -> None:
+def test_io_none_counts_what_buffered_reads(llm: Llama, chunks: list[Chunk]) -> None:
     settings = {"routing": "cache-prior:lambda=0.3", "eviction": "score"}
-    counted, read = (scored(llm, chunks[:2], io=io, **settings) for io in ("none", "mmap"))
+    counted, read = (scored(llm, chunks[:2], io=io, **settings) for io in ("none", "buffered"))
     np.testing.assert_array_equal(nll(counted), nll(read))
     assert [s.misses for s in counted] == [s.misses for s in read]
     assert counted[0].missed_bytes == read[0].missed_bytes == sum(counted[0].misses) * llm.layout.layers[0].expert_bytes
 
 
 def test_what_is_missed_is_not_what_is_asked_of_the_device(llm: Llama, chunks: list[Chunk]) -> None:
-    for io, reads in (("none", False), ("mmap", True)):
+    for io, reads in (("none", False), ("buffered", True)):
         before = llm.stats().decode.read_bytes if llm.io == io else 0
         missed = sum(s.missed_bytes for s in scored(llm, chunks[:1], io=io))
         asked = llm.stats().decode.read_bytes - before

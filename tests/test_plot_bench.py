@@ -16,7 +16,15 @@ from cacheroute.plot import figures
 
 
 def row(**changed: Any) -> dict[str, Any]:
-    usual = {"model": "tiny", "n_gen": 8, "budget": "50%", "budget_experts": 8, "io": "mmap", "flash_mbps": None, "prefetch": 0}
+    usual = {
+        "model": "tiny",
+        "n_gen": 8,
+        "budget": "50%",
+        "budget_experts": 8,
+        "io": "buffered",
+        "flash_mbps": None,
+        "prefetch": 0,
+    }
     usual |= {"routing": "original", "eviction": "lru", "control": False, "repack": False, "miss_rate": 0.5}
     usual |= {"read_mib_per_token": 2.0, "avg_ts": 10.0, "stddev_ts": 1.0, "vs_lru": 1.0, "vs_lru_sd": 0.0}
     return usual | {"floor_ts": None, "floor_share": None} | changed
@@ -46,9 +54,9 @@ def write(rows: list[dict[str, Any]], path: Path) -> Path:
 def test_rows_of_bench_are_bars_unless_asked_otherwise(tmp_path: Path, ending: str) -> None:
     path = write(ROWS, tmp_path / f"b{ending}")
     assert figures.chart([path]).cells[1:] == [
-        ["tiny", "50% mmap unpaced", "original, lru", "10.00 ± 1.00", "1.00 x", "12.50", "80%"],
-        ["tiny", "50% mmap unpaced", "cache-prior:lambda=0.2, soft-lfu, prefetch 2", "20.00 ± 1.00", "2.00 ± 0.10 x", "", ""],
-        ["tiny", "50% mmap unpaced", "llama.cpp's mmap, same memory, repacked", "10.00 ± 1.00", "0.10 x", "", ""],
+        ["tiny", "50% buffered unpaced", "original, lru", "10.00 ± 1.00", "1.00 x", "12.50", "80%"],
+        ["tiny", "50% buffered unpaced", "cache-prior:lambda=0.2, soft-lfu, prefetch 2", "20.00 ± 1.00", "2.00 ± 0.10 x", "", ""],
+        ["tiny", "50% buffered unpaced", "llama.cpp's mmap, same memory, repacked", "10.00 ± 1.00", "0.10 x", "", ""],
         ["tiny", "25% direct 500 MB/s", "original, lru", "10.00 ± 1.00", "", "", ""],
     ]
     misses = figures.chart([path], "misses").cells
@@ -67,7 +75,7 @@ def test_the_figure_has_all_bars(tmp_path: Path) -> None:
     figures.chart([write([*ROWS, row(model="other")], tmp_path / "b.jsonl")]).draw(figure)
     first, second = figure.axes
     assert sorted(bar.get_width() for bar in first.patches) == [10, 10, 10, 20] and len(second.patches) == 1
-    assert [t.get_text() for t in first.get_yticklabels()] == ["50% mmap unpaced", "25% direct 500 MB/s"]
+    assert [t.get_text() for t in first.get_yticklabels()] == ["50% buffered unpaced", "25% direct 500 MB/s"]
     labels = [t.get_text() for t in figure.legends[0].get_texts()]
     assert len(labels) == len(set(labels)) == 4 and "floor" in labels
     drawn = [tmp_path / "1.svg", tmp_path / "2.svg"]

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason
 WIDTH = 21  # of the hidden state: no multiple of anything
 
 
-@pytest.fixture(params=["mmap", "direct"])
+@pytest.fixture(params=["buffered", "direct"])
 def live(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Live]:
     """Nothing resident, no token yet."""
     with hooked(on_a_disk(tmp_path) / "experts.bin", request.param) as hook:
@@ -201,7 +201,7 @@ def test_prefetch_changes_no_logit_and_no_count(architecture: str, tmp_path: Pat
         return rows, [c.misses for c in llm.decoded_by_layer()]
 
     for routing in ("original", "cache-prior:lambda=0.3"):
-        for io in ("mmap", "auto", "none"):
+        for io in ("buffered", "auto", "none"):
             expected, misses = run(routing=routing, io=io)
             for n in (1, 3):
                 found, missed = run(routing=routing, io=io, prefetch=n)

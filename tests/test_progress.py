@@ -149,13 +149,13 @@ def test_what_a_callback_raises_comes_after_the_prompt(tiny: Path, slow_mbps: fl
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("io", ["mmap", "direct"])
+@pytest.mark.parametrize("io", ["buffered", "direct"])
 def test_distinct_bytes_are_what_a_prompt_reads_when_each_expert_is_read_once(alone: Path, io: str) -> None:
     llm = Llama(str(alone), budget="all", io=io, **SIZES)
     llm.eval(TOKENS)
     all_resident = llm.stats().prefill
     # neighbouring tensors share a page, which is read once
-    shared = mmap.PAGESIZE * sum(len(layer.tensors) for layer in llm.layout.layers) * (io == "mmap")
+    shared = mmap.PAGESIZE * sum(len(layer.tensors) for layer in llm.layout.layers) * (io == "buffered")
     assert 0 <= all_resident.distinct_bytes - all_resident.read_bytes <= shared < all_resident.read_bytes
     llm.configure(budget=llm.layout.n_used, io=io)
     llm.eval(TOKENS)

@@ -54,7 +54,7 @@ def answer(llm: Llama, prompt: Sequence[int], n: int = 12, *, keep: Path | None 
 # ---- in a file
 
 
-@pytest.mark.parametrize("io", ["mmap", "direct"])
+@pytest.mark.parametrize("io", ["buffered", "direct"])
 @pytest.mark.parametrize("eviction", sorted(evictions.ONLINE))
 @BOTH
 def test_another_model_goes_on_as_if_it_were_the_first(tiny: Path, tmp_path: Path, routing: str, eviction: str, io: str) -> None:

@@ -76,7 +76,7 @@ def llm(tiny: Path) -> Llama:
 
 def scorer(llm: Llama, kept: ResultsFile | None = None) -> PromptScorer:
     tokens = np.random.default_rng(3).integers(3, 250, 4 * LENGTHS.total).tolist()
-    return PromptScorer(llm, prompts.places(tokens, LENGTHS, 4, None), LENGTHS, "mmap", kept)
+    return PromptScorer(llm, prompts.places(tokens, LENGTHS, 4, None), LENGTHS, "buffered", kept)
 
 
 @pytest.mark.engine

@@ -25,7 +25,7 @@ EVERYTHING = [(0, 1), (2, 3), (4, 5), (6, 7)]  # of four tokens: all experts of 
 EACH = 14 * 4096 * N_TENSORS  # an expert in whole pages, at most
 
 
-@pytest.fixture(params=["mmap", "direct"])
+@pytest.fixture(params=["buffered", "direct"])
 def live(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Live]:
     """Nothing resident, no token yet; the router of every layer ranks its input itself."""
     with hooked(on_a_disk(tmp_path) / "experts.bin", request.param, N_LAYERS) as hook:
@@ -164,7 +164,7 @@ def test_a_batch_that_is_broken_off_leaves_nothing_that_was_read_ahead(live: Liv
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("io", ["mmap", "direct"])
+@pytest.mark.parametrize("io", ["buffered", "direct"])
 @pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])
 def test_a_prompt_has_the_same_logits_and_reads_with_and_without(tmp_path: Path, arch: str, io: str) -> None:
     path = tiny_models.write(arch, tmp_path / "m.gguf", n_layer=4)

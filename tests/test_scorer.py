@@ -44,7 +44,7 @@ def job(io: str) -> Job:
     return Job(Path(), "", 64, 1, io)
 
 
-@pytest.mark.parametrize("io", ["none", "mmap"])
+@pytest.mark.parametrize("io", ["none", "buffered"])
 def test_a_kept_prompt_changes_no_bit(llm: Llama, chunks: list[Chunk], io: str) -> None:
     evaluated, kept = (Runner(llm, job(io), room=room) for room in (0, 1 << 30))
     expected = [evaluated.run(request, chunks[request.chunk]) for request in REQUESTS]

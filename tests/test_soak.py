@@ -17,7 +17,7 @@ def test_2000_tokens() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done
     lines = done.stdout.splitlines()
-    assert [line.partition(" of ")[0].split(", ")[0] for line in lines] == ["mmap: 1000 tokens", "direct: 1000 tokens"], done
+    assert [line.partition(" of ")[0].split(", ")[0] for line in lines] == ["buffered: 1000 tokens", "direct: 1000 tokens"], done
     assert all(line.endswith(" 10 looks") for line in lines)
 
 
@@ -27,4 +27,4 @@ def test_2000_tokens() -> None:
 def test_a_violation_is_told(alone: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: float, said: str) -> None:
     monkeypatch.setattr(soak, limit, value)
     with pytest.raises(soak.ViolationError, match=said):
-        soak.Soak(alone, "mmap", 200, 10).run()
+        soak.Soak(alone, "buffered", 200, 10).run()

@@ -42,13 +42,13 @@ def test_a_summary_counts_what_ran() -> None:
     assert [profile.uses[0][e] for e in best] == sorted(profile.uses[0])[-5:]
 
 
-@pytest.mark.parametrize("io", ["mmap", "none"])
+@pytest.mark.parametrize("io", ["buffered", "none"])
 def test_a_sequence_starts_with_a_filled_cache_within_the_budget(tiny: Path, io: str) -> None:
     llm = Llama(str(tiny), io=io, budget=8, n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
     llm.warm(task())
     warm = set(range(12, 20))
     assert resident(llm, 0) == resident(llm, 1) == warm
-    if io == "mmap":
+    if io == "buffered":
         assert llm.stats().resident_bytes > 0 and llm.stats().prefill.reads == 16
     read = llm.stats().prefill.reads
     llm.reset()  # llama.cpp does, before it generates: nothing is read again

@@ -306,13 +306,13 @@ def test_a_speed_is_of_its_own_conditions(scorer: Scorer, tmp_path: Path) -> Non
     scorer.cell(RUNGS[5], 8, "lru", 0, kl=True)
     untimed = scorer.cell(RUNGS[5], 8, "lru", 0)
     computed: list[str] = []
-    for timing in ("mmap, 1 threads", "mmap, 2 threads", "mmap, 1 threads", ""):
+    for timing in ("buffered, 1 threads", "buffered, 2 threads", "buffered, 1 threads", ""):
         results = ResultsFile(tmp_path / "r.jsonl", {"a": 1})
-        session = Scorer(scorer.llm, scorer.chunks, replace(scorer.job, io="mmap", timing=timing), results)
+        session = Scorer(scorer.llm, scorer.chunks, replace(scorer.job, io="buffered", timing=timing), results)
         session.after = lambda cell: computed.append(cell.timing)
         cell = session.cell(RUNGS[5], 8, "lru", 0)
         assert (cell.nll32, cell.misses) == (untimed.nll32, untimed.misses) and cell.timing == (timing or untimed.timing)
-    assert computed == ["mmap, 1 threads", "mmap, 2 threads"]
+    assert computed == ["buffered, 1 threads", "buffered, 2 threads"]
     assert session.cell(RUNGS[5], 8, "lru", 0, kl=True).kl  # still kept
 
 

@@ -53,7 +53,7 @@ def measure_bandwidth(llm: Llama, seconds: float = _SAMPLE_SECONDS) -> float:
     """Bytes per second at which experts are read: past the page cache where the filesystem can, layers and experts in random
     order, for `seconds` or until all have been read."""
     try:
-        llm.configure(budget="all", io="direct")
+        llm.configure(budget="all", io="auto")
     except CacherouteError:
         llm.configure(budget="all")
     start = llm.stats().prefill

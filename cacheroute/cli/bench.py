@@ -48,8 +48,8 @@ def bench(
         ),
     ] = None,
     io: Annotated[
-        str, typer.Option("--io", help="How misses are read: mmap, direct or auto; several separated by commas.")
-    ] = "mmap",
+        str, typer.Option("--io", help="How misses are read: auto, direct or buffered; several separated by commas.")
+    ] = "auto",
     control: Annotated[
         bool, typer.Option("--control", help="Also run llama.cpp's own mmap in a process limited to the same memory (Linux).")
     ] = False,
@@ -118,6 +118,7 @@ def bench(
     arms = list(dict.fromkeys(arms))
     llm = Llama(
         str(path),
+        routing=None,  # each arm configures its own
         n_ctx=max(n_prompt + n_gen, 64),
         n_threads=options.threads(threads),
         n_threads_batch=options.threads(threads),

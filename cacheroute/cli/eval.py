@@ -45,7 +45,7 @@ IoOption = Annotated[
     str | None,
     typer.Option(
         "--io",
-        help="How misses are read: mmap, direct, auto; none only counts them. [default: none if the model fits into memory]",
+        help="How misses are read: auto, direct, buffered; none only counts them. [default: none if the model fits into memory]",
     ),
 ]
 

@@ -29,7 +29,7 @@ HistoryOption = Annotated[
 ]
 AfterOption = Annotated[int, typer.Option("--after", min=1, help="Tokens after the prompt, decoded one by one and scored.")]
 PlacesOption = Annotated[int, typer.Option("--places", min=1, help="Places of the text, evenly spread.")]
-PromptIoOption = Annotated[str | None, typer.Option("--io", help="How misses are read: mmap, direct, auto. [default: mmap]")]
+PromptIoOption = Annotated[str | None, typer.Option("--io", help="How misses are read: auto, direct, buffered. [default: auto]")]
 
 
 def prompt(

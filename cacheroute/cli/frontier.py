@@ -50,7 +50,7 @@ def frontier(
     Each row is scored as by `eval perplexity` and paired with `original`. Scores are stored in the cache folder and shared
     with `tune` and `eval perplexity`, so nothing is computed twice.
 
-    Speed (ts) is measured only with one worker and --io mmap, direct or auto; otherwise ts is null. When it is measured, stored
+    Speed (ts) is measured only with one worker and an --io that reads; otherwise ts is null. When it is measured, stored
     scores without a speed, or with the speed of another io, pace or number of threads, are computed again.
     """
     table.check(output)

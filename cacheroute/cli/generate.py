@@ -47,7 +47,7 @@ def generate(
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     prompt_routing: options.PromptRoutingOption = "original",
     eviction: options.EvictionOption = DEFAULT,
-    io: options.IoOption = "mmap",
+    io: options.IoOption = "auto",
     flash_mbps: options.FlashOption = None,
     prefetch: options.PrefetchOption = 0,
     warm_start: options.WarmStartOption = None,

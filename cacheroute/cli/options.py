@@ -45,7 +45,9 @@ ThreadsOption = Annotated[
 ]
 IoOption = Annotated[
     str,
-    typer.Option("--io", help="How misses are read: mmap (page cache), direct (past it), auto (the faster one, measured once)."),
+    typer.Option(
+        "--io", help="How misses are read: direct (past the page cache), buffered (through it) or auto (direct, unless slower)."
+    ),
 ]
 FlashOption = Annotated[
     float | None,

@@ -38,7 +38,9 @@ def trace(
     budget: options.BudgetOption = None,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     eviction: options.EvictionOption = DEFAULT,
-    io: Annotated[str, typer.Option("--io", help="How misses are read: mmap, direct, or none (only counted).")] = "mmap",
+    io: Annotated[
+        str, typer.Option("--io", help="How misses are read: auto, direct, buffered, or none (only counted).")
+    ] = "auto",
     save_profile: Annotated[
         Path | None, typer.Option("--save-profile", help="Also write how often each expert was used, for --warm-start.")
     ] = None,

@@ -43,7 +43,7 @@ class Llama(SequenceLlama):
         routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); None leaves the hook unset: experts are
             mapped and left to the kernel, and no budget is kept.
         eviction: "lru", "lfu", "score" or "soft-lfu".
-        io: how misses are read; "mmap" (through the page cache) or "direct" (past it, where the filesystem can), "auto"
+        io: how misses are read; "direct" (past the page cache, where the filesystem can) or "buffered" (through it), "auto"
             (the faster one, measured once for each filesystem and shown on stderr), "none" (misses are counted, memory is left to
             the kernel: scores and counts are the same, sooner, where the model fits).
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
@@ -81,7 +81,7 @@ class Llama(SequenceLlama):
         budget: str | int | None = None,
         routing: str | strategies.Routing | None = "original",
         eviction: str = evictions.DEFAULT,
-        io: str = "mmap",
+        io: str = "auto",
         flash_mbps: float | None = None,
         prefetch: int = 0,
         n_batch: int | None = None,
@@ -111,9 +111,8 @@ class Llama(SequenceLlama):
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing)
         arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
         if settings.io != "none":
-            # the page cache gives way to others, down to the least; slots do not
-            least = settings.budget.nbytes if settings.io == "direct" else self.layout.n_used * self.layout.resident_bytes
-            context_memory.check_budget(header, self.layout, kwargs.get("n_ctx", 512), least if settings.routing else 0)
+            nbytes = settings.budget.nbytes if settings.routing else 0
+            context_memory.check_budget(header, self.layout, kwargs.get("n_ctx", 512), nbytes)
         given = [n for n in (n_ubatch, n_batch) if n]
         if kwargs.get("embedding"):  # llama.cpp takes n_batch for the number of sequences, too
             given = given or [512]
@@ -170,7 +169,7 @@ class Llama(SequenceLlama):
         budget: str | int | None = None,
         routing: str | strategies.Routing | None = "original",
         eviction: str = evictions.DEFAULT,
-        io: str = "mmap",
+        io: str = "auto",
         prefetch: int = 0,
         prompt_routing: str | PromptRouting = "original",
     ) -> None:
@@ -179,7 +178,11 @@ class Llama(SequenceLlama):
         When it fails, nothing has changed but that experts may have left memory.
         """
         self._check_usable()
-        self._apply(Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing))
+        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing)
+        if settings.routing and settings.io != "none":
+            resident = self._hook.resident_bytes if self._hook else 0
+            context_memory.check_more(self.layout, settings.budget.nbytes, resident)
+        self._apply(settings)
         super().reset()
         self._warm()
 
@@ -292,7 +295,7 @@ class Llama(SequenceLlama):
 
     def plan(self, n_tokens: int) -> Plan:
         """How a prompt of so many more tokens, after those evaluated, would be computed with the memory that is free now."""
-        resident = self._hook.resident_bytes if self._hook and self.io == "direct" else 0
+        resident = self._hook.resident_bytes if self._hook else 0
         return self._batches.plan(max(n_tokens, 1), self.n_tokens, self.budget, resident)
 
     def _decode(self, batch: Any) -> None:

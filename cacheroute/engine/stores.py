@@ -1,4 +1,5 @@
-"""How misses are read: opens the store that `io` names. `auto` measures both once for each filesystem and size of experts."""
+"""How misses are read: opens the store that `io` names. `auto` takes direct reads where they work and are not slower, which is
+measured once for each filesystem and size of experts."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from cacheroute.files import cache_dir, write_json
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.native import bindings
 
-MMAP, DIRECT, AUTO, NONE = "mmap", "direct", "auto", "none"
-ALL = (MMAP, DIRECT, AUTO, NONE)
+AUTO, DIRECT, BUFFERED, NONE = "auto", "direct", "buffered", "none"
+ALL = (AUTO, DIRECT, BUFFERED, NONE)
 
-_NEW = {MMAP: bindings.lib.cr_store_new, DIRECT: bindings.lib.cr_store_new_direct}
-_ROUNDS = 24  # of the measurement: as many times the experts of one token in one layer
-_SECONDS = 1.0  # after which it ends
+_SECONDS = 0.2  # of the measurement, which may be a token's experts longer
+_ROUNDS = 16  # at most: as many times the experts of one token in one layer
+_CLEARLY = 1.2  # so many times slower must direct reads be: they take a third of the processor time (scripts/RESULTS.md)
 
 Arguments = tuple[Any, ...]
 
@@ -46,13 +47,13 @@ def open_store(
         return _new(io, arguments, names), io
     except CacherouteError as e:
         _say(f"reads through the page cache: {e}")
-        return _new(MMAP, arguments, names), MMAP
+        return _new(BUFFERED, arguments, names), BUFFERED
 
 
 def _new(io: str, arguments: Arguments, names: Sequence[str]) -> int:
     """Raises CacherouteError with the names of the files, by whatever paths they were opened."""
     try:
-        return bindings.checked(_NEW[io], *arguments)
+        return bindings.checked(bindings.lib.cr_store_new, *arguments, int(io == DIRECT))
     except CacherouteError as e:
         text = str(e)
         for path, name in zip(arguments[0], names, strict=True):
@@ -89,7 +90,7 @@ def _say(text: str) -> None:
 
 
 def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
-    """The faster one on the filesystem of the model; what was measured is kept in the user's cache.
+    """The better one on the filesystem of the model; what was measured is kept in the user's cache.
 
     Raises CacherouteError where one of them is not possible.
     """
@@ -97,20 +98,21 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     # small experts lose more to whole pages and system calls: one measurement for each power of two
     key = f"{os.stat(arguments[0][0]).st_dev:x}:{layout.layers[0].expert_bytes.bit_length()}"
     known = _known(file)
-    if str(known.get(key)) in _NEW:
+    if known.get(key) in (DIRECT, BUFFERED):
         return str(known[key])
     stores: dict[str, int] = {}
     try:
-        for name in _NEW:
+        for name in (DIRECT, BUFFERED):
             stores[name] = _new(name, arguments, [str(p) for p in layout.paths])
         seconds = _measure(stores, layout)
     finally:
         for store in stores.values():
             bindings.lib.cr_store_free(store)
-    best = min(seconds, key=lambda name: seconds[name])
+    best = BUFFERED if seconds[DIRECT] > _CLEARLY * seconds[BUFFERED] else DIRECT
     times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
-    kept = f"This is kept in {file}." if _remember(file, known | {key: best}) else f"Not kept: {file} cannot be written."
-    _say(f"reads {best}: an expert takes {times}. {kept}")
+    kept = _remember(file, known | {key: best})
+    if best == BUFFERED:
+        _say(f"reads buffered ({times} an expert); " + (f"this is kept in {file}." if kept else f"{file} cannot be written."))
     return best
 
 
@@ -119,7 +121,7 @@ def _measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:
     lib, order = bindings.lib, random.Random(0)
     n = layout.n_used
     spent = dict.fromkeys(stores, 0.0)
-    lib.cr_store_clear(stores[MMAP])  # empties the page cache, too
+    lib.cr_store_clear(stores[BUFFERED])  # empties the page cache, too
     done = 0
     while done < _ROUNDS and sum(spent.values()) < _SECONDS:
         layer = order.randrange(len(layout.layers))

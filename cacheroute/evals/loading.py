@@ -33,12 +33,13 @@ class Source:
 
 
 def load(path: Path, n_ctx: int, n_threads: int) -> Llama:
-    """A model with a context of `n_ctx` tokens. `configure` sets budget and routing."""
+    """A model with a context of `n_ctx` tokens and no hook yet: `configure` sets budget and routing."""
     from cacheroute.engine.llama import Llama
 
     context_memory.check(path, n_ctx, option="--chunk or -c")
     return Llama(
         str(path),
+        routing=None,
         n_ctx=n_ctx,
         n_batch=min(max(n_ctx, 32), 512),
         n_threads=n_threads,
@@ -48,9 +49,9 @@ def load(path: Path, n_ctx: int, n_threads: int) -> Llama:
 
 
 def default_io(layout: ExpertLayout) -> str:
-    """ "none" where all experts fit into free memory (once for all processes): equal scores and misses, faster; else "mmap"."""
+    """ "none" where all experts fit into free memory (once for all processes): equal scores and misses, faster; else "auto"."""
     free = available_memory()
-    return "none" if free is not None and layout.all_expert_bytes < 0.8 * free else "mmap"
+    return "none" if free is not None and layout.all_expert_bytes < 0.8 * free else "auto"
 
 
 def chunks(llm: Llama, source: Source) -> list[text.Chunk]:

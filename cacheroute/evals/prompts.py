@@ -308,9 +308,9 @@ def session(
     with closing(loading.load(path, max(lengths.total, 8), threads or cores())) as llm:
         for budget, eviction in settings:
             budgets.parse(budget, llm.layout)
-            llm.configure(budget=budget, eviction=eviction, io=io or "mmap")
+            llm.configure(budget=budget, eviction=eviction, io=io or "auto")
         tokens = llm.tokenize(text.read(file, column).encode(), add_bos=True)
         bos = llm.token_bos() if llm._model.add_bos_token() else None
         found = places(tokens, lengths, n_places, bos)
         about = f"{lengths.history}+{lengths.prompt}:{loading.text_fingerprint(found)}"
-        yield PromptScorer(llm, found, lengths, io or "mmap", kept_scores(path, about, _FORMAT, _from_json))
+        yield PromptScorer(llm, found, lengths, io or "auto", kept_scores(path, about, _FORMAT, _from_json))

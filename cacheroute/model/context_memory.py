@@ -84,6 +84,18 @@ def check_budget(model: GgufFile, layout: ExpertLayout, n_ctx: int, budget_bytes
     )
 
 
+def check_more(layout: ExpertLayout, budget_bytes: int, resident_bytes: int) -> None:
+    """Raises UsageError when a loaded model's budget of so many bytes does not fit beside what is in memory."""
+    free = available_memory()
+    if free is None or budget_bytes <= free + resident_bytes:
+        return
+    experts = (free + resident_bytes) // layout.resident_bytes
+    advice = f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
+    raise UsageError(
+        f"A budget of {_size(budget_bytes)} of experts does not fit: {_size(free + resident_bytes)} are free for them; {advice}."
+    )
+
+
 def _size(nbytes: int) -> str:
     return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.0f} MiB"
 

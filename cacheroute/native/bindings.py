@@ -57,7 +57,7 @@ class Progress(ctypes.Structure):
     _fields_ = [(n, c_uint64) for n in ("begun", "done", "needed_bytes", "read_bytes", "layer_bytes")]
 
 
-ABI_VERSION = 7  # CR_ABI_VERSION
+ABI_VERSION = 8  # CR_ABI_VERSION
 UNKNOWN_BYTES = 2**64 - 1  # of expert_files.h
 
 _I32P, _F64P = POINTER(c_int32), POINTER(c_double)
@@ -65,7 +65,6 @@ _I32P, _F64P = POINTER(c_int32), POINTER(c_double)
 # cr_policy: user, layer, z, mass, resident, ids
 POLICY = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, _F64P, _F64P, POINTER(c_uint8), _I32P)
 
-_STORE_NEW: list[Any] = [POINTER(c_char_p), c_int32, POINTER(Tensor), c_int32, c_int32, c_int32, c_char_p, c_int32]
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_abi_matches": (c_int32, [c_uint32] * 7),
     "cr_router_new": (c_void_p, [POINTER(Shape), POINTER(Routing), c_char_p, c_int32]),
@@ -77,8 +76,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_router_mean_range": (c_double, [c_void_p, c_int32]),
     "cr_router_counters": (None, [c_void_p, c_int32, c_int32, POINTER(CCounters)]),
     "cr_router_reset": (None, [c_void_p]),
-    "cr_store_new": (c_void_p, _STORE_NEW),
-    "cr_store_new_direct": (c_void_p, _STORE_NEW),
+    "cr_store_new": (c_void_p, [POINTER(c_char_p), c_int32, POINTER(Tensor), *[c_int32] * 4, c_char_p, c_int32]),
     "cr_store_free": (None, [c_void_p]),
     "cr_store_exchange": (c_int32, [c_void_p, c_int32, _I32P, c_int32, _I32P, c_int32, c_char_p, c_int32]),
     "cr_store_find": (c_void_p, [c_void_p, c_void_p]),

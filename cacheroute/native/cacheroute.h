@@ -25,7 +25,7 @@ extern "C" {
 #define CR_API __attribute__((visibility("default")))
 
 /* Counts changes of anything in this header. */
-#define CR_ABI_VERSION 7
+#define CR_ABI_VERSION 8
 
 /* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (explained in router.h). */
 struct cr_routing {
@@ -73,7 +73,6 @@ struct cr_counters {
     uint64_t reads;         /* experts made resident */
     uint64_t read_bytes;    /* asked of the device, whole pages */
     uint64_t distinct_bytes; /* of the experts that prompts ran, whole pages, each expert of a layer once for each prompt */
-    uint64_t reclaimed;     /* hits that were read again: the kernel had taken pages of theirs */
     double   read_seconds;  /* waited: for an exchange to begin, for an expert, for the last read */
     double   evict_seconds; /* of that, spent on evicting */
     uint64_t prefetched;    /* experts whose reads began before their layer chose */
@@ -139,10 +138,8 @@ CR_API void cr_router_reset(cr_router * router);
 typedef struct cr_store cr_store;
 
 CR_API cr_store * cr_store_new(const char * const * files, int32_t n_files, const struct cr_tensor * tensors, int32_t n_tensors,
-                               int32_t n_layers, int32_t n_expert, char * error, int32_t error_size);
-/* The same with direct reads; NULL where the filesystem has none. */
-CR_API cr_store * cr_store_new_direct(const char * const * files, int32_t n_files, const struct cr_tensor * tensors,
-                                      int32_t n_tensors, int32_t n_layers, int32_t n_expert, char * error, int32_t error_size);
+                               int32_t n_layers, int32_t n_expert, int32_t direct /* NULL where the filesystem has no direct reads */,
+                               char * error, int32_t error_size);
 CR_API void cr_store_free(cr_store * store);
 /* Returns when everything has been read: 0, or -1 with one sentence in `error`. */
 CR_API int32_t cr_store_exchange(cr_store * store, int32_t layer, const int32_t * load, int32_t n_load, const int32_t * evict,

@@ -112,14 +112,6 @@ std::vector<ExpertTensor> expert_tensors(const cr_tensor * tensors, int32_t n_te
     return all;
 }
 
-cr_store * new_store(const char * const * files, int32_t n_files, const cr_tensor * tensors, int32_t n_tensors, int32_t n_layers,
-                     int32_t n_expert, const Store::MakeBackend & make, char * error, int32_t error_size) {
-    return guarded(error, error_size, [&] {
-        const std::vector<std::string> names(files, files + n_files);
-        return new cr_store{std::make_unique<Store>(names, n_layers, n_expert, expert_tensors(tensors, n_tensors), make)};
-    });
-}
-
 std::vector<int32_t> ids(const int32_t * from, int32_t n) { return {from, from + n}; }
 
 // The experts that the prompt's batch that begins with row `first` may run; null: all.
@@ -225,13 +217,12 @@ void cr_router_reset(cr_router * router) {
 }
 
 cr_store * cr_store_new(const char * const * files, int32_t n_files, const cr_tensor * tensors, int32_t n_tensors,
-                        int32_t n_layers, int32_t n_expert, char * error, int32_t error_size) {
-    return new_store(files, n_files, tensors, n_tensors, n_layers, n_expert, make_mapped_backend, error, error_size);
-}
-
-cr_store * cr_store_new_direct(const char * const * files, int32_t n_files, const cr_tensor * tensors, int32_t n_tensors,
-                               int32_t n_layers, int32_t n_expert, char * error, int32_t error_size) {
-    return new_store(files, n_files, tensors, n_tensors, n_layers, n_expert, make_slot_backend, error, error_size);
+                        int32_t n_layers, int32_t n_expert, int32_t direct, char * error, int32_t error_size) {
+    return guarded(error, error_size, [&] {
+        const std::vector<std::string> names(files, files + n_files);
+        const auto reading = direct ? Reading::direct : Reading::buffered;
+        return new cr_store{std::make_unique<Store>(names, n_layers, n_expert, expert_tensors(tensors, n_tensors), reading)};
+    });
 }
 
 void cr_store_free(cr_store * store) { delete store; }

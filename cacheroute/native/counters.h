@@ -21,7 +21,6 @@ template <typename F> void each_field(Counters & a, const Counters & b, F f) {
     f(a.reads, b.reads);
     f(a.read_bytes, b.read_bytes);
     f(a.distinct_bytes, b.distinct_bytes);
-    f(a.reclaimed, b.reclaimed);
     f(a.read_seconds, b.read_seconds);
     f(a.evict_seconds, b.evict_seconds);
     f(a.prefetched, b.prefetched);

@@ -15,10 +15,9 @@ class Counters:
     `tokens` are model tokens; `examined` slots = K x layers x tokens. A slot is a hit or a miss by the cache before its token,
     and `swapped` when it went to an expert outside the router's top-K. `held` sums the experts in the cache after each event.
     `read_bytes` are whole pages asked of the device; `distinct_bytes` those of the experts that prompts ran, each expert of a
-    layer once for each prompt, read or resident; 0 for decoded tokens. `reclaimed` are hits that were read again because the
-    kernel had taken pages of theirs. `prefetched` experts were read, wholly or in part, before their layer chose, and
-    `prefetch_used` of them then chosen, which still count as misses. `hook_seconds` of routing, without `read_seconds`, of
-    which `evict_seconds` are a part.
+    layer once for each prompt, read or resident; 0 for decoded tokens. `prefetched` experts were read, wholly or in part,
+    before their layer chose, and `prefetch_used` of them then chosen, which still count as misses. `hook_seconds` of routing,
+    without `read_seconds`, of which `evict_seconds` are a part.
     """
 
     tokens: int = 0
@@ -33,7 +32,6 @@ class Counters:
     reads: int = 0
     read_bytes: int = 0
     distinct_bytes: int = 0
-    reclaimed: int = 0
     read_seconds: float = 0.0
     evict_seconds: float = 0.0
     prefetched: int = 0

@@ -114,23 +114,14 @@ uint64_t ExpertFiles::in_file(const PageRun & run) const {
     return std::min(run.bytes, size - std::min(size, run.offset));
 }
 
-std::vector<bool> ExpertFiles::present(const void * address, uint64_t bytes) const {
+uint64_t ExpertFiles::in_memory(const void * address, uint64_t bytes) const {
 #ifdef __linux__
     std::vector<unsigned char> state(bytes / page_);
 #else
     std::vector<char> state(bytes / page_);
 #endif
-    std::vector<bool> there;
-    if (mincore(const_cast<void *>(address), bytes, state.data()) != 0) return there;
-    there.reserve(state.size());
-    for (auto s : state) there.push_back((s & 1) != 0);
-    return there;
-}
-
-uint64_t ExpertFiles::in_memory(const void * address, uint64_t bytes) const {
-    const auto there = present(address, bytes);
-    if (there.empty() && bytes) return UNKNOWN_BYTES;
-    return uint64_t(std::count(there.begin(), there.end(), true)) * page_;
+    if (mincore(const_cast<void *>(address), bytes, state.data()) != 0) return UNKNOWN_BYTES;
+    return page_ * uint64_t(std::count_if(state.begin(), state.end(), [](auto s) { return (s & 1) != 0; }));
 }
 
 uint64_t ExpertFiles::mapped_in_memory() const {

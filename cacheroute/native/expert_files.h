@@ -55,9 +55,6 @@ class ExpertFiles {
     // Of pages of a file, the bytes that it has: its last page reaches past its end.
     uint64_t in_file(const PageRun & run) const;
 
-    // Which pages of a range of memory are there, as the kernel says (mincore); empty where it does not.
-    std::vector<bool> present(const void * address, uint64_t bytes) const;
-
     // Bytes of a range of memory that are there as the kernel says (mincore); UNKNOWN_BYTES where it does not.
     uint64_t in_memory(const void * address, uint64_t bytes) const;
     uint64_t mapped_in_memory() const; // of all_pages()

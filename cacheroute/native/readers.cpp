@@ -86,7 +86,7 @@ uint64_t Readers::cancel_all() {
 void Readers::loop() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-        wake_.wait(lock, [this] { return stop_ || (!queue_.empty() && !paused_); });
+        wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
         if (stop_) return;
         const Piece piece = queue_.front();
         queue_.pop_front();
@@ -98,13 +98,11 @@ void Readers::loop() {
         }
         const auto not_before = deadline_;
         const auto cancels    = cancels_;
-        reading_++;
         const bool more = !queue_.empty();
         lock.unlock();
         if (more) wake_.notify_one(); // readers wake each other: the thread that starts them has a layer to compute
         const int error = read_(piece.run);
         lock.lock();
-        if (--reading_ == 0 && paused_) done_.notify_all();
         if (paced) pace_over_.wait_until(lock, not_before, [&] { return stop_ || cancels_ != cancels; });
         if (error) error_ = error;
         read_bytes_ += piece.run.bytes;
@@ -112,20 +110,6 @@ void Readers::loop() {
         pending_--;
         if (last || !pending_) done_.notify_all();
     }
-}
-
-void Readers::pause() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    paused_ = true;
-    done_.wait(lock, [this] { return reading_ == 0; });
-}
-
-void Readers::resume() {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        paused_ = false;
-    }
-    wake_.notify_one();
 }
 
 bool Readers::wait_for(const PendingPieces & pending) {

@@ -47,10 +47,6 @@ class Readers {
     // Cancels all that have not begun, and returns their bytes; those that have begun end without regard to the pace.
     uint64_t cancel_all();
 
-    // Between the two no piece is being read; what has begun is read to its end first.
-    void pause();
-    void resume();
-
     bool wait_for(const PendingPieces & pending); // any thread. False: interrupted before they were read
     void wait_for_all() const;        // any thread
     int  take_error();                // of any read since the last call: 0 or an errno
@@ -84,8 +80,6 @@ class Readers {
     std::vector<Piece>              added_; // by the one thread that adds
     std::deque<Piece>               queue_;
     uint64_t                        pending_ = 0; // pieces that are queued or on their way
-    int                             reading_ = 0;
-    bool                            paused_  = false;
     double                          pace_    = 0;
     Clock::time_point               deadline_{};
     uint64_t                        cancels_ = 0; // calls of cancel_all()

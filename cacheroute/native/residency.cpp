@@ -21,7 +21,7 @@ void Residency::require(int layer, const Mask & needed, const Mask & cached, boo
         }
     }
     if (over_ >= 0) over_cached_ = cached;
-    exchange(layer, wanted_, &needed, more);
+    exchange(layer, wanted_, more);
 }
 
 void Residency::settle() {
@@ -39,21 +39,17 @@ void Residency::release(int layer, const Mask & cached) {
     store_->release(layer, evict_);
 }
 
-// `needed`: what is computed on next, or null.
-void Residency::exchange(int layer, const Mask & wanted, const Mask * needed, bool more) {
+void Residency::exchange(int layer, const Mask & wanted, bool more) {
     Mask & in_memory = in_memory_[size_t(layer)];
-    const bool look = needed && store_->under_pressure();
     load_.clear();
     evict_.clear();
-    hits_.clear();
     for (int32_t e = 0; e < int32_t(wanted.size()); e++) {
         if (wanted[size_t(e)] && !in_memory[size_t(e)]) load_.push_back(e);
         if (!wanted[size_t(e)] && in_memory[size_t(e)]) evict_.push_back(e);
-        if (look && (*needed)[size_t(e)] && in_memory[size_t(e)]) hits_.push_back(e);
     }
     in_memory = wanted;
-    if (load_.empty() && evict_.empty() && hits_.empty() && !store_->prefetching()) return;
-    store_->exchange(layer, load_, evict_, hits_, more);
+    if (load_.empty() && evict_.empty() && !store_->prefetching()) return;
+    store_->exchange(layer, load_, evict_, more);
 }
 
 void Residency::prefetch(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
@@ -71,14 +67,14 @@ void Residency::prefetch(int layer, const std::vector<int32_t> & experts, Urgenc
 
 void Residency::finish() {
     if (!store_) return;
-    if (ahead_ >= 0) exchange(std::exchange(ahead_, -1), ahead_cached_, nullptr);
-    if (over_ >= 0) exchange(std::exchange(over_, -1), over_cached_, nullptr);
+    if (ahead_ >= 0) exchange(std::exchange(ahead_, -1), ahead_cached_);
+    if (over_ >= 0) exchange(std::exchange(over_, -1), over_cached_);
     store_->finish();
 }
 
 void Residency::follow(int layer, const Mask & cached) {
     if (!store_) return;
-    exchange(layer, cached, nullptr);
+    exchange(layer, cached);
     store_->finish();
 }
 

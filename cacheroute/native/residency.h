@@ -46,7 +46,7 @@ class Residency {
     Counters counters() const { return store_ ? store_->counters() : Counters{}; }
 
   private:
-    void exchange(int layer, const Mask & wanted, const Mask * needed, bool more = false);
+    void exchange(int layer, const Mask & wanted, bool more = false);
     void release(int layer, const Mask & cached);
 
     std::unique_ptr<Store> store_;
@@ -55,7 +55,7 @@ class Residency {
     Mask                   over_cached_, wanted_;
     int                    ahead_ = -1; // layer for which experts have been prefetched since its last turn
     Mask                   ahead_cached_; // what it had in memory before
-    std::vector<int32_t>   load_, evict_, hits_;
+    std::vector<int32_t>   load_, evict_;
 };
 
 } // namespace cacheroute

@@ -5,28 +5,24 @@
 #include <stdexcept>
 #include <utility>
 
-#include <sys/resource.h>
-
 namespace cacheroute {
 
 Store::Store(const std::vector<std::string> & files, int n_layers, int n_expert, const std::vector<ExpertTensor> & tensors,
-             const MakeBackend & make)
-    : files_(files, n_layers, n_expert, tensors), backend_(make(files_)), states_(tensors.size() * size_t(n_expert)),
-      readers_(std::make_unique<Readers>(backend_->n_readers(), [this](const PageRun & run) { return backend_->read(run); })) {}
+             Reading reading)
+    : files_(files, n_layers, n_expert, tensors), slots_(files_, reading), states_(tensors.size() * size_t(n_expert)),
+      readers_(std::make_unique<Readers>(Slots::N_READERS, [this](const PageRun & run) { return slots_.read(run); })) {}
 
-void Store::exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evicted,
-                     const std::vector<int32_t> & hits, bool more) {
+void Store::exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evicted, bool more) {
     const auto start = Clock::now();
     turn_++;
     wait_for_late();
     leaving_ = evicted;
     resolve_prefetch(layer, leaving_);
-    evict_cancelled(layer, load); // before the loads: a page that is shared with a cancelled expert is read with them
+    evict_cancelled(layer, load);
     if (readers_->interrupted()) return; // experts that are still being read must not be evicted
     evict(layer, leaving_);
     admit(layer, load, Urgency::needed);
-    if (!more || !backend_->reuses()) trim();
-    read_reclaimed(layer, hits);
+    if (!more) trim();
     readers_->start(start);
     counters_.read_seconds += seconds_since(start);
 }
@@ -47,12 +43,11 @@ void Store::release(int layer, const std::vector<int32_t> & experts) {
 void Store::admit(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
     for (size_t t : files_.tensors_of(layer)) {
         for (int32_t e : experts) {
-            const PageRun run = backend_->admit(t, e, urgency);
-            if (run.bytes) read(t, e, run, urgency);
+            read(t, e, slots_.admit(t, e, urgency), urgency);
         }
     }
     counters_.reads += experts.size();
-    peak_bytes_ = std::max<uint64_t>(peak_bytes_, backend_->resident_bytes());
+    peak_bytes_ = std::max<uint64_t>(peak_bytes_, slots_.resident_bytes());
 }
 
 void Store::read(size_t tensor, int32_t e, const PageRun & run, Urgency urgency) {
@@ -60,33 +55,10 @@ void Store::read(size_t tensor, int32_t e, const PageRun & run, Urgency urgency)
     const uint64_t turn = turn_ + (urgency != Urgency::needed);
     if (urgency == Urgency::needed) make_late(s);
     // a prefetch in smaller pieces: those that have begun are in the way of what is needed
-    const uint64_t piece = urgency == Urgency::prefetch ? backend_->piece_bytes() / 4 : backend_->piece_bytes();
+    const uint64_t piece = urgency == Urgency::prefetch ? Slots::PIECE / 4 : Slots::PIECE;
     // a layer computes tensor by tensor, and on a tensor expert by expert
     readers_->add(run, piece, turn * states_.size() + files_.index(tensor, e), s.pending);
     counters_.read_bytes += run.bytes;
-}
-
-// A page that the kernel took and a thread then missed was a major fault; without one there is nothing to look for.
-bool Store::under_pressure() {
-    constexpr int LOOKS = 512; // layers
-    rusage        used{};
-    if (!backend_->reclaimable() || getrusage(RUSAGE_SELF, &used) != 0) return false;
-    if (major_faults_ >= 0 && used.ru_majflt > major_faults_) alert_ = LOOKS;
-    major_faults_ = used.ru_majflt;
-    return alert_ > 0 && alert_-- > 0;
-}
-
-void Store::read_reclaimed(int layer, const std::vector<int32_t> & hits) {
-    for (int32_t e : hits) {
-        bool gone = false;
-        for (size_t t : files_.tensors_of(layer)) {
-            const PageRun run = backend_->missing(t, e);
-            if (!run.bytes || state(t, e).pending.load(std::memory_order_acquire) != 0) continue; // pending: it is being read
-            read(t, e, run, Urgency::needed);
-            gone = true;
-        }
-        counters_.reclaimed += gone;
-    }
 }
 
 void Store::make_late(State & s) {
@@ -99,16 +71,14 @@ void Store::evict(int layer, const std::vector<int32_t> & experts, bool complete
     untrimmed_           = untrimmed_ || !experts.empty();
     // from the last one on: what is freed last is taken first, by the same tensor
     for (auto t = tensors.rbegin(); t != tensors.rend(); ++t) {
-        for (int32_t e : experts) backend_->evict(*t, e, complete);
+        for (int32_t e : experts) slots_.evict(*t, e, complete);
     }
 }
 
 void Store::trim() {
     if (!std::exchange(untrimmed_, false)) return;
     const auto start = Clock::now();
-    if (backend_->trim_needs_idle_readers()) readers_->pause();
-    backend_->trim();
-    if (backend_->trim_needs_idle_readers()) readers_->resume();
+    slots_.trim();
     counters_.evict_seconds += seconds_since(start);
 }
 
@@ -116,7 +86,7 @@ void Store::prefetch(int layer, const std::vector<int32_t> & experts, Urgency ur
     evict_cancelled(layer, experts);
     admit(layer, experts, urgency);
     if (urgency == Urgency::prefetch) { // else the caller trims, when all is admitted
-        backend_->keep_room(files_.tensors_of(layer), prefetched_.size() + cancelled_.size() + experts.size());
+        slots_.keep_room(files_.tensors_of(layer), prefetched_.size() + cancelled_.size() + experts.size());
         trim();
     }
     for (int32_t e : experts) prefetched_.push_back({layer, e, urgency});
@@ -186,7 +156,7 @@ const void * Store::find(const void * expert, bool late) {
     if (!files_.locate(expert, t, e)) return late ? nullptr : expert; // not an expert of this store
     const State & s = state(t, e);
     if (s.late != late || (late && !readers_->wait_for(s.pending))) return nullptr;
-    return backend_->address(t, e);
+    return slots_.address(t, e);
 }
 
 void Store::clear() {
@@ -197,7 +167,7 @@ void Store::clear() {
     readers_->take_error(); // of a sequence that has been reset
     prefetched_.clear();
     cancelled_.clear();
-    backend_->clear();
+    slots_.clear();
     peak_bytes_ = 0;
     files_.drop_unmapped(); // what llama.cpp read of the dense weights, which it has copied
 }
@@ -205,21 +175,14 @@ void Store::clear() {
 uint64_t Store::bytes_of(int layer, const std::vector<uint8_t> & experts) const {
     uint64_t bytes = 0;
     for (size_t t : files_.tensors_of(layer)) {
-        const uint8_t * end = nullptr; // of the pages that are counted
-        for (size_t e = 0; e < experts.size(); e++) {
-            if (!experts[e]) continue;
-            const PageRun run = files_.pages(t, int(e), 1);
-            bytes += run.bytes;
-            if (backend_->shares_pages() && run.address < end) bytes -= uint64_t(end - run.address);
-            end = run.address + run.bytes;
-        }
+        for (size_t e = 0; e < experts.size(); e++) bytes += experts[e] ? files_.pages(t, int(e), 1).bytes : 0;
     }
     return bytes;
 }
 
 uint64_t Store::measure_resident() const {
     readers_->wait_for_all();
-    return backend_->measure();
+    return slots_.measure();
 }
 
 Counters Store::counters() const {

@@ -1,7 +1,7 @@
 // The store: reads experts into memory and evicts them. Knows bytes and pages; knows no probabilities and no llama.cpp.
 #pragma once
 
-#include "backend.h"
+#include "slots.h"
 #include "counters.h"
 
 #include <atomic>
@@ -13,27 +13,20 @@ namespace cacheroute {
 
 class Store {
   public:
-    using MakeBackend = std::function<std::unique_ptr<Backend>(const ExpertFiles &)>;
-
-    // Throws std::runtime_error when a file cannot be opened, or the backend cannot be made or has no thread to read with.
+    // Throws std::runtime_error when a file cannot be opened or read as asked, or there is no thread to read with.
     Store(const std::vector<std::string> & files, int n_layers, int n_expert, const std::vector<ExpertTensor> & tensors,
-          const MakeBackend & make);
+          Reading reading);
     ~Store() { clear(); } // what it brought into memory does not outlive it
 
     // Begins to make `load` resident, tensor by tensor as the layer computes on them, and drops `evict` (experts of one layer).
     // Returns when the reads are on their way; those of the exchange before it have ended. Called, like finish() and clear(),
-    // from one thread at a time, and not while others are in find(). Interrupted, it returns early, and clear() must follow. Of `hits`, which are resident and computed on next, the pages
-    // that the kernel has taken are read again.
+    // from one thread at a time, and not while others are in find(). Interrupted, it returns early, and clear() must follow.
     // `more`: other experts take the memory of the evicted ones at once; what they leave of it is freed by trim().
-    void exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evict,
-                  const std::vector<int32_t> & hits = {}, bool more = false);
+    void exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evict, bool more = false);
 
     // Drops experts of a layer that has been computed. Their memory is taken by what is loaded next; trim() frees the rest.
     void release(int layer, const std::vector<int32_t> & experts);
     void trim();
-
-    // Whether the kernel has lately taken pages of this process, so that hits should be looked at. Asked once a layer.
-    bool under_pressure();
 
     // Begins to read experts of a layer before its next exchange(), behind the reads under way. They take memory until that
     // exchange, which neither loads those that stay nor waits for those that it evicts. Called as exchange() is.
@@ -56,15 +49,14 @@ class Store {
     // Once it is raised no call waits for reads any more. Null: none. While nothing computes.
     void set_interrupt(Interrupt * interrupt) { readers_->set_interrupt(interrupt); }
 
-    // Bytes that are read for these experts [E] 0/1 of a layer when none of them is resident, whole pages; a page that two
-    // tensors share counts for both.
+    // Bytes that are read for these experts [E] 0/1 of a layer when none of them is resident, whole pages.
     uint64_t bytes_of(int layer, const std::vector<uint8_t> & experts) const;
 
     // Bytes that were asked of the device so far, and of those what it has delivered. Any thread.
     uint64_t asked_bytes() const { return readers_->asked_bytes(); }
     uint64_t read_bytes() const { return readers_->read_bytes(); }
 
-    uint64_t resident_bytes() const { return backend_->resident_bytes(); } // as counted, whole pages. Any thread.
+    uint64_t resident_bytes() const { return slots_.resident_bytes(); } // as counted, whole pages. Any thread.
 
     uint64_t peak_bytes() const { return peak_bytes_; } // the most of them since the last clear()
 
@@ -93,13 +85,12 @@ class Store {
     void    evict(int layer, const std::vector<int32_t> & experts, bool complete = true);
     void    read(size_t tensor, int32_t e, const PageRun & run, Urgency urgency);
     void    wait_for_late();
-    void    read_reclaimed(int layer, const std::vector<int32_t> & hits);
     void    make_late(State & state);
     void    resolve_prefetch(int layer, std::vector<int32_t> & evict);
     void    evict_cancelled(int layer, const std::vector<int32_t> & wanted);
 
     ExpertFiles              files_;
-    std::unique_ptr<Backend> backend_;
+    Slots                    slots_;
     std::vector<State>       states_;     // [tensor][E]
     std::vector<State *>     late_;
     std::vector<Expert>      prefetched_; // no exchange of their layer since
@@ -108,10 +99,8 @@ class Store {
     bool                     untrimmed_ = false; // evicted since the last trim()
     std::atomic<uint64_t>    peak_bytes_{0};
     uint64_t                 turn_      = 0;     // exchanges: what is read for a later one is read later
-    int64_t                  major_faults_ = -1; // of this process, when last asked
-    int                      alert_        = 0;  // so many more looks at hits
     Counters                 counters_{};
-    std::unique_ptr<Readers> readers_; // last: they call the backend until they are joined
+    std::unique_ptr<Readers> readers_; // last: they use the slots until they are joined
 };
 
 } // namespace cacheroute

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 KINDS = {
     "frontier": "quality, or lost router mass, against MiB missed or read per token",
-    "speed": "quality against tok/s, and what each strategy loses at the same speed (of `frontier --io mmap`)",
+    "speed": "quality against tok/s, and what each strategy loses at the same speed (of `frontier --io auto`)",
     "bench": "tok/s of every arm with its spread and its floor, in groups of the same model, budget and reading (of bench)",
     "misses": "miss rate against the budget",
     "residency": "which experts of one layer are in the cache, token by token (of a trace)",
@@ -211,7 +211,7 @@ def _speed(rows: Sequence[Row]) -> Chart:
     found, label, _ = _qualities(rows)
     points = [(row, row.ts, y) for row, y in found if row.ts is not None]
     if not points:
-        raise UsageError("These rows have no tok/s; `cacheroute frontier --io mmap` with one worker measures it.")
+        raise UsageError("These rows have no tok/s; `cacheroute frontier --io auto` with one worker measures it.")
     points.sort(key=lambda p: p[1])
     cells = [["budget", "strategy", "eviction", *(f"{label} at {s:g} x original's tok/s" for s in _SPEEDUPS)]]
     groups = sorted({(r.budget_experts, r.budget, r.strategy, r.eviction) for r, _, _ in points if r.strategy != "original"})

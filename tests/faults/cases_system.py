@@ -13,7 +13,7 @@ from pathlib import Path
 from faults.runner import Case, Outcome, Place
 
 _SECONDS = 30  # a command that takes longer hangs
-_IO = "mmap", "direct"
+_IO = "buffered", "direct"
 _ASKED = ("-p", "the cat that was on the mat", "-n", "24", "--seed", "1", "--temp", "0", "-t", "1", "-c", "128", "--budget", "6")
 
 
@@ -56,7 +56,7 @@ _answers: dict[Path, str] = {}  # without faults: whatever reads, the text is th
 def _generate(rules: str, io: str, *more: str) -> Callable[[Place], Outcome]:
     def command(place: Place) -> Outcome:
         if place.tiny not in _answers:
-            _answers[place.tiny] = _answer(place, "", "mmap", ()).stdout
+            _answers[place.tiny] = _answer(place, "", "buffered", ()).stdout
         outcome = _answer(place, rules, io, more)
         assert outcome.stdout in ("", _answers[place.tiny]), outcome
         return outcome
@@ -90,13 +90,12 @@ _CACHED = r"the filesystem of \S+m\.gguf puts direct reads into the page cache\.
 _WRONG = r"the filesystem of \S+m\.gguf gives other bytes by direct reads\.$"
 
 
-# A file that becomes shorter while it is read, where pages are touched: SIGBUS. Then as if its device had failed: the file is as
-# it was, but for a page that could not be read.
+# A file that becomes shorter while it is read.
 _SHORTER = """
 import os, sys
 from cacheroute import CacherouteError, Llama
-path, before = sys.argv[1], os.stat(sys.argv[1])
-llm = Llama(path, budget=6, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
+path, io = sys.argv[1:]
+llm = Llama(path, budget=6, io=io, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
 
 def say():
     try:
@@ -107,11 +106,6 @@ def say():
 llm.eval([5, 6, 7])
 os.truncate(path, 200_000)
 say()
-if sys.argv[2:]:
-    os.truncate(path, before.st_size)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    llm.reset()
-    say()
 llm.close()
 """
 
@@ -150,38 +144,21 @@ def _trace(io: str) -> Callable[[Place], Outcome]:
 
 CASES: list[Case] = [
     *(_same(name, rules, io) for name, rules in _BOTH for io in _IO),
-    # a mapping
-    _same("a kernel without POPULATE_READ", "madvise/22:EINVAL", "mmap"),
-    _same("a sandbox without POPULATE_READ", "madvise/22:EPERM", "mmap"),
-    _same("a kernel without PAGEOUT and POPULATE_READ", "madvise/21:EINVAL,madvise/22:EINVAL", "mmap"),
-    _same("a kernel without POPULATE_READ", "madvise/22:EINVAL", "mmap", *_PREFETCH),
-    _same("POPULATE_READ that is interrupted", "madvise/22:EINTR:every=3", "mmap"),
-    _same("POPULATE_READ that can never be done now", "madvise/22:EAGAIN", "mmap"),
-    _refused("pages that cannot be read", "madvise/22:EFAULT", "mmap", _EIO),
-    _refused("pages that cannot be read later", "madvise/22:EFAULT:after=60", "mmap", _EIO),
-    _refused("pages that cannot be read later", "madvise/22:EFAULT:after=60", "mmap", _EIO, *_PREFETCH),
-    _refused(
-        "a memory error", "madvise/22:EHWPOISON:after=9", "mmap", r"reading experts failed: Memory page has hardware error\."
-    ),
-    _refused("no memory for pages", "madvise/22:ENOMEM", "mmap", r"reading experts failed: Cannot allocate memory\."),
-    Case(
-        "a file that becomes shorter, touched",
-        _script(_SHORTER, "madvise/22:EINVAL"),
-        0,
-        r"m\.gguf: reading experts failed: the file has become shorter since it was loaded\.",
-    ),
-    Case(
-        "a file that becomes shorter, populated",
-        _script(_SHORTER, "madvise/22:EINTR:every=100"),
-        0,
-        r"m\.gguf: reading experts failed: the file has become shorter since it was loaded\.",
-    ),
-    Case(
-        "a page that cannot be read, touched",
-        _script(_SHORTER, "madvise/22:EINVAL", "and back"),
-        0,
-        r"m\.gguf: reading experts failed: a page of the file cannot be read\.",
-        more=True,
+    # through the page cache
+    _same("short reads", "pread:half", "buffered"),
+    _same("reads that are interrupted", "pread:EINTR:every=3", "buffered"),
+    _refused("reads that fail", "pread:EIO", "buffered", _EIO),
+    _refused("reads that fail later", "pread:EIO:after=60", "buffered", _EIO, *_PREFETCH),
+    _refused("no memory for pages", "pread:ENOMEM:after=9", "buffered", r"reading experts failed: Cannot allocate memory\."),
+    _refused("no address space", "mmap:ENOMEM", "buffered", r"no address space for experts: Cannot allocate memory\."),
+    *(
+        Case(
+            f"a file that becomes shorter, {io}",
+            _script(_SHORTER, "pread:EINTR:every=100", io),
+            0,
+            r"m\.gguf: reading experts failed: the file has become shorter since it was loaded\.",
+        )
+        for io in _IO
     ),
     # direct reads
     _same("a system without mincore", "mincore:ENOSYS", "direct"),
@@ -201,20 +178,19 @@ CASES: list[Case] = [
     _refused(
         "no file descriptor left", "open/direct:EMFILE", "direct", r"direct reads of \S+m\.gguf failed: Too many open files\."
     ),
-    _refused("no address space", "mmap:ENOMEM", "direct", r"no address space for direct reads: Cannot allocate memory\."),
+    _refused("no address space", "mmap:ENOMEM", "direct", r"no address space for experts: Cannot allocate memory\."),
     _refused("no memory for the probe", "posix_memalign:ENOMEM", "direct", r"^cacheroute: there is not enough memory\.$"),
     # the faster of both
     _same("no O_DIRECT", "open/direct:EINVAL", "auto", said=_AUTO + _NONE),
     _same("O_DIRECT with wrong bytes", "pread/direct:wrong", "auto", said=_AUTO + _WRONG),
     _same("O_DIRECT that is buffered", "open/direct:buffered", "auto", said=_AUTO + _CACHED),
-    _same("no address space", "mmap:ENOMEM", "auto", said=_AUTO + "no address space"),
-    _same("direct reads that fail in the measurement", "pread:EIO:after=9", "auto", said=_AUTO + "reading experts failed"),
+    _same("direct reads that fail in the measurement", "pread/direct:EIO:after=9", "auto", said=_AUTO + "reading experts failed"),
     # either
     *(_refused("no thread for reads", "pthread_create:EAGAIN", io, r"no thread to read experts with: ") for io in _IO),
     *(_refused("no file descriptor at all", "open:EMFILE", io, r"cannot open \S+m\.gguf: Too many open files\.") for io in _IO),
     *(
         Case(f"a read error does not outlive its sequence, {io}", _script(_ONCE, rule, io), 0, "reading experts failed: ")
-        for io, rule in (("mmap", "madvise/22:EFAULT:after=9:every=100000"), ("direct", "pread:EIO:after=9:every=100000"))
+        for io, rule in (("buffered", "pread:EIO:after=9:every=100000"), ("direct", "pread:EIO:after=9:every=100000"))
     ),
     *(Case(f"a disk that fills up under a trace, {io}", _trace(io), 1, r"No space left on device", more=True) for io in _IO),
 ]

@@ -61,7 +61,7 @@ class Model:
     starts: list[list[int]]
     n_expert: int
     expert_bytes: int
-    io: str = "mmap"
+    io: str = "direct"
     address: int = 0
     store: int = 0
     resident: list[set[int]] = field(default_factory=list)  # per layer
@@ -71,18 +71,12 @@ class Model:
         first = start + expert * self.expert_bytes
         return range(first // PAGE, (first + self.expert_bytes - 1) // PAGE + 1)
 
-    def expert_pages(self, layer: int, expert: int) -> set[int]:
-        """The pages of an expert, whole or in part."""
-        return {p for start in self.starts[layer] for p in self.tensor_pages(start, expert)}
-
-    def expected_pages(self) -> set[int]:
-        """The pages of all resident experts."""
-        return {p for layer, experts in enumerate(self.resident) for e in experts for p in self.expert_pages(layer, e)}
+    def read_bytes(self, layer: int, expert: int) -> int:
+        """What reading an expert asks of the device: whole pages."""
+        return sum(len(self.tensor_pages(start, expert)) for start in self.starts[layer]) * PAGE
 
     def expected_bytes(self) -> int:
-        """What should be in memory: the pages of all resident experts, or their slots, each as large as the largest expert."""
-        if self.io == "mmap":
-            return len(self.expected_pages()) * PAGE
+        """What should be in memory: the slots of all resident experts, each as large as the largest expert of its tensor."""
         slots = [[max(len(self.tensor_pages(s, e)) for e in range(self.n_expert)) for s in starts] for starts in self.starts]
         return sum(sum(pages) * len(experts) for pages, experts in zip(slots, self.resident, strict=True)) * PAGE
 
@@ -111,7 +105,7 @@ class Model:
 
 @contextmanager
 def model(
-    folder: Path, *, n_layers: int = 1, n_tensors: int = 1, n_expert: int = 8, expert_bytes: int = ODD, io: str = "mmap"
+    folder: Path, *, n_layers: int = 1, n_tensors: int = 1, n_expert: int = 8, expert_bytes: int = ODD, io: str = "direct"
 ) -> Iterator[Model]:
     """A store with nothing resident. Tensors follow each other without a gap, as in a GGUF, after an odd header."""
     size = n_expert * expert_bytes

@@ -78,7 +78,6 @@ class Live:
 
 @contextmanager
 def hooked(path: Path, io: str, n_layers: int = N_LAYERS) -> Iterator[Live]:
-    make = {"mmap": LIB.cr_store_new, "direct": LIB.cr_store_new_direct}[io]
     content = np.random.default_rng(0).bytes(HEADER + n_layers * N_TENSORS * N_EXPERT * EXPERT)
     path.write_bytes(content)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
@@ -87,7 +86,16 @@ def hooked(path: Path, io: str, n_layers: int = N_LAYERS) -> Iterator[Live]:
         tensors = [bindings.Tensor(t // N_TENSORS, 0, at, EXPERT, address + at) for t, at in enumerate(starts)]
         files = (ctypes.c_char_p * 1)(os.fspath(path).encode())
         try:
-            store = bindings.checked(make, files, 1, (bindings.Tensor * len(tensors))(*tensors), len(tensors), n_layers, N_EXPERT)
+            store = bindings.checked(
+                LIB.cr_store_new,
+                files,
+                1,
+                (bindings.Tensor * len(tensors))(*tensors),
+                len(tensors),
+                n_layers,
+                N_EXPERT,
+                io == "direct",
+            )
         except CacherouteError as e:
             pytest.skip(str(e))
         shape = bindings.Shape(n_layers, N_EXPERT, N_USED, 4, evictions.ONLINE["lru"])

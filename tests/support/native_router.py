@@ -81,11 +81,14 @@ def native_layer(n_expert: int, n_used: int, capacity: int, routing: Routing, ev
 
 
 @contextmanager
-def native_store(path: str, n_layers: int, n_expert: int, tensors: Sequence[bindings.Tensor], io: str = "mmap") -> Iterator[int]:
+def native_store(
+    path: str, n_layers: int, n_expert: int, tensors: Sequence[bindings.Tensor], io: str = "direct"
+) -> Iterator[int]:
     """A cr_store over one file, freed at the end."""
-    make = {"mmap": bindings.lib.cr_store_new, "direct": bindings.lib.cr_store_new_direct}[io]
     files = (ctypes.c_char_p * 1)(path.encode())
-    handle = bindings.checked(make, files, 1, (bindings.Tensor * len(tensors))(*tensors), len(tensors), n_layers, n_expert)
+    own = (bindings.Tensor * len(tensors))(*tensors)
+    make = bindings.lib.cr_store_new
+    handle = bindings.checked(make, files, 1, own, len(tensors), n_layers, n_expert, io == "direct")
     try:
         yield handle
     finally:

@@ -1,0 +1,228 @@
+#include "slots.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#ifndef O_DIRECT
+#define O_DIRECT 0
+#endif
+
+namespace cacheroute {
+namespace {
+
+// Reads `wanted` bytes, asking for `bytes`, which may reach past the end of the file. 0, or an errno.
+int read_all(int fd, uint8_t * to, uint64_t bytes, uint64_t wanted, uint64_t offset) {
+    for (uint64_t at = 0; at < wanted;) {
+        const ssize_t n = pread(fd, to + at, bytes - at, off_t(offset + at));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return errno;
+        if (n == 0) return ENODATA; // another process has made the file shorter
+        at += uint64_t(n);
+    }
+    return 0;
+}
+
+// Why a file is not read directly.
+std::string refusal(const std::string & name, int error) {
+    if (error == EINVAL || error == EOPNOTSUPP) return "the filesystem of " + name + " has no direct reads";
+    return "direct reads of " + name + " failed: " + std::strerror(error);
+}
+
+} // namespace
+
+Slots::Slots(const ExpertFiles & files, Reading reading)
+    : files_(files), reading_(reading), slot_(files.tensors().size() * size_t(files.n_expert())) {
+    try {
+        for (const auto & name : files_.names()) {
+            if (reading_ == Reading::direct) open_direct(name);
+        }
+#ifdef POSIX_FADV_RANDOM
+        for (int fd : files_.descriptors()) posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM); // no read-ahead into neighbours
+#endif
+        for (size_t t = 0; t < files_.tensors().size(); t++) pool_of_.push_back(find_pool(t));
+        for (Pool & pool : pools_) reserve(pool);
+    } catch (...) {
+        release_all();
+        throw;
+    }
+}
+
+PageRun Slots::admit(size_t tensor, int32_t e, Urgency urgency) {
+    uint8_t *& slot = slot_[files_.index(tensor, e)];
+    slot            = take(pools_[pool_of_[tensor]], urgency);
+    PageRun run     = files_.pages(tensor, e, 1);
+    run.address     = slot;
+    return run;
+}
+
+void Slots::evict(size_t tensor, int32_t e, bool complete) {
+    uint8_t * const slot = std::exchange(slot_[files_.index(tensor, e)], nullptr);
+    Pool &          pool = pools_[pool_of_[tensor]];
+    if (!slot) return;
+    if (complete) {
+        pool.free.push_back(slot);
+    } else { // a part of it may never have been in memory
+        release(pool, slot);
+    }
+}
+
+void Slots::trim() {
+    for (Pool & pool : pools_) {
+        for (; pool.free.size() > pool.spare; pool.free.pop_back()) release(pool, pool.free.back());
+    }
+}
+
+void Slots::keep_room(const std::vector<size_t> & tensors, size_t n_experts) {
+    for (size_t p = 0; p < pools_.size(); p++) {
+        size_t n = 0;
+        for (size_t t : tensors) n += pool_of_[t] == p ? n_experts : 0;
+        pools_[p].spare = std::max(pools_[p].spare, n);
+    }
+}
+
+int Slots::read(const PageRun & piece) const {
+    const auto     file   = size_t(piece.file);
+    const uint64_t wanted = files_.in_file(piece);
+    if (reading_ == Reading::direct) return read_all(direct_[file], piece.address, piece.bytes, wanted, piece.offset);
+    const int error = read_all(files_.descriptors()[file], piece.address, wanted, wanted, piece.offset);
+#ifdef POSIX_FADV_DONTNEED
+    posix_fadvise(files_.descriptors()[file], off_t(piece.offset), off_t(piece.bytes), POSIX_FADV_DONTNEED);
+#endif
+    return error;
+}
+
+const void * Slots::address(size_t tensor, int32_t e) const {
+    const ExpertTensor & t      = files_.tensors()[tensor];
+    const uint8_t *      mapped = t.address + uint64_t(e) * t.expert_bytes;
+    const uint8_t *      own    = slot_[files_.index(tensor, e)];
+    if (!own) return mapped; // not resident: the mapping has it too
+    return own + reinterpret_cast<uintptr_t>(mapped) % files_.page_bytes();
+}
+
+void Slots::clear() {
+    for (const PageRun & r : files_.all_pages()) files_.drop(r); // what others have left in the page cache
+    std::fill(slot_.begin(), slot_.end(), nullptr);
+    for (Pool & pool : pools_) {
+        madvise(pool.base, pool.bytes(), MADV_DONTNEED);
+        all_empty(pool);
+    }
+    resident_bytes_ = 0;
+}
+
+uint64_t Slots::measure() const { // for anonymous memory mincore is always reliable
+    uint64_t bytes = files_.mapped_in_memory();
+    if (bytes == UNKNOWN_BYTES) bytes = 0;
+    for (const Pool & pool : pools_) {
+        const uint64_t n = files_.in_memory(pool.base, pool.bytes());
+        if (n == UNKNOWN_BYTES) return n;
+        bytes += n;
+    }
+    return bytes;
+}
+
+void Slots::open_direct(const std::string & name) {
+    errno        = EINVAL;
+    const int fd = O_DIRECT ? open(name.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT) : -1;
+    if (fd < 0) throw std::runtime_error(refusal(name, errno));
+    direct_.push_back(fd);
+    probe(direct_.size() - 1, name);
+}
+
+// Reads some pages both ways: some filesystems take O_DIRECT and read through the page cache, others give wrong bytes.
+void Slots::probe(size_t file, const std::string & name) const {
+    constexpr uint64_t MOST = 16;
+    const auto         own  = std::find_if(files_.all_pages().begin(), files_.all_pages().end(),
+                                           [&](const PageRun & r) { return size_t(r.file) == file; });
+    const uint64_t     page = files_.page_bytes();
+    PageRun            run{int(file), 0, nullptr, page};
+    if (own != files_.all_pages().end()) {
+        run       = *own;
+        run.bytes = std::min(own->bytes, MOST * page);
+        files_.drop(run);
+        files_.drop_unmapped(); // a part of a large folio cannot be dropped
+    }
+    const bool     watched = run.address && files_.mincore_reliable() && files_.in_memory(run.address, run.bytes) == 0;
+    const uint64_t wanted  = files_.in_file(run);
+    void *         memory  = nullptr;
+    if (posix_memalign(&memory, page, 2 * run.bytes) != 0) throw std::bad_alloc();
+    const std::unique_ptr<void, void (*)(void *)> owner(memory, std::free);
+    auto * const direct = static_cast<uint8_t *>(memory);
+    auto * const plain  = direct + run.bytes;
+    std::memset(direct, 0xa5, run.bytes);
+    std::memset(plain, 0x5a, run.bytes);
+    const int  failed = wanted ? read_all(direct_[file], direct, run.bytes, wanted, run.offset) : EINVAL;
+    const bool cached = watched && files_.in_memory(run.address, run.bytes) != 0;
+    if (failed) throw std::runtime_error(refusal(name, failed));
+    if (cached) throw std::runtime_error("the filesystem of " + name + " puts direct reads into the page cache");
+    const bool same = read_all(files_.descriptors()[file], plain, wanted, wanted, run.offset) == 0 &&
+                      std::memcmp(direct, plain, wanted) == 0;
+    if (run.address) files_.drop(run);
+    if (!same) throw std::runtime_error("the filesystem of " + name + " gives other bytes by direct reads");
+}
+
+size_t Slots::find_pool(size_t tensor) {
+    uint64_t bytes = 0;
+    for (int e = 0; e < files_.n_expert(); e++) bytes = std::max(bytes, files_.pages(tensor, e, 1).bytes);
+    size_t i = 0;
+    while (i < pools_.size() && pools_[i].slot_bytes != bytes) i++;
+    if (i == pools_.size()) pools_.emplace_back();
+    pools_[i].slot_bytes = bytes;
+    pools_[i].n_slots += uint64_t(files_.n_expert());
+    return i;
+}
+
+void Slots::reserve(Pool & pool) {
+    // NORESERVE: most of it is never touched. No huge pages: they would reach past the budget.
+    void * base = mmap(nullptr, pool.bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED) throw std::runtime_error(std::string("no address space for experts: ") + std::strerror(errno));
+#ifdef MADV_NOHUGEPAGE
+    madvise(base, pool.bytes(), MADV_NOHUGEPAGE);
+#endif
+    pool.base = static_cast<uint8_t *>(base);
+    all_empty(pool);
+}
+
+void Slots::all_empty(Pool & pool) const {
+    pool.free.clear();
+    pool.empty.clear();
+    for (uint64_t i = pool.n_slots; i-- > 0;) pool.empty.push_back(pool.base + i * pool.slot_bytes);
+}
+
+uint8_t * Slots::take(Pool & pool, Urgency urgency) {
+    auto &    from = pool.free.empty() ? pool.empty : pool.free;
+    uint8_t * slot = from.back();
+    if (pool.free.empty()) {
+        resident_bytes_ += pool.slot_bytes;
+        // this expert may end a page earlier than the slot does, the next one not: a slot is in memory as a whole, and one
+        // that is prefetched even if it is not read to its end
+        const uint64_t page = files_.page_bytes(), last = pool.slot_bytes - page;
+        for (uint64_t at = urgency == Urgency::prefetch ? 0 : last; at <= last; at += page) *static_cast<volatile uint8_t *>(slot + at) = 0;
+    }
+    from.pop_back();
+    return slot;
+}
+
+void Slots::release(Pool & pool, uint8_t * slot) {
+    madvise(slot, pool.slot_bytes, MADV_DONTNEED);
+    pool.empty.push_back(slot);
+    resident_bytes_ -= pool.slot_bytes;
+}
+
+void Slots::release_all() {
+    for (const Pool & pool : pools_) {
+        if (pool.base) munmap(pool.base, pool.bytes());
+    }
+    for (int fd : direct_) close(fd);
+}
+
+} // namespace cacheroute
