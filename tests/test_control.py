@@ -131,9 +131,9 @@ def test_an_interrupted_control_leaves_no_process_and_no_group(alone: Path) -> N
 
 def test_the_floor_is_the_larger_of_both_terms() -> None:
     floor = Floor(prompt_seconds=1.0, decode_seconds=2.0, bytes_per_second=100.0)
-    reads = Run(10, 5.0, None, 0, Counters(read_bytes=400))
+    reads = Run(10, 5.0, None, 0, 0.0, Counters(read_bytes=400))
     assert floor.ts(reads, prompt=True) == floor.ts(reads, prompt=False) == 10 / 4
-    computes = Run(10, 5.0, None, 0, Counters(read_bytes=50))
+    computes = Run(10, 5.0, None, 0, 0.0, Counters(read_bytes=50))
     assert floor.ts(computes, prompt=True) == 10 and floor.ts(computes, prompt=False) == 5
 
 

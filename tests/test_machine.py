@@ -18,6 +18,19 @@ V2 = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
 HYBRID = "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
 
 
+@pytest.mark.parametrize("name", ["cpu_capacity", "cpufreq/cpuinfo_max_freq"])
+def test_slow_cores_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5, 7}, raising=False)
+    assert machine.big_cores(tmp_path) == 5  # nothing is said
+    for i, speed in enumerate([160, 160, 160, 160, 600, 600, 1024, 1024]):
+        path = tmp_path / f"sys/devices/system/cpu/cpu{i}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{speed}\n")
+    assert machine.big_cores(tmp_path) == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert machine.big_cores(tmp_path) == 2
+
+
 def tree(root: Path, mounts: str, own: str, groups: dict[str, tuple[str, int, int]], v2: bool = True) -> Path:
     """A machine with 8000 MiB free; `groups`: folder -> (limit, bytes used, bytes of them page cache)."""
     proc = root / "proc/self"

@@ -49,7 +49,8 @@ class Row:
     `resident_mib` is the largest amount of experts in memory after a run, by the kernel's count (mincore; null for a file of
     another user, where it is not reliable), `counted_mib` the store's own count, `foreign_mib` what was in memory before a run
     and could not be dropped, as another process has mapped it; `read_mib_per_token` is what was asked
-    of the device, `device_mib_per_token` what the kernel fetched. `hook_ms_per_token` is the time of routing. `vs_lru` is
+    of the device, `device_mib_per_token` what the kernel fetched. `hook_ms_per_token` is the time of routing,
+    `cpu_s_per_token` the processor time of all threads. `vs_lru` is
     the mean over repetitions of tok/s against `original` with lru at the same budget and io (a control: at the same budget, with
     the first io), paired within each repetition, `vs_lru_sd` its standard deviation; null when that arm was not in the run.
 
@@ -89,6 +90,7 @@ class Row:
     read_mib_per_token: float | None
     device_mib_per_token: float | None
     hook_ms_per_token: float | None
+    cpu_s_per_token: float
     major_faults: float
     avg_ts: float
     stddev_ts: float
@@ -236,6 +238,7 @@ def _row(
         read_mib_per_token=sum(x.read_bytes for x in c) / MIB / tokens if hooked else None,
         device_mib_per_token=sum(device) / MIB / tokens if device else None,
         hook_ms_per_token=1000 * sum(x.hook_seconds for x in c) / tokens if hooked else None,
+        cpu_s_per_token=sum(run.cpu_seconds for run in runs) / tokens,
         major_faults=statistics.fmean(run.major_faults for run in runs),
         avg_ts=statistics.fmean(samples),
         stddev_ts=_sd(samples),

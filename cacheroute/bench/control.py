@@ -135,5 +135,8 @@ def child(request: str) -> None:
     llm.reset()
     prompt = timed(llm, lambda: llm.eval(r.tokens[: r.n_prompt])) if r.n_prompt else None
     decoded = timed(llm, lambda: decode(llm, r.tokens[r.n_prompt : r.n_prompt + r.n_gen])) if r.n_gen else None
-    phases = [p and {k: getattr(p, k) for k in ("tokens", "seconds", "device_bytes", "major_faults")} for p in (prompt, decoded)]
+    phases = [
+        p and {k: getattr(p, k) for k in ("tokens", "seconds", "device_bytes", "major_faults", "cpu_seconds")}
+        for p in (prompt, decoded)
+    ]
     print(json.dumps({"phases": phases, "own_memory": own_memory()}), file=out, flush=True)

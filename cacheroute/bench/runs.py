@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """One phase of one run. Bytes and seconds; `device_bytes` None where the kernel does not report it."""
+    """One phase of one run. Bytes and seconds; `device_bytes` None where the kernel does not report it. `cpu_seconds` of all
+    threads of the process, user and system."""
 
     tokens: int
     seconds: float
     device_bytes: int | None
     major_faults: int
+    cpu_seconds: float = 0.0
     counters: Counters = field(default_factory=Counters)
     resident_bytes: int | None = None
     counted_bytes: int = 0
@@ -47,14 +49,14 @@ def decode(llm: Any, tokens: Sequence[int]) -> None:
 def timed(llm: Any, work: Callable[[], None]) -> Run:
     """Times `work` on any llama_cpp.Llama, without counters."""
     before, n_before = kernel_counters(), llm.n_tokens
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     work()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     after = kernel_counters()
     device = None
     if after.device_bytes is not None and before.device_bytes is not None:
         device = after.device_bytes - before.device_bytes
-    return Run(llm.n_tokens - n_before, seconds, device, after.major_faults - before.major_faults)
+    return Run(llm.n_tokens - n_before, seconds, device, after.major_faults - before.major_faults, cpu)
 
 
 def both_phases(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int) -> tuple[Run | None, Run | None]:

@@ -207,7 +207,7 @@ def _markdown(rows: list[Row]) -> str:
         "read MiB/token",
         "device MiB/token",
     ]
-    head += ["resident/budget MiB", "hook ms/tok"]
+    head += ["resident/budget MiB", "hook ms/tok", "CPU s/tok"]
     floors = any(r.floor_share is not None for r in rows)
     head += ["floor tok/s", "of floor"] if floors else []
     prefetches = any(r.prefetch for r in rows)
@@ -235,6 +235,7 @@ def _markdown(rows: list[Row]) -> str:
             _number(r.device_mib_per_token),
             f"{_number(r.resident_mib, digits=1)}/{r.budget_mib:.1f}",
             _number(r.hook_ms_per_token, digits=3),
+            _number(r.cpu_s_per_token, digits=3),
         ]
         cells += [_number(r.floor_ts), _number(r.floor_share, 100, 0, "%")] if floors else []
         cells += [str(r.prefetch), "" if r.prefetch_used is None else f"{100 * r.prefetch_used:.0f}%"] if prefetches else []

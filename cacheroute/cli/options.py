@@ -13,7 +13,7 @@ import typer
 from cacheroute.cli import prompt
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.install.machine import cores
+from cacheroute.install.machine import big_cores
 from cacheroute.routing.eviction import ONLINE
 from cacheroute.routing.strategies import Routing
 
@@ -41,7 +41,8 @@ ModelOption = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("-t", "--threads", min=1, max=MAX_THREADS, help="Compute threads in total. [default: all cores]")
+    int | None,
+    typer.Option("-t", "--threads", min=1, max=MAX_THREADS, help="Compute threads in total, at most. [default: all fast cores]"),
 ]
 IoOption = Annotated[
     str,
@@ -88,8 +89,8 @@ FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the 
 
 
 def threads(asked: int | None) -> int:
-    """`asked`, or the cores this process may use."""
-    return asked or cores()
+    """`asked`, or the fast cores that this process may use."""
+    return asked or big_cores()
 
 
 def say_slow(routings: Iterable[Routing]) -> None:

@@ -77,6 +77,8 @@ def setup(
     with shown_progress() as progress:
         state = engine_build.ensure(engine_build.BuildOptions(sdist, portable, jobs), progress)
     say(f"engine {state.version} is installed")
+    if engine_build.uses_openmp() is False:
+        say("it was built without OpenMP: threads that wait for each other then spin, which costs speed beside other work.")
     if demo:
         # Late: --no-demo needs neither numpy nor gguf.
         from cacheroute.model import demo_model

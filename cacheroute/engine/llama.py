@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from cacheroute.engine import arguments, callbacks, log, progress, templates
+from cacheroute.engine.compute_threads import ComputeThreads
 from cacheroute.engine.embeddings import MappedEmbeddings
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.micro_batch import MicroBatches, Plan
@@ -139,6 +140,7 @@ class Llama(SequenceLlama):
         self._n_ctx = len(self.input_ids) or super().n_ctx()
         self._interrupt = Interrupt()
         self._interrupt.attach(self._ctx.ctx)
+        self._threads, self._n_threads_set = ComputeThreads(self.n_threads), self.n_threads
         # every path that computes ends in this call: eval(), embed(), draft models, whatever upstream adds
         self._compute = self._ctx.decode
         this = weakref.ref(self)  # a circle would keep a model that is dropped
@@ -310,6 +312,7 @@ class Llama(SequenceLlama):
         self._requires_eval = True  # eval() says otherwise at its end
         if self._hook:
             self._hook.begin(first, decode=self._decoding)
+        self._set_threads()
         try:
             self._compute(batch)
             complete = not self._interrupt.seen()  # what an interrupted batch has computed is of no use
@@ -326,6 +329,13 @@ class Llama(SequenceLlama):
         self._broken_off = broken
         if self._hook and self._trace_sink:
             self._trace_sink(self._hook.take_trace())
+
+    def _set_threads(self) -> None:
+        """Fewer where the machine has other work. Flash attention sums in another order with other threads: there it stays."""
+        n = self.n_threads if self.context_params.flash_attn_type > 0 else self._threads.look()
+        if n != self._n_threads_set:
+            self._n_threads_set = n
+            self._ctx.set_n_threads(n, min(n, self.n_threads_batch) if n < self.n_threads else self.n_threads_batch)
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """As llama_cpp.Llama.embed. Forgets the sequence."""

@@ -27,7 +27,7 @@ from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.scorer import kept_scores
 from cacheroute.evals.text import Chunk
 from cacheroute.files import MIB
-from cacheroute.install.machine import cores
+from cacheroute.install.machine import big_cores
 from cacheroute.routing import budget as budgets
 from cacheroute.routing.prompt_routing import PromptRouting
 
@@ -305,7 +305,7 @@ def session(
     """
     if io == "none":
         raise UsageError("With --io none nothing is read, and the reads of the prompt are what is compared; leave it out.")
-    with closing(loading.load(path, max(lengths.total, 8), threads or cores())) as llm:
+    with closing(loading.load(path, max(lengths.total, 8), threads or big_cores())) as llm:
         for budget, eviction in settings:
             budgets.parse(budget, llm.layout)
             llm.configure(budget=budget, eviction=eviction, io=io or "auto")

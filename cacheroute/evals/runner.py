@@ -16,7 +16,7 @@ import numpy as np
 from cacheroute.evals import loading
 from cacheroute.evals.perplexity import ChunkScore, LogP, score
 from cacheroute.evals.text import Chunk
-from cacheroute.install.machine import available_memory, cores
+from cacheroute.install.machine import available_memory, big_cores
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.routing.strategies import EXPERTS, Routing
 from cacheroute.trace.trace_file import Header, Trace, record_dtype
@@ -184,5 +184,5 @@ def compute(job: Job, request: Request, chunk: Chunk) -> Cell:
     if job not in _loaded:
         while _loaded:
             _loaded.popitem()[1].llm.close()
-        _loaded[job] = Runner(loading.load(job.model, job.n_ctx, job.n_threads or cores()), job)
+        _loaded[job] = Runner(loading.load(job.model, job.n_ctx, job.n_threads or big_cores()), job)
     return _loaded[job].run(request, chunk)

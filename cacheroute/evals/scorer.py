@@ -24,7 +24,7 @@ from cacheroute.evals.runner import Cell, Job, Request, Runner, compute
 from cacheroute.evals.text import Chunk
 from cacheroute.files import VERSION, cache_dir, sha256
 from cacheroute.install import patched_llama_cpp
-from cacheroute.install.machine import cores
+from cacheroute.install.machine import big_cores
 from cacheroute.model import gguf_file
 from cacheroute.native import bindings
 from cacheroute.routing.eviction import DEFAULT
@@ -179,7 +179,7 @@ def session(
     Raises UsageError for settings or text that do not fit, CacherouteError when the model or the scheduler cannot be reached.
     """
     with ExitStack() as stack:
-        each = max((threads or cores()) // n_workers, 1)
+        each = max((threads or big_cores()) // n_workers, 1)
         llm = stack.enter_context(closing(loading.load(path, source.chunk, each)))
         io = io or loading.default_io(llm.layout)
         for eviction in evictions:

@@ -120,6 +120,17 @@ def installed_state() -> EngineState:
     return EngineState("outdated" if "+cacheroute." in version else "stock", version)
 
 
+def uses_openmp() -> bool | None:
+    """Whether the installed engine's threads are OpenMP's; None where that cannot be seen."""
+    try:
+        dist = importlib.metadata.distribution("llama-cpp-python")
+        folder = Path(str(dist.locate_file("llama_cpp"))) / "lib"
+        found = [path.read_bytes() for path in folder.glob("libggml-cpu.*")]
+    except (importlib.metadata.PackageNotFoundError, OSError):
+        return None
+    return any(b"omp_get_thread_num" in library for library in found) if found else None
+
+
 def installed_key() -> str | None:
     """Key of the installed engine, or None if there is none or it was not made here."""
     try:

@@ -13,6 +13,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def big_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use and that are at least half as fast as the fastest: a thread on a slow one holds up others.
+
+    As Linux ranks them (cpu_capacity, or the highest frequency); all of them where it does not. `root`: where sys is, for tests.
+    """
+    own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(cores())
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        with contextlib.suppress(OSError, ValueError):
+            speeds = [int((root / f"sys/devices/system/cpu/cpu{i}" / name).read_text("ascii")) for i in own]
+            return sum(2 * speed >= max(speeds) for speed in speeds)
+    return len(own)
+
+
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes of memory that a new program may use without pushing others out; None where the system does not tell.
 
