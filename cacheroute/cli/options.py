@@ -44,8 +44,12 @@ ThreadsOption = Annotated[
     int | None, typer.Option("-t", "--threads", min=1, max=MAX_THREADS, help="Compute threads in total. [default: all cores]")
 ]
 IoOption = Annotated[
-    str,
-    typer.Option("--io", help="How misses are read: mmap (page cache), direct (past it), auto (the faster one, measured once)."),
+    str | None,
+    typer.Option(
+        "--io",
+        help="How misses are read: mmap (page cache), direct (past it), auto (the faster one, measured once); load: all experts "
+        "are read with the model, as llama.cpp does it. [default: load with --budget all, else mmap]",
+    ),
 ]
 FlashOption = Annotated[
     float | None,

@@ -25,7 +25,7 @@ extern "C" {
 #define CR_API __attribute__((visibility("default")))
 
 /* Counts changes of anything in this header. */
-#define CR_ABI_VERSION 7
+#define CR_ABI_VERSION 8
 
 /* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (explained in router.h). */
 struct cr_routing {
@@ -199,6 +199,9 @@ CR_API void cr_hook_set_interrupt(cr_hook * hook, cr_interrupt * interrupt);
 CR_API void cr_hook_finish(cr_hook * hook, int32_t complete);
 CR_API void cr_hook_reset(cr_hook * hook);  /* forget the sequence, drop every expert; counters stay */
 CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
+/* From now on every sequence starts with all experts in the caches, which must have room for all: they were loaded with the model.
+ * For a hook without a store. Returns 0, or -1 for one that has a store or a smaller cache. */
+CR_API int32_t cr_hook_hold_all(cr_hook * hook);
 /* Brings experts of a layer (n <= capacity) into memory before a sequence; the last is the most recent. */
 CR_API void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n);
 /* Caches and running means as they are now, the caller's to free. NULL: the reason is in cr_hook_error(). */
