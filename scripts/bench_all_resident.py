@@ -4,7 +4,8 @@
 their tok/s (all / stock), paired within repetitions: its median, mean, standard deviation, and both sides' samples.
 
 Each side is a process of its own, which holds the model as long as the program runs: memory must take it twice. They run in
-turns, and the first run of each is not counted. Shapes of real models: scripts/make_shape_model.py qwen3-30b-a3b --layers 3.
+turns, and the first run of each is not counted. On a machine with other load set GOMP_SPINCOUNT=3000 for both: cacheroute sets it
+for itself, and llama.cpp's threads spin longer. Shapes of real models: scripts/make_shape_model.py qwen3-30b-a3b --layers 3.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SIDES = ("all", "stock")
 
 def load(side: str, model: str, n_ctx: int, n_threads: int) -> Any:
     """One of SIDES. `stock` never imports cacheroute, which sets how long OpenMP's threads spin."""
-    settings = {"n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads, "verbose": False}
+    settings: dict[str, Any] = {"n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads, "verbose": False}
     if side == "stock":
         import llama_cpp
 

@@ -15,7 +15,7 @@ from typing import Any
 from cacheroute.engine import arguments, callbacks, log, progress, stores, templates
 from cacheroute.engine.embeddings import MappedEmbeddings
 from cacheroute.engine.hook import Hook, Interrupt, Settings
-from cacheroute.engine.micro_batch import MicroBatches, Plan
+from cacheroute.engine.micro_batch import UPSTREAM, MicroBatches, Plan, length_beside_all
 from cacheroute.engine.open_files import OpenFiles
 from cacheroute.engine.sequence import SequenceLlama, alone
 from cacheroute.engine.stats import Stats
@@ -31,7 +31,6 @@ from cacheroute.trace.task_profile import TaskProfile
 
 _llama_cpp = patched_llama_cpp.module()
 _LAZY_MODE_OFF, _LAZY_MODE_EXPERTS = 0, 3  # patches/0002-lazy-experts.patch
-_UBATCH = 512  # llama.cpp's own; what a longer pass saves is reads
 
 
 class Llama(SequenceLlama):
@@ -52,7 +51,7 @@ class Llama(SequenceLlama):
             `prefetch`, else "mmap".
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
         n_ubatch, n_batch: tokens of a prompt that are computed together; None: as many as the memory beside the budget allows, as
-            each pass over the layers reads their experts again; with io "load" 512.
+            each pass over the layers reads their experts again; with io "load" at most 512.
         read_ahead: while a layer computes on a prompt, the experts that the next one will surely need are read. They take memory
             beside the budget, at most those of one layer; what is chosen stays the same.
         prefetch: while a layer computes on a decoded token, up to so many experts are read that the next layer would miss if its
@@ -123,18 +122,22 @@ class Llama(SequenceLlama):
             least = settings.budget.nbytes if settings.io == "direct" else self.layout.n_used * self.layout.resident_bytes
             context_memory.check_budget(header, self.layout, kwargs.get("n_ctx", 512), least if settings.routing else 0)
         given = [n for n in (n_ubatch, n_batch) if n]
-        if kwargs.get("embedding") or self._loaded:  # of embeddings llama.cpp takes n_batch for the number of sequences, too
-            given = given or [_UBATCH]
+        n_ctx, flash_attn = kwargs.get("n_ctx", 512), bool(kwargs.get("flash_attn"))
+        all_outputs = bool(kwargs.get("logits_all") or kwargs.get("draft_model"))
+        if kwargs.get("embedding"):  # llama.cpp takes n_batch for the number of sequences, too
+            given = given or [UPSTREAM]
+        elif self._loaded:
+            given = given or [length_beside_all(header, self.layout, n_ctx, flash_attn=flash_attn, all_outputs=all_outputs)]
         self._read_ahead = read_ahead
         self._batches = MicroBatches(
             header,
             self.layout,
-            n_ctx=kwargs.get("n_ctx", 512),
-            flash_attn=bool(kwargs.get("flash_attn")),
-            all_outputs=bool(kwargs.get("logits_all") or kwargs.get("draft_model")),
+            n_ctx=n_ctx,
+            flash_attn=flash_attn,
+            all_outputs=all_outputs,
             length=min(given, default=None),
         )
-        kwargs |= {"n_ubatch": self._batches.ceiling, "n_batch": n_batch or max(_UBATCH if given else 0, self._batches.ceiling)}
+        kwargs |= {"n_ubatch": self._batches.ceiling, "n_batch": n_batch or max(UPSTREAM if given else 0, self._batches.ceiling)}
         kwargs["lazy_mode"] = _LAZY_MODE_OFF if self._loaded else _LAZY_MODE_EXPERTS
         self._files = OpenFiles(self.layout.paths)
         refused: list[str] = []
