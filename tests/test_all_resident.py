@@ -13,14 +13,15 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
+from typer.testing import CliRunner
 
 from cacheroute import CacherouteError, Llama
+from cacheroute.cli import app
 from cacheroute.engine import stores
 from cacheroute.engine.embeddings import tensor_address
 from cacheroute.errors import UsageError
 from cacheroute.model import context_memory, experts, gguf_file
 from support import tiny_models
-from support.cli import cacheroute, sentence
 
 Floats = npt.NDArray[np.float32]
 SIZES: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -196,13 +197,18 @@ def test_a_kept_prompt_belongs_to_the_repacking(repackable: Path, tmp_path: Path
         llm.load_prompt(file)
 
 
+def command(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
 def test_generate_says_so(repackable: Path) -> None:
     asked = ("generate", "-m", repackable, "--raw", "-p", "the cat", "-n", 4, "-c", 64, "-t", 1, "--budget", "all", "-o", "json")
-    done = cacheroute(*asked, "-v")
+    done = command(*asked, "-v")
     plan, line = done.stderr.splitlines()
     assert plan.endswith("all experts in memory, as llama.cpp loads them") and "| miss 0.0% |" in line and "resident all " in line
     assert json.loads(done.stdout)["stats"]["io"] == "load"
-    assert "leave it out, or take io mmap" in sentence(cacheroute(*asked, "--io", "load", "--prefetch", 2), 2)
+    refused = command(*asked, "--io", "load", "--prefetch", 2)
+    assert refused.exit_code == 2 and "leave it out, or take io mmap" in refused.stderr
 
 
 def test_bench_loads_them_for_that_budget_alone(repackable: Path) -> None:
@@ -225,14 +231,15 @@ def test_bench_loads_them_for_that_budget_alone(repackable: Path) -> None:
         "-o",
         "json",
     )
-    alone = cacheroute(*few, "--budget", "all")
+    alone = command(*few, "--budget", "all")
     assert alone.stderr == ""
     for row in json.loads(alone.stdout):
         assert (row["io"], row["miss_rate"], row["read_mib_per_token"], row["resident_mib"]) == ("load", 0, 0, None)
-    both = cacheroute(*few, "--budget", "50%,all")
+    both = command(*few, "--budget", "50%,all")
     assert {row["io"] for row in json.loads(both.stdout)} == {"mmap"} and "alone it loads them as llama.cpp does" in both.stderr
-    assert "stands alone" in sentence(cacheroute(*few, "--budget", "all", "--io", "load,mmap"), 2)
-    assert "a budget of all" in sentence(cacheroute(*few, "--budget", "50%", "--io", "load"), 2)
+    for more, said in (("all", "--io", "load,mmap"), "stands alone"), (("50%", "--io", "load"), "a budget of all"):
+        refused = command(*few, "--budget", *more)
+        assert refused.exit_code == 2 and said in refused.stderr
 
 
 def test_the_floor_needs_reads(tiny: Path) -> None:
