@@ -1,7 +1,8 @@
 """What the hook costs when nothing is read: all experts resident, routed by `original` against no hook at all.
 
-`python scripts/bench_hook.py -m MODEL [-p 512] [-n 128] [-r 5] [-t 2]` prints tok/s of both and their ratio, paired within
-repetitions, for the prompt and for decoding.
+`python scripts/bench_hook.py -m MODEL [-p 512] [-n 128] [-r 5] [-t 2] [--io direct]` prints tok/s of both and their ratio, paired
+within repetitions, for the prompt and for decoding. `--io load`, the default, loads the experts as llama.cpp does; `direct` leaves
+them in the file.
 All experts that the tokens use must fit memory. For K = 8, E = 128: scripts/make_shape_model.py qwen3-30b-a3b --layers 4.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import json
 import statistics
 import sys
+from typing import Any
 
 from cacheroute import Llama
 from cacheroute.bench.runs import both_phases
@@ -33,10 +35,12 @@ def main() -> int:
     parser.add_argument("-n", "--n-gen", type=int, default=128)
     parser.add_argument("-r", "--repetitions", type=int, default=5)
     parser.add_argument("-t", "--threads", type=int, default=options.threads(None))
+    parser.add_argument("--io", choices=("load", "direct"), default="load")
     args = parser.parse_args()
     n_tokens = args.n_prompt + args.n_gen
     sizes = {"n_ctx": n_tokens + 64, "n_batch": max(args.n_prompt, 64)}
-    llm = Llama(args.model, **sizes, n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
+    threads: dict[str, Any] = {"n_threads": args.threads, "n_threads_batch": args.threads}
+    llm = Llama(args.model, budget="all", io=args.io, **sizes, **threads, verbose=False)
     tokens = llm.tokenize(options.text(None).encode())[:n_tokens]
     arms = {"hooked": "original", "plain": None}
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}

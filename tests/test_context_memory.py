@@ -51,7 +51,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch:
         Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
     monkeypatch.setattr(context_memory, "available_memory", lambda: 1024)
     with pytest.raises(UsageError, match=r"no budget fits; free memory, or take a smaller model\.$"):
-        Llama(str(tiny), n_ctx=64, budget="all", verbose=False)
+        Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
     for routing, io in ((None, "buffered"), ("original", "none")):
         monkeypatch.setattr(context_memory, "available_memory", lambda: 10 * layout.all_expert_bytes)
         with closing(Llama(str(tiny), n_ctx=64, budget="all", io=io, routing=routing, verbose=False)) as llm:

@@ -1,5 +1,7 @@
 """`original` through the hook is the unhooked engine, bit for bit; policies change which experts run, never their weights.
 
+Experts stay in the file here; test_all_resident.py has those that are loaded with the model.
+
 The first half tests the patch alone, with hooks written in Python; the second half tests `cacheroute.Llama`.
 """
 
@@ -262,7 +264,7 @@ def test_original_is_the_unhooked_engine(case: Case) -> None:
     unhooked = run(engine(case.path, routing=None))
     shape = case.shape
     for budget in (shape.n_used, "50%", "all"):
-        llm = engine(case.path, routing="original", budget=budget)
+        llm = engine(case.path, routing="original", budget=budget, io="direct")
         assert_same_bits(run(llm), unhooked)
         decode, prefill = llm.stats().decode, llm.stats().prefill
         assert decode.tokens == N_DECODE
@@ -358,7 +360,7 @@ def test_a_model_without_references_is_freed_at_once(tmp_path: Path) -> None:
 def test_original_on_the_demo_model_is_the_unhooked_engine(demo_model: Path) -> None:
     unhooked = run(engine(demo_model, routing=None), n_decode=8)
     for budget, routing in (("25%", "original"), ("all", "original"), ("25%", "cache-prior:lambda=0")):
-        assert_same_bits(run(engine(demo_model, routing=routing, budget=budget), n_decode=8), unhooked)
+        assert_same_bits(run(engine(demo_model, routing=routing, budget=budget, io="direct"), n_decode=8), unhooked)
 
 
 # ---- ties -----------------------------------------------------------------------------------------

@@ -76,6 +76,16 @@ def test_what_a_pass_has_taken_before_is_there_for_the_next(monkeypatch: pytest.
     assert made.plan(2000, 0, budget, budget.nbytes).passes == first.passes == 1
 
 
+def test_a_model_that_is_loaded_whole_takes_llama_cpps_passes_or_what_fits(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    header = gguf_file.read(model)
+    layout = experts.layout(header)
+    loaded = header.nbytes + context_memory.least_bytes(header, 4096)
+    each = context_memory.compute_bytes(header, layout, 1, 4096, flash_attn=False, n_outputs=0)
+    for free, length in ((None, 512), (2**40, 512), (0, LEAST), ((loaded + 200 * each) * 16 // 15 + 16, 200)):
+        monkeypatch.setattr(micro_batch, "available_memory", lambda free=free: free)
+        assert micro_batch.length_beside_all(header, layout, 4096, flash_attn=False, all_outputs=False) == length
+
+
 def test_scores_of_every_token_count(model: Path) -> None:
     header = gguf_file.read(model)
     layout = experts.layout(header)

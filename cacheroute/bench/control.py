@@ -22,6 +22,7 @@ from cacheroute.bench.memory_limit import MemoryLimit
 from cacheroute.bench.runs import Run, decode, timed, warm_up
 from cacheroute.errors import CacherouteError
 from cacheroute.files import MIB
+from cacheroute.install.machine import available_memory
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
@@ -109,6 +110,8 @@ def run(
         if attempt:
             limit = MemoryLimit(limit.nbytes + 4 * MIB)
         llm.configure(budget=llm.budget.capacity)  # evicts: the control must not find pages that this process has read
+        if llm.io == "load":
+            _make_room(llm, limit)
         with limit.process(_COMMAND) as process:
             try:
                 found = _finished(process, _request(llm, tokens, n_prompt, n_gen, repack=repack))
@@ -117,6 +120,17 @@ def run(
         prompt, decoded = (Run(**phase) if phase else None for phase in found["phases"])
         return limit, (prompt, decoded)
     raise CacherouteError(f"the control was killed: it needs more than its {limit.nbytes / MIB:.0f} MiB")
+
+
+def _make_room(llm: Llama, limit: MemoryLimit) -> None:
+    """Beside a model that was loaded whole. Raises CacherouteError where both do not fit."""
+    for path in llm.layout.paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    free = available_memory()
+    if free is not None and free < limit.nbytes:
+        needed = f"{limit.nbytes / MIB:.0f} MiB beside the loaded model, and {free / MIB:.0f} MiB are free"
+        raise CacherouteError(f"the control needs {needed}")
 
 
 def child(request: str) -> None:

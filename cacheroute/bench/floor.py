@@ -1,7 +1,8 @@
 """The floor of a run's time: the time to compute when nothing is missing, or to read what is missing, whichever is more.
 
 `max(compute with everything resident, bytes missed / device bandwidth)`, both measured on this machine beside the runs that
-are compared with it. A run that overlaps all reads with compute, or all compute with reads, reaches it.
+are compared with it. A run that overlaps all reads with compute, or all compute with reads, reaches it. Experts lie as in the
+file, as those do that a miss has read; `--budget all` alone has them repacked, and may compute faster than this.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cacheroute.bench.runs import Run, both_phases
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import CacherouteError, UsageError
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
@@ -36,7 +37,12 @@ class Floor:
 
 
 def measure(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int) -> Floor:
-    """Measures both terms with the model's own routing. All experts must fit into memory."""
+    """Measures both terms with the model's own routing. All experts must fit into memory.
+
+    Raises UsageError for a model that was loaded with its experts: it has nothing to read.
+    """
+    if llm.io == "load":
+        raise UsageError("A model that was loaded with all of its experts has no floor of reads.")
     pace, llm.flash_mbps = llm.flash_mbps, None
     try:
         llm.configure(budget="all")

@@ -48,7 +48,12 @@ def bench(
         ),
     ] = None,
     io: Annotated[
-        str, typer.Option("--io", help="How misses are read: auto, direct or buffered; several separated by commas.")
+        str,
+        typer.Option(
+            "--io",
+            help="How misses are read: auto, direct or buffered, several separated by commas; load: all experts are read with the "
+            "model, as llama.cpp does it, which auto does with --budget all alone.",
+        ),
     ] = "auto",
     control: Annotated[
         bool, typer.Option("--control", help="Also run llama.cpp's own mmap in a process limited to the same memory (Linux).")
@@ -58,7 +63,9 @@ def bench(
     ] = "off",
     floor: Annotated[
         bool,
-        typer.Option("--floor", help="Also measure the floor: max(compute with all resident, bytes missed / bandwidth)."),
+        typer.Option(
+            "--floor", help="Also measure the floor: max(compute with all resident and not repacked, bytes missed / bandwidth)."
+        ),
     ] = False,
     replay: Annotated[
         str | None,
@@ -96,29 +103,37 @@ def bench(
     prefetch_counts = _counts(prefetch)
     evictions = options.names(DEFAULT if eviction is None else eviction)
     prompts_typed = [p if p == prompts.TUNED else str(prompts.parse(p)) for p in options.names(prompt_routing)]
-    settings = (options.names(budget), typed, evictions, options.names(io), prefetch_counts, prompts_typed)
-    if not all(settings):
+    budgets, ios = options.names(budget), options.names(io)
+    if not all((budgets, typed, evictions, ios, prompts_typed)):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     task = task_profile.load(warm_start) if warm_start else None
     source = forced_scores.parse(replay) if replay else None
     if source and source.trace and any(prefetch_counts):
         raise UsageError("A trace has no predictions to prefetch by; replay synthetic scores, or leave --prefetch out.")
+    from cacheroute.engine import stores
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
     from cacheroute.routing import tuned
 
     path = catalogue.resolve(model)
+    ios = _ios(ios, path, budgets, reads=floor or flash_mbps is not None or any(prefetch_counts))
+    loads = stores.LOAD in ios
+    if loads and (len(ios) > 1 or floor):
+        raise UsageError("With --io load nothing is read: it stands alone, and has no floor of reads to be compared with.")
+    settings = (budgets, typed, evictions, ios, prefetch_counts, prompts_typed)
     context_memory.check(path, n_prompt + n_gen, n_prompt, option="-p and -n")
     arms = [
         Arm(b, *tuned.resolve(path, b, r, e), i, n, prompt_routing=prompts.resolve(path, b, p))
         for b, r, e, i, n, p in itertools.product(*settings)
     ]
     if eviction is None:
-        arms = [*(Arm(b, "original", "lru", i) for b, i in itertools.product(settings[0], settings[3])), *arms]
+        arms = [*(Arm(b, "original", "lru", i) for b, i in itertools.product(budgets, ios)), *arms]
     arms = list(dict.fromkeys(arms))
     llm = Llama(
         str(path),
+        budget=budgets[0] if loads else None,
         routing=None,  # each arm configures its own
+        io=ios[0] if loads else "auto",
         n_ctx=max(n_prompt + n_gen, 64),
         n_threads=options.threads(threads),
         n_threads_batch=options.threads(threads),
@@ -133,7 +148,7 @@ def bench(
             configure(llm, arm)
         tokens = llm.tokenize(options.text(file).encode(), add_bos=True)
         if control:
-            arms += [control_arm(b, repack=r == "on") for b, r in itertools.product(dict.fromkeys(settings[0]), repacks)]
+            arms += [control_arm(b, repack=r == "on") for b, r in itertools.product(dict.fromkeys(budgets), repacks)]
             if source:
                 _say("the control chooses its own experts: a replay cannot be forced on it")
             if flash_mbps:
@@ -146,6 +161,28 @@ def bench(
     if foreign:
         _say(f"{foreign:.1f} MiB of experts were in memory before a run, held by another process that has the file mapped")
     _write(rows, output)
+
+
+def _ios(typed: list[str], path: Path, budgets: list[str], *, reads: bool) -> list[str]:
+    """`--io`, or what it is by default: a model with all experts in memory can have no smaller budget, and nothing to read.
+
+    `reads`: whether the run measures or paces reads. Raises UsageError for a budget that does not fit the model.
+    """
+    if typed != ["auto"]:
+        return typed
+    from cacheroute.model import experts, gguf_file
+    from cacheroute.routing import budget
+
+    layout = experts.layout(gguf_file.read(path))
+    whole = [b for b in budgets if budget.parse(b, layout).capacity == layout.n_expert]
+    if len(whole) == len(budgets) and not reads:
+        return ["load"]
+    if whole:
+        _say(
+            f"--budget {whole[0]} leaves the experts in the file here, as the other settings need them there; "
+            "alone it loads them as llama.cpp does, repacked, and may compute faster"
+        )
+    return typed
 
 
 def _counts(text: str) -> list[int]:

@@ -127,7 +127,8 @@ def generate(
         chat = not raw and completion.has_chat_template(llm)
         asked = completion.chat_prompt(llm, text) if chat else completion.raw_prompt(llm, text)
         if verbose and len(asked.tokens) < llm.n_ctx() and not (prompt_cache and prompt_cache.exists()):
-            say(_plan(llm.plan(len(asked.tokens))))  # what a kept prompt leaves of it is known when it has been read
+            # what a kept prompt leaves of it is known when it has been read
+            say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))
         run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling, prompt_cache)
         try:
             for piece in run.pieces():
@@ -152,12 +153,13 @@ def generate(
         raise run.unkept
 
 
-def _plan(plan: Plan) -> str:
+def _plan(plan: Plan, *, loaded: bool) -> str:
     """How a prompt is computed."""
     tokens, passes = "" if plan.n_tokens == 1 else "s", "" if plan.passes == 1 else "es"
     return (
         f"prompt of {plan.n_tokens} token{tokens}: {plan.passes} pass{passes} of {plan.length}, "
-        f"about {plan.compute / MIB:.0f} MiB beside the experts; up to {plan.ahead / MIB:.0f} MiB are read ahead"
+        f"about {plan.compute / MIB:.0f} MiB beside the experts; "
+        + ("all experts in memory, as llama.cpp loads them" if loaded else f"up to {plan.ahead / MIB:.0f} MiB are read ahead")
     )
 
 
@@ -228,6 +230,8 @@ def _summary(run: Completion) -> str:
         *([f"prompt swapped {s.prefill.swapped}/{s.prefill.examined}"] if run.llm.prompt_routing.lossy else []),
         *([f"dropped {d.dropped}/{d.examined}"] if d.dropped else []),
         *([f"prefetched {d.prefetched}, {d.prefetch_used} of them chosen"] if run.llm.prefetch else []),
-        f"resident {s.resident_bytes / MIB:.1f} of {s.budget_bytes / MIB:.1f} MiB",
+        f"resident all {s.resident_bytes / MIB:.1f} MiB"
+        if s.io == "load"
+        else f"resident {s.resident_bytes / MIB:.1f} of {s.budget_bytes / MIB:.1f} MiB",
     ]
     return " | ".join(parts)

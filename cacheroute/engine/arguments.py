@@ -14,7 +14,9 @@ def check(arguments: dict[str, Any]) -> None:
     """Raises UsageError for one that is not for the caller, or a number that C cannot hold."""
     for name in OWN:
         if name in arguments:
-            raise UsageError(f"{name} is not for the caller to choose: experts are mapped and dense weights are read.")
+            raise UsageError(
+                f"{name} is not for the caller to choose: what is mapped and what is read follows from budget and io."
+            )
     for name, least in _SIZES.items():
         if arguments.get(name) is not None and not least <= arguments[name] < 2**31:
             raise UsageError(f"{name} is at least {least} and below 2^31, not {arguments[name]}.")

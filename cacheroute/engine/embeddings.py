@@ -25,8 +25,9 @@ def tensor_address(model: Any, name: str) -> int | None:
 class MappedEmbeddings:
     """Watches them as long as the model is loaded; of a model that reads them whole, nothing."""
 
-    def __init__(self, layout: ExpertLayout, model: Any) -> None:
-        at = tensor_address(model, EMBEDDING) if layout.embedding_bytes else None
+    def __init__(self, layout: ExpertLayout, model: Any, *, loaded: bool) -> None:
+        """`loaded`: the whole file was read, whatever the layout says."""
+        at = tensor_address(model, EMBEDDING) if layout.embedding_bytes and not loaded else None
         self._path = layout.paths[0]
         self._guard = bindings.lib.cr_guard_new(at, layout.embedding_bytes) if at else None
 

@@ -36,7 +36,7 @@ _lib = bindings.lib
 
 @dataclass(frozen=True)
 class Settings:
-    """What a hook is made from, checked against a model. `routing` None: no hook."""
+    """What a hook is made from, checked against a model. `routing` None: no hook; `io`: one of stores.ALL."""
 
     budget: Budget
     routing: Routing | None
@@ -59,8 +59,11 @@ class Settings:
         io: str,
         prefetch: int,
         prompts: str | PromptRouting,
+        *,
+        paced: bool = False,
+        loaded: bool | None = None,
     ) -> Settings:
-        """Raises UsageError for what does not exist or does not fit the model."""
+        """`loaded`: as stores.choose(). Raises UsageError for what does not exist or does not fit the model."""
         parsed = strategies.parse(routing) if isinstance(routing, str) else routing
         prompts = prompt_routing.parse(prompts)
         if prompts.lossy and not parsed:
@@ -69,14 +72,14 @@ class Settings:
             parsed.check(layout.n_expert, layout.n_used, layout.indices, layout.model)
         if eviction not in evictions.ONLINE:
             raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(evictions.ONLINE)}.")
-        if io not in stores.ALL:
-            raise UsageError(f"There is no io {io!r}; there are {', '.join(stores.ALL[:-1])} and {stores.ALL[-1]}.")
         if prefetch < 0:
             raise UsageError(f"{prefetch} experts cannot be prefetched; give 0 or more.")
         if prefetch and not any(layer.router for layer in layout.layers[1:]):
             raise UsageError("Experts cannot be prefetched: the model keeps its routers in another type than F32.")
         resolved = budgets.parse(budget, layout)
-        strategies.capacities(parsed, resolved, layout)
+        holds_all = set(strategies.capacities(parsed, resolved, layout)) == {layout.n_expert}
+        reads = "a pace of reads" if paced else "a prefetch" if prefetch else ""
+        io = stores.choose(io, holds_all=holds_all, reads=reads, loaded=loaded)
         return Settings(resolved, parsed, eviction, io, min(prefetch, layout.n_expert), prompts)
 
 
@@ -105,6 +108,8 @@ class Hook:
         settings.prompt_routing.set(per_layer)
         self.handle = bindings.checked(_lib.cr_hook_new, shape, per_layer, layer_of, len(layer_of), store)
         _lib.cr_hook_reset(self.handle)  # what the page cache holds of the experts is not ours to count on
+        if settings.io == stores.LOAD and _lib.cr_hook_hold_all(self.handle):
+            raise CacherouteError("The experts of the model were not loaded whole.")  # what Settings.of() lets nobody ask for
         self._policy = policy  # alive as long as the hook calls it
         if policy:
             _lib.cr_hook_set_policy(self.handle, policy.callback, None)

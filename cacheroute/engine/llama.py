@@ -12,11 +12,11 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from cacheroute.engine import arguments, callbacks, log, progress, templates
+from cacheroute.engine import arguments, callbacks, log, progress, stores, templates
 from cacheroute.engine.compute_threads import ComputeThreads
 from cacheroute.engine.embeddings import MappedEmbeddings
 from cacheroute.engine.hook import Hook, Interrupt, Settings
-from cacheroute.engine.micro_batch import MicroBatches, Plan
+from cacheroute.engine.micro_batch import UPSTREAM, MicroBatches, Plan, length_beside_all
 from cacheroute.engine.open_files import OpenFiles
 from cacheroute.engine.sequence import SequenceLlama, alone
 from cacheroute.engine.stats import Stats
@@ -31,7 +31,7 @@ from cacheroute.trace.forced_scores import ForcedScores
 from cacheroute.trace.task_profile import TaskProfile
 
 _llama_cpp = patched_llama_cpp.module()
-_LAZY_MODE_EXPERTS = 3  # patches/0002-lazy-experts.patch
+_LAZY_MODE_OFF, _LAZY_MODE_EXPERTS = 0, 3  # patches/0002-lazy-experts.patch
 
 
 class Llama(SequenceLlama):
@@ -40,16 +40,19 @@ class Llama(SequenceLlama):
     Args:
         model_path: a GGUF file, or the first shard of a split one.
         budget: "50%" or 30 (of the experts of each layer), "2GiB" (all layers together), "all"; None: half of the
-            experts, or K where that is more. Bytes are those in memory, whole pages.
+            experts, or K where that is more. Bytes are those in memory, whole pages. A budget of all experts loads the model as
+            llama.cpp does, repacked for its kernels, unless `io` says otherwise; configure() can then give it no smaller one.
         routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); None leaves the hook unset: experts are
-            mapped and left to the kernel, and no budget is kept.
+            mapped and left to the kernel, or loaded, and no budget is kept.
         eviction: "lru", "lfu", "score" or "soft-lfu".
-        io: how misses are read; "direct" (past the page cache, where the filesystem can) or "buffered" (through it), "auto"
-            (the faster one, measured once for each filesystem and shown on stderr), "none" (misses are counted, memory is left to
-            the kernel: scores and counts are the same, sooner, where the model fits).
+        io: how misses are read; "direct" (past the page cache, where the filesystem can), "buffered" (through it), "load" (all
+            experts are read when the model is loaded, and there are no misses), "auto" ("load" for a budget of all experts
+            without `flash_mbps` and `prefetch`, else "direct", or "buffered" where that is faster, measured once for each
+            filesystem), "none" (misses are counted, memory is left to the kernel: scores and counts are the same, sooner, where
+            the model fits).
         flash_mbps: paces reads to a flash of that many MB (10^6 bytes) per second.
         n_ubatch, n_batch: tokens of a prompt that are computed together; None: as many as the memory beside the budget allows, as
-            each pass over the layers reads their experts again.
+            each pass over the layers reads their experts again; with io "load" at most 512.
         read_ahead: while a layer computes on a prompt, the experts that the next one will surely need are read. They take memory
             beside the budget, at most those of one layer; what is chosen stays the same.
         prefetch: while a layer computes on a decoded token, up to so many experts are read that the next layer would miss if its
@@ -109,32 +112,41 @@ class Llama(SequenceLlama):
         self._owner = os.getpid()
         header = gguf_file.read(model_path)
         self.layout = experts.layout(header)
-        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing)
+        paced = flash_mbps is not None
+        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, paced=paced)
+        self._loaded = settings.io == stores.LOAD
         arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
-        if settings.io != "none":
+        if self._loaded:
+            context_memory.check_budget(header, self.layout, kwargs.get("n_ctx", 512), self.layout.all_expert_bytes, whole=True)
+        elif settings.io != "none":
             nbytes = settings.budget.nbytes if settings.routing else 0
             context_memory.check_budget(header, self.layout, kwargs.get("n_ctx", 512), nbytes)
         given = [n for n in (n_ubatch, n_batch) if n]
+        n_ctx, flash_attn = kwargs.get("n_ctx", 512), bool(kwargs.get("flash_attn"))
+        all_outputs = bool(kwargs.get("logits_all") or kwargs.get("draft_model"))
         if kwargs.get("embedding"):  # llama.cpp takes n_batch for the number of sequences, too
-            given = given or [512]
+            given = given or [UPSTREAM]
+        elif self._loaded:
+            given = given or [length_beside_all(header, self.layout, n_ctx, flash_attn=flash_attn, all_outputs=all_outputs)]
         self._read_ahead = read_ahead
         self._batches = MicroBatches(
             header,
             self.layout,
-            n_ctx=kwargs.get("n_ctx", 512),
-            flash_attn=bool(kwargs.get("flash_attn")),
-            all_outputs=bool(kwargs.get("logits_all") or kwargs.get("draft_model")),
+            n_ctx=n_ctx,
+            flash_attn=flash_attn,
+            all_outputs=all_outputs,
             length=min(given, default=None),
         )
-        kwargs |= {"n_ubatch": self._batches.ceiling, "n_batch": n_batch or max(512 if given else 0, self._batches.ceiling)}
+        kwargs |= {"n_ubatch": self._batches.ceiling, "n_batch": n_batch or max(UPSTREAM if given else 0, self._batches.ceiling)}
+        kwargs["lazy_mode"] = _LAZY_MODE_OFF if self._loaded else _LAZY_MODE_EXPERTS
         self._files = OpenFiles(self.layout.paths)
         refused: list[str] = []
         try:
             with log.errors(verbose=kwargs.get("verbose", True)) as refused:
-                super().__init__(str(model_path), use_mmap=False, lazy_mode=_LAZY_MODE_EXPERTS, **kwargs)
+                super().__init__(str(model_path), use_mmap=False, **kwargs)
         except ValueError as e:
             raise CacherouteError(f"llama.cpp cannot load {model_path}: {log.reason(refused) or e}.") from e
-        self._embeddings = MappedEmbeddings(self.layout, self._model.model)
+        self._embeddings = MappedEmbeddings(self.layout, self._model.model, loaded=self._loaded)
         self._has_chat_format = bool(kwargs.get("chat_format") or kwargs.get("chat_handler"))
         # llama.cpp rounds the context up; ids and scores have room for what was asked for
         self._n_ctx = len(self.input_ids) or super().n_ctx()
@@ -177,13 +189,15 @@ class Llama(SequenceLlama):
     ) -> None:
         """Changes the settings of a loaded model: no expert is resident, the sequence is forgotten, counters start at 0.
 
+        How it was loaded stays: with all experts in memory (io "load"), it can have no smaller budget; with its experts in the
+        file, a budget of all leaves them there, not repacked. Raises UsageError for anything else.
         When it fails, nothing has changed but that experts may have left memory.
         """
         self._check_usable()
-        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing)
-        if settings.routing and settings.io != "none":
-            resident = self._hook.resident_bytes if self._hook else 0
-            context_memory.check_more(self.layout, settings.budget.nbytes, resident)
+        own = {"paced": self._flash_mbps is not None, "loaded": self._loaded}
+        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, **own)
+        if settings.routing and settings.io not in ("none", "load"):
+            context_memory.check_more(self.layout, settings.budget.nbytes, self.resident_bytes)
         self._apply(settings)
         super().reset()
         self._warm()
@@ -259,6 +273,8 @@ class Llama(SequenceLlama):
 
     @flash_mbps.setter
     def flash_mbps(self, value: float | None) -> None:
+        if self._loaded and value is not None:
+            raise UsageError("All experts of this model are in memory, so there are no reads to pace.")
         self._flash_mbps = value
         if self._hook:
             self._hook.set_pace(value)
@@ -297,7 +313,7 @@ class Llama(SequenceLlama):
 
     def plan(self, n_tokens: int) -> Plan:
         """How a prompt of so many more tokens, after those evaluated, would be computed with the memory that is free now."""
-        resident = self._hook.resident_bytes if self._hook else 0
+        resident = self.budget.nbytes if self._loaded else self.resident_bytes
         return self._batches.plan(max(n_tokens, 1), self.n_tokens, self.budget, resident)
 
     def _decode(self, batch: Any) -> None:
@@ -435,7 +451,14 @@ class Llama(SequenceLlama):
         """Counters of the decoded tokens, one per MoE layer; reads are not counted by layer."""
         return [self._hook.counters(i, prefill=False) for i in range(len(self.layout.layers))] if self._hook else []
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of experts in memory: as the store counts them, whole pages, or with io "load" all of the file's."""
+        if self._loaded:
+            return self.layout.all_expert_bytes
+        return self._hook.resident_bytes if self._hook else 0
+
     def measure_resident(self) -> int | None:
         """Bytes of experts in memory as the kernel says (mincore), whole pages, of slots and of the file alike; None where it
-        does not tell (a file that belongs to another user)."""
-        return self._hook.measure_resident() if self._hook else None
+        does not tell (a file that belongs to another user, and experts that were loaded with the model)."""
+        return self._hook.measure_resident() if self._hook and not self._loaded else None

@@ -16,8 +16,10 @@ from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 from cacheroute.routing.budget import Budget
 
+UPSTREAM = 512
+"""Tokens that llama.cpp computes together if nothing else is said."""
 LEAST = 64
-"""Tokens that are computed together whatever memory is free, as llama.cpp does with 512."""
+"""Tokens that are computed together whatever memory is free, as llama.cpp does with its own number."""
 _MARGIN = 1 / 16  # of the free memory is left
 _UNLIMITED = 2**62
 
@@ -89,6 +91,19 @@ class MicroBatches:
         compute = length * each
         self._used = max(self._used, min(compute, max(left, 0)))
         return Plan(n_tokens, length, passes, min(max(left - compute, 0), over) if free is not None else over, compute)
+
+
+def length_beside_all(header: GgufFile, layout: ExpertLayout, n_ctx: int, *, flash_attn: bool, all_outputs: bool) -> int:
+    """Tokens of a pass where the whole model is in memory, before it is loaded: UPSTREAM, as a longer pass would save no reads,
+    or fewer where the model and its context leave no memory for so many."""
+    free = available_memory()
+    if free is None:
+        return UPSTREAM
+    n_ctx = n_ctx or context_memory.trained_context(header)
+    n_outputs = 1 if all_outputs else 0
+    each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn, n_outputs=n_outputs)
+    left = int(free * (1 - _MARGIN)) - header.nbytes - context_memory.least_bytes(header, n_ctx)
+    return max(min(left // each, UPSTREAM), LEAST)
 
 
 def _over(layout: ExpertLayout, budget: Budget) -> int:

@@ -28,7 +28,7 @@ import numpy as np
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB, check_regular, replaced
 
-MAGIC, VERSION = b"CRPROMPT", 1
+MAGIC, VERSION = b"CRPROMPT", 2
 _HEAD = struct.Struct("=8sII32s")
 _MOST_HEADER = MIB
 _CHUNK = 4 * MIB  # written at a time and synced, so that Ctrl-C need not wait for more

@@ -58,6 +58,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     eviction: str
     prompt_routing: PromptRouting
     _lossy: bool  # either routing is
+    _loaded: bool  # all experts are in memory, as llama.cpp loads them
     _hook: Hook | None
     _task: TaskProfile | None
     _untouched: bool  # no token since the last reset: resetting once more would read a warm cache twice
@@ -303,6 +304,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         return {
             "model": f"{self.layout.model or self.layout.paths[0].name} ({self._fingerprint})",
             "engine": engine_build.LOCAL_VERSION,
+            "repacking of": self._repacked(),  # other last bits
             "budget": f"{self.budget.capacity}" + ("" if like else f" (layers {_short(own)})"),
             "eviction": self.eviction if self.routing else "none",
             "routing": _name(self.routing),
@@ -312,6 +314,12 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             "adapter": f"{self.lora_path}, {self.lora_scale:g}" if self.lora_path else "none",
             "warm start": _short(self._task) if self._task else "none",
         }
+
+    def _repacked(self) -> str:
+        """The weights that llama.cpp may have put in the order of its kernels."""
+        if not self.model_params.use_extra_bufts:
+            return "nothing"
+        return "all weights" if self._loaded else "dense weights"
 
     @functools.cached_property
     def _fingerprint(self) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stats:
-    """The state of a loaded model. Bytes; `resident_bytes` as the store counts, whole pages."""
+    """The state of a loaded model. Bytes; `resident_bytes` as the store counts, whole pages; with io "load" those of the file."""
 
     routing: str
     prompt_routing: str
@@ -44,7 +44,7 @@ class Stats:
             n_layers=len(llm.layout.layers),
             capacity=llm.budget.capacity,
             budget_bytes=llm.budget.nbytes,
-            resident_bytes=hook.resident_bytes if hook else 0,
+            resident_bytes=llm.resident_bytes,
             prefill=hook.counters(prefill=True) if hook else Counters(),
             decode=hook.counters(prefill=False) if hook else Counters(),
         )

@@ -1,5 +1,8 @@
-"""How misses are read: opens the store that `io` names. `auto` takes direct reads where they work and are not slower, which is
-measured once for each filesystem and size of experts."""
+"""How experts come into memory: chooses what `io` stands for, and opens its store.
+
+`auto` takes direct reads where they work and are not slower, which is measured once for each filesystem and size of experts. `load`
+has no store: all experts are read with the model.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import cache_dir, write_json
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.native import bindings
 
-AUTO, DIRECT, BUFFERED, NONE = "auto", "direct", "buffered", "none"
-ALL = (AUTO, DIRECT, BUFFERED, NONE)
+AUTO, DIRECT, BUFFERED, LOAD, NONE = "auto", "direct", "buffered", "load", "none"
+ALL = (AUTO, DIRECT, BUFFERED, LOAD, NONE)
 
 _SECONDS = 0.2  # of the measurement, which may be a token's experts longer
 _ROUNDS = 16  # at most: as many times the experts of one token in one layer
@@ -28,15 +31,46 @@ _CLEARLY = 1.2  # so many times slower must direct reads be: they take a third o
 Arguments = tuple[Any, ...]
 
 
+def choose(io: str, *, holds_all: bool, reads: str = "", loaded: bool | None = None) -> str:
+    """What `io` stands for with a budget: "auto" is "load" where a model is, or is to be, loaded with all of its experts.
+
+    Args:
+        holds_all: whether the budget holds every expert of every layer.
+        reads: a setting that has a meaning only where experts are read later, "" for none.
+        loaded: whether the model has been loaded with all experts; None: it is not loaded yet.
+
+    Raises UsageError for what does not exist, or does not go with how the model is or would be loaded.
+    """
+    if io == AUTO and (loaded or (loaded is None and holds_all and not reads)):
+        io = LOAD
+    if io not in ALL:
+        raise UsageError(f"There is no io {io!r}; there are {', '.join(ALL[:-1])} and {ALL[-1]}.")
+    if loaded and not (io == LOAD and holds_all):
+        raise UsageError(
+            "This model was loaded with all of its experts in memory; for a smaller budget or another io load it again."
+        )
+    if io != LOAD:
+        return io
+    if loaded is False:
+        raise UsageError("This model was loaded with its experts left in the file; load it again with a budget of all.")
+    if not holds_all:
+        raise UsageError("io load reads all experts with the model; give it a budget of all.")
+    if reads:
+        raise UsageError(
+            f"With all experts in memory nothing is read, so {reads} has no meaning; leave it out, or take io direct."
+        )
+    return io
+
+
 def open_store(
     io: str, layout: ExpertLayout, address: Callable[[str], int | None], paths: Sequence[str] = ()
 ) -> tuple[int | None, str]:
-    """(handle, what `io` has become): None for "none", and for "auto" one of the others.
+    """(handle, what `io` has become): None for "none" and "load", and for "auto" one of the others.
 
     `address`: where llama.cpp has mapped a tensor; `paths`: of the files, by default those of the layout. Raises CacherouteError
     where it has not, and for what the filesystem cannot do.
     """
-    if io == NONE:
+    if io in (NONE, LOAD):
         return None, io
     names = [str(p) for p in layout.paths]
     arguments = _arguments(layout, address, paths or names)

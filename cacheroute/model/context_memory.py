@@ -65,18 +65,20 @@ def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> No
     )
 
 
-def check_budget(model: GgufFile, layout: ExpertLayout, n_ctx: int, budget_bytes: int) -> None:
+def check_budget(model: GgufFile, layout: ExpertLayout, n_ctx: int, budget_bytes: int, *, whole: bool = False) -> None:
     """Raises UsageError when dense weights, a context and a budget of so many bytes do not fit the memory that is free.
+
+    `whole`: the model is loaded whole, token embeddings too. The budget is then of all experts, and the advice is a smaller one.
 
     The free memory is that of the machine, of every enclosing control group and of `ulimit`.
     """
     free = available_memory()
-    dense = layout.dense_bytes
+    dense = layout.dense_bytes + (layout.embedding_bytes if whole else 0)
     context = least_bytes(model, n_ctx or _number(model, "context_length", 0))
     if free is None or dense + context + budget_bytes <= free:
         return
-    left = free - dense - context
-    experts = max(left, 0) // layout.resident_bytes
+    left = free - layout.dense_bytes - context
+    experts = min(max(left, 0) // layout.resident_bytes, layout.n_expert - whole)
     advice = f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
     raise UsageError(
         f"{layout.paths[0]} needs {_size(dense + context + budget_bytes)} of memory ({_size(dense)} of dense weights, "

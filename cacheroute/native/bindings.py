@@ -106,6 +106,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_checkpoint_bytes": (c_uint64, [c_void_p, c_void_p, c_uint64]),
     "cr_checkpoint_from": (c_void_p, [c_void_p, c_uint64, c_char_p, c_int32]),
     "cr_hook_set_policy": (None, [c_void_p, POLICY, c_void_p]),
+    "cr_hook_hold_all": (c_int32, [c_void_p]),
     "cr_hook_warm": (None, [c_void_p, c_int32, _I32P, c_int32]),
     "cr_hook_begin": (None, [c_void_p, c_int64]),
     "cr_hook_begin_prompt": (None, [c_void_p, c_int64]),

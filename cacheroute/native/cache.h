@@ -47,7 +47,9 @@ class ExpertCache {
     int size() const { return size_; }
     int capacity() const { return capacity_; }
     Eviction eviction() const { return eviction_; }
-    bool goes_by_score() const { return eviction_ == Eviction::score || eviction_ == Eviction::soft_lfu; }
+    bool goes_by_score() const { // a cache with room for all evicts none: no scores are kept for that
+        return capacity_ < int(resident_.size()) && (eviction_ == Eviction::score || eviction_ == Eviction::soft_lfu);
+    }
 
   private:
     bool goes_before(int32_t a, int32_t b, bool by_recency) const;

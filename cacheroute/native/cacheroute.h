@@ -196,6 +196,9 @@ CR_API void cr_hook_set_interrupt(cr_hook * hook, cr_interrupt * interrupt);
 CR_API void cr_hook_finish(cr_hook * hook, int32_t complete);
 CR_API void cr_hook_reset(cr_hook * hook);  /* forget the sequence, drop every expert; counters stay */
 CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
+/* From now on every sequence starts with all experts in the caches, which must have room for all: they were loaded with the model.
+ * For a hook without a store. Returns 0, or -1 for one that has a store or a smaller cache. */
+CR_API int32_t cr_hook_hold_all(cr_hook * hook);
 /* Brings experts of a layer (n <= capacity) into memory before a sequence; the last is the most recent. */
 CR_API void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n);
 /* Caches and running means as they are now, the caller's to free. NULL: the reason is in cr_hook_error(). */

@@ -310,6 +310,11 @@ void cr_hook_trace(cr_hook * hook, int32_t on) {
     attempt(hook, [on](Hook & h) { h.trace(on != 0); });
 }
 
+int32_t cr_hook_hold_all(cr_hook * hook) {
+    bool held = false;
+    return attempt(hook, [&](Hook & h) { held = h.hold_all(); }) && held ? 0 : -1;
+}
+
 void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n) {
     attempt(hook, [=](Hook & h) { h.warm(layer, ids(experts, n)); });
 }

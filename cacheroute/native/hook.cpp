@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <exception>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 namespace cacheroute {
@@ -155,6 +156,22 @@ void Hook::read_ahead(uint64_t limit, const Prediction & prediction) {
     ahead_->set_limit(limit);
 }
 
+bool Hook::hold_all() {
+    for (const CachedRouter & r : routers_) {
+        if (store() || r.cache().capacity() != int(r.cache().resident().size())) return false;
+    }
+    holds_all_ = true;
+    fill();
+    return true;
+}
+
+void Hook::fill() {
+    if (!holds_all_) return;
+    std::vector<int32_t> all(routers_.front().cache().resident().size());
+    std::iota(all.begin(), all.end(), 0);
+    for (CachedRouter & r : routers_) r.warm(all);
+}
+
 void Hook::warm(int layer, const std::vector<int32_t> & ids) {
     routers_[size_t(layer)].warm(ids);
     keep_error([&] { residency_.follow(layer, routers_[size_t(layer)].cache().resident()); });
@@ -173,6 +190,7 @@ bool Hook::resume(const std::vector<CachedRouter> & saved) {
     }
     finish(false);
     for (size_t i = 0; i < routers_.size(); i++) routers_[i].resume(saved[i]);
+    fill();
     for (size_t i = 0; i < routers_.size(); i++) {
         keep_error([&] { residency_.follow(int(i), routers_[i].cache().resident()); });
     }
@@ -184,6 +202,7 @@ void Hook::reset() {
     sequence_ += batch_first_ + batch_size_ > 0;
     batch_first_ = batch_size_ = 0;
     for (auto & r : routers_) r.reset();
+    fill();
     residency_.clear();
     count();
     error_.clear();

@@ -75,6 +75,10 @@ class Hook {
     // of them; 0: none.
     void read_ahead(uint64_t limit, const Prediction & prediction);
 
+    // From now on every sequence starts with all experts in the caches: they are in memory as long as the model is. False, and nothing
+    // has changed: there is a store, or a cache has no room for all.
+    bool hold_all();
+
     // Brings experts of a layer, at most its capacity, into memory before a sequence starts; the last is the most recent.
     void warm(int layer, const std::vector<int32_t> & ids);
 
@@ -92,6 +96,7 @@ class Hook {
     const Mask * allowed(int layer, const ExpertEvent & event);
     void choose(int layer, const ExpertEvent & event, int t, const Mask * allowed);
     void reweight(const ExpertEvent & event);
+    void fill();                  // the caches, where hold_all() was called
     void count();                 // what the store did since the last call, for the phase
     template <typename F> void keep_error(F f);
 
@@ -110,6 +115,7 @@ class Hook {
     Counters                     counters_[2] = {};
     Counters                     counted_{}; // of the store, by now
     std::string                  error_;
+    bool                         holds_all_ = false;
 
     uint32_t sequence_    = 0;
     uint32_t batch_first_ = 0, batch_size_ = 0; // tokens of the sequence before this micro-batch, and in it

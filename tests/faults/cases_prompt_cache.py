@@ -167,7 +167,7 @@ CASES: list[Case] = [
         _damaged(f"a prompt cache with a changed byte at {share:.1%}", _flipped(share), _HURT.format("the checksum|its checksum"))
         for share in (0.003, 0.01, 0.1, 0.3, 0.6, 0.99, 1)
     ),
-    _damaged("a prompt cache of a later version", lambda data: data[:8] + b"\7" + data[9:], r"of version 7, and this .* reads 1"),
+    _damaged("a prompt cache of a later version", lambda data: data[:8] + b"\7" + data[9:], r"of version 7, and this .* reads 2"),
     Case("a prompt cache that cannot be read", _unreadable, 2, r"/p cannot be read \(Input/output error\); name another file"),
     Case("a folder as a prompt cache", _directory, 2, r"/p cannot be read: it is a directory, and a prompt cache has to be a"),
     Case("a pipe as a prompt cache", lambda p: (os.mkfifo(p.folder / "p"), _words(p))[1], 2, r"it is a pipe"),
