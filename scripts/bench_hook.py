@@ -1,8 +1,8 @@
 """What the hook costs when nothing is read: all experts resident, routed by `original` against no hook at all.
 
 `python scripts/bench_hook.py -m MODEL [-p 512] [-n 128] [-r 5] [-t 2] [--io direct]` prints tok/s of both and their ratio, paired
-within repetitions, for the prompt and for decoding. `--io load`, the default, loads the experts as llama.cpp does; `direct` leaves
-them in the file.
+within repetitions, for the prompt and for decoding. `--io load`, the default, loads the experts as llama.cpp does; `direct`
+leaves them in the file.
 All experts that the tokens use must fit memory. For K = 8, E = 128: scripts/make_shape_model.py qwen3-30b-a3b --layers 4.
 """
 

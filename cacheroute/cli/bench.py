@@ -51,8 +51,8 @@ def bench(
         str,
         typer.Option(
             "--io",
-            help="How misses are read: auto, direct or buffered, several separated by commas; load: all experts are read with the "
-            "model, as llama.cpp does it, which auto does with --budget all alone.",
+            help="How misses are read: auto, direct or buffered, several separated by commas; load: all experts are read with "
+            "the model, as llama.cpp does it, which auto does with --budget all alone.",
         ),
     ] = "auto",
     control: Annotated[

@@ -48,8 +48,8 @@ IoOption = Annotated[
     str,
     typer.Option(
         "--io",
-        help="How misses are read: direct (past the page cache), buffered (through it) or auto (direct, unless slower); load: all "
-        "experts are read with the model, as llama.cpp does it, which auto does with --budget all.",
+        help="How misses are read: direct (past the page cache), buffered (through it) or auto (direct, unless slower); load: "
+        "all experts are read with the model, as llama.cpp does it, which auto does with --budget all.",
     ),
 ]
 FlashOption = Annotated[

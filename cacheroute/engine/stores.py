@@ -1,7 +1,7 @@
 """How experts come into memory: chooses what `io` stands for, and opens its store.
 
-`auto` takes direct reads where they work and are not slower, which is measured once for each filesystem and size of experts. `load`
-has no store: all experts are read with the model.
+`auto` takes direct reads where they work and are not slower, which is measured once for each filesystem and size of experts.
+`load` has no store: all experts are read with the model.
 """
 
 from __future__ import annotations
