@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -122,7 +123,7 @@ SIZES = st.sampled_from([2 * PAGE, 3 * PAGE, 5 * PAGE]) | st.integers(1, 8 * PAG
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(SIZES, min_size=N_TENSORS, max_size=N_TENSORS), min_size=4, max_size=6))
 def test_layers_of_other_sizes_keep_within_the_budget_and_two_layers(io: str, tmp_path: Path, sizes: list[list[int]]) -> None:
-    """Where a layer's experts do not fit what the layer before has left, that memory is given back first. Reads are whole pages."""
+    """Where a layer's experts do not fit what the layer before has left, that memory is given back. Reads are whole pages."""
     tokens, n_layers = EVERYTHING * 8, len(sizes)
     with hooked(on_a_disk(tmp_path) / "experts.bin", io, n_layers, sizes) as live:
         LIB.cr_hook_set_pace(live.handle, 0)
@@ -134,7 +135,7 @@ def test_layers_of_other_sizes_keep_within_the_budget_and_two_layers(io: str, tm
         once = PAGE * sum(live.pages(i, t, e) for i in range(n_layers) for t in range(N_TENSORS) for e in range(N_EXPERT))
         assert counters(live).read_bytes == once if io == "direct" else counters(live).read_bytes <= once
         prompt(live, [tokens] * n_layers)
-        over = max(one + following for one, following in zip(slots, slots[1:], strict=False)) * (N_EXPERT - 4)
+        over = max(one + following for one, following in itertools.pairwise(slots)) * (N_EXPERT - 4)
         assert LIB.cr_hook_peak_bytes(live.handle) <= budget + over * PAGE
 
         for token in range(4):
