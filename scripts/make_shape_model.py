@@ -1,7 +1,8 @@
 """Write a model of random weights in the shape of a real one, for measuring time; what it generates is meaningless.
 
 `python scripts/make_shape_model.py qwen3-30b-a3b --layers 12 --out shape.gguf` writes 4 GB and holds one expert in memory.
-Experts, their number and their size are those of models.toml; heads and vocabulary are written here. Random weights choose
+Experts, their number and their size are those of models.toml; heads and vocabulary are written here. Types are those that
+llama-quantize mixes (quant_mix.py), but of q4_0, which is of one type, as with its --pure. Random weights choose
 their experts more evenly than trained ones do: hit rates are not those of the real model, unless `cacheroute bench --replay`
 forces its routing.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import quant_mix
 import random_model
 
 from cacheroute.errors import CacherouteError, UsageError
@@ -35,8 +37,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-8x7b": ("llama", dict(n_head=32, n_head_kv=8, head_dim=128, n_vocab=32000)),
     "gpt-oss-20b": ("gpt-oss", dict(n_head=64, n_head_kv=8, head_dim=64, window=128, n_vocab=201088)),
 }
-TYPES = ("q4_0", "q8_0")
-BLOCK = 32  # of both types
+TYPES = ("q4_0", *(mix.lower() for mix in quant_mix.MIXES))
+BLOCK = 32  # the least of all types
 
 # Random layers that write strongly into the residual stream make all tokens alike, and alike tokens choose the same few
 # experts: at 1.0 the misses of a 50% cache fell from .44 in the first to .36 in the last of 16 layers of qwen3-30b-a3b (n_ff
@@ -70,12 +72,17 @@ def shape(name: str, layers: int | None = None, quant: str = "q4_0", experts: in
         n_used=entry.used,
         n_ff=n_ff,
         n_shared=int(entry.shared),
-        quant=quant.upper(),
-        dense_quant=quant.upper(),
+        **_types(quant),
         output_gain=OUTPUT_GAIN,
         words=frequent_words(),
         n_ctx_train=32768,
     )
+
+
+def _types(quant: str) -> dict[str, str]:
+    """The fields that say which types the matrices have. q4_0 alone: published tables rest on it as it is."""
+    kind = quant.upper()
+    return {"mix": kind} if kind in quant_mix.MIXES else {"quant": kind, "dense_quant": kind}
 
 
 def frequent_words() -> tuple[str, ...]:
@@ -103,7 +110,7 @@ def main() -> int:
     parser.add_argument("name", choices=SHAPES, metavar="NAME", help=", ".join(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--experts", type=int, help="another number of experts of as many bytes together")
-    parser.add_argument("--type", choices=TYPES, default="q4_0", help="of all matrices but the router")
+    parser.add_argument("--type", choices=TYPES, default="q4_0", help=f"{', '.join(TYPES)} [default: q4_0]", metavar="TYPE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="overwrite")
     parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")

@@ -1,6 +1,6 @@
 """Writes GGUF files with tensors drawn from a seed, one expert in memory at a time.
 
-Knows types, blocks and a synthetic tokenizer; knows no architecture (random_model.py does).
+Knows tensors and a synthetic tokenizer; knows no block (random_blocks.py does) and no architecture (random_model.py).
 
 Every tensor is drawn from its own generator, seeded by the file's seed and the tensor's name. So a
 file split into shards, or one with merged gate and up tensors, holds the very weights of its plain
@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import random_blocks
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -26,15 +27,6 @@ WORDS = ("the", "a", "of", "and", "to", "in", "is", "it", "that", "was", "he", "
 
 Array = npt.NDArray[Any]
 Key = float | bool | str  # a GGUF key's value; whole numbers are written as unsigned integers
-
-_POOL_BLOCKS = 2**20 + 7  # a prime: no two rows of a matrix start at the same block
-# Standard deviation of a block's values, in its scale: 0..15 less 8; -128..127; ggml's kvalues_mxfp4, in halves.
-_SPREAD = {GGMLQuantizationType.Q4_0: 4.6, GGMLQuantizationType.Q8_0: 73.9, GGMLQuantizationType.MXFP4: 2.9}
-
-
-def block_size(quant: str) -> int:
-    """Values in one block of a type: a row is a multiple of it."""
-    return int(GGML_QUANT_SIZES[GGMLQuantizationType[quant]][0])
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Tensor:
 
 
 def random_tensor(seed: int, name: str, shape: tuple[int, ...], *, std: float, mean: float = 0.0, quant: str = "F32") -> Tensor:
-    """Normal (or, when quantised, evenly spread) values; of three dimensions, the first is the expert."""
+    """Normal values, or random blocks of a quantised type; of three dimensions, the first is the expert."""
     qtype = GGMLQuantizationType[quant]
     return Tensor(name, shape, qtype, lambda: _values(_rng(seed, name), seed, shape, std, mean, qtype))
 
@@ -93,36 +85,10 @@ def _values(
     if len(shape) == 3:
         pieces = [rows] * shape[0]
     else:
-        at_once = max(_POOL_BLOCKS // row_blocks, 1)
+        at_once = max(random_blocks.pool_blocks(qtype) // row_blocks, 1)
         pieces = [min(at_once, rows - first) for first in range(0, rows, at_once)]
     for n_rows in pieces:
-        yield _blocks(rng, seed, n_rows * row_blocks, std, qtype).reshape(n_rows, row_blocks * block_bytes)
-
-
-@functools.lru_cache(maxsize=2)
-def _pool(seed: int, block_bytes: int) -> Array:
-    """Random blocks. Drawing each expert anew would take minutes for a large model, packing floats hours."""
-    data = np.random.default_rng(seed).bytes(_POOL_BLOCKS * block_bytes)
-    return np.frombuffer(data, dtype=np.uint8).reshape(_POOL_BLOCKS, block_bytes)
-
-
-def _blocks(rng: np.random.Generator, seed: int, n: int, std: float, qtype: GGMLQuantizationType) -> Array:
-    """`n` blocks from a random place of the pool on, with the scale that gives the standard deviation `std`."""
-    pool = _pool(seed, int(GGML_QUANT_SIZES[qtype][1]))
-    data = np.empty((n, pool.shape[1]), dtype=np.uint8)
-    at, done = int(rng.integers(len(pool))), 0
-    while done < n:
-        part = pool[at : at + n - done]
-        data[done : done + len(part)] = part
-        done, at = done + len(part), 0
-    scale = std / _SPREAD[qtype]
-    if qtype is GGMLQuantizationType.MXFP4:
-        data[:, 0] = 127 + round(math.log2(scale))  # one byte of exponent
-        return data
-    low, high = np.array([scale], dtype="<f2").view(np.uint8)
-    data[:, 0] = low
-    data[:, 1] = data[:, 1] & 0x80 | high  # either sign: codes have a mean below 0, weights should not
-    return data
+        yield random_blocks.blocks(rng, seed, n_rows * row_blocks, std, qtype).reshape(n_rows, row_blocks * block_bytes)
 
 
 def add_keys(writer: GGUFWriter, keys: dict[str, Key]) -> None:

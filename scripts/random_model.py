@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import quant_mix
 from gguf import GGUFWriter
+from random_blocks import block_size
 from random_gguf import (
     WORDS,
     Key,
     Tensor,
     add_keys,
     add_tokenizer,
-    block_size,
     merged_tensor,
     random_tensor,
     tokenizer,
@@ -46,8 +47,9 @@ class Shape:
     n_ff_dense: int = 128  # of a layer without experts
     n_group: int = 0  # expert groups (deepseek2 only), of which half are used
     window: int = 16  # of gpt-oss's local attention, tokens
-    quant: str = "F16"  # of the experts: F32, F16, Q8_0, Q4_0 or MXFP4
+    quant: str = "F16"  # of the experts: F32, F16, or a type of random_blocks.py
     dense_quant: str = "F16"  # of all other matrices but the router
+    mix: str = ""  # in place of the two: types as llama-quantize mixes them, one of quant_mix.MIXES
     output_gain: float = 1.0  # how strongly layers write into the residual stream, in the strength that tiny models take
     merged: bool = False  # gate and up in one tensor (deepseek2 only)
     n_vocab: int = 0  # 0: as many tokens as `words` need
@@ -76,9 +78,17 @@ class _Model:
         """A tensor of random values, shape in numpy's order."""
         self.tensors.append(random_tensor(self.seed, name, shape, std=std, mean=mean, quant=quant))
 
+    def type_of(self, name: str, n_in: int, alone: str) -> str:
+        """The type of a matrix with rows of `n_in`: the mix's, or without one `alone`."""
+        s = self.shape
+        if not s.mix:
+            return alone
+        return quant_mix.tensor_type(s.mix, name, n_in, quant_mix.Facts(s.n_layer, s.n_expert, s.n_head // s.n_head_kv))
+
     def linear(self, name: str, n_out: int, n_in: int, gain: float = 1.0, quant: str = "") -> None:
         """A matrix that maps inputs of unit variance to outputs with standard deviation `gain`."""
-        self.add(name, n_out, n_in, std=gain / math.sqrt(n_in), quant=quant or self.shape.dense_quant)
+        quant = quant or self.type_of(name, n_in, self.shape.dense_quant)
+        self.add(name, n_out, n_in, std=gain / math.sqrt(n_in), quant=quant)
 
     def output(self, name: str, n_out: int, n_in: int) -> None:
         """A matrix that writes into the residual stream."""
@@ -117,9 +127,10 @@ def _experts(m: _Model, il: int, *, bias: bool = False) -> None:
     up_std, down_std = 1 / math.sqrt(s.n_embd), 0.6 * s.output_gain / math.sqrt(s.n_ff)
     gate, up = p + "ffn_gate_exps.weight", p + "ffn_up_exps.weight"
     one = (s.n_expert, s.n_ff, s.n_embd)
-    parts = [random_tensor(m.seed, name, one, std=up_std, quant=s.quant) for name in (gate, up)]
+    parts = [random_tensor(m.seed, t, one, std=up_std, quant=m.type_of(t, s.n_embd, s.quant)) for t in (gate, up)]
     m.tensors += [merged_tensor(p + "ffn_gate_up_exps.weight", parts)] if s.merged else parts
-    m.add(p + "ffn_down_exps.weight", s.n_expert, s.n_embd, s.n_ff, std=down_std, quant=s.quant)
+    down = p + "ffn_down_exps.weight"
+    m.add(down, s.n_expert, s.n_embd, s.n_ff, std=down_std, quant=m.type_of(down, s.n_ff, s.quant))
     if bias:
         m.add(p + "ffn_gate_inp.bias", s.n_expert, std=0.2)
         for part, width in (("gate", s.n_ff), ("up", s.n_ff), ("down", s.n_embd)):
@@ -267,7 +278,7 @@ def _check(arch: str, s: Shape) -> None:
         raise ValueError(f"{arch} has no merged gate_up, expert groups or dense layers")
     if arch in ("qwen2moe", "olmoe") and s.n_embd != s.n_head * s.head_dim:
         raise ValueError(f"{arch} needs n_embd = n_head * head_dim")
-    if s.n_embd % block_size(s.quant) or s.n_ff % block_size(s.quant):
+    if not s.mix and (s.n_embd % block_size(s.quant) or s.n_ff % block_size(s.quant)):
         raise ValueError(f"rows of {s.quant} are multiples of {block_size(s.quant)}")
 
 
@@ -292,7 +303,8 @@ def write(arch: str, path: Path, *, seed: int = 0, **overrides: Any) -> Path:
     _check(arch, shape)
     m = _Model(llama_arch, shape, seed)
     n_vocab = len(tokenizer(shape.words, shape.n_vocab)[0])
-    m.add("token_embd.weight", n_vocab, shape.n_embd, std=1.0, quant=shape.dense_quant)
+    quant = m.type_of("token_embd.weight", shape.n_embd, shape.dense_quant)
+    m.add("token_embd.weight", n_vocab, shape.n_embd, std=1.0, quant=quant)
     build(m)
     m.norm("output_norm.weight", shape.n_embd)
     m.linear("output.weight", n_vocab, shape.n_embd, gain=2.0)

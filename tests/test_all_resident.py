@@ -167,7 +167,6 @@ def test_whatever_happens_to_the_sequence_all_experts_are_there(tiny: Path) -> N
 
 
 def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page cache gives way to others; what llama.cpp has read does not."""
     header = gguf_file.read(tiny)
     layout = experts.layout(header)
     needed = header.nbytes + context_memory.least_bytes(header, SIZES["n_ctx"])
@@ -179,7 +178,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch:
         pass
     fits = int(str(refused.value).split("--budget ")[1].split()[0])
     assert layout.n_used <= fits < layout.n_expert
-    for settings in ({"budget": fits, "io": "direct"}, {"io": "direct"}):
+    for settings in ({"budget": fits, "io": "direct"}, {"budget": fits}):
         with loaded(tiny, **settings) as llm:
             llm.eval([5])
     monkeypatch.setattr(context_memory, "available_memory", lambda: needed)

@@ -127,7 +127,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3moe": ("qwen3moe", {}),
     "gpt-oss": ("gpt-oss", {}),
     "merged": ("deepseek2", {"merged": True, "quant": "Q8_0"}),
-    "split": ("qwen3moe", {"shards": 2, "quant": "Q4_0"}),
+    "split, two sizes": ("qwen3moe", {"shards": 2, "mix": "Q4_K_M", "n_embd": 256, "n_ff": 256, "n_expert": 8, "n_used": 2}),
 }
 
 
@@ -290,4 +290,4 @@ def test_commands_accept_io_direct(small: Path) -> None:
     assert texts[0] == texts[1]
     unknown = cacheroute("generate", "-m", small, "-p", "the", "--io", "fast")
     assert unknown.returncode == 2
-    assert unknown.stderr == "cacheroute: There is no io 'fast'; there are auto, direct, buffered and none.\n"
+    assert unknown.stderr == "cacheroute: There is no io 'fast'; there are auto, direct, buffered, load and none.\n"

@@ -57,7 +57,9 @@ def test_sizes_of_a_small_model(tmp_path: Path) -> None:
         == sum(c.nbytes for c in report.tensors)
     )
     by_class = {c.name: c for c in report.tensors}
-    assert by_class["experts"].nbytes == report.all_expert_bytes and by_class["experts"].types == {"Q8_0": 9}
+    both = by_class["experts, gate and up"], by_class["experts, down"]
+    assert sum(c.nbytes for c in both) == report.all_expert_bytes
+    assert [c.types for c in both] == [{"Q8_0": 6}, {"Q8_0": 3}]
     assert by_class["router"].types == {"F32": 3}
     rows = [(b.budget, b.experts, b.resident_bytes, b.worst_read_bytes_per_token) for b in report.budgets]
     every, pages = 3 * expert, 3 * 3 * 2 * mmap.PAGESIZE  # an expert of a tensor may lie across two pages
@@ -132,7 +134,8 @@ def test_multi_token_prediction_layers_are_reported(tmp_path: Path, monkeypatch:
 
 def test_every_tensor_has_a_class() -> None:
     classes = {
-        "blk.0.ffn_gate_up_exps.weight": "experts",
+        "blk.0.ffn_gate_up_exps.weight": "experts, gate and up",
+        "blk.0.ffn_down_exps.weight": "experts, down",
         "blk.0.ffn_down_exps.bias": "expert biases and scales",
         "blk.0.ffn_gate_shexp.weight": "shared experts",
         "blk.0.ffn_gate_inp_shexp.weight": "shared experts",
@@ -156,6 +159,19 @@ def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for fact in ("and 1 more shard", "3, 2 with experts", "sigmoid, selection bias, 2 of 4 groups", "F16 x6", "least"):
         assert fact in out, out
+
+
+def test_experts_of_two_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a Q4_K_M file: down projections of some layers have more bits."""
+    path = tiny_models.write("qwen3moe", tmp_path / "m.gguf", mix="Q4_K_M", n_layer=4, n_embd=256, n_ff=256)
+    small, large = 3 * 256 * 144, 256 * (2 * 144 + 210)  # rows of one block: Q4_K has 144 bytes, Q6_K 210
+    report = inspector.inspect(path)
+    assert report.expert_sizes == ((small, 2), (large, 2))
+    assert report.expert_bytes_all_layers == 2 * (small + large)
+    assert {c.name: c.types for c in report.tensors}["experts, down"] == {"Q4_K": 2, "Q6_K": 2}
+    command.inspect(str(path))
+    out = capsys.readouterr().out
+    assert "one expert        0.11 MiB in 2 layers, 0.12 MiB in 2 layers, 0.45 MiB in all layers" in out, out
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -249,6 +249,7 @@ def test_models_lists_the_catalogue_and_the_disk(
     assert list(rows)[:-1] == list(CATALOGUE)
     mine = rows["hf:me/tiny-GGUF:tiny-F16.gguf"]
     assert (mine["experts"], mine["used"], mine["fits"], mine["suggested_budget"]) == (32, 4, "yes", "50%")
+    assert mine["quantisation"] == "F16"
     assert mine["nbytes"] == len(tiny) and Path(mine["path"]).read_bytes() == tiny
     qwen = rows["qwen3-30b-a3b"]
     entry = CATALOGUE["qwen3-30b-a3b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cacheroute import Llama
 from cacheroute.native import bindings
 from cacheroute.native.counters import Counters
 from support import tiny_models
 from support.expert_file import on_a_disk
-from support.live_hook import LIB, N_EXPERT, N_TENSORS, PACE, Live, hooked
+from support.live_hook import LIB, N_EXPERT, N_TENSORS, PACE, PAGE, Live, hooked
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
 
@@ -38,7 +41,7 @@ WEIGHT = np.eye(N_EXPERT, dtype=np.float32)
 
 
 def read_ahead(live: Live, limit: int) -> None:
-    layers = (bindings.RouterWeights * N_LAYERS)()
+    layers = (bindings.RouterWeights * len(live.sizes))()
     for layer in layers:
         layer.weight = WEIGHT.ctypes.data
     LIB.cr_hook_read_ahead(live.handle, limit, N_EXPERT, layers)
@@ -110,6 +113,38 @@ def test_memory_stays_within_the_budget_and_two_layers(live: Live) -> None:
     over = N_EXPERT - 4
     assert LIB.cr_hook_resident_bytes(live.handle) <= N_LAYERS * 4 * EACH
     assert LIB.cr_hook_peak_bytes(live.handle) <= (N_LAYERS * 4 + 2 * over) * EACH + EACH
+
+
+# in bytes, of an expert in one tensor: of K-quants in whole pages, or of any type
+SIZES = st.sampled_from([2 * PAGE, 3 * PAGE, 5 * PAGE]) | st.integers(1, 8 * PAGE // 32).map(lambda n: 32 * n)
+
+
+@pytest.mark.parametrize("io", ["buffered", "direct"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(SIZES, min_size=N_TENSORS, max_size=N_TENSORS), min_size=4, max_size=6))
+def test_layers_of_other_sizes_keep_within_the_budget_and_two_layers(io: str, tmp_path: Path, sizes: list[list[int]]) -> None:
+    """Where a layer's experts do not fit what the layer before has left, that memory is given back. Reads are whole pages."""
+    tokens, n_layers = EVERYTHING * 8, len(sizes)
+    with hooked(on_a_disk(tmp_path) / "experts.bin", io, n_layers, sizes) as live:
+        LIB.cr_hook_set_pace(live.handle, 0)
+        read_ahead(live, UNLIMITED)
+        slots = [live.slot_pages(i) for i in range(n_layers)]
+        budget = 4 * sum(slots) * PAGE
+
+        prompt(live, [tokens] * n_layers)
+        once = PAGE * sum(live.pages(i, t, e) for i in range(n_layers) for t in range(N_TENSORS) for e in range(N_EXPERT))
+        assert counters(live).read_bytes == once if io == "direct" else counters(live).read_bytes <= once
+        prompt(live, [tokens] * n_layers)
+        over = max(one + following for one, following in itertools.pairwise(slots)) * (N_EXPERT - 4)
+        assert LIB.cr_hook_peak_bytes(live.handle) <= budget + over * PAGE
+
+        for token in range(4):
+            for layer in range(n_layers):
+                chosen = (3 * token + layer) % N_EXPERT, (3 * token + layer + 1 + token % 5) % N_EXPERT
+                live.select(layer, *chosen)
+                compute(live, layer, set(chosen))
+            LIB.cr_hook_finish(live.handle, 1)
+            assert LIB.cr_hook_measure_resident(live.handle) == LIB.cr_hook_resident_bytes(live.handle) <= budget
 
 
 def test_the_limit_on_what_is_ahead_is_kept(live: Live) -> None:

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {arch: (arch, {}) for arch in tin
     "Q4_0": ("qwen3moe", {"quant": "Q4_0"}),
     "MXFP4": ("olmoe", {"quant": "MXFP4"}),
     "F16": ("gpt-oss", {"quant": "F16"}),
+    "Q4_K_M": ("qwen3moe", {"mix": "Q4_K_M", "n_embd": 256, "n_ff": 256}),
 }
 
 

@@ -45,7 +45,7 @@ def _text(r: Report) -> list[str]:
         ("experts", f"{r.experts} a layer, {r.used} used" + (f", shared ones as wide as {r.shared:g}" if r.shared else "")),
         ("gating", f"{r.gating}{bias}{groups}"),
         ("context", f"{r.context} tokens"),
-        ("one expert", f"{_mib(r.expert_bytes)} a layer, {_mib(r.expert_bytes_all_layers)} in all layers"),
+        ("one expert", f"{_sizes(r)}, {_mib(r.expert_bytes_all_layers)} in all layers"),
         ("all experts", _mib(r.all_expert_bytes)),
         ("always in memory", _mib(r.dense_bytes)),
         *([("read by row", f"{_mib(r.embedding_bytes)} of token embeddings")] if r.embedding_bytes else []),
@@ -60,6 +60,16 @@ def _text(r: Report) -> list[str]:
     for b in r.budgets:
         lines.append(f"{b.budget:8} {b.experts:8} {b.resident_bytes / MIB:13.1f} {b.worst_read_bytes_per_token / MIB:22.1f}")
     return lines
+
+
+def _sizes(r: Report) -> str:
+    """Of one expert in a layer; how many layers have which size, where these are few."""
+    if len(r.expert_sizes) == 1:
+        return f"{_mib(r.expert_bytes)} a layer"
+    if len(r.expert_sizes) > 3:
+        sizes = [nbytes for nbytes, _ in r.expert_sizes]
+        return f"{_mib(min(sizes))} to {_mib(max(sizes))} a layer"
+    return ", ".join(f"{_mib(nbytes)} in {n} layer{'s' if n > 1 else ''}" for nbytes, n in r.expert_sizes)
 
 
 def _mib(nbytes: int) -> str:

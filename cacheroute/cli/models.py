@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ from cacheroute.model.experts import NotRoutableError
 
 @dataclass(frozen=True)
 class Row:
-    """One model. Sizes in bytes, None where unknown. `fits` is "yes", "?" or what is missing."""
+    """One model. Sizes in bytes, None where unknown. `fits` is "yes", "?" or what is missing.
+
+    `quantisation`: of a known model its usual name, of another the types of its experts.
+    """
 
     name: str
     title: str
@@ -113,7 +117,8 @@ def _disk_row(model: DiskModel, memory: int | None) -> Row:
     """Raises NotRoutableError for a model without experts, CacherouteError for one that cannot be read."""
     gguf = gguf_file.read(model.path)
     layout = experts.layout(gguf)
-    fits, budget = _fit(layout.n_expert, layout.n_used, layout.expert_bytes, layout.dense_bytes, memory)
+    fits, budget = _fit(layout.n_expert, layout.n_used, layout.resident_bytes, layout.dense_bytes, memory)
+    types = Counter(t.type.upper() for layer in layout.layers for t in layer.tensors)
     return Row(
         name=model.name,
         title=str(gguf.metadata.get("general.name", model.name)),
@@ -125,6 +130,7 @@ def _disk_row(model: DiskModel, memory: int | None) -> Row:
         used=layout.n_used,
         expert_bytes_all_layers=layout.expert_bytes,
         dense_bytes=layout.dense_bytes,
+        quantisation="/".join(kind for kind, _ in types.most_common()),
     )
 
 

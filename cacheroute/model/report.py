@@ -25,7 +25,8 @@ _GATING_OF_ARCHITECTURE = {
 
 # Parts of a tensor's name -> its class; the first that fits counts.
 _CLASSES = (
-    ("_exps.weight", "experts"),
+    ("ffn_down_exps.weight", "experts, down"),
+    ("_exps.weight", "experts, gate and up"),
     ("_exps.", "expert biases and scales"),
     ("_chexps", "experts"),
     ("shexp", "shared experts"),
@@ -62,7 +63,10 @@ class BudgetRow:
 
 @dataclass(frozen=True)
 class Report:
-    """A model. `layers` are those with routed experts, `blocks` all; bytes of an expert: the mean layer's, and in all layers."""
+    """A model. `layers` are those with routed experts, `blocks` all; bytes of an expert: the mean layer's, and in all layers.
+
+    `expert_sizes`: (bytes of one expert, layers where it has so many), most layers first: mixes give some layers more bits.
+    """
 
     path: Path
     shards: int
@@ -75,6 +79,7 @@ class Report:
     used: int
     shared: float
     expert_bytes: int
+    expert_sizes: tuple[tuple[int, int], ...]
     expert_bytes_all_layers: int
     all_expert_bytes: int
     dense_bytes: int
@@ -106,6 +111,7 @@ def inspect(path: Path) -> Report:
         used=layout.n_used,
         shared=_shared(gguf),
         expert_bytes=layout.expert_bytes // len(layout.layers),
+        expert_sizes=tuple(Counter(layer.expert_bytes for layer in layout.layers).most_common()),
         expert_bytes_all_layers=layout.expert_bytes,
         all_expert_bytes=layout.all_expert_bytes,
         dense_bytes=layout.dense_bytes,

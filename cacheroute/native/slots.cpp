@@ -198,7 +198,20 @@ void Slots::all_empty(Pool & pool) const {
     for (uint64_t i = pool.n_slots; i-- > 0;) pool.empty.push_back(pool.base + i * pool.slot_bytes);
 }
 
+// Free slots of any size, as many bytes, or all that there are. Layers that follow each other may have experts of other sizes: what
+// one has left does not fit the next one, and must not be in memory beside it until trim().
+void Slots::give_back(uint64_t bytes) {
+    for (Pool & pool : pools_) {
+        while (bytes && pool.free.size() > pool.spare) {
+            release(pool, pool.free.back());
+            pool.free.pop_back();
+            bytes -= std::min(bytes, pool.slot_bytes);
+        }
+    }
+}
+
 uint8_t * Slots::take(Pool & pool, Urgency urgency) {
+    if (pool.free.empty()) give_back(pool.slot_bytes);
     auto &    from = pool.free.empty() ? pool.empty : pool.free;
     uint8_t * slot = from.back();
     if (pool.free.empty()) {

@@ -69,6 +69,7 @@ class Slots {
     size_t    find_pool(size_t tensor);
     void      reserve(Pool & pool);
     void      all_empty(Pool & pool) const;
+    void      give_back(uint64_t bytes);
     uint8_t * take(Pool & pool, Urgency urgency);
     void      release(Pool & pool, uint8_t * slot);
     void      release_all();

@@ -7,7 +7,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ EXPERT = 50_016  # bytes; 0.05 s at PACE, a little more in whole pages
 PACE = 1e6
 SLOW = 1.5e5  # where something must be over before the reads are: they take 2 s, and a busy machine is allowed for
 HEADER = 1312
+PAGE = mmap.PAGESIZE
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Live:
     path: Path
     address: int  # of the mapping
     content: bytes  # of the file
+    starts: list[list[int]] = field(default_factory=list)  # [layer][tensor] offset of expert 0 in the file
+    sizes: Sequence[Sequence[int]] = ()  # [layer][tensor] bytes of an expert
 
     def select(self, layer: int, *experts: int, hidden: Sequence[float] = ()) -> None:
         """One decoded token whose best experts are these; `hidden` is the input of the layer's router."""
@@ -56,17 +59,28 @@ class Live:
         hook_abi.select(LIB.cr_hook_address(self.handle), layer, scores, N_USED, hidden=hidden)
 
     def find(self, layer: int, tensor: int, expert: int, late: bool) -> int | None:
-        place = self.address + HEADER + ((layer * N_TENSORS + tensor) * N_EXPERT + expert) * EXPERT
         source = self._native.source
-        found: int | None = source.find(source.user_data, place, late)
+        found: int | None = source.find(source.user_data, self.address + self._offset(layer, tensor, expert), late)
         return found
 
     def has(self, layer: int, tensor: int, expert: int, late: bool) -> bool:
         """Whether it is found in this round; if so, the bytes must be those of the file."""
         found = self.find(layer, tensor, expert, late)
-        at = HEADER + ((layer * N_TENSORS + tensor) * N_EXPERT + expert) * EXPERT
-        assert found is None or ctypes.string_at(found, EXPERT) == self.content[at : at + EXPERT]
+        at, size = self._offset(layer, tensor, expert), self.sizes[layer][tensor]
+        assert found is None or ctypes.string_at(found, size) == self.content[at : at + size]
         return found is not None
+
+    def _offset(self, layer: int, tensor: int, expert: int) -> int:
+        return self.starts[layer][tensor] + expert * self.sizes[layer][tensor]
+
+    def pages(self, layer: int, tensor: int, expert: int) -> int:
+        """Pages that an expert touches in one tensor."""
+        at = self._offset(layer, tensor, expert)
+        return (at + self.sizes[layer][tensor] - 1) // PAGE - at // PAGE + 1
+
+    def slot_pages(self, layer: int) -> int:
+        """The most pages that one expert of a layer touches in its tensors."""
+        return sum(max(self.pages(layer, t, e) for e in range(N_EXPERT)) for t in range(N_TENSORS))
 
     @property
     def _native(self) -> Any:
@@ -77,25 +91,24 @@ class Live:
 
 
 @contextmanager
-def hooked(path: Path, io: str, n_layers: int = N_LAYERS) -> Iterator[Live]:
-    content = np.random.default_rng(0).bytes(HEADER + n_layers * N_TENSORS * N_EXPERT * EXPERT)
+def hooked(path: Path, io: str, n_layers: int = N_LAYERS, sizes: Sequence[Sequence[int]] = ()) -> Iterator[Live]:
+    """`sizes`: [layer][tensor] bytes of an expert, by default EXPERT."""
+    sizes = sizes or [[EXPERT] * N_TENSORS] * n_layers
+    ends = np.cumsum([HEADER] + [N_EXPERT * size for layer in sizes for size in layer]).tolist()
+    starts = [ends[i * N_TENSORS : (i + 1) * N_TENSORS] for i in range(n_layers)]
+    content = np.random.default_rng(0).bytes(ends[-1])
     path.write_bytes(content)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
         address = int(np.frombuffer(view, np.uint8).ctypes.data)
-        starts = [HEADER + t * N_EXPERT * EXPERT for t in range(n_layers * N_TENSORS)]
-        tensors = [bindings.Tensor(t // N_TENSORS, 0, at, EXPERT, address + at) for t, at in enumerate(starts)]
+        tensors = [
+            bindings.Tensor(i, 0, at, size, address + at)
+            for i in range(n_layers)
+            for at, size in zip(starts[i], sizes[i], strict=True)
+        ]
         files = (ctypes.c_char_p * 1)(os.fspath(path).encode())
         try:
-            store = bindings.checked(
-                LIB.cr_store_new,
-                files,
-                1,
-                (bindings.Tensor * len(tensors))(*tensors),
-                len(tensors),
-                n_layers,
-                N_EXPERT,
-                io == "direct",
-            )
+            own = (bindings.Tensor * len(tensors))(*tensors)
+            store = bindings.checked(LIB.cr_store_new, files, 1, own, len(tensors), n_layers, N_EXPERT, io == "direct")
         except CacherouteError as e:
             pytest.skip(str(e))
         shape = bindings.Shape(n_layers, N_EXPERT, N_USED, 4, evictions.ONLINE["lru"])
@@ -104,6 +117,6 @@ def hooked(path: Path, io: str, n_layers: int = N_LAYERS) -> Iterator[Live]:
         try:
             LIB.cr_hook_reset(hook)
             LIB.cr_hook_set_pace(hook, PACE)
-            yield Live(hook, path, address, content)
+            yield Live(hook, path, address, content, starts, sizes)
         finally:
             LIB.cr_hook_free(hook)
