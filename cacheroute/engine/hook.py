@@ -73,8 +73,10 @@ class Settings:
             raise UsageError(f"There is no io {io!r}; there are {', '.join(stores.ALL[:-1])} and {stores.ALL[-1]}.")
         if prefetch < 0:
             raise UsageError(f"{prefetch} experts cannot be prefetched; give 0 or more.")
-        if prefetch and not any(layer.router for layer in layout.layers[1:]):
+        if prefetch and not layout.predictable:
             raise UsageError("Experts cannot be prefetched: the model keeps its routers in another type than F32.")
+        if parsed and parsed.speculates and not layout.predictable:
+            raise UsageError(f"{parsed} cannot predict: the model keeps its routers in another type than F32.")
         resolved = budgets.parse(budget, layout)
         strategies.capacities(parsed, resolved, layout)
         return Settings(resolved, parsed, eviction, io, min(prefetch, layout.n_expert), prompts)
@@ -88,10 +90,13 @@ class Hook:
     ) -> None:
         """`model`: the llama_model whose experts are routed, `paths`: of its files, by default those of the layout.
 
-        Raises CacherouteError for what the filesystem cannot do, or a policy that cannot be made.
+        Raises CacherouteError for what the filesystem cannot do, or a policy that cannot be made, UsageError for forced scores
+        without the predictions that the routing needs.
         """
         routing, n = settings.routing, len(layout.layers)
         assert routing
+        if forced and routing.speculates and not forced.predicted:
+            raise UsageError(f"{forced.name} has no predictions for {routing} to go by; replay synthetic scores.")
         self._layout, self._model, self._owner = layout, model, os.getpid()
         self.handle: int | None = None
         self._freeing = threading.Lock()  # progress() is asked from another thread
@@ -111,7 +116,7 @@ class Hook:
         if forced:
             self._force(forced)
         self._router_weights = self._routers()
-        if settings.prefetch:
+        if settings.prefetch or routing.speculates:
             _lib.cr_hook_prefetch(self.handle, settings.prefetch, *self._router_weights)
         self._raise_error()
 

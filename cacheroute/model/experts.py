@@ -96,6 +96,11 @@ class ExpertLayout:
         return tuple(layer.index for layer in self.layers)
 
     @property
+    def predictable(self) -> bool:
+        """Whether a layer before another has what predicts its scores (native/prediction.h)."""
+        return any(layer.router for layer in self.layers[1:])
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes of one expert in every layer: what one more expert per layer costs."""
         return sum(layer.expert_bytes for layer in self.layers)

@@ -57,7 +57,7 @@ class Progress(ctypes.Structure):
     _fields_ = [(n, c_uint64) for n in ("begun", "done", "needed_bytes", "read_bytes", "layer_bytes")]
 
 
-ABI_VERSION = 7  # CR_ABI_VERSION
+ABI_VERSION = 8  # CR_ABI_VERSION
 UNKNOWN_BYTES = 2**64 - 1  # of expert_files.h
 
 _I32P, _F64P = POINTER(c_int32), POINTER(c_double)
@@ -70,7 +70,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_abi_matches": (c_int32, [c_uint32] * 7),
     "cr_router_new": (c_void_p, [POINTER(Shape), POINTER(Routing), c_char_p, c_int32]),
     "cr_router_free": (None, [c_void_p]),
-    "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, c_int32, *[_I32P] * 5]),
+    "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, c_int32, _F64P, *[_I32P] * 5]),
     "cr_router_replay": (c_int32, [c_void_p, c_int32, c_int64, *[c_void_p] * 7]),
     "cr_router_set_policy": (None, [c_void_p, POLICY, c_void_p]),
     "cr_router_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),
