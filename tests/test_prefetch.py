@@ -245,9 +245,16 @@ def test_a_model_whose_routers_cannot_be_evaluated(alone: Path, monkeypatch: pyt
 
 
 def test_the_names_of_routers_and_norms() -> None:
-    floats = {"blk.1.ffn_gate_inp.weight": 64, "blk.1.ffn_gate_inp.bias": 8, "blk.1.post_attention_norm.weight": 64}
+    floats = {
+        "blk.3.ffn_gate_inp.weight": 64,
+        "blk.3.exp_probs_b.bias": 8,
+        "blk.1.ffn_gate_inp.weight": 64,
+        "blk.1.ffn_gate_inp.bias": 8,
+        "blk.1.post_attention_norm.weight": 64,
+    }
     assert experts._router(1, floats) == experts.RouterTensors(
-        "blk.1.ffn_gate_inp.weight", "blk.1.ffn_gate_inp.bias", "blk.1.post_attention_norm.weight", 64
+        "blk.1.ffn_gate_inp.weight", "blk.1.ffn_gate_inp.bias", "blk.1.post_attention_norm.weight", "", 64
     )
     assert experts._router(2, floats) is None
-    assert ctypes.sizeof(bindings.RouterWeights) == 3 * ctypes.sizeof(ctypes.c_void_p)
+    assert experts._router(3, floats) == experts.RouterTensors("blk.3.ffn_gate_inp.weight", "", "", "blk.3.exp_probs_b.bias", 64)
+    assert ctypes.sizeof(bindings.RouterWeights) == 4 * ctypes.sizeof(ctypes.c_void_p)

@@ -22,6 +22,7 @@ from cacheroute.trace import forced_scores, trace_file
 from support import oracle, tiny_models
 from support.expert_file import on_a_disk
 from support.live_hook import LIB, Ahead, compute, counters, hooked, settled
+from support.native_hook import SIGMOID, SOFTMAX
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
 
@@ -65,6 +66,16 @@ def test_a_bonus_for_what_is_cached(tmp_path: Path) -> None:
             compute(live, 1, 3, 6)
             settled(live)
         assert counters(live).misses == 4
+
+
+@pytest.mark.parametrize(("gating", "run"), [(SOFTMAX, (3, 4)), (SIGMOID, (3, 6))])
+def test_a_bias_for_the_choice_is_added_to_probabilities(tmp_path: Path, gating: int, run: tuple[int, int]) -> None:
+    """Of the logits 5, 4 and -5 a softmax makes .73, .27, 0, and a sigmoid .99, .98, .01; expert 4 gets 0.5 more."""
+    with hooked(on_a_disk(tmp_path) / "experts.bin", "mmap", routing="speculate") as live:
+        ahead = Ahead(live, 0, selection_bias=0.5 * (np.arange(8) == 4))
+        live.select(0, 2, 5, hidden=ahead.hidden(3, 6), gating=gating)
+        live.select(1, 7, 5, run=run, gating=gating)
+        settled(live)
 
 
 def test_without_a_prediction_it_is_original(tmp_path: Path) -> None:

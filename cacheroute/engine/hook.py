@@ -132,7 +132,9 @@ class Hook:
         weights = (bindings.RouterWeights * len(routers))()
         for own, router in zip(weights, routers, strict=True):
             if router:
-                own.weight, own.bias, own.norm = (self._address(name) for name in (router.weight, router.bias, router.norm))
+                own.weight, own.bias, own.norm, own.selection_bias = (
+                    self._address(name) for name in (router.weight, router.bias, router.norm, router.selection_bias)
+                )
         return next((router.width for router in routers if router), 0), weights
 
     def read_ahead(self, limit: int) -> None:

@@ -51,6 +51,7 @@ class RouterTensors:
     weight: str
     bias: str
     norm: str
+    selection_bias: str
     width: int
 
 
@@ -178,4 +179,4 @@ def _router(index: int, floats: dict[str, int]) -> RouterTensors | None:
     if not weight:
         return None
     norm = named("ffn_norm.weight", "post_attention_norm.weight")  # gpt-oss and others have the second only
-    return RouterTensors(weight, named("ffn_gate_inp.bias"), norm, floats[weight])
+    return RouterTensors(weight, named("ffn_gate_inp.bias"), norm, named("exp_probs_b.bias"), floats[weight])

@@ -42,7 +42,7 @@ class Shape(ctypes.Structure):
 class RouterWeights(ctypes.Structure):
     """struct cr_router_weights"""
 
-    _fields_ = [(n, c_void_p) for n in ("weight", "bias", "norm")]
+    _fields_ = [(n, c_void_p) for n in ("weight", "bias", "norm", "selection_bias")]
 
 
 class Tensor(ctypes.Structure):

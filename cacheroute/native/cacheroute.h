@@ -52,11 +52,13 @@ struct cr_shape {
 };
 
 /* The router of a MoE layer, in the model's memory: weight [E][n_embd] (NULL: the layer cannot be predicted), bias [E] or
- * NULL, norm [n_embd] of what it is given, or NULL. */
+ * NULL, norm [n_embd] of what it is given, or NULL, selection_bias [E] that is added to the probabilities for the choice alone, or
+ * NULL. */
 struct cr_router_weights {
     const float * weight;
     const float * bias;
     const float * norm;
+    const float * selection_bias;
 };
 
 /* Sums over tokens and layers of one phase, prompt or decode. Mirrored once, in native/counters.py. */

@@ -370,7 +370,7 @@ void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16
 
 static Prediction make_prediction(Hook & h, int32_t n_embd, const cr_router_weights * layers) {
     std::vector<RouterWeights> weights;
-    for (size_t l = 0; l < h.routers().size(); l++) weights.push_back({layers[l].weight, layers[l].bias, layers[l].norm});
+    for (size_t l = 0; l < h.routers().size(); l++) weights.push_back({layers[l].weight, layers[l].bias, layers[l].norm, layers[l].selection_bias});
     return Prediction(int(h.routers()[0].cache().resident().size()), n_embd, std::move(weights));
 }
 

@@ -24,7 +24,7 @@ bool Prefetch::predict(int layer, uint32_t token, const ExpertEvent & ev, const 
     if (ev.n_embd != prediction_.n_embd()) return false;
     const ForcedScores & forced = source.forced(layer + 1);
     if (!forced.z.empty()) return forced.predicted_rows().read(token, predicted_); // the model's router cannot predict forced scores
-    const auto * scores = prediction_.scores(layer, ev.hidden);
+    const auto * scores = prediction_.scores(layer, ev.hidden, ev.gating);
     if (scores) predicted_.fill(scores->data(), scores->data(), int(scores->size()), false, true);
     return scores != nullptr;
 }

@@ -41,13 +41,13 @@ class Live:
     address: int  # of the mapping
     content: bytes  # of the file
 
-    def select(self, layer: int, *experts: int, hidden: Sequence[float] = (), run: Sequence[int] = ()) -> None:
+    def select(self, layer: int, *experts: int, hidden: Sequence[float] = (), run: Sequence[int] = (), gating: int = 1) -> None:
         """One decoded token whose best experts are these; `run` must run, these by default. `hidden` is the router's input."""
         scores = np.zeros(N_EXPERT, np.float32)
         scores[list(run)] = 0.5  # 0 would be masked
         scores[list(experts)] = 5 - np.arange(len(experts))
         LIB.cr_hook_set_phase(self.handle, 1)
-        ids = hook_abi.select(LIB.cr_hook_address(self.handle), layer, scores[None], N_USED, hidden=hidden)
+        ids = hook_abi.select(LIB.cr_hook_address(self.handle), layer, scores[None], N_USED, hidden=hidden, gating=gating)
         assert set(ids[0]) == set(run or experts)
 
     def prompt(self, layer: int, rows: Sequence[Sequence[int]], hidden: npt.ArrayLike = ()) -> None:
@@ -82,7 +82,7 @@ class Live:
 class Ahead:
     """Reads ahead on a Live hook, with a router of random weights in layer 1."""
 
-    def __init__(self, live: Live, n: int, *, norms: bool = True, bias: bool = True) -> None:
+    def __init__(self, live: Live, n: int, *, norms: bool = True, bias: bool = True, selection_bias: npt.ArrayLike = ()) -> None:
         rng = np.random.default_rng(3)
         self.weight = rng.standard_normal((N_EXPERT, WIDTH)).astype(np.float32)
         self.bias = rng.standard_normal(N_EXPERT).astype(np.float32) * bias
@@ -90,6 +90,8 @@ class Ahead:
         layers = (bindings.RouterWeights * N_LAYERS)()
         layers[1].weight = self.weight.ctypes.data
         layers[1].bias = self.bias.ctypes.data if bias else None
+        self.selection_bias = np.array(selection_bias, np.float32)
+        layers[1].selection_bias = self.selection_bias.ctypes.data if self.selection_bias.size else None
         for layer, norm in zip(layers, self.norms, strict=True):
             layer.norm = norm.ctypes.data if norms else None
         LIB.cr_hook_prefetch(live.handle, n, WIDTH, layers)
