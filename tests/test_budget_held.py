@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from cacheroute import Llama
 from cacheroute.engine.hook import _api
@@ -69,6 +70,7 @@ class Seen:
     """What one layer was asked and what it answered, per token."""
 
     probs: list[list[float]] = field(default_factory=list)
+    hidden: list[list[float]] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)
 
 
@@ -82,6 +84,7 @@ def overheard(llm: Llama) -> Iterator[list[Seen]]:
         native.select(user_data, event)
         e = event.contents
         seen[e.il].probs += np.ctypeslib.as_array(e.probs, (e.n_tokens, e.n_expert)).tolist()
+        seen[e.il].hidden += np.ctypeslib.as_array(e.hidden, (e.n_tokens, e.n_embd)).tolist()
         seen[e.il].ids += np.ctypeslib.as_array(e.ids, (e.n_tokens, e.n_used)).tolist()
 
     ours = CHook.of(CCallback(select), native.reweight, native.user_data, native.source)
@@ -221,10 +224,14 @@ def test_after_a_prompt_the_last_distinct_experts_are_in_memory(large: Path, evi
         ("cache-prior:lambda=0.3:j=1", oracle.Routing("cache-prior", lam=0.3, j=1)),
         ("max-rank:m=8:j=1:max-loss=0.25", oracle.Routing("max-rank", m=8, j=1, max_loss=0.25)),
         ("drop-cold:f=0.9", oracle.Routing("drop-cold", f=0.9)),
+        ("dynamic-k:p=0.6", oracle.Routing("dynamic-k", p=0.6, k=1)),
+        ("speculate", oracle.Routing("speculate", j=0)),
+        ("speculate:lambda=0.2:j=1", oracle.Routing("speculate", lam=0.2, j=1)),
     ],
 )
 def test_live_choices_match_the_oracle(small: Path, spec: str, routing: oracle.Routing) -> None:
-    """Prompt and decode of a live model, replayed by the oracle from the probabilities that the hook was asked about."""
+    """Prompt and decode of a live model, replayed by the oracle from the probabilities and hidden states that the hook saw."""
+    weights = {t.name: np.array(t.data, np.float64) for t in GGUFReader(small).tensors if t.tensor_type.name == "F32"}
     with loaded(small, routing=spec, eviction="score") as llm:
         with overheard(llm) as seen:
             llm.eval(tokens(llm, 40))
@@ -232,12 +239,17 @@ def test_live_choices_match_the_oracle(small: Path, spec: str, routing: oracle.R
                 for token in tokens(llm, 150, seed=1):
                     llm.eval([token])
         misses = swapped = 0
-        for said in seen:
+        for i, said in enumerate(seen):
             layer = oracle.Layer(llm.layout.n_expert, llm.layout.n_used, CAPACITY, routing, "score")
             n_prompt = len(said.ids) - 150  # 40, but in the last layer: the last token alone
             for t, (probs, ids) in enumerate(zip(said.probs, said.ids, strict=True)):
                 mass = np.array(probs)
-                event = layer.step(np.log(mass), mass, prefill=t < n_prompt)
+                predicted = None
+                if i and t >= n_prompt:
+                    own, its = (weights[f"blk.{n}.ffn_norm.weight"] for n in (i - 1, i))
+                    hidden = np.array(seen[i - 1].hidden[t - len(said.ids)])
+                    predicted = weights[f"blk.{i}.ffn_gate_inp.weight"] @ (hidden / own * its)
+                event = layer.step(np.log(mass), mass, prefill=t < n_prompt, predicted=predicted)
                 assert ids == event.run + event.run[:1] * (llm.layout.n_used - len(event.run)), f"token {t}"
                 misses += len(event.missed) if t >= n_prompt else 0
                 swapped += event.swapped

@@ -380,7 +380,9 @@ def with_equal_experts(case: Case, folder: Path) -> Path:
     return folder / case.path.name
 
 
-@pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0", "max-rank:m={k}", "pruning:k={k}", "drop-cold:f=0"])
+@pytest.mark.parametrize(
+    "routing", ["original", "cache-prior:lambda=0", "max-rank:m={k}", "pruning:k={k}", "drop-cold:f=0", "speculate:j={k}"]
+)
 def test_equal_scores_are_chosen_as_upstream_does(case: Case, tmp_path: Path, routing: str) -> None:
     """At its neutral parameter every strategy returns the ids of llama.cpp's own top-k node, ties included."""
     path, name = with_equal_experts(case, tmp_path), routing.format(k=case.shape.n_used)

@@ -20,14 +20,25 @@ from cacheroute.errors import UsageError
 from cacheroute.evals.perplexity import log_probabilities
 from cacheroute.model import experts
 from cacheroute.native import bindings
-from cacheroute.native.counters import Counters
 from support import tiny_models
 from support.expert_file import on_a_disk
-from support.live_hook import EXPERT, LIB, N_EXPERT, N_LAYERS, N_TENSORS, PACE, SLOW, Live, hooked
+from support.live_hook import (
+    EXPERT,
+    LIB,
+    N_EXPERT,
+    N_LAYERS,
+    N_TENSORS,
+    PACE,
+    SLOW,
+    Ahead,
+    Live,
+    compute,
+    counters,
+    hooked,
+    settled,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
-
-WIDTH = 21  # of the hidden state: no multiple of anything
 
 
 @pytest.fixture(params=["buffered", "direct"])
@@ -35,47 +46,6 @@ def live(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Live]:
     """Nothing resident, no token yet."""
     with hooked(on_a_disk(tmp_path) / "experts.bin", request.param) as hook:
         yield hook
-
-
-class Ahead:
-    """Reads ahead on a Live hook, with a router of random weights in layer 1."""
-
-    def __init__(self, live: Live, n: int, *, norms: bool = True, bias: bool = True) -> None:
-        rng = np.random.default_rng(3)
-        self.weight = rng.standard_normal((N_EXPERT, WIDTH)).astype(np.float32)
-        self.bias = rng.standard_normal(N_EXPERT).astype(np.float32) * bias
-        self.norms = rng.uniform(0.5, 2, (N_LAYERS, WIDTH)).astype(np.float32) if norms else np.ones((2, WIDTH), np.float32)
-        layers = (bindings.RouterWeights * N_LAYERS)()
-        layers[1].weight = self.weight.ctypes.data
-        layers[1].bias = self.bias.ctypes.data if bias else None
-        for layer, norm in zip(layers, self.norms, strict=True):
-            layer.norm = norm.ctypes.data if norms else None
-        LIB.cr_hook_prefetch(live.handle, n, WIDTH, layers)
-
-    def hidden(self, *wanted: int) -> list[float]:
-        """A state of layer 0 by which layer 1 would choose these experts, best first."""
-        scores = np.full(N_EXPERT, -5.0)
-        scores[list(wanted)] = 5 - np.arange(len(wanted))
-        x, *_ = np.linalg.lstsq(self.weight.astype(float), scores - self.bias, rcond=None)
-        return [float(v) for v in x / self.norms[1] * self.norms[0]]
-
-
-def counters(live: Live) -> Counters:
-    return bindings.counters(LIB.cr_hook_counters, live.handle, -1, prefill=False)
-
-
-def compute(live: Live, layer: int, *needed: int) -> None:
-    """What the matmuls of a layer do: each expert is found in one of the rounds, with the bytes of the file."""
-    for tensor in range(N_TENSORS):
-        for expert in needed:
-            assert live.has(layer, tensor, expert, late=False) != live.has(layer, tensor, expert, late=True)
-
-
-def settled(live: Live) -> None:
-    """After a token: no error, and memory holds what the store has counted."""
-    LIB.cr_hook_finish(live.handle, 1)
-    assert live.error() == ""
-    assert LIB.cr_hook_measure_resident(live.handle) == LIB.cr_hook_resident_bytes(live.handle) > 0
 
 
 N_NEW = {(3, 6): 2, (6, 1): 1, (0, 4): 2, (7, 2): 2, (5, 3): 2}  # that a cache of four experts has not kept
@@ -275,9 +245,16 @@ def test_a_model_whose_routers_cannot_be_evaluated(alone: Path, monkeypatch: pyt
 
 
 def test_the_names_of_routers_and_norms() -> None:
-    floats = {"blk.1.ffn_gate_inp.weight": 64, "blk.1.ffn_gate_inp.bias": 8, "blk.1.post_attention_norm.weight": 64}
+    floats = {
+        "blk.3.ffn_gate_inp.weight": 64,
+        "blk.3.exp_probs_b.bias": 8,
+        "blk.1.ffn_gate_inp.weight": 64,
+        "blk.1.ffn_gate_inp.bias": 8,
+        "blk.1.post_attention_norm.weight": 64,
+    }
     assert experts._router(1, floats) == experts.RouterTensors(
-        "blk.1.ffn_gate_inp.weight", "blk.1.ffn_gate_inp.bias", "blk.1.post_attention_norm.weight", 64
+        "blk.1.ffn_gate_inp.weight", "blk.1.ffn_gate_inp.bias", "blk.1.post_attention_norm.weight", "", 64
     )
     assert experts._router(2, floats) is None
-    assert ctypes.sizeof(bindings.RouterWeights) == 3 * ctypes.sizeof(ctypes.c_void_p)
+    assert experts._router(3, floats) == experts.RouterTensors("blk.3.ffn_gate_inp.weight", "", "", "blk.3.exp_probs_b.bias", 64)
+    assert ctypes.sizeof(bindings.RouterWeights) == 4 * ctypes.sizeof(ctypes.c_void_p)

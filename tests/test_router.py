@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cacheroute.errors import CacherouteError
 from support import oracle
-from support.native_router import native_layer
+from support.native_router import NativeLayer, native_layer
 from support.oracle import Event, Routing, Vector
 
 KINDS = ("smooth", "ties", "constant", "groups", "few")
@@ -44,6 +44,13 @@ class Trial:
             habit = 0.95 * habit + rng.normal(0, 0.6, self.n_expert)
             z, mass = self._scores(rng, habit + rng.normal(0, 1, self.n_expert))
             yield z, mass, t < self.n_prompt or rng.random() < 0.1
+
+    def predictions(self) -> Iterator[Vector | None]:
+        """For `speculate`, one for each token: none, or scores of another scale than z, often tied."""
+        rng = np.random.default_rng([self.seed, 1])
+        for _ in range(self.n_tokens):
+            predicted = 8 * rng.normal(0, 1, self.n_expert)
+            yield None if rng.random() < 0.1 else np.round(predicted) if rng.random() < 0.5 else predicted
 
     def _scores(self, rng: np.random.Generator, z: Vector) -> tuple[Vector, Vector]:
         # Sums of sixteenths and masses of 1/64 are exact in any order: what ties here, ties in every implementation.
@@ -98,7 +105,12 @@ def routed_trials(draw: st.DrawFn, strategy: str | None = None) -> tuple[Trial, 
 def run_native(trial: Trial, routing: Routing, eviction: str = "lru") -> list[Event]:
     """All events of a trial by the C++ core."""
     with native_layer(trial.n_expert, trial.n_used, trial.capacity, routing, eviction) as layer:
-        return [layer.step(z, mass, prefill=prefill) for z, mass, prefill in trial.tokens()]
+        return list(steps(layer, trial))
+
+
+def steps(layer: NativeLayer, trial: Trial) -> Iterator[Event]:
+    for (z, mass, prefill), predicted in zip(trial.tokens(), trial.predictions(), strict=True):
+        yield layer.step(z, mass, prefill=prefill, predicted=predicted)
 
 
 @given(routed_trials())
@@ -108,8 +120,8 @@ def test_every_event_matches_the_oracle(case: tuple[Trial, Routing, str]) -> Non
     expected = oracle.Layer(trial.n_expert, trial.n_used, trial.capacity, routing, eviction)
     with native_layer(trial.n_expert, trial.n_used, trial.capacity, routing, eviction) as layer:
         slots = {True: 0, False: 0}
-        for z, mass, prefill in trial.tokens():
-            want, got = expected.step(z, mass, prefill=prefill), layer.step(z, mass, prefill=prefill)
+        for (z, mass, prefill), predicted in zip(trial.tokens(), trial.predictions(), strict=True):
+            want, got = (x.step(z, mass, prefill=prefill, predicted=predicted) for x in (expected, layer))
             assert replace(got, lost_mass=0) == replace(want, lost_mass=0)
             assert got.lost_mass == pytest.approx(want.lost_mass, abs=1e-9)
             assert layer.resident == expected.cache.resident
@@ -127,7 +139,7 @@ def limits(trial: Trial) -> list[Routing]:
     nothing = [Routing("cache-prior", lam=0.0, j=j) for j in (0, 1, k)]
     nothing += [Routing("max-rank", m=k, j=j) for j in (0, 1, k)]
     nothing += [Routing("cumsum", p=p) for p in (0.0, 1e-12, 1 / e)]  # the best expert alone has at least 1/E
-    nothing += [Routing("pruning", k=k), Routing("drop-cold", f=0.0)]
+    nothing += [Routing("pruning", k=k), Routing("drop-cold", f=0.0), Routing("dynamic-k", k=k), Routing("speculate", j=k)]
     harsh = Routing(k=1, m=e, j=0, p=1.0, lam=HUGE, f=HUGE, max_loss=0.0)
     return nothing + [replace(harsh, strategy=s) for s in oracle.STRATEGIES]
 
@@ -159,7 +171,7 @@ def test_ties_go_to_the_lower_index(strategy: str) -> None:
 @given(routed_trials())
 def test_the_top_j_always_run(case: tuple[Trial, Routing, str]) -> None:
     trial, routing, eviction = case
-    if routing.strategy in ("pruning", "drop-cold"):
+    if routing.strategy in ("pruning", "drop-cold", "dynamic-k"):
         routing = replace(routing, strategy="cache-prior")
     for (z, _, _), event in zip(trial.tokens(), run_native(trial, routing, eviction), strict=True):
         assert set(oracle.ranked(z)[: routing.j]) <= set(event.run)
@@ -195,8 +207,7 @@ def test_no_token_evicts_its_own_experts_and_the_budget_holds(case: tuple[Trial,
     trial, routing, eviction = case
     routing = replace(routing, lam=HUGE, m=trial.n_expert)
     with native_layer(trial.n_expert, trial.n_used, trial.capacity, routing, eviction) as layer:
-        for z, mass, prefill in trial.tokens():
-            event = layer.step(z, mass, prefill=prefill)
+        for event in steps(layer, trial):
             assert len(set(event.run)) == len(event.run)
             assert set(event.run) <= layer.resident
             assert not set(event.run) & set(event.evicted)
@@ -209,7 +220,7 @@ def test_a_run_after_a_reset_repeats_exactly(case: tuple[Trial, Routing, str]) -
     with native_layer(trial.n_expert, trial.n_used, trial.capacity, routing, eviction) as layer:
         runs = []
         for _ in range(2):
-            runs.append([replace(layer.step(z, mass, prefill=p), lost_mass=0) for z, mass, p in trial.tokens()])
+            runs.append([replace(event, lost_mass=0) for event in steps(layer, trial)])
             layer.reset()
             assert not layer.resident and layer.mean_range == 0
         assert runs[0] == runs[1]

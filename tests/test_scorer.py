@@ -36,7 +36,13 @@ REQUESTS = [
     Request(parse(routing), budget, eviction, chunk, kl)
     for chunk in (0, 1, 0, 2)
     for budget, eviction in ((8, "lru"), (8, "soft-lfu"), (12, "soft-lfu"))
-    for routing, kl in (("original", False), ("cache-prior:lambda=0.4", True), ("pruning:k=2", False), ("drop-cold:f=0.5", False))
+    for routing, kl in (
+        ("original", False),
+        ("cache-prior:lambda=0.4", True),
+        ("pruning:k=2", False),
+        ("drop-cold:f=0.5", False),
+        ("speculate", False),
+    )
 ] + [Request(HELD, budget, "lru", 0) for budget in (8, 12)]
 
 

@@ -32,6 +32,7 @@ ROUTINGS = (
     "cache-prior:lambda=0.2",
     "cache-prior:lambda=0.8:max-loss=0.1",
     "drop-cold:f=0.8",
+    "dynamic-k:p=0.6:k=2",
 )
 ONLINE = tuple(evictions.ONLINE)
 

@@ -110,6 +110,8 @@ def bench(
     source = forced_scores.parse(replay) if replay else None
     if source and source.trace and any(prefetch_counts):
         raise UsageError("A trace has no predictions to prefetch by; replay synthetic scores, or leave --prefetch out.")
+    if source and source.trace and any(r.speculates for r in parsed.values()):
+        raise UsageError("A trace has no predictions for `speculate` to go by; replay synthetic scores.")
     from cacheroute.engine import stores
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory

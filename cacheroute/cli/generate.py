@@ -229,7 +229,7 @@ def _summary(run: Completion) -> str:
         f"swapped {d.swapped}/{d.examined}",
         *([f"prompt swapped {s.prefill.swapped}/{s.prefill.examined}"] if run.llm.prompt_routing.lossy else []),
         *([f"dropped {d.dropped}/{d.examined}"] if d.dropped else []),
-        *([f"prefetched {d.prefetched}, {d.prefetch_used} of them chosen"] if run.llm.prefetch else []),
+        *([f"prefetched {d.prefetched}, {d.prefetch_used} of them chosen"] if run.llm.prefetch or d.prefetched else []),
         f"resident all {s.resident_bytes / MIB:.1f} MiB"
         if s.io == "load"
         else f"resident {s.resident_bytes / MIB:.1f} of {s.budget_bytes / MIB:.1f} MiB",

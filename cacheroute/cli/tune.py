@@ -19,7 +19,7 @@ from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import paired
 from cacheroute.routing import budget as budgets
-from cacheroute.routing import tuned
+from cacheroute.routing import strategies, tuned
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.routing.strategies import EXPERTS
 
@@ -97,7 +97,7 @@ def tune(
     n_places: PlacesOption = 24,
     uniform: Annotated[bool, typer.Option("--uniform", help="Fit one value for all layers instead of one per layer.")] = False,
     strategy: Annotated[
-        str, typer.Option("--strategy", help="Strategy for --uniform: cache-prior, max-rank, cumsum, drop-cold or pruning.")
+        str, typer.Option("--strategy", help="Strategy for --uniform (`cacheroute routing` lists them).")
     ] = "cache-prior",
     eviction: options.EvictionOption = DEFAULT,
     chunk: ChunkOption = 512,
@@ -149,7 +149,8 @@ def tune(
     path = catalogue.resolve(model)
     layout = experts.layout(gguf_file.read(path))
     if uniform and not tuning.ladder(strategy, layout):
-        raise UsageError(f"{strategy!r} has nothing to tune; there are cache-prior, max-rank, cumsum, drop-cold, pruning.")
+        names = ", ".join(name for name in strategies.STRATEGIES if tuning.ladder(name, layout))
+        raise UsageError(f"{strategy!r} has nothing to tune; there are {names}.")
     capacity = budgets.parse(budget, layout).capacity
     budget = budget or budgets.default_name(layout)
     goal = tuning.Goal(capacity, eviction, allowed, uniform, strategy, price_tokens, price_groups, seed)

@@ -74,8 +74,10 @@ class Settings:
             raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(evictions.ONLINE)}.")
         if prefetch < 0:
             raise UsageError(f"{prefetch} experts cannot be prefetched; give 0 or more.")
-        if prefetch and not any(layer.router for layer in layout.layers[1:]):
+        if prefetch and not layout.predictable:
             raise UsageError("Experts cannot be prefetched: the model keeps its routers in another type than F32.")
+        if parsed and parsed.speculates and not layout.predictable:
+            raise UsageError(f"{parsed} cannot predict: the model keeps its routers in another type than F32.")
         resolved = budgets.parse(budget, layout)
         holds_all = set(strategies.capacities(parsed, resolved, layout)) == {layout.n_expert}
         reads = "a pace of reads" if paced else "a prefetch" if prefetch else ""
@@ -91,10 +93,13 @@ class Hook:
     ) -> None:
         """`model`: the llama_model whose experts are routed, `paths`: of its files, by default those of the layout.
 
-        Raises CacherouteError for what the filesystem cannot do, or a policy that cannot be made.
+        Raises CacherouteError for what the filesystem cannot do, or a policy that cannot be made, UsageError for forced scores
+        without the predictions that the routing needs.
         """
         routing, n = settings.routing, len(layout.layers)
         assert routing
+        if forced and routing.speculates and not forced.predicted:
+            raise UsageError(f"{forced.name} has no predictions for {routing} to go by; replay synthetic scores.")
         self._layout, self._model, self._owner = layout, model, os.getpid()
         self.handle: int | None = None
         self._freeing = threading.Lock()  # progress() is asked from another thread
@@ -116,7 +121,7 @@ class Hook:
         if forced:
             self._force(forced)
         self._router_weights = self._routers()
-        if settings.prefetch:
+        if settings.prefetch or routing.speculates:
             _lib.cr_hook_prefetch(self.handle, settings.prefetch, *self._router_weights)
         self._raise_error()
 
@@ -132,7 +137,9 @@ class Hook:
         weights = (bindings.RouterWeights * len(routers))()
         for own, router in zip(weights, routers, strict=True):
             if router:
-                own.weight, own.bias, own.norm = (self._address(name) for name in (router.weight, router.bias, router.norm))
+                own.weight, own.bias, own.norm, own.selection_bias = (
+                    self._address(name) for name in (router.weight, router.bias, router.norm, router.selection_bias)
+                )
         return next((router.width for router in routers if router), 0), weights
 
     def read_ahead(self, limit: int) -> None:

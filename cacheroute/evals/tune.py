@@ -48,7 +48,10 @@ def ladder(strategy: str, layout: ExpertLayout) -> list[Routing]:
         "cumsum": ("p", _SHARES),
         "drop-cold": ("f", [0.1 * i for i in range(1, 21)]),
         "pruning": ("k", range(k - 1, 0, -1)),
+        "dynamic-k": ("p", [p for p in _SHARES[::-1] if 0.5 <= p < 1]),
     }
+    if layout.predictable:
+        values["speculate"] = ("lambda", (0.0, *_LAMBDAS))
     name, rungs = values.get(strategy, ("", ()))
     return [Routing(strategy, {name: round(float(x), 3)}) for x in rungs]
 

@@ -51,6 +51,7 @@ class RouterTensors:
     weight: str
     bias: str
     norm: str
+    selection_bias: str
     width: int
 
 
@@ -94,6 +95,11 @@ class ExpertLayout:
     def indices(self) -> tuple[int, ...]:
         """llama.cpp's numbers of the layers."""
         return tuple(layer.index for layer in self.layers)
+
+    @property
+    def predictable(self) -> bool:
+        """Whether a layer before another has what predicts its scores (native/prediction.h)."""
+        return any(layer.router for layer in self.layers[1:])
 
     @property
     def expert_bytes(self) -> int:
@@ -173,4 +179,4 @@ def _router(index: int, floats: dict[str, int]) -> RouterTensors | None:
     if not weight:
         return None
     norm = named("ffn_norm.weight", "post_attention_norm.weight")  # gpt-oss and others have the second only
-    return RouterTensors(weight, named("ffn_gate_inp.bias"), norm, floats[weight])
+    return RouterTensors(weight, named("ffn_gate_inp.bias"), norm, named("exp_probs_b.bias"), floats[weight])

@@ -42,7 +42,7 @@ class Shape(ctypes.Structure):
 class RouterWeights(ctypes.Structure):
     """struct cr_router_weights"""
 
-    _fields_ = [(n, c_void_p) for n in ("weight", "bias", "norm")]
+    _fields_ = [(n, c_void_p) for n in ("weight", "bias", "norm", "selection_bias")]
 
 
 class Tensor(ctypes.Structure):
@@ -69,7 +69,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_abi_matches": (c_int32, [c_uint32] * 7),
     "cr_router_new": (c_void_p, [POINTER(Shape), POINTER(Routing), c_char_p, c_int32]),
     "cr_router_free": (None, [c_void_p]),
-    "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, c_int32, *[_I32P] * 5]),
+    "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, c_int32, _F64P, *[_I32P] * 5]),
     "cr_router_replay": (c_int32, [c_void_p, c_int32, c_int64, *[c_void_p] * 7]),
     "cr_router_set_policy": (None, [c_void_p, POLICY, c_void_p]),
     "cr_router_resident": (None, [c_void_p, c_int32, POINTER(c_uint8)]),

@@ -15,9 +15,19 @@ void CachedRouter::reset() {
 const std::vector<int32_t> & CachedRouter::predict(const Scores & scores) {
     Selection & sel = event_.selection;
     router_.select(scores, cache_.resident(), router_.custom(), nullptr, sel);
+    return missing(sel.ids, sel.n_run);
+}
+
+const std::vector<int32_t> & CachedRouter::speculate(const Scores & predicted, std::vector<int32_t> & ids) {
+    router_.speculate(predicted.z, cache_.resident(), ids);
+    return missing(ids, n_used_ - router_.n_always());
+}
+
+// The first n of `ids` that are not in the cache.
+const std::vector<int32_t> & CachedRouter::missing(const std::vector<int32_t> & ids, int n) {
     event_.missed.clear();
-    for (int32_t i = 0; i < sel.n_run; i++) {
-        if (!cache_.resident()[sel.ids[i]]) event_.missed.push_back(sel.ids[i]);
+    for (int i = 0; i < n; i++) {
+        if (!cache_.resident()[ids[i]]) event_.missed.push_back(ids[i]);
     }
     return event_.missed;
 }
@@ -52,7 +62,7 @@ void CachedRouter::warm(const std::vector<int32_t> & ids) {
 }
 
 const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32_t * model_ids, bool prescribed,
-                                 const std::vector<uint8_t> * allowed) {
+                                 const std::vector<uint8_t> * allowed, const std::vector<int32_t> * speculated) {
     const bool  prefill = phase == Phase::prefill;
     Selection & sel     = event_.selection;
 
@@ -63,7 +73,7 @@ const Event & CachedRouter::step(const Scores & scores, Phase phase, const int32
     if (prescribed) {
         sel = Selection{{model_ids, model_ids + n_used_}, n_used_, 0, 0.0};
     } else {
-        router_.select(scores, cache_.resident(), prefill, model_ids, sel, allowed);
+        router_.select(scores, cache_.resident(), prefill, model_ids, sel, allowed, speculated);
     }
 
     // 3: count against that same cache

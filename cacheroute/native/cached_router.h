@@ -28,12 +28,16 @@ class CachedRouter {
 
     // One token. In prefill the choice is `original` among the `allowed` ([E] 0/1; null: all), and the eviction is by recency.
     // `model_ids`, if not null, are the ids [K] that the model itself would run, best first; `prescribed`: they run under any
-    // routing.
+    // routing. `speculated`: see Router::select().
     const Event & step(const Scores & scores, Phase phase, const int32_t * model_ids = nullptr, bool prescribed = false,
-                       const std::vector<uint8_t> * allowed = nullptr);
+                       const std::vector<uint8_t> * allowed = nullptr, const std::vector<int32_t> * speculated = nullptr);
 
     // What a decoded token of these scores would miss, best first. Changes nothing: a custom policy is not asked, `original` is.
     const std::vector<int32_t> & predict(const Scores & scores);
+
+    // Router::speculate() by these predicted scores, for the next step(). Returns those of `ids` that are missing and will run: not
+    // the last J, which the J best of the layer's own scores may replace. Only a masked expert and the guard can make that wrong.
+    const std::vector<int32_t> & speculate(const Scores & predicted, std::vector<int32_t> & ids);
 
     // Puts experts into the cache, the last of them most recent: what a sequence starts with. At most `capacity` of them.
     void warm(const std::vector<int32_t> & ids);
@@ -56,10 +60,13 @@ class CachedRouter {
     void                set_policy(Policy policy) { router_.set_policy(std::move(policy)); }
     Counters &          counters(Phase phase) { return counters_[int(phase)]; }
     int                 n_used() const { return n_used_; }
+    bool                speculates() const { return router_.speculates(); }
     double              mean_range() const { return router_.mean_range(); }
     const Routing &     routing() const { return router_.routing(); }
 
   private:
+    const std::vector<int32_t> & missing(const std::vector<int32_t> & ids, int n);
+
     const int   n_used_;
     Router      router_;
     ExpertCache cache_;

@@ -27,7 +27,8 @@ extern "C" {
 /* Counts changes of anything in this header. */
 #define CR_ABI_VERSION 8
 
-/* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom (explained in router.h). */
+/* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom, 7 dynamic-k, 8 speculate (explained
+ * in router.h). */
 struct cr_routing {
     int32_t strategy;
     int32_t k;
@@ -50,12 +51,14 @@ struct cr_shape {
     int32_t eviction; /* 0 lru, 1 lfu, 2 score, 3 belady (replay of prescribed ids only), 4 soft-lfu (explained in cache.h) */
 };
 
-/* The router of a MoE layer, in the model's memory: weight [E][n_embd] (NULL: nothing is prefetched for the layer), bias [E] or
- * NULL, norm [n_embd] of what it is given, or NULL. */
+/* The router of a MoE layer, in the model's memory: weight [E][n_embd] (NULL: the layer cannot be predicted), bias [E] or
+ * NULL, norm [n_embd] of what it is given, or NULL, selection_bias [E] that is added to the probabilities for the choice alone, or
+ * NULL. */
 struct cr_router_weights {
     const float * weight;
     const float * bias;
     const float * norm;
+    const float * selection_bias;
 };
 
 /* Sums over tokens and layers of one phase, prompt or decode. Mirrored once, in native/counters.py. */
@@ -115,11 +118,12 @@ typedef struct cr_router cr_router;
 CR_API cr_router * cr_router_new(const struct cr_shape * shape, const struct cr_routing * routing, char * error, int32_t error_size);
 CR_API void cr_router_free(cr_router * router);
 /* One token in one layer. z, mass: double[E]; prefill: 0/1; model_ids: int32[K] that the model itself would run, best first, or
- * NULL; prescribed: 0/1, they run under any routing. Fills ids[K] (best z first) and, if not NULL, missed[K], evicted[E] with
- * their counts. Returns how many of the ids run; -1: no memory. */
+ * NULL; prescribed: 0/1, they run under any routing; predicted: double[E], a prediction of z that strategy speculate goes by, or
+ * NULL. Fills ids[K] (best z first) and, if not NULL, missed[K], evicted[E] with their counts. Returns how many of the ids run; -1:
+ * no memory. */
 CR_API int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, const double * mass, int32_t prefill,
-                              const int32_t * model_ids, int32_t prescribed, int32_t * ids, int32_t * missed, int32_t * n_missed,
-                              int32_t * evicted, int32_t * n_evicted);
+                              const int32_t * model_ids, int32_t prescribed, const double * predicted, int32_t * ids,
+                              int32_t * missed, int32_t * n_missed, int32_t * evicted, int32_t * n_evicted);
 /* n_events of one layer, recorded: z [n][E] in half precision; mass [n][E] likewise, NULL: exp(z); flags [n]: 1 decoded, 8 the
  * first of a micro-batch (of a prompt; a decoded token is one of its own); prescribed [n][K], NULL or a row that starts with -1:
  * chosen by the routing; next_use [n][K], belady only: when the prescribed expert is needed next. Returns 0; -1: no memory. Fills,
@@ -224,7 +228,8 @@ CR_API void cr_hook_progress(const cr_hook * hook, struct cr_progress * out);
 CR_API void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass,
                           const uint16_t * predicted /* stands for a prediction of z, for cr_hook_prefetch(); NULL: none */);
 /* From now on, while a layer computes on a decoded token, up to n experts are read that the next layer would miss if its router
- * were given this layer's hidden state. What is chosen stays the same. layers: [n_layers]. */
+ * were given this layer's hidden state. What is chosen stays the same. A layer of strategy speculate chooses by that prediction, and
+ * reads all that it has chosen, also where n is 0; without this call it chooses as `original`. layers: [n_layers]. */
 CR_API void cr_hook_prefetch(cr_hook * hook, int32_t n, int32_t n_embd, const struct cr_router_weights * layers);
 /* From now on, while a layer computes on a prompt, the experts that the next layer will surely need are read, up to `limit` bytes of
  * them (0: none). What is chosen stays the same. layers: [n_layers], as for cr_hook_prefetch(); read by the first call. */

@@ -51,7 +51,7 @@ std::vector<CachedRouter> make_routers(const cr_shape & s, const cr_routing * ro
     layers.reserve(size_t(s.n_layers));
     for (int32_t l = 0; l < s.n_layers; l++) {
         const cr_routing & r = routing[l];
-        if (r.strategy < 0 || r.strategy > int32_t(Strategy::custom)) throw std::runtime_error("there is no such routing");
+        if (r.strategy < 0 || r.strategy > int32_t(Strategy::speculate)) throw std::runtime_error("there is no such routing");
         const Routing as{Strategy(r.strategy), r.k, r.m, std::max(r.j, 0), r.p, r.lambda, r.f, r.max_loss,
                          r.prompt_cover > 0 ? r.prompt_cover : 1.0, std::max(r.prompt_last, 0)};
         const int32_t capacity = r.experts ? r.experts : s.capacity;
@@ -162,13 +162,20 @@ cr_router * cr_router_new(const cr_shape * shape, const cr_routing * routing, ch
 void cr_router_free(cr_router * router) { delete router; }
 
 int32_t cr_router_step(cr_router * router, int32_t layer, const double * z, const double * mass, int32_t prefill,
-                       const int32_t * model_ids, int32_t prescribed, int32_t * out_ids, int32_t * missed, int32_t * n_missed,
-                       int32_t * evicted, int32_t * n_evicted) try {
+                       const int32_t * model_ids, int32_t prescribed, const double * predicted, int32_t * out_ids, int32_t * missed,
+                       int32_t * n_missed, int32_t * evicted, int32_t * n_evicted) try {
     CachedRouter & r = router->layers[size_t(layer)];
     const size_t   n = r.cache().resident().size();
     router->scores.z.assign(z, z + n);
     router->scores.mass.assign(mass, mass + n);
-    const Event & event = r.step(router->scores, prefill ? Phase::prefill : Phase::decode, model_ids, prescribed != 0);
+    std::vector<int32_t> speculated;
+    if (predicted) {
+        Scores prediction;
+        prediction.z.assign(predicted, predicted + n);
+        r.speculate(prediction, speculated);
+    }
+    const Event & event = r.step(router->scores, prefill ? Phase::prefill : Phase::decode, model_ids, prescribed != 0, nullptr,
+                                 predicted ? &speculated : nullptr);
     copy_ids(event.selection.ids, out_ids, nullptr);
     copy_ids(event.missed, missed, n_missed);
     copy_ids(event.evicted, evicted, n_evicted);
@@ -279,7 +286,7 @@ cr_hook * cr_hook_new(const cr_shape * shape, const cr_routing * routing, const 
         bool reweights = false;
         for (int32_t l = 0; l < shape->n_layers; l++) {
             const auto s = Strategy(routing[l].strategy);
-            reweights    = reweights || s == Strategy::pruning || s == Strategy::drop_cold;
+            reweights    = reweights || s == Strategy::pruning || s == Strategy::drop_cold || s == Strategy::dynamic_k;
         }
         return new cr_hook{Hook({layer_of, layer_of + n_il}, make_routers(*shape, routing), std::move(owned), reweights)};
     });
@@ -359,7 +366,7 @@ void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16
 
 static Prediction make_prediction(Hook & h, int32_t n_embd, const cr_router_weights * layers) {
     std::vector<RouterWeights> weights;
-    for (size_t l = 0; l < h.routers().size(); l++) weights.push_back({layers[l].weight, layers[l].bias, layers[l].norm});
+    for (size_t l = 0; l < h.routers().size(); l++) weights.push_back({layers[l].weight, layers[l].bias, layers[l].norm, layers[l].selection_bias});
     return Prediction(int(h.routers()[0].cache().resident().size()), n_embd, std::move(weights));
 }
 

@@ -10,6 +10,7 @@ constexpr uint32_t HOOK_VERSION = 4; // LLAMA_EXPERT_HOOK_VERSION
 
 // llama_expert_gating_func_type, asserted in patches/0001
 constexpr int32_t GATING_SOFTMAX        = 1;
+constexpr int32_t GATING_SIGMOID        = 2;
 constexpr int32_t GATING_SOFTMAX_WEIGHT = 3; // softmax over the logits of the chosen
 
 // llama_expert_event

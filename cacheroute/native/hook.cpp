@@ -52,9 +52,10 @@ void Hook::select(const ExpertEvent & ev) {
     }
     needed_.assign(size_t(ev.n_expert), 0);
     const Mask * keep_to = allowed(layer, ev);
-    for (int t = 0; t < ev.n_tokens; t++) choose(layer, ev, t, keep_to);
+    const bool prefetch   = prefetch_ && phase_ == Phase::decode && ev.n_tokens == 1;
+    const auto speculated = prefetch ? prefetch_->speculated(layer) : nullptr;
+    for (int t = 0; t < ev.n_tokens; t++) choose(layer, ev, t, keep_to, speculated);
 
-    const bool prefetch = prefetch_ && phase_ == Phase::decode && ev.n_tokens == 1;
     const bool ahead    = ahead_ && phase_ == Phase::prefill && ev.n_tokens > 1 && !keep_to; // else what is named is not what runs
     residency_.require(layer, needed_, routers_[size_t(layer)].cache().resident(), prefetch || ahead);
     if (interrupt_ && interrupt_->raised()) return; // finish() clears what is half done
@@ -96,14 +97,14 @@ const Mask * Hook::allowed(int layer, const ExpertEvent & ev) {
 }
 
 // Chooses for the t-th token of an event, and notes what must be in memory.
-void Hook::choose(int layer, const ExpertEvent & ev, int t, const Mask * allowed) {
+void Hook::choose(int layer, const ExpertEvent & ev, int t, const Mask * allowed, const std::vector<int32_t> * speculated) {
     const uint32_t token  = token_of(ev, t);
     CachedRouter & router = routers_[size_t(layer)];
     const auto     from   = source_.get(layer, token, ev, t);
     if (trace_) before_ = router.cache().resident();
     if (trace_ || router.cache().goes_by_score()) source_.scores().round_for_trace(ev.n_used, from.model_ids, from.prescribed);
 
-    const Selection & chosen = router.step(from.scores, phase_, from.model_ids, from.prescribed, allowed).selection;
+    const Selection & chosen = router.step(from.scores, phase_, from.model_ids, from.prescribed, allowed, speculated).selection;
     if (trace_) {
         const int flags = (phase_ == Phase::decode ? TRACE_DECODE : 0) | (from.prescribed ? TRACE_PRESCRIBED : 0) |
                           (from.softmax_mass ? TRACE_SOFTMAX_MASS : 0) | (t == 0 ? TRACE_BATCH : 0);
@@ -148,6 +149,11 @@ void Hook::trace(bool on) {
     reset();
     sequence_ = 0;
     trace_.reset(on ? new TraceBuffer : nullptr);
+}
+
+void Hook::prefetch(int n, Prediction prediction) {
+    const bool speculates = std::any_of(routers_.begin(), routers_.end(), [](const CachedRouter & r) { return r.speculates(); });
+    prefetch_.reset(n || speculates ? new Prefetch(n, std::move(prediction)) : nullptr);
 }
 
 void Hook::read_ahead(uint64_t limit, const Prediction & prediction) {

@@ -68,8 +68,8 @@ class Hook {
     void          trace(bool on);
     TraceBuffer * trace_buffer() { return trace_.get(); }
 
-    // From now on up to `n` experts are read before their layer chooses; n = 0: none.
-    void prefetch(int n, Prediction prediction) { prefetch_.reset(n ? new Prefetch(n, std::move(prediction)) : nullptr); }
+    // From now on up to `n` experts are read before their layer chooses, and layers that speculate do; n = 0: only those.
+    void prefetch(int n, Prediction prediction);
 
     // From now on, while a layer computes on a prompt, the experts that the next one will surely need are read, up to `limit` bytes
     // of them; 0: none.
@@ -94,7 +94,7 @@ class Hook {
     int  layer_of(const ExpertEvent & event);
     uint32_t token_of(const ExpertEvent & event, int t) const;
     const Mask * allowed(int layer, const ExpertEvent & event);
-    void choose(int layer, const ExpertEvent & event, int t, const Mask * allowed);
+    void choose(int layer, const ExpertEvent & event, int t, const Mask * allowed, const std::vector<int32_t> * speculated);
     void reweight(const ExpertEvent & event);
     void fill();                  // the caches, where hold_all() was called
     void count();                 // what the store did since the last call, for the phase

@@ -1,5 +1,9 @@
 #include "prediction.h"
 
+#include "expert_event.h"
+
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <utility>
 
@@ -22,7 +26,18 @@ static float dot(const float * a, const float * b, int n) {
     return sum;
 }
 
-const std::vector<float> * Prediction::scores(int layer, const float * hidden) {
+// Logits -> probabilities plus the bias that is for the choice alone.
+static void add_selection_bias(std::vector<float> & scores, const float * bias, int gating) {
+    const float top = *std::max_element(scores.begin(), scores.end());
+    float       sum = 0.0f;
+    for (float & s : scores) {
+        s = gating == GATING_SIGMOID ? 1.0f / (1.0f + std::exp(-s)) : std::exp(s - top);
+        sum += s;
+    }
+    for (size_t e = 0; e < scores.size(); e++) scores[e] = (gating == GATING_SIGMOID ? scores[e] : scores[e] / sum) + bias[e];
+}
+
+const std::vector<float> * Prediction::scores(int layer, const float * hidden, int gating) {
     const size_t next = size_t(layer) + 1;
     if (next >= layers_.size() || !layers_[next].weight) return nullptr;
     const RouterWeights & own = layers_[next - 1];
@@ -34,6 +49,7 @@ const std::vector<float> * Prediction::scores(int layer, const float * hidden) {
     for (size_t e = 0; e < scores_.size(); e++) {
         scores_[e] = dot(its.weight + e * size_t(n_embd_), hidden, n_embd_) + (its.bias ? its.bias[e] : 0.0f);
     }
+    if (its.selection_bias) add_selection_bias(scores_, its.selection_bias, gating);
     return &scores_;
 }
 

@@ -12,14 +12,16 @@ struct RouterWeights {
     const float * weight = nullptr; // [E][n_embd]; null: the layer cannot be predicted
     const float * bias   = nullptr; // [E] or null
     const float * norm   = nullptr; // [n_embd] of the norm before the router, or null
+    const float * selection_bias = nullptr; // [E] added to the probabilities for the choice alone (DeepSeek V3), or null
 };
 
 class Prediction {
   public:
     Prediction(int n_expert, int n_embd, std::vector<RouterWeights> layers);
 
-    // Scores [E] of layer + 1, or null where its router is not known. `hidden`: [n_embd], normed for `layer`.
-    const std::vector<float> * scores(int layer, const float * hidden);
+    // Scores [E] of layer + 1, or null where its router is not known: logits, and with a selection bias what the layer ranks in
+    // their place. No group is masked. `hidden`: [n_embd], normed for `layer`; `gating` of that layer (expert_event.h).
+    const std::vector<float> * scores(int layer, const float * hidden, int gating);
 
     int n_embd() const { return n_embd_; }
 

@@ -1,4 +1,5 @@
-// Reads experts of the next layer that it will probably miss, while this layer computes on a decoded token. Changes no choice.
+// Reads experts of the next layer that it will probably miss, while this layer computes on a decoded token. Changes no choice, but
+// for layers that `speculate`: for those it makes the choice, and reads what it has chosen.
 #pragma once
 
 #include "cached_router.h"
@@ -10,18 +11,24 @@ namespace cacheroute {
 
 class Prefetch {
   public:
-    // At most `n` experts of a layer at a time.
+    // At most `n` experts of a layer at a time; of a layer that speculates, all that it has chosen.
     Prefetch(int n, Prediction prediction) : n_(size_t(n)), prediction_(std::move(prediction)) {}
 
     // `token` of a sequence has chosen in a layer: begins to read what the next layer would miss of it.
     void after(int layer, uint32_t token, const ExpertEvent & event, const ScoreSource & source, std::vector<CachedRouter> & routers,
                Residency & residency);
 
+    // What after() the layer before has chosen for this one (Router::speculate()); null: nothing.
+    const std::vector<int32_t> * speculated(int layer) const { return layer == speculated_for_ ? &speculated_ : nullptr; }
+
   private:
+    bool predict(int layer, uint32_t token, const ExpertEvent & event, const ScoreSource & source);
+
     const size_t         n_;
     Prediction           prediction_;
     Scores               predicted_;
-    std::vector<int32_t> experts_;
+    std::vector<int32_t> experts_, speculated_;
+    int                  speculated_for_ = -1; // a layer; -1: none
 };
 
 } // namespace cacheroute

@@ -44,7 +44,9 @@ void ReadAhead::predict(int layer, const ExpertEvent & ev, bool forced) {
     order_.resize(n_expert);
     for (int i = 0; i < n_asked; i++) {
         const int64_t t      = int64_t(i) * ev.n_tokens / n_asked;
-        const auto *  scores = forced || ev.n_embd != prediction_.n_embd() ? nullptr : prediction_.scores(layer, ev.hidden + t * ev.n_embd);
+        const auto *  scores = forced || ev.n_embd != prediction_.n_embd()
+                                   ? nullptr
+                                   : prediction_.scores(layer, ev.hidden + t * ev.n_embd, ev.gating);
         if (!scores) { // nobody can be asked
             n_asked = 1;
             break;

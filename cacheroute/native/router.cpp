@@ -103,7 +103,8 @@ void Router::read(ByteReader & in) {
     if (!std::isfinite(mean_range_) || mean_range_ < 0) throw std::runtime_error("a saved routing state has a mean that cannot be");
 }
 
-void Router::observe(const std::vector<double> & z) {
+// max - min of the finite entries
+static double finite_range(const std::vector<double> & z) {
     double lo = std::numeric_limits<double>::infinity(), hi = NEG_INF;
     for (double v : z) {
         if (std::isfinite(v)) {
@@ -111,8 +112,12 @@ void Router::observe(const std::vector<double> & z) {
             hi = std::max(hi, v);
         }
     }
+    return hi >= lo ? hi - lo : 0.0;
+}
+
+void Router::observe(const std::vector<double> & z) {
     n_seen_++;
-    mean_range_ += ((hi >= lo ? hi - lo : 0.0) - mean_range_) / double(n_seen_);
+    mean_range_ += (finite_range(z) - mean_range_) / double(n_seen_);
 }
 
 // order: the n best by key, ties by place_
@@ -128,7 +133,7 @@ void Router::rank(const std::vector<double> & key, int n, std::vector<int32_t> &
 
 // order_ (all ranks) -> chosen_: ranks below J, then the cached below M, then the rest, first K
 void Router::max_rank(int m, const std::vector<double> & z, const std::vector<uint8_t> & resident) {
-    const int j = std::min(routing_.j, n_used_);
+    const int j = n_always();
     m           = std::min(std::max(m, n_used_), n_expert_);
     while (m > n_used_ && z[order_[m - 1]] == NEG_INF) m--; // masked experts are no candidates
     chosen_.assign(order_.begin(), order_.begin() + j);
@@ -166,6 +171,36 @@ void Router::keep_to(const std::vector<uint8_t> & allowed, const std::vector<dou
     chosen_.assign(index_.begin(), index_.begin() + n_used_);
 }
 
+void Router::speculate(const std::vector<double> & predicted, const std::vector<uint8_t> & resident, std::vector<int32_t> & ids) {
+    const double bonus = routing_.lambda * finite_range(predicted);
+    for (int e = 0; e < n_expert_; e++) biased_[e] = resident[e] ? predicted[e] + bonus : predicted[e];
+    std::iota(place_.begin(), place_.end(), 0);
+    rank(biased_, n_used_, ids);
+}
+
+// order_ (the K best) -> chosen_: its J best, then the speculated that are not masked, then the rest of order_.
+void Router::keep_speculated(const std::vector<int32_t> & speculated, const std::vector<double> & z) {
+    auto add = [&](int32_t e) {
+        if (int(chosen_.size()) < n_used_ && std::find(chosen_.begin(), chosen_.end(), e) == chosen_.end()) chosen_.push_back(e);
+    };
+    chosen_.resize(n_always());
+    for (int32_t e : speculated) {
+        if (z[e] != NEG_INF) add(e);
+    }
+    for (int r = 0; r < n_used_; r++) add(order_[r]);
+}
+
+// order_ (the K best) -> k where these carry the share p of its mass, else K.
+int Router::enough(const std::vector<double> & mass) const {
+    const int k = std::min(std::max(routing_.k, 1), n_used_);
+    double    few = 0.0, all = 0.0;
+    for (int r = 0; r < n_used_; r++) {
+        all += mass[order_[r]];
+        if (r < k) few = all;
+    }
+    return few >= routing_.p * all ? k : n_used_;
+}
+
 // Undoes swaps and skips, those that lose most mass first, until the token loses no more than its share.
 void Router::guard(const std::vector<double> & mass) {
     if (routing_.max_loss < 0) return;
@@ -199,7 +234,7 @@ void Router::guard(const std::vector<double> & mass) {
 }
 
 void Router::select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, const int32_t * model_ids,
-                    Selection & out, const std::vector<uint8_t> * allowed) {
+                    Selection & out, const std::vector<uint8_t> * allowed, const std::vector<int32_t> * speculated) {
     const auto &   z    = scores.z;
     const auto &   mass = scores.mass;
     const Strategy s    = plain ? Strategy::original : routing_.strategy;
@@ -236,7 +271,7 @@ void Router::select(const Scores & scores, const std::vector<uint8_t> & resident
             const double bonus = routing_.lambda * mean_range_;
             for (int e = 0; e < n_expert_; e++) biased_[e] = resident[e] ? z[e] + bonus : z[e];
             // the best J always run; ranked by z + bonus they could fall behind by rounding
-            for (int r = 0; r < std::min(routing_.j, n_used_); r++) biased_[order_[r]] = -NEG_INF;
+            for (int r = 0; r < n_always(); r++) biased_[order_[r]] = -NEG_INF;
             rank(biased_, n_used_, chosen_);
             break;
         }
@@ -250,6 +285,12 @@ void Router::select(const Scores & scores, const std::vector<uint8_t> & resident
                           chosen_.end());
             break;
         }
+        case Strategy::dynamic_k:
+            chosen_.resize(enough(mass));
+            break;
+        case Strategy::speculate:
+            if (speculated) keep_speculated(*speculated, z);
+            break;
     }
 
     std::fill(in_top_.begin(), in_top_.end(), 0);

@@ -4,6 +4,7 @@
 
 #include "bytes.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -18,16 +19,18 @@ enum class Strategy : int32_t {
     cache_prior = 4, // top-K of z + lambda * D * cached (arXiv 2412.00099)
     drop_cold   = 5, // top-K of z without the missing experts of little weight
     custom      = 6, // what a Policy returns
+    dynamic_k   = 7, // top-k of z where it carries enough of the top-K's mass, else top-K (big and little, arXiv 2510.12357)
+    speculate   = 8, // top-K of a prediction of z, made one layer earlier (arXiv 2603.19289)
 };
 
 // Parameters of a strategy; those that a strategy does not name are ignored by it.
 struct Routing {
     Strategy strategy = Strategy::original;
-    int32_t  k        = 0;    // pruning: experts that run
+    int32_t  k        = 0;    // pruning, dynamic-k: experts that run
     int32_t  m        = 0;    // max-rank: ranks that a cached expert may come from
     int32_t  j        = 1;    // experts that run always, cached or not
-    double   p        = 1.0;  // cumsum: probability that the candidates must cover
-    double   lambda   = 0.0;  // cache-prior: bonus in units of the mean range of z
+    double   p        = 1.0;  // cumsum: probability that the candidates must cover; dynamic-k: share of the mass that k must carry
+    double   lambda   = 0.0;  // cache-prior: bonus in units of the mean range of z; speculate: of the range of the prediction
     double   f        = 0.0;  // drop-cold: skip a missing expert below f/K of the gate weight
     double   max_loss = -1.0; // guard: share of the top-K's router mass a token may lose; < 0: no guard
     double   prompt_cover = 1.0; // share of a prompt batch's mass that its allowed experts carry (prompt_router.h); 1: all may run
@@ -84,9 +87,14 @@ class Router {
 
     // `resident`: [E] 0/1, the cache before this token. `plain` chooses by `original` under any routing (prompt). `model_ids`:
     // [K] the model's own top-K of z, best first, which `original` returns as it is; null: ranked here. `allowed`: [E] 0/1, what
-    // `plain` chooses among; others run only where the allowed that are not masked are fewer than K. Null: all.
+    // `plain` chooses among; others run only where the allowed that are not masked are fewer than K. Null: all. `speculated`: what
+    // speculate() has returned for this token; null: it was not asked, and `speculate` chooses by `original`.
     void select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, const int32_t * model_ids, Selection & out,
-                const std::vector<uint8_t> * allowed = nullptr);
+                const std::vector<uint8_t> * allowed = nullptr, const std::vector<int32_t> * speculated = nullptr);
+
+    // The K best of a prediction of z, best first: what `speculate` runs, but for the J best of z itself, which replace the last of
+    // them, and for masked experts. Its bonus is in units of the prediction's own range, as a model's z may be of another scale.
+    void speculate(const std::vector<double> & predicted, const std::vector<uint8_t> & resident, std::vector<int32_t> & ids);
 
     // What `custom` asks; without one, and where it fails, the choice is `original`.
     void set_policy(Policy policy) { policy_ = std::move(policy); }
@@ -95,6 +103,8 @@ class Router {
 
     // Whether choosing is a Policy's, which may remember what it was asked.
     bool custom() const { return routing_.strategy == Strategy::custom; }
+    bool speculates() const { return routing_.strategy == Strategy::speculate; }
+    int  n_always() const { return std::min(routing_.j, n_used_); } // J: the best of z that run in any case
 
     // Continues with the running mean of another router.
     void resume(const Router & other) {
@@ -114,6 +124,8 @@ class Router {
     void max_rank(int m, const std::vector<double> & z, const std::vector<uint8_t> & resident);
     int  cumsum_candidates(const std::vector<double> & z);
     void keep_to(const std::vector<uint8_t> & allowed, const std::vector<double> & z);
+    void keep_speculated(const std::vector<int32_t> & speculated, const std::vector<double> & z);
+    int  enough(const std::vector<double> & mass) const;
     void guard(const std::vector<double> & mass);
 
     const int     n_expert_;

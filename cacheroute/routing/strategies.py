@@ -48,6 +48,8 @@ _J = Parameter(
 )
 _MAX_LOSS = Parameter("max-loss", "guard: the share of the top-K's router mass that a token may lose", 0, 1, required=False)
 
+SPECULATE = "speculate"
+
 STRATEGIES: dict[str, Strategy] = {
     s.name: s
     for s in (
@@ -87,6 +89,28 @@ STRATEGIES: dict[str, Strategy] = {
             "cacheroute",
             (Parameter("f", "threshold, as a share of the mean gate weight 1/K", 0, None),),
         ),
+        Strategy(
+            "dynamic-k",
+            7,
+            "only the best k experts run for a token whose best k have a share p of the router mass of its K; else all K",
+            "arXiv 2510.12357",
+            (
+                Parameter("p", "the share of the router mass; 0: always k", 0, 1),
+                Parameter("k", "number of experts that run (default: half of K)", 1, None, integer=True, required=False),
+            ),
+        ),
+        Strategy(
+            SPECULATE,
+            8,
+            "the K experts that the layer's router would choose by the hidden state of the layer before; read a layer earlier",
+            "arXiv 2603.19289",
+            (
+                Parameter(
+                    "lambda", "bonus of cached experts, in ranges of the predicted scores (default: 0)", 0, 1, required=False
+                ),
+                Parameter("j", "the j best by the layer's own scores always run (default: 0)", 0, None, True, False),
+            ),
+        ),
     )
 }
 
@@ -120,6 +144,11 @@ class Routing:
     def lossy(self) -> bool:
         """Whether it may choose other experts than the model would."""
         return self.name != "original"
+
+    @property
+    def speculates(self) -> bool:
+        """Whether it chooses by predicted scores, which only a running model has."""
+        return self.name == SPECULATE
 
     def __str__(self) -> str:
         return self.text or ":".join([self.name, *(f"{k}={v:g}" for k, v in self.parameters.items())])
@@ -265,15 +294,17 @@ def to_native(routing: Routing, n_used: int, n_layers: int) -> Any:
 
 
 def _one_to_native(routing: Routing, n_used: int) -> Any:
-    """The default of J depends on K: 1 where K is at most 2, else 2 (arXiv 2412.00099)."""
+    """J is 1 where K is at most 2, else 2 (arXiv 2412.00099); the k of dynamic-k is half of K (arXiv 2510.12357)."""
     from cacheroute.native import bindings
 
     value = routing.parameters
+    always = 0 if routing.speculates else 1 if n_used <= 2 else 2
+    few = max(n_used // 2, 1) if routing.name == "dynamic-k" else n_used
     return bindings.Routing(
         strategy=_CUSTOM if routing.policy else STRATEGIES[routing.name].number,
-        k=int(value.get("k", n_used)),
+        k=int(value.get("k", few)),
         m=int(value.get("m", n_used)),
-        j=int(value.get("j", min(n_used, 1 if n_used <= 2 else 2))),
+        j=int(value.get("j", min(n_used, always))),
         p=value.get("p", 1.0),
         lambda_=value.get("lambda", 0.0),
         f=value.get("f", 0.0),

@@ -16,8 +16,8 @@ in standard deviations of x. Layers are independent. The defaults are those of t
 layers: 0.29 and 0.36), and with its E and K they miss as it does: at 25/50/75% of the experts lru misses .58/.35/.15 of those
 chosen, and .57/.32/.13 on its trace.
 
-Where experts are prefetched, the next layer's router cannot predict such scores; scores that correlate with them by `prediction`
-stand for it. On the demo model that correlation is 0.87, the mean over its layers. A trace has none.
+Where experts are prefetched or speculated, the next layer's router cannot predict such scores; scores that correlate with them
+by `prediction` stand for it. On the demo model that correlation is 0.87, the mean over its layers. A trace has none.
 
 engine.Llama.force() takes the scores; no model is loaded here.
 """
@@ -41,7 +41,7 @@ SYNTHETIC = "synthetic"
 PARAMETERS = (
     Parameter("rho", "correlation of an expert's score from one token to the next", 0, 1, required=False),
     Parameter("skew", "spread of the experts' popularity, in standard deviations of their scores", 0, None, required=False),
-    Parameter("prediction", "correlation of the predictions by which experts are prefetched", 0, 1, required=False),
+    Parameter("prediction", "correlation of the predictions by which experts are prefetched or speculated", 0, 1, required=False),
     Parameter("seed", "of the random numbers", 0, None, integer=True, required=False),
 )
 DEFAULTS = {"rho": 0.3, "skew": 0.35, "prediction": 0.87, "seed": 0}

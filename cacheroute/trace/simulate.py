@@ -123,6 +123,10 @@ class Replay:
             raise UsageError(
                 f"belady needs the future choices, which are known only with the routing `original`, not {arm.routing}."
             )
+        if arm.routing.speculates:
+            raise UsageError(
+                f"{arm.routing} goes by predicted scores, which a trace does not have; `eval perplexity` and `bench` run it."
+            )
         if arm.prompt_routing.lossy and not self._knows_batches:
             raise UsageError("The trace is of an earlier version and does not know which tokens shared a batch; trace again.")
         reads = np.zeros(len(h.layers), np.int64)

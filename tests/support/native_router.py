@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from cacheroute.native import bindings
 from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
-from support.oracle import STRATEGIES, Event, Routing, Vector
+from cacheroute.routing.strategies import STRATEGIES
+from support.oracle import Event, Routing, Vector
 
 
 def _doubles(values: Vector) -> ctypes.Array[ctypes.c_double]:
@@ -22,7 +23,7 @@ class NativeLayer:
     def __init__(self, n_expert: int, n_used: int, capacity: int, routing: Routing, eviction: str) -> None:
         self.n_expert, self.n_used = n_expert, n_used
         native = bindings.Routing(
-            strategy=STRATEGIES.index(routing.strategy),
+            strategy=STRATEGIES[routing.strategy].number,
             k=routing.k,
             m=routing.m,
             j=routing.j,
@@ -34,15 +35,25 @@ class NativeLayer:
         shape = bindings.Shape(1, n_expert, n_used, capacity, evictions.ONLINE[eviction])
         self.handle = bindings.checked(bindings.lib.cr_router_new, shape, native)
 
-    def step(self, z: Vector, mass: Vector, *, prefill: bool = False, prescribed: Sequence[int] | None = None) -> Event:
+    def step(
+        self,
+        z: Vector,
+        mass: Vector,
+        *,
+        prefill: bool = False,
+        prescribed: Sequence[int] | None = None,
+        predicted: Vector | None = None,
+    ) -> Event:
         """One token; slots that do not run must repeat the first id."""
         before = self.counters(prefill)
         ids, missed = (ctypes.c_int32 * self.n_used)(), (ctypes.c_int32 * self.n_used)()
         evicted, n_missed, n_evicted = (ctypes.c_int32 * self.n_expert)(), ctypes.c_int32(), ctypes.c_int32()
         own = None if prescribed is None else (ctypes.c_int32 * self.n_used)(*prescribed)
+        speculated = None if predicted is None else _doubles(predicted)
         n_run = bindings.lib.cr_router_step(
-            self.handle, 0, _doubles(z), _doubles(mass), prefill, own, own is not None, ids, missed, n_missed, evicted, n_evicted
-        )
+            self.handle, 0, _doubles(z), _doubles(mass), prefill, own, own is not None, speculated,
+            ids, missed, n_missed, evicted, n_evicted,
+        )  # fmt: skip
         assert list(ids[n_run:]) == [ids[0]] * (self.n_used - n_run)
         after = self.counters(prefill)
         return Event(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
 
-STRATEGIES = ("original", "pruning", "max-rank", "cumsum", "cache-prior", "drop-cold")
+STRATEGIES = ("original", "pruning", "max-rank", "cumsum", "cache-prior", "drop-cold", "dynamic-k", "speculate")
 EVICTIONS = ("lru", "lfu", "score", "soft-lfu")
 SCORE_RATE = 0.1
 SOFT_RATE, SOFT_WIDTH = 0.01, 0.02
@@ -89,6 +89,17 @@ def _drop_cold(z: Vector, mass: Vector, resident: set[int], n_used: int, f: floa
     return {best} | {e for e in others if e in resident or mass[e] >= least}
 
 
+def _dynamic_k(top: list[int], mass: Vector, p: float, k: int) -> set[int]:
+    return set(top[:k]) if sequential_sum(mass[top[:k]]) >= p * sequential_sum(mass[top]) else set(top)
+
+
+def _speculate(z: Vector, predicted: Vector, resident: set[int], n_used: int, lam: float, j: int) -> set[int]:
+    bonus = lam * finite_range(predicted) * np.array([e in resident for e in range(len(z))], dtype=np.float64)
+    best = ranked(z)[:n_used]
+    speculated = [e for e in ranked(predicted + bonus)[:n_used] if z[e] > -math.inf]
+    return set(list(dict.fromkeys(best[:j] + speculated + best))[:n_used])
+
+
 def _guarded(chosen: set[int], top: list[int], mass: Vector, max_loss: float) -> set[int]:
     """Gives the heaviest lost experts their slots back, each for the lightest newcomer, until the loss is small enough."""
     lost = sorted(set(top) - chosen, key=lambda e: (-mass[e], e))
@@ -101,8 +112,16 @@ def _guarded(chosen: set[int], top: list[int], mass: Vector, max_loss: float) ->
     return set(top)
 
 
-def choose(routing: Routing, z: Vector, mass: Vector, resident: set[int], mean_range: float, n_used: int) -> list[int]:
-    """The experts that run, best score first."""
+def choose(
+    routing: Routing,
+    z: Vector,
+    mass: Vector,
+    resident: set[int],
+    mean_range: float,
+    n_used: int,
+    predicted: Vector | None = None,
+) -> list[int]:
+    """The experts that run, best score first. `predicted`: scores that `speculate` goes by; None: it chooses as `original`."""
     top = ranked(z)[:n_used]
     j = min(routing.j, n_used)
     chosen = set(top)
@@ -116,6 +135,10 @@ def choose(routing: Routing, z: Vector, mass: Vector, resident: set[int], mean_r
         chosen = _cache_prior(z, resident, n_used, routing.lam * mean_range, j)
     elif routing.strategy == "drop-cold":
         chosen = _drop_cold(z, mass, resident, n_used, routing.f)
+    elif routing.strategy == "dynamic-k":
+        chosen = _dynamic_k(top, mass, routing.p, routing.k)
+    elif routing.strategy == "speculate" and predicted is not None:
+        chosen = _speculate(z, predicted, resident, n_used, routing.lam, j)
     if routing.max_loss is not None and chosen != set(top):
         chosen = _guarded(chosen, top, mass, routing.max_loss)
     return [e for e in ranked(z) if e in chosen]
@@ -225,6 +248,7 @@ class Layer:
         prefill: bool = False,
         prescribed: Sequence[int] | None = None,
         among: set[int] | None = None,
+        predicted: Vector | None = None,
     ) -> Event:
         self.n_tokens += 1
         self.mean_range += (finite_range(z) - self.mean_range) / self.n_tokens
@@ -237,7 +261,7 @@ class Layer:
             run = keep_to(among, z, self.n_used)
         else:
             routing = Routing() if prefill else self.routing
-            run = choose(routing, z, mass, before, self.mean_range, self.n_used)
+            run = choose(routing, z, mass, before, self.mean_range, self.n_used, predicted)
         missed = [e for e in run if e not in before]
         for e in sorted(run, key=lambda e: (mass[e], -e)):
             self.cache.touch(e)
