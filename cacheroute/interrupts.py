@@ -2,7 +2,7 @@
 
 While the program starts, Ctrl-C ends it at once. While a command runs, it is a KeyboardInterrupt, so that what is open is
 closed; a second one ends the program at once, and so does a thread after GRACE seconds, where C code does not return to Python
-or something waits. Python code that C calls (a policy, a log callback) must not raise: `shield` marks it, and what calls the C
+or something waits. A command that stops only what it is doing says went_on(), and has more seconds for it. Python code that C calls (a policy, a log callback) must not raise: `shield` marks it, and what calls the C
 code asks check() afterwards.
 """
 
@@ -24,6 +24,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _shielded: set[CodeType] = set()
 _running = False
+_grace = GRACE
+_survived = 0
 _asked = False
 _pending = False
 _said = False
@@ -47,8 +49,21 @@ def install() -> None:
 
 def command_begins() -> None:
     """From now on Ctrl-C is a KeyboardInterrupt."""
-    global _running
-    _running = True
+    global _running, _grace
+    _running, _grace = True, GRACE
+
+
+def command_goes_on(seconds: float) -> None:
+    """From now on the command has so many seconds to stop what it is doing, and to say went_on()."""
+    global _grace
+    _grace = seconds
+
+
+def went_on() -> None:
+    """What Ctrl-C was meant for has been stopped: the next one is a first one again."""
+    global _asked, _pending, _survived
+    _asked = _pending = False
+    _survived += 1
 
 
 @contextlib.contextmanager
@@ -103,11 +118,14 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _watch(wakeup: int) -> None:
     """Is woken by the signal itself, also while the main thread is in C code."""
-    while signal.SIGINT not in os.read(wakeup, 1):
-        pass
-    if _running:
-        time.sleep(GRACE)
-    _leave()
+    while True:
+        if signal.SIGINT not in os.read(wakeup, 1):
+            continue
+        before, until = _survived, time.monotonic() + _grace
+        while _running and _survived == before and time.monotonic() < until:
+            time.sleep(0.02)
+        if _survived == before:
+            _leave()
 
 
 def _leave() -> None:

@@ -68,7 +68,7 @@ def complete(llm: Llama, prompt: completion.Prompt, n: int | None, **sampling: f
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_the_answer_is_upstreams(llm: Llama, temperature: float) -> None:
     question = "What is the capital of France?"
-    chat = complete(llm, completion.chat_prompt(llm, question), 24, temp=temperature)
+    chat = complete(llm, completion.chat_prompt(llm, [{"role": "user", "content": question}]), 24, temp=temperature)
     llm.reset()
     sampling = dict(max_tokens=24, temperature=temperature, seed=7, repeat_penalty=1.0, stream=False)
     answer = llm.create_chat_completion([{"role": "user", "content": question}], **sampling)
@@ -80,7 +80,7 @@ def test_the_answer_is_upstreams(llm: Llama, temperature: float) -> None:
 
 
 def test_letters_of_several_tokens_come_as_they_are_whole(llm: Llama) -> None:
-    prompt = completion.chat_prompt(llm, "Translate to Russian: Good morning")
+    prompt = completion.chat_prompt(llm, [{"role": "user", "content": "Translate to Russian: Good morning"}])
     run = completion.Completion(llm, prompt, 60, 7, dict(temp=0.0))
     llm.reset()
     first = next(piece for piece in run.pieces())

@@ -243,7 +243,7 @@ def test_auto_reads_directly_unless_that_is_clearly_slower(
 ) -> None:
     for direct, buffered, taken in ((1.0, 2.0, "direct"), (1.1, 1.0, "direct"), (2.0, 1.0, "buffered")):
         fresh.unlink(missing_ok=True)
-        monkeypatch.setattr(stores, "_measure", lambda *_, d=direct, b=buffered: {"direct": d, "buffered": b})
+        monkeypatch.setattr(stores, "measure", lambda *_, d=direct, b=buffered: {"direct": d, "buffered": b})
         with contextlib.closing(Llama(str(small), **SIZES)) as llm:
             assert llm.io == taken
     said = f"cacheroute: --io auto reads buffered (direct 2000.00 ms, buffered 1000.00 ms an expert); this is kept in {fresh}.\n"

@@ -14,6 +14,8 @@ from cacheroute import files, interrupts
 from cacheroute.cli import eval as evaluation
 from cacheroute.cli import eval_prompt, options
 from cacheroute.cli.bench import bench
+from cacheroute.cli.chat import chat
+from cacheroute.cli.doctor import doctor
 from cacheroute.cli.frontier import frontier
 from cacheroute.cli.generate import generate
 from cacheroute.cli.inspect import inspect
@@ -66,7 +68,7 @@ class _Command(typer.core.TyperCommand):
         raise typer.Exit(code)
 
 
-for _command in (generate, bench, tune, frontier, trace, simulate, plot, models, pull, inspect, routing, setup):
+for _command in (generate, chat, bench, tune, frontier, trace, simulate, plot, models, pull, inspect, routing, doctor, setup):
     app.command(cls=_Command)(_command)
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)

@@ -32,16 +32,14 @@ def generate(
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; piped-in text is appended to it.")] = None,
     file: options.FileOption = None,
     n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=-1, help="Tokens to generate; -1: until it stops.")] = 256,
-    ctx_size: Annotated[
-        int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: as the model was trained.")
-    ] = 4096,
+    ctx_size: options.CtxOption = 4096,
     threads: options.ThreadsOption = None,
-    seed: Annotated[int, typer.Option("-s", "--seed", min=-1, help="Seed of the sampler; -1: a random one.")] = -1,
-    temp: Annotated[float, typer.Option("--temp", min=0, help="Sampling temperature; 0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0: all.")] = 40,
-    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample among the likeliest that sum to p.")] = 0.95,
-    min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="Least probability, over the likeliest token's.")] = 0.05,
-    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", min=0, help="Penalty for repeated tokens; 1: none.")] = 1.0,
+    seed: options.SeedOption = -1,
+    temp: options.TempOption = 0.8,
+    top_k: options.TopKOption = 40,
+    top_p: options.TopPOption = 0.95,
+    min_p: options.MinPOption = 0.05,
+    repeat_penalty: options.RepeatOption = 1.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat template.")] = False,
     budget: options.BudgetOption = None,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
@@ -125,7 +123,7 @@ def generate(
     sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
         chat = not raw and completion.has_chat_template(llm)
-        asked = completion.chat_prompt(llm, text) if chat else completion.raw_prompt(llm, text)
+        asked = completion.chat_prompt(llm, [{"role": "user", "content": text}]) if chat else completion.raw_prompt(llm, text)
         if verbose and len(asked.tokens) < llm.n_ctx() and not (prompt_cache and prompt_cache.exists()):
             # what a kept prompt leaves of it is known when it has been read
             say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))

@@ -87,6 +87,13 @@ WorkersOption = Annotated[
         help="Processes that score in parallel, each with the model loaded; they share the threads of -t.",
     ),
 ]
+SeedOption = Annotated[int, typer.Option("-s", "--seed", min=-1, help="Seed of the sampler; -1: a random one.")]
+TempOption = Annotated[float, typer.Option("--temp", min=0, help="Sampling temperature; 0: always the likeliest token.")]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0: all.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample among the likeliest that sum to p.")]
+MinPOption = Annotated[float, typer.Option("--min-p", min=0, max=1, help="Least probability, over the likeliest token's.")]
+RepeatOption = Annotated[float, typer.Option("--repeat-penalty", min=0, help="Penalty for repeated tokens; 1: none.")]
+CtxOption = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: as the model was trained.")]
 FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
 
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _DEFAULT_TEMPLATES = ("tokenizer.chat_template", "tokenizer.chat_template.default")
 
 
+Message = dict[str, str]
+"""role: "system", "user" or "assistant"; content: its text."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What a model is asked: its tokens, and what ends the answer beside its end-of-generation tokens."""
@@ -49,8 +53,8 @@ def has_chat_template(llm: Llama) -> bool:
     return bool(_template_error(llm)) or any(key in llm.metadata for key in _DEFAULT_TEMPLATES)
 
 
-def chat_prompt(llm: Llama, text: str) -> Prompt:
-    """The text as the user's message, written as the model's chat template has it.
+def chat_prompt(llm: Llama, messages: Sequence[Message]) -> Prompt:
+    """The messages, the last of them the user's, written as the model's chat template has it.
 
     Raises CacherouteError, which names --raw, for a template that cannot be parsed, fails, or renders nothing.
     """
@@ -73,7 +77,7 @@ def chat_prompt(llm: Llama, text: str) -> Prompt:
     handler = llm.chat_handler or llm._chat_handlers.get(llm.chat_format)
     try:
         handler = handler or chat_format.get_chat_completion_handler(llm.chat_format)
-        handler(llama=_Asked, messages=[{"role": "user", "content": text}], stream=True)
+        handler(llama=_Asked, messages=list(messages), stream=True)
     except Exception as e:  # a template may raise anything
         raise _template_failed(f"{e}" if type(e) is ValueError else f"{type(e).__name__}: {e}") from None
     if not asked.get("prompt"):

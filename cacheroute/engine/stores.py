@@ -73,19 +73,20 @@ def open_store(
     if io in (NONE, LOAD):
         return None, io
     names = [str(p) for p in layout.paths]
-    arguments = _arguments(layout, address, paths or names)
+    wanted = store_arguments(layout, address, paths)
     if io != AUTO:
-        return _new(io, arguments, names), io
+        return new_store(io, wanted, names), io
     try:
-        io = _choose(layout, arguments)
-        return _new(io, arguments, names), io
+        io = _choose(layout, wanted)
+        return new_store(io, wanted, names), io
     except CacherouteError as e:
         _say(f"reads through the page cache: {e}")
-        return _new(BUFFERED, arguments, names), BUFFERED
+        return new_store(BUFFERED, wanted, names), BUFFERED
 
 
-def _new(io: str, arguments: Arguments, names: Sequence[str]) -> int:
-    """Raises CacherouteError with the names of the files, by whatever paths they were opened."""
+def new_store(io: str, arguments: Arguments, names: Sequence[str]) -> int:
+    """A cr_store that reads directly or buffered. Raises CacherouteError with the `names` of the files, by whatever paths they
+    were opened."""
     try:
         return bindings.checked(bindings.lib.cr_store_new, *arguments, int(io == DIRECT))
     except CacherouteError as e:
@@ -95,7 +96,9 @@ def _new(io: str, arguments: Arguments, names: Sequence[str]) -> int:
         raise CacherouteError(text) from None
 
 
-def _arguments(layout: ExpertLayout, address: Callable[[str], int | None], paths: Sequence[str]) -> Arguments:
+def store_arguments(layout: ExpertLayout, address: Callable[[str], int | None], paths: Sequence[str] = ()) -> Arguments:
+    """For new_store(); as open_store()."""
+    paths = paths or [str(p) for p in layout.paths]
     tensors = []
     for i, layer in enumerate(layout.layers):
         for t in layer.tensors:
@@ -137,8 +140,8 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     stores: dict[str, int] = {}
     try:
         for name in (DIRECT, BUFFERED):
-            stores[name] = _new(name, arguments, [str(p) for p in layout.paths])
-        seconds = _measure(stores, layout)
+            stores[name] = new_store(name, arguments, [str(p) for p in layout.paths])
+        seconds = measure(stores, layout)
     finally:
         for store in stores.values():
             bindings.lib.cr_store_free(store)
@@ -150,12 +153,13 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     return best
 
 
-def _measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:
+def measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:
     """Seconds to read an expert and to drop it again, in turns, layers and experts in random order."""
     lib, order = bindings.lib, random.Random(0)
     n = layout.n_used
     spent = dict.fromkeys(stores, 0.0)
-    lib.cr_store_clear(stores[BUFFERED])  # empties the page cache, too
+    for store in stores.values():
+        lib.cr_store_clear(store)  # empties the page cache, too
     done = 0
     while done < _ROUNDS and sum(spent.values()) < _SECONDS:
         layer = order.randrange(len(layout.layers))

@@ -1,0 +1,299 @@
+"""`cacheroute chat`: a conversation on a terminal or in a pipe."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cacheroute import interrupts
+from cacheroute.cli import options, progress
+from cacheroute.cli.terminal import say
+from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import decoded
+from cacheroute.routing.eviction import DEFAULT
+
+if TYPE_CHECKING:
+    from cacheroute.engine.completion import Completion
+    from cacheroute.engine.conversation import Conversation
+    from cacheroute.engine.llama import Llama
+    from cacheroute.engine.stats import Stats
+
+_SECONDS_TO_STOP = 10.0  # an answer; then Ctrl-C ends the program
+_HELP = """/routing NAME    choose experts by another routing, as --routing; without a name: which one it is
+/budget SIZE     keep other experts in memory, as --budget
+/stats           what has been read and swapped since the model was loaded or set
+/system TEXT     the system's message; without a text: none
+/retry           answer the last question again, otherwise
+/save FILE       write the conversation to a file
+/load FILE       take up a conversation that /save has written
+/clear           forget the conversation
+/quit            leave (Ctrl-D)
+A line that begins with // is a message that begins with /. Alt-Enter begins a new line; what is pasted may have many."""
+
+
+def chat(
+    model: options.ModelOption = None,
+    system: Annotated[str, typer.Option("-sys", "--system", help="The system's message.")] = "",
+    load: Annotated[Path | None, typer.Option("--load", help="Take up a conversation that /save has written.")] = None,
+    n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=-1, help="Tokens of an answer; -1: until it stops.")] = -1,
+    ctx_size: options.CtxOption = 4096,
+    threads: options.ThreadsOption = None,
+    seed: options.SeedOption = -1,
+    temp: options.TempOption = 0.8,
+    top_k: options.TopKOption = 40,
+    top_p: options.TopPOption = 0.95,
+    min_p: options.MinPOption = 0.05,
+    repeat_penalty: options.RepeatOption = 1.0,
+    budget: options.BudgetOption = None,
+    routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
+    prompt_routing: options.PromptRoutingOption = "original",
+    eviction: options.EvictionOption = DEFAULT,
+    io: options.IoOption = "auto",
+    flash_mbps: options.FlashOption = None,
+    prefetch: options.PrefetchOption = 0,
+) -> None:
+    """Talk with a model. What has been said stays evaluated, and the experts stay in memory, between the turns.
+
+    Answers go to stdout, everything else to stderr. Ctrl-C stops an answer and keeps what has come of it; /help lists the commands.
+    From a pipe each line is a message or a command, and the answers are all that is on stdout.
+    """
+    from cacheroute.engine.conversation import Conversation, check_template
+    from cacheroute.engine.llama import Llama
+    from cacheroute.model import catalogue, context_memory
+
+    path = catalogue.resolve(model)
+    settings = Settings(path, budget, routing, eviction, io, prefetch, prompt_routing)
+    context_memory.check(path, ctx_size)
+    n_threads = options.threads(threads)
+    llm = Llama(
+        str(path),
+        **settings.resolved(),
+        flash_mbps=flash_mbps,
+        n_ctx=ctx_size,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        verbose=False,
+    )
+    with closing(llm), progress.PromptLine(verbose=False) as llm.prompt_progress:
+        check_template(llm)
+        conversation = Conversation(llm, system)
+        if load:
+            conversation.load(load)
+        sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
+        seeds = iter(lambda: secrets.randbelow(2**31), None) if seed < 0 else itertools.count(seed)
+        talk = Talk(conversation, settings, sampling, seeds, n_predict if n_predict >= 0 else None)
+        interrupts.command_goes_on(_SECONDS_TO_STOP)
+        settings.say_lossy(llm)
+        for line in _lines(llm):
+            if not talk.take(line):
+                break
+
+
+@dataclass
+class Settings:
+    """How experts are kept and chosen, as it was typed."""
+
+    path: Path
+    budget: str | None
+    routing: str
+    eviction: str
+    io: str
+    prefetch: int
+    prompt_routing: str
+
+    def resolved(self) -> dict[str, Any]:
+        """For Llama() and configure(). Raises UsageError for a tuned routing that is not there."""
+        from cacheroute.routing import prompt_routing, tuned
+
+        routing, eviction = tuned.resolve(self.path, self.budget, self.routing, self.eviction)
+        prompts = prompt_routing.resolve(self.path, self.budget, self.prompt_routing)
+        own = {"budget": self.budget, "io": self.io, "prefetch": self.prefetch}
+        return own | {"routing": routing, "eviction": eviction, "prompt_routing": prompts}
+
+    def say_lossy(self, llm: Llama) -> None:
+        if llm.routing and llm.routing.lossy:
+            say(f"{llm.routing} is lossy: it may run other experts than the model chooses.")
+            options.say_slow([llm.routing])
+        if llm.prompt_routing.lossy:
+            say(f"{llm.prompt_routing} is lossy: tokens of the prompt may run other experts than the model chooses.")
+
+
+@dataclass
+class Talk:
+    """What a line does: a message is answered, a command acts. `seeds`: one for each answer."""
+
+    conversation: Conversation
+    settings: Settings
+    sampling: dict[str, Any]
+    seeds: Iterator[int]
+    max_tokens: int | None
+    _gone: bool = field(default=False, init=False)
+
+    def take(self, line: str) -> bool:
+        """False: the conversation is over. What is wrong with a line is said, and the conversation goes on."""
+        text = line.strip()
+        try:
+            if text.startswith("/") and not text.startswith("//"):
+                name, _, argument = text[1:].partition(" ")
+                return self._command(name, argument.strip())
+            if text:
+                self._answer(text[1:] if text.startswith("//") else text)
+        except CacherouteError as e:
+            say(f"cacheroute: {e}")
+        return True
+
+    def _answer(self, question: str) -> None:
+        conversation, llm = self.conversation, self.conversation.llm
+        before = llm.stats()
+        run = conversation.ask(question, self.max_tokens, next(self.seeds), self.sampling)
+        if conversation.gone and not self._gone:
+            say("The context is full: the oldest turns leave it from here on; a larger one is -c.")
+        self._gone = bool(conversation.gone)
+        try:
+            for piece in run.pieces():
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            interrupts.went_on()
+        finally:
+            conversation.answered(run.text)
+            if run.text and not run.text.endswith("\n"):
+                print(flush=True)
+        if run.full:
+            say(f"The context of {llm.n_ctx()} tokens is full; give a larger one with -c.")
+        say(_status(run, before, llm.stats()))
+
+    def _command(self, name: str, argument: str) -> bool:
+        commands: dict[str, Callable[[str], None]] = {
+            "routing": self._routing,
+            "budget": self._budget,
+            "stats": lambda _: _say_lines(_totals(self.conversation.llm)),
+            "system": self._system,
+            "retry": lambda _: self._retry(),
+            "save": lambda a: self.conversation.save(_file(a)),
+            "load": lambda a: self.conversation.load(_file(a)),
+            "clear": lambda _: self.conversation.clear(),
+            "help": lambda _: _say_lines(_HELP),
+        }
+        if name in ("quit", "exit", "bye"):
+            return False
+        if name not in commands:
+            raise UsageError(f"There is no command /{name}; /help lists them.")
+        commands[name](argument)
+        return True
+
+    def _routing(self, argument: str) -> None:
+        if not argument:
+            say(f"routing {self.conversation.llm.routing}")
+            return
+        self._set(routing=argument)
+
+    def _budget(self, argument: str) -> None:
+        llm = self.conversation.llm
+        if not argument:
+            say(f"budget {llm.budget.capacity} of {llm.layout.n_expert} experts of each layer")
+            return
+        self._set(budget=argument)
+
+    def _set(self, **changed: str) -> None:
+        """All that was said is evaluated again by the next turn: the caches start empty."""
+        own = Settings(**(vars(self.settings) | changed))
+        self.conversation.llm.configure(**own.resolved())
+        self.settings = own
+        own.say_lossy(self.conversation.llm)
+
+    def _system(self, argument: str) -> None:
+        self.conversation.system = argument
+
+    def _retry(self) -> None:
+        question = self.conversation.take_back()
+        if question is None:
+            raise UsageError("Nothing has been asked yet.")
+        self._answer(question)
+
+
+def _say_lines(text: str) -> None:
+    for line in text.splitlines():
+        say(line)
+
+
+def _file(argument: str) -> Path:
+    try:
+        words = shlex.split(argument)
+    except ValueError:
+        words = [argument]
+    if len(words) != 1:
+        raise UsageError("Give the name of one file.")
+    return Path(words[0]).expanduser()
+
+
+def _lines(llm: Llama) -> Iterator[str]:
+    """What is typed, or piped in."""
+    if sys.stdin is None:
+        return
+    if sys.stdin.isatty():
+        yield from _typed(llm)
+        return
+    number = 0
+    for raw in sys.stdin.buffer:
+        number += 1
+        yield decoded(raw, f"Line {number} of standard input")
+
+
+def _typed(llm: Llama) -> Iterator[str]:
+    """With line editing; the prompt is on stderr, as stdout has the answers."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.output import create_output
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    session: PromptSession[str] = PromptSession(output=create_output(stdout=sys.stderr), key_bindings=keys)
+    name = llm.metadata.get("general.name", llm.layout.paths[0].name)
+    say(f"{name}: {llm.budget.capacity} of {llm.layout.n_expert} experts of each layer in memory. /help lists the commands.")
+    while True:
+        try:
+            yield session.prompt("> ")
+        except KeyboardInterrupt:
+            interrupts.went_on()
+            say("Ctrl-D or /quit leaves.")
+        except EOFError:
+            return
+
+
+def _status(run: Completion, before: Stats, after: Stats) -> str:
+    """The line under an answer."""
+    decode, prompt = after.decode - before.decode, after.prefill - before.prefill
+    seconds = (run.last or 0) - (run.first or 0)
+    parts = [f"{run.n_tokens} token{'' if run.n_tokens == 1 else 's'}"]
+    parts[0] += f", {(run.n_tokens - 1) / seconds:.1f} tok/s" if seconds > 0 and run.n_tokens > 1 else ""
+    if run.first:
+        parts.append(f"first token {run.first - run.started:.1f} s ({prompt.tokens} of {len(run.prompt.tokens)} evaluated)")
+    if decode.hits + decode.misses:
+        parts.append(f"{100 * decode.miss_rate:.0f}% of experts read from disk")
+    if decode.swapped or decode.dropped:
+        parts.append(f"{100 * (decode.swapped + decode.dropped) / max(decode.examined, 1):.0f}% other experts than the model's")
+    if run.finish_reason == "":
+        parts.append("stopped")
+    return " | ".join(parts)
+
+
+def _totals(llm: Llama) -> str:
+    s = llm.stats()
+    lines = [f"routing {s.routing}, eviction {s.eviction}, io {s.io}, {s.capacity} experts of each layer"]
+    for name, c in (("prompts", s.prefill), ("answers", s.decode)):
+        lines.append(
+            f"{name}: {c.tokens} tokens, read {c.read_mib:.1f} MiB, {100 * c.miss_rate:.1f}% of experts from disk, "
+            f"{c.swapped} of {c.examined} swapped"
+        )
+    lines.append(f"resident {s.resident_bytes / 2**20:.1f} of {s.budget_bytes / 2**20:.1f} MiB")
+    return "\n".join(lines)

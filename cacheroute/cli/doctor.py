@@ -1,0 +1,101 @@
+"""`cacheroute doctor`: what this machine and this installation can do, and what to do about the rest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cacheroute.cli import options
+from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import MIB, printable
+from cacheroute.install import checkup
+from cacheroute.install.checkup import Check
+
+if TYPE_CHECKING:
+    from cacheroute.engine.storage import Reading
+    from cacheroute.model.experts import ExpertLayout
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def doctor(
+    model: options.ModelOption = None,
+    output: Annotated[str, typer.Option("-o", "--output", help="text or json.")] = "text",
+) -> None:
+    """Look at this machine, the engine and the storage of a model: ok, warn or fail, and what to do. For bug reports, too.
+
+    Reads some experts of the model; loads nothing else. Exit code 1 when something fails.
+    """
+    if output not in ("text", "json"):
+        raise UsageError(f"There is no output {output!r}; there are text and json.")
+    found = []
+    for check in (*checkup.checks(), *_storage(model)):
+        found.append(check)
+        if output == "text":
+            _print(check)
+    if output == "json":
+        print(json.dumps([asdict(check) for check in found], indent=2))
+    if any(check.state == "fail" for check in found):
+        raise typer.Exit(1)
+
+
+def _storage(model: str | None) -> Iterator[Check]:
+    """Of the model's experts, where its file lies."""
+    from cacheroute.model import catalogue, experts, gguf_file
+
+    try:
+        path = catalogue.resolve(model)
+        layout = experts.layout(gguf_file.read(path))
+    except CacherouteError as e:
+        if model is not None:
+            raise
+        yield Check("model", "warn", str(e).rstrip("."), "run `cacheroute setup`, or name a model with -m")
+        return
+    yield _memory(path, layout)
+    try:
+        from cacheroute.engine import storage
+
+        readings = storage.measure(layout)
+    except (CacherouteError, OSError) as e:
+        yield Check("storage", "fail", str(e).rstrip("."), "")
+        return
+    for reading in readings:
+        yield _reading(reading, layout)
+
+
+def _memory(path: Path, layout: ExpertLayout) -> Check:
+    from cacheroute.install.machine import available_memory
+
+    least, most = layout.dense_bytes + layout.n_used * layout.resident_bytes, layout.dense_bytes + layout.all_expert_bytes
+    found = f"{path.name}: {layout.dense_bytes / MIB:.0f} MiB always in memory, {layout.all_expert_bytes / MIB:.0f} of experts"
+    free = available_memory()
+    if free is not None and free < least:
+        return Check("model", "fail", found, f"{least / MIB:.0f} MiB are the least and {free / MIB:.0f} are free: free some")
+    fits = free is None or free > most
+    return Check("model", "ok", found + (", and all of it fits" if fits else ""), "" if fits else "give --budget what fits beside it")
+
+
+def _reading(reading: Reading, layout: ExpertLayout) -> Check:
+    name = f"{reading.io} reads"
+    if reading.refused:
+        return Check(name, "warn", reading.refused, "--io auto reads buffered instead" if reading.io == "direct" else "")
+    size = layout.layers[0].expert_bytes / MIB
+    found = f"{reading.mb_per_s:.0f} MB/s, an expert of {size:.2f} MiB in {reading.ms:.2f} ms"
+    if reading.left_bytes:
+        kept = f"{found}; {reading.left_bytes / MIB:.1f} MiB stay in the page cache"
+        return Check(name, "warn", kept, "another process may have the file open: misses look faster than they are")
+    return Check(name, "ok", found)
+
+
+def _print(check: Check) -> None:
+    state = f"{check.state:4}"
+    if sys.stdout.isatty():
+        state = typer.style(state, fg=_COLOURS[check.state])
+    line = f"{check.name}: {check.found}" + (f" -> {check.advice}" if check.advice else "")
+    print(f"{state}  {printable(line)}", flush=True)

@@ -1,0 +1,177 @@
+"""What may be wrong with this machine or this installation, as `doctor` tells it. Loads the engine's library, no model."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cacheroute import files
+from cacheroute.errors import CacherouteError
+from cacheroute.files import GIB
+from cacheroute.install import engine_build, machine, patched_llama_cpp
+
+State = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `advice`: what to do; "" where nothing is to be done."""
+
+    name: str
+    state: State
+    found: str
+    advice: str = ""
+
+
+# What /proc/cpuinfo calls a feature -> what llama.cpp calls it. Only those that make it clearly faster.
+_FEATURES = {
+    "avx2": "AVX2",
+    "fma": "FMA",
+    "f16c": "F16C",
+    "avx512f": "AVX512",
+    "avx512_vnni": "AVX512_VNNI",
+    "avx_vnni": "AVX_VNNI",
+    "amx_int8": "AMX_INT8",
+    "asimddp": "DOTPROD",
+    "i8mm": "MATMUL_INT8",
+    "sve": "SVE",
+    "asimdhp": "FP16_VA",
+}
+_EXTRAS = {
+    "huggingface_hub": "pull",
+    "matplotlib": "plot",
+    "lm_eval": "eval TASK",
+    "distributed": "--scheduler",
+    "pyarrow": "Parquet files",
+}
+
+
+def checks(root: Path = Path("/")) -> Iterator[Check]:
+    """One after the other, as some take half a second. `root`: where proc and sys are, for tests."""
+    yield Check("cacheroute", "ok", f"{files.VERSION}, Python {platform.python_version()}, {platform.platform(terse=True)}")
+    yield from _engine(root)
+    yield _cores(root)
+    yield _load(root)
+    yield _scheduling(root)
+    yield _memory(root)
+    yield _cache()
+    yield _extras()
+
+
+def _engine(root: Path) -> Iterator[Check]:
+    state = engine_build.installed_state()
+    if state.advice:
+        yield Check("engine", "fail", state.advice.partition(":")[0], "run `cacheroute setup`")
+        return
+    try:
+        llama_cpp = patched_llama_cpp.module()
+        info = ctypes.cast(llama_cpp.llama_print_system_info(), ctypes.c_char_p).value or b""
+    except (CacherouteError, OSError, ImportError) as e:
+        yield Check("engine", "fail", str(e).rstrip("."), "run `cacheroute setup`")
+        return
+    key = engine_build.installed_key()
+    yield Check("engine", "ok", f"llama-cpp-python {state.version}, {len(engine_build.patch_files())} patches, build {key or '?'}")
+    yield _features(info.decode("utf-8", "replace"), root)
+    openmp = engine_build.uses_openmp()
+    if openmp is False:
+        yield Check("OpenMP", "warn", "the engine was built without it", "install libgomp or libomp, and run `cacheroute setup`")
+    else:
+        spin = os.environ.get("GOMP_SPINCOUNT") or os.environ.get("OMP_WAIT_POLICY") or "?"
+        yield Check("OpenMP", "ok" if openmp else "warn", f"waiting threads spin for {spin} rounds" if openmp else "not known")
+
+
+def _features(info: str, root: Path) -> Check:
+    """`info`: "CPU : SSE3 = 1 | AVX2 = 1 | ...", which names only what is there."""
+    built = {word.split("=")[0].strip().rpartition(":")[2].strip() for word in info.split("|") if word.strip().endswith("1")}
+    try:
+        text = (root / "proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return Check("processor", "warn", f"{platform.machine()}; its features are not known")
+    words = {word for line in text.splitlines() if line.lower().startswith(("flags", "features")) for word in line.split(":")[1].split()}
+    there = [name for flag, name in _FEATURES.items() if flag in words]
+    missing = [name for name in there if name not in built]
+    found = f"{platform.machine()} with {', '.join(there) or 'nothing special'}"
+    if missing:
+        return Check("processor", "warn", f"{found}; the engine does not use {', '.join(missing)}", "run `cacheroute setup` here")
+    return Check("processor", "ok", f"{found}, all used by the engine")
+
+
+def _cores(root: Path) -> Check:
+    all_cores, big = machine.cores(), machine.big_cores(root)
+    found = f"{all_cores} may be used" + (f", {big} of them fast" if big < all_cores else "")
+    return Check("cores", "ok", f"{found}; -t is {big} by default")
+
+
+def _load(root: Path) -> Check:
+    """Over a third of a second."""
+
+    def ticks() -> list[int]:
+        return [int(n) for n in (root / "proc/stat").read_text("ascii").split("\n", 1)[0].split()[1:9]]
+
+    try:
+        before = ticks()
+        time.sleep(0.35)
+        spent = [b - a for a, b in zip(before, ticks(), strict=True)]
+    except (OSError, ValueError):
+        return Check("load", "warn", "not known")
+    whole = max(sum(spent), 1)
+    idle, stolen = (spent[3] + spent[4]) / whole, spent[7] / whole
+    found = f"{100 * (1 - idle):.0f}% of the processors in use" + (f", {100 * stolen:.0f}% stolen by other machines" if stolen > 0.02 else "")
+    if stolen > 0.1:
+        return Check("load", "warn", found, "speeds measured here are those of a shared machine")
+    if idle < 0.5:
+        return Check("load", "warn", found, "close what computes; fewer threads (-t) may be faster meanwhile")
+    return Check("load", "ok", found)
+
+
+def _scheduling(root: Path) -> Check:
+    try:
+        told = (root / "proc/thread-self/schedstat").read_text("ascii").split()[0] != "0"
+    except (OSError, IndexError):
+        told = False
+    if told:
+        return Check("scheduling", "ok", "the kernel tells how long threads wait, so their number follows other load")
+    return Check("scheduling", "warn", "the kernel does not tell how long threads wait", "beside other work give fewer threads with -t")
+
+
+def _memory(root: Path) -> Check:
+    free = machine.available_memory(root)
+    if free is None:
+        return Check("memory", "warn", "what is free is not known", "give --budget in GiB")
+    try:
+        lines = (root / "proc/meminfo").read_text("ascii").splitlines()
+        total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
+        unlimited = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return Check("memory", "ok", f"{free / GIB:.1f} GiB free")
+    found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
+    if free < 0.9 * unlimited:
+        found += f"; a control group or ulimit leaves that, the machine has {unlimited / GIB:.1f}"
+    small = free < GIB
+    return Check("memory", "warn" if small else "ok", found, "free some: little fits into that" if small else "")
+
+
+def _cache() -> Check:
+    folder = files.cache_dir()
+    at = next(p for p in (folder, *folder.parents) if p.exists())
+    if not os.access(at, os.W_OK | os.X_OK):
+        return Check("cache", "fail", f"{folder} cannot be written", "set CACHEROUTE_CACHE to a folder that can")
+    free = shutil.disk_usage(at).free
+    few = free < 2 * GIB
+    advice = "building the engine needs 2 GiB; free some, or set CACHEROUTE_CACHE" if few else ""
+    return Check("cache", "warn" if few else "ok", f"{folder}, {free / GIB:.1f} GiB free on its disk", advice)
+
+
+def _extras(find: Callable[[str], object] = importlib.util.find_spec) -> Check:
+    missing = [f"{name} (for {what})" for name, what in _EXTRAS.items() if not find(name)]
+    found = "all are here" if not missing else f"not installed: {', '.join(missing)}"
+    return Check("packages", "ok", found, f"{Path(sys.executable).name} -m pip install NAME, where wanted" if missing else "")

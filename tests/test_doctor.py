@@ -1,0 +1,119 @@
+"""`cacheroute doctor`: each check on machines that have the trouble, and the command on this one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cacheroute.engine import storage, stores
+from cacheroute.errors import CacherouteError
+from cacheroute.install import checkup, engine_build
+from cacheroute.install.checkup import Check
+from cacheroute.model import experts, gguf_file
+from support import tiny_models
+from support.cli import cacheroute
+from support.expert_file import on_a_disk
+
+CPU = "flags\t\t: fpu avx2 fma f16c avx512f avx512_vnni\n"
+ALL_USED = "CPU : SSE3 = 1 | AVX2 = 1 | FMA = 1 | F16C = 1 | AVX512 = 1 | AVX512_VNNI = 1 | OPENMP = 1 | "
+
+
+def machine_of(root: Path, **files: str) -> Path:
+    for name, content in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
+def test_features_that_the_engine_does_not_use_are_named(tmp_path: Path) -> None:
+    root = machine_of(tmp_path, proc__cpuinfo=CPU)
+    assert checkup._features(ALL_USED, root).state == "ok"
+    lacks = checkup._features("CPU : SSE3 = 1 | AVX2 = 1 | FMA = 1 | F16C = 1 | ", root)
+    assert lacks.state == "warn" and lacks.found.endswith("does not use AVX512, AVX512_VNNI") and "setup" in lacks.advice
+    phone = machine_of(tmp_path / "phone", proc__cpuinfo="Features\t: fp asimd asimddp i8mm\n")
+    assert "MATMUL_INT8" in checkup._features("CPU : NEON = 1 | DOTPROD = 1 | ", phone).found
+    assert checkup._features(ALL_USED, tmp_path / "nowhere").state == "warn"
+
+
+@pytest.mark.parametrize(
+    "after, state, word",
+    [
+        ("cpu 100 0 0 1000 0 0 0 0 0 0", "ok", "0%"),
+        ("cpu 900 0 0 1000 0 0 0 0 0 0", "warn", "100%"),
+        ("cpu 110 0 0 1000 0 0 0 50 0 0", "warn", "stolen"),
+        ("not what it was", "warn", "not known"),
+    ],
+)
+def test_other_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str, state: str, word: str) -> None:
+    stat = machine_of(tmp_path, proc__stat="cpu 100 0 0 900 0 0 0 0 0 0\n") / "proc/stat"
+    monkeypatch.setattr(checkup.time, "sleep", lambda _: stat.write_text(after + "\n"))
+    if word == "100%":
+        stat.write_text("cpu 100 0 0 1000 0 0 0 0 0 0\n")
+    found = checkup._load(tmp_path)
+    assert (found.state, word in found.found) == (state, True), found
+
+
+def test_memory_and_scheduling(tmp_path: Path) -> None:
+    info = "MemTotal: {} kB\nMemAvailable: {} kB\n"
+    root = machine_of(tmp_path, proc__meminfo=info.format(8 << 20, 6 << 20), proc__thread__self="")
+    assert checkup._memory(root) == Check("memory", "ok", "6.0 GiB free of 8.0")
+    root = machine_of(tmp_path, proc__meminfo=info.format(8 << 20, 1 << 18))
+    assert checkup._memory(root).state == "warn"
+    assert checkup._scheduling(tmp_path).state == "warn"
+    (tmp_path / "proc/thread-self").mkdir()
+    (tmp_path / "proc/thread-self/schedstat").write_text("12 3 4\n")
+    assert checkup._scheduling(tmp_path).state == "ok"
+
+
+def test_an_engine_that_is_missing_or_stock_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for state in (engine_build.EngineState("missing"), engine_build.EngineState("stock", "0.3.36")):
+        monkeypatch.setattr(engine_build, "installed_state", lambda state=state: state)
+        [check] = checkup._engine(Path("/"))
+        assert check.state == "fail" and check.advice == "run `cacheroute setup`"
+
+
+def test_a_cache_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHEROUTE_CACHE", "/proc/nope")
+    monkeypatch.setattr(checkup.os, "access", lambda *_: False)
+    assert checkup._cache().state == "fail"
+
+
+def test_packages_that_are_missing_are_named() -> None:
+    assert checkup._extras(lambda _: None).found.startswith("not installed: huggingface_hub (for pull), ")
+    assert checkup._extras(lambda _: True).advice == ""
+
+
+def test_storage_is_measured_without_a_model_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_models.write("qwen3moe", on_a_disk(tmp_path) / "tiny.gguf", shards=2)
+    layout = experts.layout(gguf_file.read(path))
+    readings = {r.io: r for r in storage.measure(layout)}
+    assert set(readings) == {"direct", "buffered"}
+    assert readings["buffered"].mb_per_s > 0 and readings["buffered"].ms > 0 and not readings["buffered"].left_bytes
+    real = stores.new_store
+
+    def no_direct(io: str, arguments: stores.Arguments, names: Sequence[str]) -> int:
+        if io == "direct":
+            raise CacherouteError("the filesystem has no direct reads.")
+        return real(io, arguments, names)
+
+    monkeypatch.setattr(stores, "new_store", no_direct)
+    refused = {r.io: r.refused for r in storage.measure(layout)}
+    assert refused == {"buffered": "", "direct": "the filesystem has no direct reads"}
+
+
+@pytest.mark.engine
+def test_the_command_tells_and_fails_when_something_does(tmp_path: Path) -> None:
+    path = tiny_models.write("qwen3moe", on_a_disk(tmp_path) / "tiny.gguf")
+    done = cacheroute("doctor", "-m", path, "-o", "json")
+    found = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == 0 and done.stderr == ""
+    assert {"cacheroute", "engine", "processor", "OpenMP", "cores", "load", "memory", "cache", "model", "buffered reads"} <= set(found)
+    assert found["engine"]["state"] == "ok"
+    text = cacheroute("doctor", "-m", path)
+    assert text.stdout.count("\n") == len(found) and all(line[:4].strip() in ("ok", "warn") for line in text.stdout.splitlines())
+    gone = cacheroute("doctor", "-m", tmp_path / "nothing.gguf")
+    assert gone.returncode in (1, 2) and gone.stderr.count("\n") == 1
