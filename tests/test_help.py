@@ -13,7 +13,7 @@ from cacheroute.cli import app
     [
         ("generate", "[default: demo]"),
         ("eval perplexity", "[default: the held-out text of the package]"),
-        ("tune", "[default: all cores]"),
+        ("tune", "[default: all fast cores]"),
         ("frontier", "[default: a grid over all strategies]"),
         ("plot", "[default: chosen by the content of the files]"),
     ],

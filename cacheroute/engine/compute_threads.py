@@ -1,8 +1,7 @@
-"""How many threads compute: fewer while other work on the machine keeps them from being scheduled.
+"""How many threads compute: no more than the processors that other programs leave.
 
 A thread of llama.cpp waits for all the others after every matrix multiplication, so one that is not on a processor holds up all
-of them: beside two busy processes on two cores, one thread is faster than two (scripts/RESULTS.md). Linux says for how long a
-thread was ready to run and did not (Documentation/scheduler/sched-stats.rst); where it does not say, nothing changes.
+of them: beside two busy processes on two cores, one thread is faster than two (scripts/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -13,79 +12,60 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-_TASKS = Path("/proc/self/task")
-_PERIOD = 0.2  # seconds between two looks
-_LEAST = 0.05  # seconds that the threads must have wanted to run between them
-_LOST = 0.5  # threads' worth of waiting from which there are too many of them
-_FREE = 0.15  # and below which there may be a processor for one more
-_PATIENCE = 1.0, 32.0  # seconds of freedom before one more is tried: at first, and at most, after tries that failed
-_TRIAL = 2.0  # seconds after which a try has not failed
+_STAT = Path("/proc/stat")
+_PERIOD = 0.25  # seconds between two looks: a tick of the kernel's count is 0.01
+_SMOOTH = 0.6  # the weight of the last look
+_TOO_MANY, _ROOM = 0.6, 0.75  # processors that must be lacking, or free, before the number changes
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Seconds that the threads of this process have run, and that they have waited for a processor, all together."""
+class Busy:
+    """Seconds of processors since some time: of this process, and of all on the processors that it may use."""
 
-    ran: float
-    waited: float
+    own: float
+    all: float
 
 
-def own_schedule() -> Schedule | None:
-    """Of all threads of this process; None where the system does not tell."""
-    ran = waited = 0
+def busy() -> Busy | None:
+    """None where the system does not tell (Android, macOS)."""
     try:
-        for task in os.listdir(_TASKS):
-            try:
-                words = (_TASKS / task / "schedstat").read_bytes().split()
-            except (FileNotFoundError, ProcessLookupError):  # it has ended
-                continue
-            ran, waited = ran + int(words[0]), waited + int(words[1])
-    except (OSError, ValueError, IndexError):
+        own = {f"cpu{i}" for i in os.sched_getaffinity(0)}
+        lines = [line.split() for line in _STAT.read_text("ascii").splitlines()]
+        # user, nice, system, irq and softirq; not idle, iowait, and what another machine takes
+        ticks = sum(sum(int(words[i]) for i in (1, 2, 3, 6, 7)) for words in lines if words and words[0] in own)
+        return Busy(time.process_time(), ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
         return None
-    return Schedule(ran / 1e9, waited / 1e9) if ran else None
 
 
 class ComputeThreads:
-    """Decides on a number of threads, at most `most`, between two tokens.
-
-    Lowered to the processors that the threads together get. Raised by one after a second of freedom, and where that had to be
-    taken back, after twice as long.
-    """
+    """Decides on a number of threads, at most `most`, between two tokens. `cores`: processors that this process may use."""
 
     def __init__(
-        self, most: int, schedule: Callable[[], Schedule | None] = own_schedule, clock: Callable[[], float] = time.monotonic
+        self,
+        most: int,
+        cores: int,
+        looks: Callable[[], Busy | None] = busy,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.n = self._most = most
-        self._schedule, self._clock = schedule, clock
-        self._seen, self._looked = (schedule() if most > 1 else None), clock()
-        self._patience, self._free_since = _PATIENCE[0], clock()
-        self._trial_since: float | None = None
+        self._cores, self._look, self._clock = cores, looks, clock
+        self._seen, self._at = (looks() if most > 1 else None), clock()
+        self._others = 0.0  # processors that other programs take
 
     def look(self) -> int:
-        """The number of threads for the next token; takes 0.1 ms five times a second."""
+        """The number of threads for the next token; takes 0.1 ms four times a second."""
         now, before = self._clock(), self._seen
-        if before is None or now - self._looked < _PERIOD:
+        passed = now - self._at
+        if before is None or passed < _PERIOD:
             return self.n
-        seen = self._schedule()
+        seen = self._look()
         if seen is None:
             return self.n
-        ran, waited = seen.ran - before.ran, seen.waited - before.waited
-        if ran >= 0 and waited >= 0 and ran + waited < _LEAST:
-            return self.n
-        self._seen, self._looked = seen, now
-        if ran >= 0 and waited >= 0:  # else a thread has ended, and its part with it
-            self._decide(now, ran / (ran + waited))
+        self._seen, self._at = seen, now
+        others = min(max((seen.all - before.all - (seen.own - before.own)) / passed, 0.0), self._cores)
+        self._others += _SMOOTH * (others - self._others)
+        left = self._cores - self._others
+        if left < self.n - _TOO_MANY or left >= self.n + _ROOM:
+            self.n = min(max(int(left + 1 - _ROOM), 1), self._most)
         return self.n
-
-    def _decide(self, now: float, share: float) -> None:
-        lost = self.n * (1 - share)
-        if lost >= _FREE:
-            self._free_since = now
-        if lost >= _LOST and self.n > 1:
-            if self._trial_since is not None:
-                self._patience = min(2 * self._patience, _PATIENCE[1])
-            self.n, self._trial_since = max(1, int(self.n * share + 0.25)), None
-        elif self._trial_since is not None and now - self._trial_since >= _TRIAL:
-            self._patience, self._trial_since = _PATIENCE[0], None
-        elif self._trial_since is None and self.n < self._most and now - self._free_since >= self._patience:
-            self.n, self._trial_since, self._free_since = self.n + 1, now, now

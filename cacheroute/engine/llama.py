@@ -22,6 +22,7 @@ from cacheroute.engine.sequence import SequenceLlama, alone
 from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
+from cacheroute.install.machine import cores
 from cacheroute.model import context_memory, experts, gguf_file
 from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
@@ -152,7 +153,7 @@ class Llama(SequenceLlama):
         self._n_ctx = len(self.input_ids) or super().n_ctx()
         self._interrupt = Interrupt()
         self._interrupt.attach(self._ctx.ctx)
-        self._threads, self._n_threads_set = ComputeThreads(self.n_threads), self.n_threads
+        self._threads, self._n_threads_set = ComputeThreads(self.n_threads, cores()), self.n_threads
         # every path that computes ends in this call: eval(), embed(), draft models, whatever upstream adds
         self._compute = self._ctx.decode
         this = weakref.ref(self)  # a circle would keep a model that is dropped
