@@ -19,22 +19,26 @@ from support import tiny_models
 
 
 class Machine:
-    """Processors shared fairly between compute threads, readers of this process, and others; tokens of 50 ms."""
+    """Processors shared fairly between compute threads, readers of this process, and others. A token takes 0.1 s of work, which
+    threads share, and where they are more than the processors left to them, `stall` times as long."""
 
-    def __init__(self, cores: int, most: int, readers: float = 0.0) -> None:
-        self.cores, self.readers, self.others, self.now, self.own, self.all = cores, readers, 0.0, 0.0, 0.0, 0.0
+    def __init__(self, cores: int, most: int, readers: float = 0.0, stall: float = 4.0) -> None:
+        self.cores, self.readers, self.stall, self.others = cores, readers, stall, 0.0
+        self.now = self.own = self.all = 0.0
         self.threads = ComputeThreads(most, cores, lambda: Busy(self.own, self.all), lambda: self.now)
 
     def run(self, seconds: float) -> list[int]:
         """The numbers of threads, token by token."""
-        seen = []
-        for _ in range(round(seconds / 0.05)):
+        seen, end = [], self.now + seconds
+        while self.now < end:
             n = self.threads.look()
             seen.append(n)
             share = min(1.0, self.cores / (n + self.readers + self.others))
-            self.now += 0.05
-            self.own += (n + self.readers) * 0.05 * share
-            self.all += (n + self.readers + self.others) * 0.05 * share
+            took = 0.1 / n * (self.stall if n + self.others > self.cores and n > 1 else 1.0)
+            self.now += took
+            self.own += (n + self.readers) * took * share
+            self.all += (n + self.readers + self.others) * took * share
+            self.threads.took(took)
         return seen
 
 
@@ -44,14 +48,34 @@ def test_nothing_changes_on_a_quiet_machine_whatever_this_process_does() -> None
     assert set(Machine(8, 3).run(10)) == {3}
 
 
-@pytest.mark.parametrize("cores, others, fewer", [(2, 2, 1), (2, 1, 1), (8, 2, 6), (8, 8, 3), (4, 1, 3)])
-def test_threads_are_lowered_to_what_is_left_and_raised_again(cores: int, others: int, fewer: int) -> None:
-    machine = Machine(cores, cores)
+@pytest.mark.parametrize("cores, others, fewer", [(2, 2, 1), (2, 1, 1), (8, 2, 6), (4, 1, 3)])
+def test_fewer_threads_are_kept_where_they_are_faster(cores: int, others: int, fewer: int) -> None:
+    machine = Machine(cores, cores, stall=8.0)
     machine.run(5)
     machine.others = others
-    assert set(machine.run(60)[30:]) <= {fewer, fewer - 1} & set(range(1, cores))
+    machine.run(5)
+    seen = machine.run(60)
+    assert set(seen) <= {fewer, cores} and seen.count(fewer) > 0.8 * len(seen)
     machine.others = 0
-    assert set(machine.run(10)[60:]) == {cores}
+    machine.run(3)
+    assert set(machine.run(10)) == {cores}
+
+
+def test_all_threads_are_kept_where_they_are_faster() -> None:
+    machine = Machine(2, 2, stall=1.2)
+    machine.run(5)
+    machine.others = 2
+    machine.run(5)
+    seen = machine.run(60)
+    assert set(seen) == {1, 2} and seen.count(2) > 0.8 * len(seen)
+
+
+def test_what_others_did_while_this_process_was_idle_does_not_count() -> None:
+    machine = Machine(2, 2)
+    machine.run(5)
+    for _ in range(10):
+        machine.now, machine.all = machine.now + 3, machine.all + 6
+        assert set(machine.run(0.5)) == {2}
 
 
 def test_a_little_load_changes_nothing() -> None:
@@ -69,6 +93,7 @@ def test_whatever_the_system_says_the_number_is_possible(steps: list[tuple[float
     for passed, more_own, more in steps:
         now, own, every = now + passed, own + more_own, every + more
         assert 1 <= threads.look() <= most
+        threads.took(passed)
 
 
 def test_a_system_that_does_not_tell_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

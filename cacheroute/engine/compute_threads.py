@@ -1,7 +1,8 @@
-"""How many threads compute: no more than the processors that other programs leave.
+"""How many threads compute: beside other programs, all of them or as many as there are processors left, whichever is faster.
 
 A thread of llama.cpp waits for all the others after every matrix multiplication, so one that is not on a processor holds up all
-of them: beside two busy processes on two cores, one thread is faster than two (scripts/RESULTS.md).
+of them: beside two busy processes on two cores, one thread is faster than two where experts are small, and slower where they are
+large (scripts/RESULTS.md). So both are tried.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from pathlib import Path
 _STAT = Path("/proc/stat")
 _PERIOD = 0.25  # seconds between two looks: a tick of the kernel's count is 0.01
 _SMOOTH = 0.6  # the weight of the last look
-_TOO_MANY, _ROOM = 0.6, 0.75  # processors that must be lacking, or free, before the number changes
+_CROWDED, _FREE = 0.6, 0.3  # processors that the threads lack from which fewer are tried, and below which no more
+_IDLE = 0.2  # processors of its own below which this process was not computing
+_TRIAL_SECONDS, _TRIAL_TOKENS = 0.4, 3  # the least of a trial
+_HOLD = 8.0  # seconds until the other number is tried again
+_BETTER = 0.95  # so much less time a token must take
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ class ComputeThreads:
         self._cores, self._look, self._clock = cores, looks, clock
         self._seen, self._at = (looks() if most > 1 else None), clock()
         self._others = 0.0  # processors that other programs take
+        self._fewer = 0  # what is tried beside `most`; 0: the machine is not crowded
+        self._seconds: dict[int, float] = {}  # of a token, by the number of threads
+        self._spent, self._tokens, self._trying, self._held_since = 0.0, 0, False, 0.0
 
     def look(self) -> int:
         """The number of threads for the next token; takes 0.1 ms four times a second."""
@@ -63,9 +71,44 @@ class ComputeThreads:
         if seen is None:
             return self.n
         self._seen, self._at = seen, now
+        if seen.own - before.own < _IDLE * passed:
+            return self.n
         others = min(max((seen.all - before.all - (seen.own - before.own)) / passed, 0.0), self._cores)
         self._others += _SMOOTH * (others - self._others)
         left = self._cores - self._others
-        if left < self.n - _TOO_MANY or left >= self.n + _ROOM:
-            self.n = min(max(int(left + 1 - _ROOM), 1), self._most)
+        if self._most - left <= (_FREE if self._fewer else _CROWDED):
+            self.n, self._fewer = self._most, 0
+        elif not self._fewer or not self._fewer - 0.5 <= left <= self._fewer + 1.2:
+            self._crowd(min(max(int(left + 0.25), 1), self._most - 1))
         return self.n
+
+    def _crowd(self, fewer: int) -> None:
+        if not self._fewer:
+            self._seconds.clear()
+            self._begin_trial(self._most)
+        elif self.n == self._fewer != fewer:
+            self._begin_trial(fewer)
+        self._fewer = fewer
+
+    def took(self, seconds: float) -> None:
+        """A decoded token took so long."""
+        if not self._fewer:
+            return
+        self._spent, self._tokens = self._spent + seconds, self._tokens + 1
+        if self._spent < _TRIAL_SECONDS or self._tokens < _TRIAL_TOKENS:
+            return
+        self._seconds[self.n] = self._spent / self._tokens
+        other = self._fewer if self.n == self._most else self._most
+        if other not in self._seconds:
+            self._begin_trial(other)
+        elif self._trying:
+            better = self._seconds[self.n] < _BETTER * self._seconds[other]
+            self._begin_trial(self.n if better else other)
+            self._trying, self._held_since = False, self._clock()
+        elif self._clock() - self._held_since >= _HOLD:
+            self._begin_trial(other)
+        else:
+            self._spent, self._tokens = 0.0, 0
+
+    def _begin_trial(self, n: int) -> None:
+        self.n, self._trying, self._spent, self._tokens = n, True, 0.0, 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -331,7 +332,10 @@ class Llama(SequenceLlama):
             self._hook.begin(first, decode=self._decoding)
         self._set_threads()
         try:
+            start = time.perf_counter()
             self._compute(batch)
+            if self._decoding:
+                self._threads.took(time.perf_counter() - start)
             complete = not self._interrupt.seen()  # what an interrupted batch has computed is of no use
         except RuntimeError:
             if not self._interrupt.seen():
@@ -348,11 +352,11 @@ class Llama(SequenceLlama):
             self._trace_sink(self._hook.take_trace())
 
     def _set_threads(self) -> None:
-        """Fewer where the machine has other work. Flash attention sums in another order with other threads: there it stays."""
+        """Of decoding, fewer beside other work. Flash attention sums in another order with other threads: there it stays."""
         n = self.n_threads if self.context_params.flash_attn_type > 0 else self._threads.look()
         if n != self._n_threads_set:
             self._n_threads_set = n
-            self._ctx.set_n_threads(n, min(n, self.n_threads_batch) if n < self.n_threads else self.n_threads_batch)
+            self._ctx.set_n_threads(n, self.n_threads_batch)
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """As llama_cpp.Llama.embed. Forgets the sequence."""
