@@ -262,7 +262,7 @@ def _typed(llm: Llama) -> Iterator[str]:
     say(f"{name}: {llm.budget.capacity} of {llm.layout.n_expert} experts of each layer in memory. /help lists the commands.")
     while True:
         try:
-            yield session.prompt("> ")
+            yield session.prompt("> ", handle_sigint=False)  # interrupts.py has taken it
         except KeyboardInterrupt:
             interrupts.went_on()
             say("Ctrl-D or /quit leaves.")
