@@ -2,8 +2,8 @@
 
 While the program starts, Ctrl-C ends it at once. While a command runs, it is a KeyboardInterrupt, so that what is open is
 closed; a second one ends the program at once, and so does a thread after GRACE seconds, where C code does not return to Python
-or something waits. A command that stops only what it is doing says went_on(), and has more seconds for it. Python code that C calls (a policy, a log callback) must not raise: `shield` marks it, and what calls the C
-code asks check() afterwards.
+or something waits. A command that stops only what it is doing says went_on(), and has more seconds for it. Python code that C
+calls (a policy, a log callback) must not raise: `shield` marks it, and what calls the C code asks check() afterwards.
 """
 
 from __future__ import annotations

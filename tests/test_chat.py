@@ -21,11 +21,12 @@ from cacheroute import CacherouteError, Llama, UsageError
 from cacheroute.engine.conversation import Conversation, check_template
 from cacheroute.model import demo_model
 from support import tiny_models
-from support.cli import in_process
+from support.cli import cacheroute, sentence
 
 pytestmark = pytest.mark.engine
 
 GREEDY: dict[str, Any] = {"temp": 0.0}
+PROMPT = "\x1b[?2004h"  # the line editor has begun
 FEW = ("-n", 8, "--temp", 0, "-t", 1, "-c", 512)
 
 
@@ -70,7 +71,9 @@ def test_the_oldest_turns_leave_a_full_context(llm: Llama) -> None:
     assert conversation.gone > 0 and conversation.gone % 2 == 0
     assert conversation.messages[0]["role"] == "user" and conversation.system == "Be brief."
     kept = list(conversation.messages)
-    with pytest.raises(CacherouteError, match=r"^The question takes \d+ tokens and the context has 256; give a larger one with -c"):
+    with pytest.raises(
+        CacherouteError, match=r"^The question takes \d+ tokens and the context has 256; give a larger one with -c"
+    ):
         Conversation(llm).ask("word " * 400, 8, 7, GREEDY)
     assert conversation.messages == kept
 
@@ -104,8 +107,7 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
     path = tiny_models.write("qwen3moe", tmp_path / "tiny.gguf")
     with contextlib.closing(Llama(str(path), n_ctx=64, verbose=False)) as tiny, pytest.raises(CacherouteError, match="--raw"):
         check_template(tiny)
-    done = in_process(["chat", "-m", str(path)])
-    assert done.code == 1 and done.stderr.count("\n") == 1
+    sentence(cacheroute("chat", "-m", path, "-t", 1), 1)
 
 
 # ---- in a pipe ------------------------------------------------------------------------------------
@@ -164,7 +166,9 @@ class Terminal:
         self._main, other = pty.openpty()
         command = [sys.executable, "-m", "cacheroute", "chat", "-t", "1", "--temp", "0", *map(str, more)]
         env = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-        self.process = subprocess.Popen(command, stdin=other, stdout=subprocess.PIPE, stderr=other, env=env, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdin=other, stdout=subprocess.PIPE, stderr=other, env=env, start_new_session=True
+        )
         os.close(other)
         self.seen = ""
 
@@ -189,19 +193,19 @@ class Terminal:
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on() -> None:
     terminal = Terminal("-c", 2048, "--flash-mbps", 3)
     terminal.until("/help lists the commands")
-    terminal.until("> ")
+    terminal.until(PROMPT)
     terminal.type("Tell me a very long story about a dog and a cat.\r")
     assert terminal.process.stdout is not None
     os.read(terminal.process.stdout.fileno(), 1)
     terminal.process.send_signal(signal.SIGINT)
     terminal.until("stopped", 10)
-    terminal.until("> ")
+    terminal.until(PROMPT)
     terminal.type("\x03")
     terminal.until("Ctrl-D or /quit leaves.")
-    terminal.until("> ")
+    terminal.until(PROMPT)
     terminal.type("/stats\r")
     terminal.until("resident")
-    terminal.until("> ")
+    terminal.until(PROMPT)
     terminal.type("\x04")
     code, out = terminal.close()
     assert code == 0 and out.endswith("\n")

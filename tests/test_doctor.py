@@ -111,7 +111,9 @@ def test_the_command_tells_and_fails_when_something_does(tmp_path: Path) -> None
     done = cacheroute("doctor", "-m", path, "-o", "json")
     found = {check["name"]: check for check in json.loads(done.stdout)}
     assert done.returncode == 0 and done.stderr == ""
-    assert {"cacheroute", "engine", "processor", "OpenMP", "cores", "load", "memory", "cache", "model", "buffered reads"} <= set(found)
+    assert {"cacheroute", "engine", "processor", "OpenMP", "cores", "load", "memory", "cache", "model", "buffered reads"} <= set(
+        found
+    )
     assert found["engine"]["state"] == "ok"
     text = cacheroute("doctor", "-m", path)
     assert text.stdout.count("\n") == len(found) and all(line[:4].strip() in ("ok", "warn") for line in text.stdout.splitlines())

@@ -63,7 +63,7 @@ def chat(
 ) -> None:
     """Talk with a model. What has been said stays evaluated, and the experts stay in memory, between the turns.
 
-    Answers go to stdout, everything else to stderr. Ctrl-C stops an answer and keeps what has come of it; /help lists the commands.
+    Answers go to stdout, everything else to stderr. Ctrl-C stops an answer and keeps what has come of it; /help lists commands.
     From a pipe each line is a message or a command, and the answers are all that is on stdout.
     """
     from cacheroute.engine.conversation import Conversation, check_template
@@ -243,9 +243,7 @@ def _lines(llm: Llama) -> Iterator[str]:
     if sys.stdin.isatty():
         yield from _typed(llm)
         return
-    number = 0
-    for raw in sys.stdin.buffer:
-        number += 1
+    for number, raw in enumerate(sys.stdin.buffer, 1):
         yield decoded(raw, f"Line {number} of standard input")
 
 

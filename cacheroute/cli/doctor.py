@@ -78,7 +78,9 @@ def _memory(path: Path, layout: ExpertLayout) -> Check:
     if free is not None and free < least:
         return Check("model", "fail", found, f"{least / MIB:.0f} MiB are the least and {free / MIB:.0f} are free: free some")
     fits = free is None or free > most
-    return Check("model", "ok", found + (", and all of it fits" if fits else ""), "" if fits else "give --budget what fits beside it")
+    return Check(
+        "model", "ok", found + (", and all of it fits" if fits else ""), "" if fits else "give --budget what fits beside it"
+    )
 
 
 def _reading(reading: Reading, layout: ExpertLayout) -> Check:

@@ -1,6 +1,6 @@
 """A conversation with a loaded model: its messages, and the next answer to them within the context.
 
-What of a turn's prompt is evaluated already is not evaluated again, and the experts stay in memory (sequence.py). Knows no terminal.
+What of a turn's prompt is evaluated already is not evaluated again, and experts stay in memory (sequence.py). Knows no terminal.
 """
 
 from __future__ import annotations

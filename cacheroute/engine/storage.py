@@ -37,7 +37,9 @@ def _mapped(layout: ExpertLayout) -> Iterator[list[int]]:
         for path in layout.paths:
             file = stack.enter_context(path.open("rb"))
             view = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            at.append(int(np.frombuffer(view, np.uint8).ctypes.data))  # no array may outlive this line: the mapping could not close
+            at.append(
+                int(np.frombuffer(view, np.uint8).ctypes.data)
+            )  # no array may outlive this line: the mapping could not close
         yield at
 
 

@@ -79,7 +79,9 @@ def _engine(root: Path) -> Iterator[Check]:
         yield Check("engine", "fail", str(e).rstrip("."), "run `cacheroute setup`")
         return
     key = engine_build.installed_key()
-    yield Check("engine", "ok", f"llama-cpp-python {state.version}, {len(engine_build.patch_files())} patches, build {key or '?'}")
+    yield Check(
+        "engine", "ok", f"llama-cpp-python {state.version}, {len(engine_build.patch_files())} patches, build {key or '?'}"
+    )
     yield _features(info.decode("utf-8", "replace"), root)
     openmp = engine_build.uses_openmp()
     if openmp is False:
@@ -96,7 +98,12 @@ def _features(info: str, root: Path) -> Check:
         text = (root / "proc/cpuinfo").read_text("utf-8", "replace")
     except OSError:
         return Check("processor", "warn", f"{platform.machine()}; its features are not known")
-    words = {word for line in text.splitlines() if line.lower().startswith(("flags", "features")) for word in line.split(":")[1].split()}
+    words = {
+        word
+        for line in text.splitlines()
+        if line.lower().startswith(("flags", "features"))
+        for word in line.split(":")[1].split()
+    }
     there = [name for flag, name in _FEATURES.items() if flag in words]
     missing = [name for name in there if name not in built]
     found = f"{platform.machine()} with {', '.join(there) or 'nothing special'}"
@@ -125,7 +132,9 @@ def _load(root: Path) -> Check:
         return Check("load", "warn", "not known")
     whole = max(sum(spent), 1)
     idle, stolen = (spent[3] + spent[4]) / whole, spent[7] / whole
-    found = f"{100 * (1 - idle):.0f}% of the processors in use" + (f", {100 * stolen:.0f}% stolen by other machines" if stolen > 0.02 else "")
+    found = f"{100 * (1 - idle):.0f}% of the processors in use" + (
+        f", {100 * stolen:.0f}% stolen by other machines" if stolen > 0.02 else ""
+    )
     if stolen > 0.1:
         return Check("load", "warn", found, "speeds measured here are those of a shared machine")
     if idle < 0.5:
@@ -140,7 +149,9 @@ def _scheduling(root: Path) -> Check:
         told = False
     if told:
         return Check("scheduling", "ok", "the kernel tells how long threads wait, so their number follows other load")
-    return Check("scheduling", "warn", "the kernel does not tell how long threads wait", "beside other work give fewer threads with -t")
+    return Check(
+        "scheduling", "warn", "the kernel does not tell how long threads wait", "beside other work give fewer threads with -t"
+    )
 
 
 def _memory(root: Path) -> Check:
