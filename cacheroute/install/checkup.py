@@ -143,15 +143,14 @@ def _load(root: Path) -> Check:
 
 
 def _scheduling(root: Path) -> Check:
+    """Of compute threads (engine/compute_threads.py)."""
     try:
-        told = (root / "proc/thread-self/schedstat").read_text("ascii").split()[0] != "0"
-    except (OSError, IndexError):
+        told = "cpu0" in (root / "proc/stat").read_text("ascii")
+    except OSError:
         told = False
     if told:
-        return Check("scheduling", "ok", "the kernel tells how long threads wait, so their number follows other load")
-    return Check(
-        "scheduling", "warn", "the kernel does not tell how long threads wait", "beside other work give fewer threads with -t"
-    )
+        return Check("scheduling", "ok", "fewer threads compute beside other programs where that is faster")
+    return Check("scheduling", "warn", "what other programs take is not known", "beside them try fewer threads with -t")
 
 
 def _memory(root: Path) -> Check:
