@@ -36,7 +36,7 @@ _HELP = """/routing NAME    choose experts by another routing, as --routing; wit
 /save FILE       write the conversation to a file
 /load FILE       take up a conversation that /save has written
 /clear           forget the conversation
-/quit            leave (Ctrl-D)
+/quit            leave (Ctrl-D); Ctrl-C stops an answer
 A line that begins with // is a message that begins with /. Alt-Enter begins a new line; what is pasted may have many."""
 
 
