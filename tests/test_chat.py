@@ -53,7 +53,7 @@ def test_a_turn_evaluates_only_what_is_new_and_answers_as_upstream(llm: Llama) -
     first = answer(conversation, "What is the capital of France?")
     before = llm.stats().prefill.tokens
     second = answer(conversation, "And of Spain?")
-    whole = len(conversation._prompt().tokens)
+    whole = len(conversation._prompt(conversation.messages).tokens)
     assert 0 < llm.stats().prefill.tokens - before < whole / 2
     llm.reset()
     messages = [{"role": "system", "content": "Be brief."}, *conversation.messages[:3]]
@@ -67,7 +67,7 @@ def test_the_oldest_turns_leave_a_full_context(llm: Llama) -> None:
     conversation = Conversation(llm, "Be brief.")
     for i in range(12):
         answer(conversation, f"Tell me about the number {i}, and then about the one after it.")
-        assert len(conversation._prompt().tokens) <= llm.n_ctx()
+        assert len(conversation._prompt(conversation.messages).tokens) <= llm.n_ctx()
     assert conversation.gone > 0 and conversation.gone % 2 == 0
     assert conversation.messages[0]["role"] == "user" and conversation.system == "Be brief."
     kept = list(conversation.messages)
@@ -209,3 +209,38 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on() -> None:
     terminal.type("\x04")
     code, out = terminal.close()
     assert code == 0 and out.endswith("\n")
+
+
+def test_what_goes_wrong_loses_nothing(llm: Llama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from cacheroute.cli.chat import Settings, Talk
+
+    llm.reset()
+    conversation = Conversation(llm, "Be brief.")
+    answer(conversation, "Hello")
+    kept = list(conversation.messages)
+    talk = Talk(
+        conversation, Settings(demo_model.ensure(), None, "original", "lru", "auto", 0, "original"), GREEDY, iter([7] * 9), 8
+    )
+    for line in ("word " * 400, "/save ~nouser7/x", "caf\udcff", "/load /nowhere", '/save "open', "/routing\tnone-such"):
+        assert talk.take(line)
+        assert conversation.messages == kept, line
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "_prompt", interrupted)
+    for line in ("And now?", "/retry"):
+        assert talk.take(line)
+        assert conversation.messages == kept, line
+    assert capsys.readouterr().err.count("Stopped.") == 2
+
+
+def test_a_long_conversation_is_cut_at_once(llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation, rendered = Conversation(llm), []
+    for i in range(300):
+        conversation.messages += [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"It is {i}."}]
+    prompt = Conversation._prompt
+    monkeypatch.setattr(Conversation, "_prompt", lambda self, m: (rendered.append(1), prompt(self, m))[1])
+    run = conversation.ask("And?", 4, 7, GREEDY)
+    assert len(rendered) < 14 and 0.4 * llm.n_ctx() < len(run.prompt.tokens) <= 0.75 * llm.n_ctx()
+    assert conversation.gone % 2 == 0 and conversation.messages[0]["role"] == "user"

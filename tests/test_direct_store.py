@@ -21,7 +21,7 @@ import pytest
 
 from cacheroute import Llama
 from cacheroute.engine import stores
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import CacherouteError, UsageError
 from support import tiny_models
 from support.cli import cacheroute
 from support.expert_file import LIB, ODD, PAGE, model, on_a_disk
@@ -291,3 +291,14 @@ def test_commands_accept_io_direct(small: Path) -> None:
     unknown = cacheroute("generate", "-m", small, "-p", "the", "--io", "fast")
     assert unknown.returncode == 2
     assert unknown.stderr == "cacheroute: There is no io 'fast'; there are auto, direct, buffered, load and none.\n"
+
+
+@pytest.mark.engine
+def test_a_pace_is_a_positive_number(small: Path) -> None:
+    for wrong in (-5, 0, float("nan"), float("inf"), True, "x"):
+        with pytest.raises(UsageError, match="flash_mbps is a number of MB/s above 0"):
+            Llama(str(small), flash_mbps=wrong, **SIZES)
+    with contextlib.closing(Llama(str(small), flash_mbps=50, **SIZES)) as llm:
+        with pytest.raises(UsageError, match="not 'x'"):
+            llm.flash_mbps = "x"  # type: ignore[assignment]
+        assert llm.flash_mbps == 50

@@ -18,7 +18,7 @@ from cacheroute import interrupts
 from cacheroute.cli import options, progress
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import decoded
+from cacheroute.files import decoded, expanded, is_text
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def chat(
     model: options.ModelOption = None,
     system: Annotated[str, typer.Option("-sys", "--system", help="The system's message.")] = "",
     load: Annotated[Path | None, typer.Option("--load", help="Take up a conversation that /save has written.")] = None,
-    n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=-1, help="Tokens of an answer; -1: until it stops.")] = -1,
+    n_predict: Annotated[
+        int, typer.Option("-n", "--n-predict", min=-1, help="Tokens of an answer, at least 1; -1: until it stops.")
+    ] = -1,
     ctx_size: options.CtxOption = 4096,
     threads: options.ThreadsOption = None,
     seed: options.SeedOption = -1,
@@ -66,6 +68,8 @@ def chat(
     Answers go to stdout, everything else to stderr. Ctrl-C stops an answer and keeps what has come of it; /help lists commands.
     From a pipe each line is a message or a command, and the answers are all that is on stdout.
     """
+    if n_predict == 0:
+        raise UsageError("An answer of no tokens is none: give -n 1 or more, or -1.")
     from cacheroute.engine.conversation import Conversation, check_template
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
@@ -88,6 +92,7 @@ def chat(
         conversation = Conversation(llm, system)
         if load:
             conversation.load(load)
+            conversation.system = system or conversation.system
         sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
         seeds = iter(lambda: secrets.randbelow(2**31), None) if seed < 0 else itertools.count(seed)
         talk = Talk(conversation, settings, sampling, seeds, n_predict if n_predict >= 0 else None)
@@ -143,15 +148,21 @@ class Talk:
         text = line.strip()
         try:
             if text.startswith("/") and not text.startswith("//"):
-                name, _, argument = text[1:].partition(" ")
-                return self._command(name, argument.strip())
+                name, *argument = text[1:].split(None, 1) or [""]
+                return self._command(name, argument[0] if argument else "")
+            if text and not is_text(text):
+                raise UsageError("That line is not UTF-8 text.")
             if text:
                 self._answer(text[1:] if text.startswith("//") else text)
         except CacherouteError as e:
             say(f"cacheroute: {e}")
+        except KeyboardInterrupt:
+            interrupts.went_on()
+            say("cacheroute: Stopped.")
         return True
 
-    def _answer(self, question: str) -> None:
+    def _answer(self, question: str) -> bool:
+        """Whether something has come of an answer."""
         conversation, llm = self.conversation, self.conversation.llm
         before = llm.stats()
         run = conversation.ask(question, self.max_tokens, next(self.seeds), self.sampling)
@@ -171,6 +182,7 @@ class Talk:
         if run.full:
             say(f"The context of {llm.n_ctx()} tokens is full; give a larger one with -c.")
         say(_status(run, before, llm.stats()))
+        return bool(run.text.strip())
 
     def _command(self, name: str, argument: str) -> bool:
         commands: dict[str, Callable[[str], None]] = {
@@ -215,10 +227,16 @@ class Talk:
         self.conversation.system = argument
 
     def _retry(self) -> None:
-        question = self.conversation.take_back()
+        conversation, before = self.conversation, list(self.conversation.messages)
+        question = conversation.take_back()
         if question is None:
             raise UsageError("Nothing has been asked yet.")
-        self._answer(question)
+        answered = False
+        try:
+            answered = self._answer(question)
+        finally:
+            if not answered:
+                conversation.messages = before
 
 
 def _say_lines(text: str) -> None:
@@ -230,10 +248,10 @@ def _file(argument: str) -> Path:
     try:
         words = shlex.split(argument)
     except ValueError:
-        words = [argument]
+        words = []
     if len(words) != 1:
-        raise UsageError("Give the name of one file.")
-    return Path(words[0]).expanduser()
+        raise UsageError("Give the name of one file; one with spaces in quotes.")
+    return expanded(words[0])
 
 
 def _lines(llm: Llama) -> Iterator[str]:
@@ -244,7 +262,10 @@ def _lines(llm: Llama) -> Iterator[str]:
         yield from _typed(llm)
         return
     for number, raw in enumerate(sys.stdin.buffer, 1):
-        yield decoded(raw, f"Line {number} of standard input")
+        try:
+            yield decoded(raw, f"Line {number} of standard input")
+        except UsageError as e:
+            say(f"cacheroute: {e}")
 
 
 def _typed(llm: Llama) -> Iterator[str]:

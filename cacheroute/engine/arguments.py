@@ -10,6 +10,13 @@ OWN = ("use_mmap", "use_mlock", "lazy_mode")  # not for the caller
 _SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_seq_max": 1, "n_threads": 1, "n_threads_batch": 1}  # and their least
 
 
+def check_pace(value: object) -> None:
+    """Raises UsageError for a `flash_mbps` that is no positive number, nor None."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")):
+        return
+    raise UsageError(f"flash_mbps is a number of MB/s above 0, or None for no pace, not {value!r}.")
+
+
 def check(arguments: dict[str, Any]) -> None:
     """Raises UsageError for one that is not for the caller, or a number that C cannot hold."""
     for name in OWN:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cacheroute.engine.completion import Completion, Message, Prompt, chat_prompt, has_chat_template
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import check_regular, read_text, write_json
+from cacheroute.files import check_regular, is_text, read_text, write_json
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
@@ -36,11 +36,12 @@ class Conversation:
         Raises CacherouteError where the question alone does not fit, or the model's chat template cannot be used; then the
         conversation is what it was.
         """
+        before, gone = list(self.messages), self.gone
         self.messages.append({"role": "user", "content": text})
         try:
             prompt = self._fitting()
-        except CacherouteError:
-            self.messages.pop()
+        except BaseException:
+            self.messages, self.gone = before, gone
             raise
         return Completion(self.llm, prompt, max_tokens, seed, sampling)
 
@@ -65,28 +66,36 @@ class Conversation:
         self.gone = 0
 
     def _fitting(self) -> Prompt:
-        size = self.llm.n_ctx()
-        while True:
-            prompt = self._prompt()
-            fits = len(prompt.tokens) < size
-            if len(self.messages) == 1:
-                if fits:
-                    return prompt
-                raise CacherouteError(
-                    f"The question takes {len(prompt.tokens)} tokens and the context has {size}; give a larger one with -c."
-                )
-            if len(prompt.tokens) <= (1 - _ROOM) * size:
-                return prompt
-            del self.messages[:2]
-            self.gone += 2
+        """The prompt of as many of the last turns as leave room."""
+        size, pairs = self.llm.n_ctx(), len(self.messages) // 2
+        room = int((1 - _ROOM) * size)
+        prompts = {0: self._prompt(self.messages)}
+        least, most = 0, 0 if len(prompts[0].tokens) <= room else pairs  # the number of turns to leave is between them
+        while least < most:
+            middle = (least + most) // 2
+            prompts[middle] = prompts.get(middle) or self._prompt(self.messages[2 * middle :])
+            if len(prompts[middle].tokens) <= room:
+                most = middle
+            else:
+                least = middle + 1
+        prompt = prompts.get(least) or self._prompt(self.messages[2 * least :])
+        if len(prompt.tokens) >= size:
+            raise CacherouteError(
+                f"The question takes {len(prompt.tokens)} tokens and the context has {size}; give a larger one with -c."
+            )
+        del self.messages[: 2 * least]
+        self.gone += 2 * least
+        return prompt
 
-    def _prompt(self) -> Prompt:
+    def _prompt(self, messages: list[Message]) -> Prompt:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return chat_prompt(self.llm, [*system, *self.messages])
+        return chat_prompt(self.llm, [*system, *messages])
 
-    def save(self, path: Path, *, force: bool = False) -> None:
-        """Writes the conversation as JSON. Raises UsageError where a file is and `force` is not given."""
-        write_json(path, {"kind": _KIND, "system": self.system, "messages": self.messages}, force=force)
+    def save(self, path: Path) -> None:
+        """Writes the conversation as JSON. Raises UsageError where a file is."""
+        if path.exists():
+            raise UsageError(f"{path} exists; give another name.")
+        write_json(path, {"kind": _KIND, "system": self.system, "messages": self.messages}, force=False)
 
     def load(self, path: Path) -> None:
         """Takes the place of this conversation. Raises UsageError for a file that save() has not written."""
@@ -94,8 +103,9 @@ class Conversation:
         try:
             kept = json.loads(read_text(path))
             own = kept["kind"] == _KIND and isinstance(kept["system"], str)
-            turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in kept["messages"]]
+            turns = [{"role": m["role"], "content": m["content"]} for m in kept["messages"]]
             own = own and [m["role"] for m in turns] == ["user", "assistant"] * (len(turns) // 2)
+            own = own and all(isinstance(t, str) and is_text(t) for t in (kept["system"], *(m["content"] for m in turns)))
         except (ValueError, KeyError, TypeError, RecursionError):
             own = False
         if not own:
@@ -104,6 +114,7 @@ class Conversation:
 
 
 def check_template(llm: Llama) -> None:
-    """Raises CacherouteError for a model that is not made for conversations: its file has no chat template."""
+    """Raises CacherouteError for a model that is not made for conversations: its file has no chat template, or one that fails."""
     if not has_chat_template(llm):
         raise CacherouteError("The model's file has no chat template; `cacheroute generate --raw` continues text with it.")
+    chat_prompt(llm, [{"role": "user", "content": "Hello"}])

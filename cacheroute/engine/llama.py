@@ -114,6 +114,7 @@ class Llama(SequenceLlama):
         self._owner = os.getpid()
         header = gguf_file.read(model_path)
         self.layout = experts.layout(header)
+        arguments.check_pace(flash_mbps)
         paced = flash_mbps is not None
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, paced=paced)
         self._loaded = settings.io == stores.LOAD
@@ -275,6 +276,7 @@ class Llama(SequenceLlama):
 
     @flash_mbps.setter
     def flash_mbps(self, value: float | None) -> None:
+        arguments.check_pace(value)
         if self._loaded and value is not None:
             raise UsageError("All experts of this model are in memory, so there are no reads to pace.")
         self._flash_mbps = value

@@ -171,7 +171,10 @@ def _memory(root: Path) -> Check:
 
 
 def _cache() -> Check:
-    folder = files.cache_dir()
+    try:
+        folder = files.cache_dir()
+    except CacherouteError as e:
+        return Check("cache", "fail", str(e).rstrip("."))
     at = next(p for p in (folder, *folder.parents) if p.exists())
     if not os.access(at, os.W_OK | os.X_OK):
         return Check("cache", "fail", f"{folder} cannot be written", "set CACHEROUTE_CACHE to a folder that can")

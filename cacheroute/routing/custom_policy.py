@@ -47,7 +47,7 @@ def load(name: str) -> type[Any]:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as e:  # any error of the user's module
+    except (Exception, SystemExit) as e:  # any error of the user's module
         raise UsageError(f"{module_name} cannot be imported ({type(e).__name__}: {e}).") from e
     found = getattr(module, class_name, None)
     if not isinstance(found, type) or not callable(getattr(found, "choose", None)):
@@ -63,7 +63,7 @@ class Policy:
         self._name, self._n_expert, self._n_used = cls.__name__, n_expert, n_used
         try:
             self._policy = cls(n_expert, n_used, n_layers)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise CacherouteError(f"{self._name} could not be made ({type(e).__name__}: {e}).") from e
         self._tokens = [0] * n_layers
         self._error: CacherouteError | None = None
@@ -75,7 +75,7 @@ class Policy:
         self._tokens = [0] * len(self._tokens)
         try:
             getattr(self._policy, "reset", lambda: None)()
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise CacherouteError(f"{self._name}.reset failed ({type(e).__name__}: {e}).") from e
 
     def check(self) -> None:
