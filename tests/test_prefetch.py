@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
-from cacheroute.evals.perplexity import log_probabilities
 from cacheroute.model import experts
 from cacheroute.native import bindings
 from support import tiny_models
+from support.decoding import decoded
 from support.expert_file import on_a_disk
 from support.live_hook import (
     EXPERT,
@@ -157,18 +157,10 @@ def test_random_predictions_change_neither_memory_nor_cache(live: Live) -> None:
 def test_prefetch_changes_no_logit_and_no_count(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path))  # what "auto" measures of a tiny model is not for the user's
     path = tiny_models.write(architecture, tmp_path / "m.gguf")
-    tokens = np.random.default_rng(1).integers(3, 300, 40).tolist()
     llm = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
 
     def run(**settings: Any) -> tuple[list[Any], list[int]]:
-        llm.configure(budget=max(llm.layout.n_expert // 2, llm.layout.n_used), **settings)
-        llm.eval(tokens[:12])
-        rows = []
-        with llm.decoding():
-            for token in tokens[12:]:
-                llm.eval([token])
-                rows.append(log_probabilities(llm))
-        return rows, [c.misses for c in llm.decoded_by_layer()]
+        return decoded(llm, **settings), [c.misses for c in llm.decoded_by_layer()]
 
     for routing in ("original", "cache-prior:lambda=0.3"):
         for io in ("buffered", "auto", "none"):

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
-from cacheroute.evals.perplexity import log_probabilities
 from cacheroute.model import experts
 from cacheroute.trace import forced_scores, trace_file
 from support import oracle, tiny_models
+from support.decoding import decoded
 from support.expert_file import on_a_disk
 from support.live_hook import LIB, Ahead, compute, counters, hooked, settled
 from support.native_hook import SIGMOID, SOFTMAX
@@ -97,19 +97,6 @@ def test_without_a_prediction_it_is_original(tmp_path: Path) -> None:
 
 
 # ---- models -----------------------------------------------------------------------------------------
-
-
-def decoded(llm: Llama, **settings: Any) -> list[Any]:
-    """Log-probabilities after each of some decoded tokens."""
-    tokens = np.random.default_rng(1).integers(3, 300, 40).tolist()
-    llm.configure(budget=max(llm.layout.n_expert // 2, llm.layout.n_used), **settings)
-    llm.eval(tokens[:12])
-    rows = []
-    with llm.decoding():
-        for token in tokens[12:]:
-            llm.eval([token])
-            rows.append(log_probabilities(llm))
-    return rows
 
 
 @pytest.mark.engine

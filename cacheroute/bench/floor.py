@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cacheroute.bench.runs import Run, both_phases
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import UsageError
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
@@ -58,10 +58,7 @@ def measure(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int) -> Flo
 def measure_bandwidth(llm: Llama, seconds: float = _SAMPLE_SECONDS) -> float:
     """Bytes per second at which experts are read: past the page cache where the filesystem can, layers and experts in random
     order, for `seconds` or until all have been read."""
-    try:
-        llm.configure(budget="all", io="auto")
-    except CacherouteError:
-        llm.configure(budget="all")
+    llm.configure(budget="all")
     start = llm.stats().prefill
     order = random.Random(0)
     for layer in order.sample(range(len(llm.layout.layers)), len(llm.layout.layers)):

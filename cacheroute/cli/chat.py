@@ -97,7 +97,7 @@ def chat(
         seeds = iter(lambda: secrets.randbelow(2**31), None) if seed < 0 else itertools.count(seed)
         talk = Talk(conversation, settings, sampling, seeds, n_predict if n_predict >= 0 else None)
         interrupts.command_goes_on(_SECONDS_TO_STOP)
-        settings.say_lossy(llm)
+        options.say_lossy(llm)
         for line in _lines(llm):
             if not talk.take(line):
                 break
@@ -123,13 +123,6 @@ class Settings:
         prompts = prompt_routing.resolve(self.path, self.budget, self.prompt_routing)
         own = {"budget": self.budget, "io": self.io, "prefetch": self.prefetch}
         return own | {"routing": routing, "eviction": eviction, "prompt_routing": prompts}
-
-    def say_lossy(self, llm: Llama) -> None:
-        if llm.routing and llm.routing.lossy:
-            say(f"{llm.routing} is lossy: it may run other experts than the model chooses.")
-            options.say_slow([llm.routing])
-        if llm.prompt_routing.lossy:
-            say(f"{llm.prompt_routing} is lossy: tokens of the prompt may run other experts than the model chooses.")
 
 
 @dataclass
@@ -221,7 +214,7 @@ class Talk:
         own = Settings(**(vars(self.settings) | changed))
         self.conversation.llm.configure(**own.resolved())
         self.settings = own
-        own.say_lossy(self.conversation.llm)
+        options.say_lossy(self.conversation.llm)
 
     def _system(self, argument: str) -> None:
         self.conversation.system = argument

@@ -115,11 +115,7 @@ def generate(
     )
     if task:
         llm.warm(task)
-    if llm.routing and llm.routing.lossy:
-        say(f"{llm.routing} is lossy: it may run other experts than the model chooses.")
-        options.say_slow([llm.routing])
-    if llm.prompt_routing.lossy:
-        say(f"{llm.prompt_routing} is lossy: tokens of the prompt may run other experts than the model chooses.")
+    options.say_lossy(llm)
     sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
         chat = not raw and completion.has_chat_template(llm)

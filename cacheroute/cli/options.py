@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from cacheroute.errors import UsageError
 from cacheroute.install.machine import big_cores
 from cacheroute.routing.eviction import ONLINE
 from cacheroute.routing.strategies import Routing
+
+if TYPE_CHECKING:
+    from cacheroute.engine.llama import Llama
 
 MAX_COUNT = 2**31 - 1
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
@@ -107,6 +110,15 @@ def say_slow(routings: Iterable[Routing]) -> None:
     for routing in routings:
         if routing.policy:
             say(f"{routing}: Python is called for every token and layer, which is slower.")
+
+
+def say_lossy(llm: Llama) -> None:
+    """Lines on stderr for what may run other experts than the model chooses."""
+    if llm.routing and llm.routing.lossy:
+        say(f"{llm.routing} is lossy: it may run other experts than the model chooses.")
+        say_slow([llm.routing])
+    if llm.prompt_routing.lossy:
+        say(f"{llm.prompt_routing} is lossy: tokens of the prompt may run other experts than the model chooses.")
 
 
 def names(text: str) -> list[str]:

@@ -10,7 +10,12 @@ from pathlib import Path
 
 def cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(_own_cores())
+
+
+def _own_cores() -> list[int]:
+    """Their numbers, where the system limits a process to some; else as many as there are."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def big_cores(root: Path = Path("/")) -> int:
@@ -18,7 +23,7 @@ def big_cores(root: Path = Path("/")) -> int:
 
     As Linux ranks them (cpu_capacity, or the highest frequency); all of them where it does not. `root`: where sys is, for tests.
     """
-    own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(cores())
+    own = _own_cores()
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
         with contextlib.suppress(OSError, ValueError):
             speeds = [int((root / f"sys/devices/system/cpu/cpu{i}" / name).read_text("ascii")) for i in own]

@@ -79,10 +79,9 @@ def check_budget(model: GgufFile, layout: ExpertLayout, n_ctx: int, budget_bytes
         return
     left = free - layout.dense_bytes - context
     experts = min(max(left, 0) // layout.resident_bytes, layout.n_expert - whole)
-    advice = f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
     raise UsageError(
         f"{layout.paths[0]} needs {_size(dense + context + budget_bytes)} of memory ({_size(dense)} of dense weights, "
-        f"{_size(context)} of context, {_size(budget_bytes)} of experts), and {_size(free)} are free: {advice}."
+        f"{_size(context)} of context, {_size(budget_bytes)} of experts), and {_size(free)} are free: {_advice(experts, layout)}."
     )
 
 
@@ -92,10 +91,15 @@ def check_more(layout: ExpertLayout, budget_bytes: int, resident_bytes: int) -> 
     if free is None or budget_bytes <= free + resident_bytes:
         return
     experts = (free + resident_bytes) // layout.resident_bytes
-    advice = f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
     raise UsageError(
-        f"A budget of {_size(budget_bytes)} of experts does not fit: {_size(free + resident_bytes)} are free for them; {advice}."
+        f"A budget of {_size(budget_bytes)} of experts does not fit: {_size(free + resident_bytes)} are free for them; "
+        f"{_advice(experts, layout)}."
     )
+
+
+def _advice(experts: int, layout: ExpertLayout) -> str:
+    """`experts` of each layer would fit."""
+    return f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
 
 
 def _size(nbytes: int) -> str:

@@ -5,7 +5,6 @@
 #include "counters.h"
 
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -33,7 +32,6 @@ class Store {
     // Urgency::prefetch keeps room for as many when they leave again; Urgency::ahead does not: a prompt comes to its end.
     void prefetch(int layer, const std::vector<int32_t> & experts, Urgency urgency = Urgency::prefetch);
     bool prefetching() const { return !prefetched_.empty(); } // experts whose layer has had no exchange since
-
 
     // Blocks until all reads have ended. Throws std::runtime_error when one has failed.
     void finish();
