@@ -92,7 +92,7 @@ def table(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
             compute = compute_seconds(llm, tokens, args.io)
             disk = own_speed(llm, args.io)
             for flash in args.flash_mbps:
-                names = list(ARMS)[:: 1 if repetition % 2 else -1]
+                names = args.arms[:: 1 if repetition % 2 else -1]
                 for name in names:
                     llm.configure(budget=args.budget, io=args.io)
                     llm.flash_mbps, llm._read_ahead = flash or None, ARMS[name]
@@ -111,7 +111,7 @@ def table(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
                 mean([f for _, f, _ in seen]),
                 mean([m.seconds for _, _, m in seen]),
                 spread(shares[flash, "ahead"]),
-                spread(shares[flash, "not ahead"]),
+                spread(shares.get((flash, "not ahead"), [])),
                 f"{last.read / last.distinct:.3f}",
                 f"{last.over / MIB:.0f} MiB",
             )
@@ -152,6 +152,8 @@ def mean(values: Sequence[float]) -> str:
 
 
 def spread(values: list[float]) -> str:
+    if not values:
+        return ""
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
 
 
@@ -169,6 +171,7 @@ def main() -> int:
         "--flash-mbps", type=several(float), default=[500.0, 1000.0, 2000.0, 0.0], metavar="MB/s,MB/s", help="0: the disk's"
     )
     parser.add_argument("--io", default="direct")
+    parser.add_argument("--arms", type=several(str), default=list(ARMS), help="ahead, not ahead")
     parser.add_argument("--turns", type=int, default=0)
     parser.add_argument("--prompt-routing", type=several(str), default=["keep:cover=0.7"])
     parser.add_argument("-r", "--repetitions", type=int, default=3)
