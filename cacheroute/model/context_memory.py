@@ -80,8 +80,8 @@ def check_budget(model: GgufFile, layout: ExpertLayout, n_ctx: int, budget_bytes
     left = free - layout.dense_bytes - context
     experts = min(max(left, 0) // layout.resident_bytes, layout.n_expert - whole)
     raise UsageError(
-        f"{layout.paths[0]} needs {_size(dense + context + budget_bytes)} of memory ({_size(dense)} of dense weights, "
-        f"{_size(context)} of context, {_size(budget_bytes)} of experts), and {_size(free)} are free: {_advice(experts, layout)}."
+        f"{layout.paths[0]} needs {size(dense + context + budget_bytes)} of memory ({size(dense)} of dense weights, "
+        f"{size(context)} of context, {size(budget_bytes)} of experts), and {size(free)} are free: {_advice(experts, layout)}."
     )
 
 
@@ -92,7 +92,7 @@ def check_more(layout: ExpertLayout, budget_bytes: int, resident_bytes: int) -> 
         return
     experts = (free + resident_bytes) // layout.resident_bytes
     raise UsageError(
-        f"A budget of {_size(budget_bytes)} of experts does not fit: {_size(free + resident_bytes)} are free for them; "
+        f"A budget of {size(budget_bytes)} of experts does not fit: {size(free + resident_bytes)} are free for them; "
         f"{_advice(experts, layout)}."
     )
 
@@ -102,7 +102,8 @@ def _advice(experts: int, layout: ExpertLayout) -> str:
     return f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
 
 
-def _size(nbytes: int) -> str:
+def size(nbytes: int) -> str:
+    """As in 512 MiB and 3.9 GiB."""
     return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.0f} MiB"
 
 

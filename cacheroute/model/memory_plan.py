@@ -1,0 +1,117 @@
+"""How the memory that is free is shared between a model's parts, and how many experts it leaves room for. Reads a header only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cacheroute.errors import UsageError
+from cacheroute.files import GIB, MIB
+from cacheroute.install.machine import available_memory
+from cacheroute.model import context_memory
+from cacheroute.model.context_memory import size
+from cacheroute.model.experts import ExpertLayout
+from cacheroute.model.gguf_file import GgufFile
+
+_PASS_LEAST, _PASS_MOST, _PASS_SHARE = 64, 512, 1 / 8  # tokens of a prompt for which compute buffers are counted, within a
+# share of the free memory; longer passes take what is free when they come (engine/micro_batch.py)
+_RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST = 1 / 16, 64 * MIB, GIB  # for others, and for what is not counted
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of each part. `free`: what this process may use, None where the system does not tell.
+
+    reserve: left to others. dense: always in memory, without the token embeddings, which `embedding` counts and which are in
+    memory only where the model is loaded whole. context: keys and values. compute: buffers for `pass_tokens` of a prompt.
+    expert_bytes: of one expert in every layer, whole pages; layer_bytes: of one expert in the largest layer; file_expert_bytes:
+    of one expert in every layer where the model is loaded whole.
+    """
+
+    free: int | None
+    reserve: int
+    dense: int
+    embedding: int
+    context: int
+    compute: int
+    pass_tokens: int
+    expert_bytes: int
+    layer_bytes: int
+    file_expert_bytes: int
+    n_expert: int
+    n_used: int
+
+    def needed(self, capacity: int) -> int:
+        """Bytes that the model takes at most with `capacity` experts of each layer in memory, the reserve not counted."""
+        beside = self.dense + self.context + self.compute
+        if capacity >= self.n_expert:
+            return beside + self.embedding + self.n_expert * self.file_expert_bytes
+        return beside + capacity * self.expert_bytes + self.prompt_reserve(capacity)
+
+    def prompt_reserve(self, capacity: int) -> int:
+        """Bytes of experts that a prompt may have in memory above a budget: all of the layer that computes."""
+        return self.layer_bytes * (self.n_expert - capacity) if capacity < self.n_expert else 0
+
+    @property
+    def capacity(self) -> int | None:
+        """The most experts of each layer that fit; None where not even the K of a token do. All of them where the free memory
+        is not known: the kernel then takes back what it must."""
+        if self.free is None or self.needed(self.n_expert) <= self.free - self.reserve:
+            return self.n_expert
+        left = self.free - self.reserve - self.dense - self.context - self.compute - self.layer_bytes * self.n_expert
+        each = self.expert_bytes - self.layer_bytes
+        most = left // each if each else (self.n_expert - 1 if left >= 0 else 0)
+        most = min(most, self.n_expert - 1)
+        return most if most >= self.n_used else None
+
+
+def of(
+    header: GgufFile,
+    layout: ExpertLayout,
+    *,
+    n_ctx: int,
+    flash_attn: bool = False,
+    free: int | None = None,
+) -> MemoryPlan:
+    """Of a model with a context of `n_ctx` tokens (0: as it was trained).
+
+    `free`: bytes, by default what this machine, its control groups and `ulimit` leave this process now.
+    """
+    free = available_memory() if free is None else free
+    n_ctx = n_ctx or context_memory.trained_context(header)
+    each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn, n_outputs=0)
+    wanted = _PASS_MOST if free is None else int(free * _PASS_SHARE) // max(each, 1)
+    n_pass = min(max(wanted, _PASS_LEAST), _PASS_MOST, n_ctx)
+    return MemoryPlan(
+        free=free,
+        reserve=reserve(free),
+        dense=layout.dense_bytes,
+        embedding=layout.embedding_bytes,
+        context=context_memory.least_bytes(header, n_ctx),
+        compute=n_pass * each + context_memory.output_bytes(header, 1),
+        pass_tokens=n_pass,
+        expert_bytes=layout.resident_bytes,
+        layer_bytes=max(layer.resident_bytes for layer in layout.layers),
+        file_expert_bytes=layout.expert_bytes,
+        n_expert=layout.n_expert,
+        n_used=layout.n_used,
+    )
+
+
+def reserve(free: int | None) -> int:
+    """Bytes of `free` that a budget chosen by itself leaves: a sixteenth, at least 64 MiB, at most 1 GiB."""
+    return int(min(max((free or 0) * _RESERVE_SHARE, _RESERVE_LEAST), _RESERVE_MOST))
+
+
+def refusal(plan: MemoryPlan, name: str) -> UsageError:
+    """Why a model cannot run in the memory that is free, with the figures and what would fit."""
+    needed, free = plan.needed(plan.n_used), plan.free or 0
+    parts = (
+        f"{size(plan.dense)} of dense weights, {size(plan.context)} of context, {size(plan.compute)} to compute and "
+        f"{size(plan.n_used * plan.expert_bytes + plan.prompt_reserve(plan.n_used))} for the {plan.n_used} experts of a token"
+    )
+    short = needed + plan.reserve - free
+    advice = "give a smaller context with -c" if plan.context + plan.compute >= short + 64 * MIB else "take a smaller model"
+    return UsageError(
+        f"{name} needs at least {size(needed)} of memory ({parts}) and {size(plan.reserve)} for other programs, and "
+        f"{size(free)} are free: free {size(short)}, or {advice}."
+    )
