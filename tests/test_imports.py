@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "engine": {"native", "install", "model", "routing", "trace"},
     "bench": {"native", "install", "model", "trace", "engine"},
     "evals": {"native", "install", "model", "routing", "trace", "engine"},
+    "serve": {"native", "install", "model", "routing", "trace", "engine"},
     "plot": {"trace"},
-    "cli": {"install", "model", "routing", "trace", "engine", "bench", "evals", "plot"},
+    "cli": {"install", "model", "routing", "trace", "engine", "bench", "evals", "serve", "plot"},
 }
 
 

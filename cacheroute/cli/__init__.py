@@ -23,6 +23,7 @@ from cacheroute.cli.models import models
 from cacheroute.cli.plot import plot
 from cacheroute.cli.pull import pull
 from cacheroute.cli.routing import routing
+from cacheroute.cli.serve import serve
 from cacheroute.cli.setup import setup
 from cacheroute.cli.simulate import simulate
 from cacheroute.cli.trace import trace
@@ -68,7 +69,23 @@ class _Command(typer.core.TyperCommand):
         raise typer.Exit(code)
 
 
-for _command in (generate, chat, bench, tune, frontier, trace, simulate, plot, models, pull, inspect, routing, doctor, setup):
+for _command in (
+    generate,
+    chat,
+    serve,
+    bench,
+    tune,
+    frontier,
+    trace,
+    simulate,
+    plot,
+    models,
+    pull,
+    inspect,
+    routing,
+    doctor,
+    setup,
+):
     app.command(cls=_Command)(_command)
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)

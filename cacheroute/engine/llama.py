@@ -234,6 +234,15 @@ class Llama(SequenceLlama):
         finally:
             self._lock.release()
 
+    def interrupt(self, asked: bool = True) -> None:
+        """Ends what another thread computes, within a layer, or what is computed next: there KeyboardInterrupt is raised, as after
+        Ctrl-C, and no expert is left in memory. False: an interruption that has met no computation is called off.
+        """
+        if asked:
+            self._interrupt.ask()
+        else:
+            self._interrupt.take()
+
     def _check_usable(self) -> None:
         if self._closed:
             raise CacherouteError("The model is closed; load it again.")

@@ -16,6 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
+
 from cacheroute.engine import log, prompt_cache
 from cacheroute.engine.checkpoint import Checkpoint, Point, Points, load_sequence, n_shared, sample, save_sequence
 from cacheroute.engine.prompt_cache import Kept
@@ -102,6 +105,12 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             return super().sample(*args, **kwargs)
         kwargs.pop("idx", None)
         return sample(self._sampler or self._init_sampler(*args, **kwargs), self._logits)
+
+    def next_logits(self) -> npt.NDArray[np.float32]:
+        """Those by which the token after the evaluated ones is sampled, [n_vocab], before any bias or penalty; a copy."""
+        if self._logits is not None:
+            return np.frombuffer(self._logits, np.float32)
+        return np.array(np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), (self.n_vocab(),)), np.float32)
 
     @alone
     def checkpoint(self, *, sequence: bool = False) -> Checkpoint:
