@@ -1,4 +1,4 @@
-"""Load for `cacheroute serve` from a process of its own: good clients among those that leave, flood, crawl, or send what they may not.
+"""Load for `cacheroute serve` from another process: good clients among those that leave, crawl, or send what they may not.
 
 Starts a server on the demo model (or what is given after --) with a key and asks it 500 times, 20 at once. Every client must hear
 what its request deserves: good ones, who come again after 429, the answer that the server gave before the load; bad ones, their
@@ -28,7 +28,13 @@ from pathlib import Path
 from typing import Any
 
 KEY, CHAT = "load", "/v1/chat/completions"
-QUESTIONS = ["What is the capital of France?", "Count to five.", "Why is the sky blue?", "Name a colour.", "Say hello in Italian."]
+QUESTIONS = [
+    "What is the capital of France?",
+    "Count to five.",
+    "Why is the sky blue?",
+    "Name a colour.",
+    "Say hello in Italian.",
+]
 GROWTH = 0.02  # of the server's memory, that passes for none
 _BYTES = 2 * 2**20
 
@@ -217,10 +223,12 @@ def main() -> None:
             connection.request("GET", "/health")
             health = json.loads(connection.getresponse().read())
     n = sum(sum(c.values()) for c in load.heard.values())
-    print(f"\n| client | requests | heard |\n|---|---|---|")
+    print("\n| client | requests | heard |\n|---|---|---|")
     for kind, counts in sorted(load.heard.items()):
         print(f"| {kind} | {sum(counts.values())} | {', '.join(f'{s}: {k}' for s, k in sorted(counts.items()))} |")
-    print(f"\n{n} requests, {given.at_once} at once, {seconds:.0f} s; {load.came_again} times 429, and asked again; then {health}")
+    print(
+        f"\n{n} requests, {given.at_once} at once, {seconds:.0f} s; {load.came_again} times 429, and asked again; then {health}"
+    )
     print(f"resident MiB, every {parts[0]} requests: {', '.join(f'{m:.1f}' for m in memory)}; open files: {files}")
     if memory[-1] > memory[1] * (1 + GROWTH):
         load.wrong.append(f"memory grew from {memory[1]:.1f} to {memory[-1]:.1f} MiB")

@@ -231,16 +231,15 @@ def test_a_server_that_ends_answers_all_that_wait(llm: Llama) -> None:
 
 
 def test_ctrl_c_in_the_computing_thread_ends_all(llm: Llama) -> None:
-    with served.serving(llm, compute=False) as server:
-        with ThreadPoolExecutor() as pool:
-            asked = [pool.submit(server.ask, "/v1/completions", endless(llm)) for _ in range(2)]
-            server.until(lambda: server.worker.waiting == 2)
+    with served.serving(llm, compute=False) as server, ThreadPoolExecutor() as pool:
+        asked = [pool.submit(server.ask, "/v1/completions", endless(llm)) for _ in range(2)]
+        server.until(lambda: server.worker.waiting == 2)
 
-            def interrupt() -> None:
-                server.until(lambda: server.worker.running)
-                llm.interrupt()  # as a signal's, while the first one is computed
+        def interrupt() -> None:
+            server.until(lambda: server.worker.running)
+            llm.interrupt()  # as a signal's, while the first one is computed
 
-            threading.Thread(target=interrupt).start()
-            with pytest.raises(KeyboardInterrupt):
-                server.worker.run()
-            assert [a.result().status for a in asked] == [503, 503]
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            server.worker.run()
+        assert [a.result().status for a in asked] == [503, 503]

@@ -43,8 +43,8 @@ def serve(
     """Answer clients of the OpenAI API, one after the other, and a browser, which finds a page to chat.
 
     /v1/chat/completions and /v1/completions with streaming, stop strings, JSON schemas and logprobs; /v1/models, /health, and
-    /metrics for Prometheus. `usage` has cacheroute's own counters. A client that leaves stops its answer. Without --host only this
-    machine is heard. Ctrl-C ends the server.
+    /metrics for Prometheus. `usage` has cacheroute's own counters. A client that leaves stops its answer. Without --host only
+    this machine is heard. Ctrl-C ends the server.
     """
     if not is_text(api_key) or not is_text(alias):
         raise UsageError("A key and a name are UTF-8 text.")

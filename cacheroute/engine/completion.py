@@ -113,7 +113,8 @@ class Completion:
     started, first, last: times (perf_counter) of the call, of the first token and of the last one; None without a token.
     full: the context ended the answer.
     prompt_cache: a file that begins the prompt, where it is there, and keeps it as soon as it is evaluated, unless it begins with
-    it already. each_token: called with each token of the answer, before its text comes; what it raises ends the answer. unkept: why it could not be written. keeping: seconds that writing it took, between the first token and the next.
+    it already. unkept: why it could not be written. keeping: seconds that writing it took, between the first token and the next.
+    each_token: called with each token of the answer, before its text comes; what it raises ends the answer.
     """
 
     llm: Llama

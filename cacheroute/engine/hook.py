@@ -256,7 +256,10 @@ class Hook:
 
 
 class Interrupt:
-    """Lets Ctrl-C, or another thread, end a llama_decode(), between two nodes of its graph and where one waits for an expert. `handle`: native."""
+    """Lets Ctrl-C, or another thread, end a llama_decode(), between two nodes of its graph and where one waits for an expert.
+
+    `handle`: native.
+    """
 
     def __init__(self) -> None:
         python = ("PyGILState_Ensure", "PyGILState_Release", "PyErr_CheckSignals", "PyErr_Clear")

@@ -235,8 +235,8 @@ class Llama(SequenceLlama):
             self._lock.release()
 
     def interrupt(self, asked: bool = True) -> None:
-        """Ends what another thread computes, within a layer, or what is computed next: there KeyboardInterrupt is raised, as after
-        Ctrl-C, and no expert is left in memory. False: an interruption that has met no computation is called off.
+        """Ends what another thread computes, within a layer, or what is computed next: there KeyboardInterrupt is raised, as
+        after Ctrl-C, and no expert is left in memory. False: an interruption that has met no computation is called off.
         """
         if asked:
             self._interrupt.ask()

@@ -156,7 +156,9 @@ class Api:
 
     def _check_model(self, name: str) -> None:
         if name and name != self._model:
-            raise ApiError(404, f"There is no model {name!r} here; there is {self._model!r}.", code="model_not_found", param="model")
+            raise ApiError(
+                404, f"There is no model {name!r} here; there is {self._model!r}.", code="model_not_found", param="model"
+            )
 
     async def _body(self, request: Request) -> bytes:
         """Raises ApiError for one that is no JSON by its type, too large, or too slow."""
@@ -191,7 +193,9 @@ class Api:
         self._worker.submit(job)
         answer = Answer(self._model, chat=isinstance(asked, requests.ChatRequest))
         if asked.stream:
-            return _Stream(self._chunks(job, answer, with_usage=asked.stream_options.include_usage), self._worker, job, self._limits)
+            return _Stream(
+                self._chunks(job, answer, with_usage=asked.stream_options.include_usage), self._worker, job, self._limits
+            )
         try:
             with anyio.fail_after(self._limits.seconds):
                 whole = await _unless_left(request.receive, lambda: self._whole(job, answer))

@@ -39,8 +39,8 @@ class Logprobs:
         logits -= logits.max()
         logits -= np.log(np.exp(logits).sum())
         n = min(self._n_top, len(logits))
-        best = np.argpartition(-logits, n - 1)[:n] if n else []
-        top = sorted(((float(logits[i]), int(i)) for i in best), key=lambda p: (-p[0], p[1]))
+        best = [int(i) for i in np.argpartition(-logits, n - 1)[:n]] if n else []
+        top = sorted(((float(logits[i]), i) for i in best), key=lambda p: (-p[0], p[1]))
         data = token_bytes(self._llm, token)
         own = TokenLogprob(data, _finite(logits[token]), [(token_bytes(self._llm, i), _finite(p)) for p, i in top])
         self._held.append((self._seen, own))

@@ -27,6 +27,9 @@ _SEEDS = 2**32 - 1  # the last one stands for a random one
 # of a schema, whose grammar grows with them: llama-cpp-python writes a repetition out
 _MAX_SCHEMA_BYTES, _MAX_REPETITIONS, _MAX_PATTERN, _MAX_GRAMMAR_BYTES = 64 * 1024, 1000, 1000, 1024 * 1024
 _QUANTIFIER = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
+# llama-cpp-python's rule of a character lets control characters into strings, where JSON has none; llama.cpp's own does not
+_CHARACTER = re.compile(r'^char ::= \[\^"\\\\\]', re.MULTILINE)
+_JSON_CHARACTER = r'char ::= [^"\\\\\\x7F\\x00-\\x1F]'
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,7 @@ def of_text(llm: Llama, asked: TextRequest) -> Task:
     return _task(llm, asked, prompt, asked.max_tokens, asked.n_logprobs, {})
 
 
-def _task(
-    llm: Llama, asked: Asked, prompt: Prompt, max_tokens: int | None, n_logprobs: int | None, more: dict[str, Any]
-) -> Task:
+def _task(llm: Llama, asked: Asked, prompt: Prompt, max_tokens: int | None, n_logprobs: int | None, more: dict[str, Any]) -> Task:
     if len(prompt.tokens) >= llm.n_ctx():
         raise ApiError(
             400,
@@ -114,9 +115,10 @@ def _grammar(llm: Llama, schema: dict[str, Any]) -> Any:
         if len(text) > _MAX_SCHEMA_BYTES:
             raise ValueError(f"it has more than {_MAX_SCHEMA_BYTES} bytes")
         grammars = import_module(f"{patched_llama_cpp.module().__name__}.llama_grammar")
-        grammar = grammars.LlamaGrammar.from_json_schema(text, verbose=False)
-        if len(grammar._grammar) > _MAX_GRAMMAR_BYTES:
+        written = grammars.json_schema_to_gbnf(text)
+        if len(written) > _MAX_GRAMMAR_BYTES:
             raise ValueError("its grammar is too large")
+        grammar = grammars.LlamaGrammar.from_string(_CHARACTER.sub(_JSON_CHARACTER, written), verbose=False)
         callbacks.check_grammar(llm._model, grammar)
     except CacherouteError:
         raise _no_grammar("llama.cpp cannot parse its grammar") from None

@@ -15,7 +15,11 @@ class Answer:
 
     def __init__(self, model: str, *, chat: bool) -> None:
         self.chat = chat
-        self._of = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._of = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
         self._n_characters = 0  # of the text so far
 
     def begin(self) -> list[dict[str, Any]]:

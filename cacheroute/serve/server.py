@@ -53,7 +53,7 @@ def url(bound: socket.socket) -> str:
 
 def is_loopback(bound: socket.socket) -> bool:
     """Whether only this machine can reach it."""
-    host = bound.getsockname()[0]
+    host = str(bound.getsockname()[0])
     return host == "::1" or host.startswith("127.")
 
 

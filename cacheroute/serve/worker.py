@@ -1,7 +1,7 @@
 """The queue of answers and the one thread that computes them, in the order in which they were asked for.
 
-A model computes for one at a time, so the thread that calls run() does, and everybody else only asks it: submit() and cancel() are
-for the thread of the event loop. Knows no HTTP.
+A model computes for one at a time, so the thread that calls run() does, and all others ask it: submit() and close() are for the
+thread of the event loop. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Job:
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
-class _Over(Exception):
+class _EndedError(Exception):
     """Ends an answer between two tokens."""
 
 
@@ -153,11 +153,9 @@ class Worker:
                     self._compute(job)
         finally:
             self.stop()
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    left = self._jobs.get_nowait()
-                    if left is not None:
-                        left.post(stopping())
+            with self._lock:
+                for left in self._open:  # whatever Ctrl-C has broken off; one that has ended hears no more
+                    left.post(stopping())
 
     def stop(self) -> None:
         """Ends run(), and the running answer within a token. Any thread, and a signal handler."""
@@ -184,7 +182,7 @@ class Worker:
             with self._lock:
                 self._in_prompt = False
             if job.cancelled or self.stopping:
-                raise _Over
+                raise _EndedError
             if probabilities:
                 probabilities.add(token)
 
@@ -195,7 +193,7 @@ class Worker:
             for text in run.pieces():
                 job.post(Piece(text, probabilities.released(text) if probabilities else []))
             finish_reason = run.finish_reason
-        except _Over:
+        except _EndedError:
             pass
         except KeyboardInterrupt:
             if not job.cancelled and not self.stopping:
