@@ -104,7 +104,9 @@ class Load:
 
     def schema(self, i: int) -> None:
         wanted = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
-        status, body = self.good(i, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": wanted}})
+        status, body = self.good(
+            i, max_tokens=40, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": wanted}}
+        )
         text = json.loads(body)["choices"][0]["message"]["content"] if status == 200 else ""
         self.note("JSON schema", status, re.fullmatch(r'\{\s*"ok"\s*:\s*(true|false)\s*\}\s*', text) is not None, text)
 
@@ -208,7 +210,7 @@ def main() -> None:
             load.answers[i] = json.loads(body)["choices"][0]["message"]["content"]
         chosen = random.Random(1)
         kinds, start = load.clients(), time.monotonic()
-        parts = [len(part) for part in _parts(given.requests, 5)]
+        parts = [len(part) for part in _parts(given.requests, -(-given.requests // 100))]
         memory, files = [resident(pid)], [open_files(pid)]
         with concurrent.futures.ThreadPoolExecutor(given.at_once) as pool:
             for n in parts:
