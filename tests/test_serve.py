@@ -22,7 +22,6 @@ from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.engine import completion
 from support import served, tiny_models
-from support.cli import cacheroute, sentence
 from support.served import HELLO, MODEL, Served
 
 pytestmark = pytest.mark.engine
@@ -430,16 +429,21 @@ def test_a_signal_ends_the_server_and_its_answer(demo_model: Path, number: int, 
     assert (process.returncode, errors.strip()) == (code, last)
 
 
-def test_settings_that_cannot_be(demo_model: Path) -> None:
-    with command(CACHEROUTE_API_KEY="k") as (_, port):
-        done = cacheroute("serve", "--port", port, "-t", 1)
-        assert sentence(done, 2).startswith(f"cacheroute: Port {port} of 127.0.0.1 cannot be used (")
-    for words, reason in ((["--api-key", "a b"], "without spaces"), (["--host", "no.such.host.invalid"], "cannot be used (")):
+def test_settings_that_cannot_be(server: Served) -> None:
+    wrong = {
+        ("--port", str(server.port)): f"Port {server.port} of 127.0.0.1 cannot be used (",
+        ("--host", "no.such.host.invalid"): "Port 8080 of no.such.host.invalid cannot be used (",
+        ("--api-key", "a b"): "without spaces",
+    }
+    for words, reason in wrong.items():
         done = CliRunner().invoke(app, ["serve", *words])
-        assert done.exit_code == 2 and reason in done.output and len(done.output.splitlines()) == 1
+        assert done.exit_code == 2 and reason in done.output and len(done.output.splitlines()) == 1, done.output
 
 
-def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError('No module', name='uvicorn')")
-    done = cacheroute("serve", env={"PYTHONPATH": str(tmp_path)})
-    assert sentence(done, 2).startswith("cacheroute: `cacheroute serve` needs uvicorn; run `python -m pip install starlette ")
+def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cacheroute.serve.server")
+    monkeypatch.delattr("cacheroute.serve.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    done = CliRunner().invoke(app, ["serve"])
+    assert done.exit_code == 2
+    assert done.output.startswith("cacheroute: `cacheroute serve` needs uvicorn; run `python -m pip install starlette uvicorn ")
