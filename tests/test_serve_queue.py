@@ -243,3 +243,11 @@ def test_ctrl_c_in_the_computing_thread_ends_all(llm: Llama) -> None:
         with pytest.raises(KeyboardInterrupt):
             server.worker.run()
         assert [a.result().status for a in asked] == [503, 503]
+
+
+def test_who_waits_hears_of_the_end_even_if_nobody_computes(llm: Llama) -> None:
+    with ThreadPoolExecutor() as pool:
+        with served.serving(llm, compute=False) as server:
+            asked = pool.submit(server.text)
+            server.until(lambda: server.worker.waiting == 1)
+        assert asked.result().status == 503

@@ -111,7 +111,7 @@ def serving(llm: Llama, model: str, bound: socket.socket, limits: Limits, *, key
             time.sleep(0.01)
         yield worker
     finally:
-        worker.stop()
+        worker.end()  # Ctrl-C may come before run() has begun
         server.should_exit = True
         thread.join(_SECONDS_TO_STOP)
         bound.close()

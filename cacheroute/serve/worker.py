@@ -146,16 +146,20 @@ class Worker:
     # ---- the computing thread's side
 
     def run(self) -> None:
-        """Computes until stop(). KeyboardInterrupt ends it, too. Jobs that are left get an error."""
+        """Computes until stop(). KeyboardInterrupt ends it, too."""
         try:
             while (job := self._jobs.get()) is not None:
                 if self._begin(job):
                     self._compute(job)
         finally:
-            self.stop()
-            with self._lock:
-                for left in self._open:  # whatever Ctrl-C has broken off; one that has ended hears no more
-                    left.post(stopping())
+            self.end()
+
+    def end(self) -> None:
+        """As stop(), and jobs that are left get an error, whatever Ctrl-C has broken off: nobody will compute them."""
+        self.stop()
+        with self._lock:
+            for left in self._open:  # one whose answer is complete reads no further
+                left.post(stopping())
 
     def stop(self) -> None:
         """Ends run(), and the running answer within a token. Any thread, and a signal handler."""
