@@ -18,6 +18,7 @@ import pytest
 
 from cacheroute import Llama, interrupts
 from cacheroute.engine.progress import PromptProgress
+from cacheroute.install import patched_llama_cpp
 
 pytestmark = pytest.mark.engine
 
@@ -177,3 +178,35 @@ def test_shielded_code_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(KeyboardInterrupt):
         interrupts.check()
     interrupts.check()
+
+
+def test_ctrl_c_in_what_shielded_code_calls_ends_the_computation(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_running", True)
+    monkeypatch.setattr(interrupts, "_asked", False)
+    llm = Llama(str(tiny), budget="25%", n_ctx=64, n_threads=1, verbose=False)
+    logged = patched_llama_cpp.module()._logger.llama_log_callback
+
+    def seen() -> bool:
+        interrupts._handle(signal.SIGINT, sys._getframe())
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._interrupt, "seen", seen)
+        logged(2, b"a line", None)
+    with pytest.raises(KeyboardInterrupt):
+        llm.eval([5, 6, 7])
+    llm.eval([5, 6, 7])
+    interrupts.check()
+
+
+def test_another_thread_ends_a_computation_or_calls_that_off(tiny: Path) -> None:
+    llm = Llama(str(tiny), budget="25%", n_ctx=512, n_threads=1, verbose=False)
+    llm.flash_mbps = 0.01
+    timer = threading.Timer(0.3, llm.interrupt)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.eval([5 + i * 7 % 90 for i in range(300)])
+    llm.flash_mbps = None
+    llm.interrupt()
+    llm.interrupt(False)
+    llm.eval([5, 6, 7])

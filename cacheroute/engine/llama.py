@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
+from cacheroute import interrupts
 from cacheroute.engine import arguments, callbacks, log, progress, stores, templates
 from cacheroute.engine.compute_threads import ComputeThreads
 from cacheroute.engine.embeddings import MappedEmbeddings
@@ -356,6 +357,7 @@ class Llama(SequenceLlama):
                 self._hook.finish(complete=complete)
             interrupted = self._interrupt.take()
         if interrupted:
+            interrupts.met()
             raise KeyboardInterrupt
         self._embeddings.check()
         self._broken_off = broken
