@@ -2,7 +2,7 @@
 
 Starts a server on the demo model (or what is given after --) with a key and asks it 1000 times, 20 at once. Every client must
 hear what its request deserves: good ones, who come again after 429, the answer that the server gave before the load; bad ones,
-their status; and in the second half the server's memory must not grow. Prints a table, and exits with 1 if anything was otherwise.
+their status; and in the second half the server's memory must not grow. Prints a table, and exits with 1 if not.
 
     .venv/bin/python scripts/serve_load.py [--requests 1000] [--at-once 20] [-- -m MODEL --budget 50%]
 """
