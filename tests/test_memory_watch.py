@@ -28,19 +28,26 @@ PLAN = MemoryPlan(
 )  # fmt: skip
 
 
-@given(st.integers(8, 60), st.integers(0, 8 * GIB), st.floats(0, 1.2), st.sampled_from([0, 0, 50 * MIB]), st.booleans())
+@given(
+    st.integers(8, 60),
+    st.integers(0, 8 * GIB),
+    st.floats(0, 1.2),
+    st.sampled_from([0, GIB]),
+    st.sampled_from([0, 0, 50 * MIB]),
+    st.booleans(),
+)
 def test_a_budget_shrinks_when_memory_is_short_and_grows_when_there_is_more(
-    capacity: int, free: int, filled: float, swapped: int, calm: bool
+    capacity: int, free: int, filled: float, upcoming: int, swapped: int, calm: bool
 ) -> None:
     resident = int(filled * capacity * PLAN.expert_bytes)
-    wanted = fitting(PLAN, capacity, free=free, resident=resident, swapped=swapped, most=60, calm=calm)
+    wanted = fitting(PLAN, capacity, free=free, resident=resident, upcoming=upcoming, swapped=swapped, most=60, calm=calm)
     assert PLAN.n_used <= wanted <= 60
     reserve = memory_plan.reserve(free + resident)
-    short = free < reserve / 2 or swapped > 0
-    if short:
+    left = free - max(capacity * PLAN.expert_bytes - resident, 0) - upcoming
+    if left < 0.75 * reserve or swapped:
         assert wanted <= capacity
-        freed = resident - wanted * PLAN.expert_bytes
-        assert wanted == PLAN.n_used or freed >= reserve - free + swapped or free >= reserve
+        gained = (capacity - wanted) * PLAN.expert_bytes
+        assert wanted == PLAN.n_used or (left + gained >= reserve and gained >= swapped)
     elif not calm:
         assert wanted == capacity
     if wanted > capacity:  # and what is then in memory leaves the reserve

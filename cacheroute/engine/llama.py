@@ -110,7 +110,8 @@ class Llama(SequenceLlama):
         self.template_error = ""  # why the file's chat template cannot be parsed; the setter of `metadata` sets it
         self._hook: Hook | None = None
         self._watch: MemoryWatch | None = None
-        self.computed_at = 0.0  # time.monotonic() of the last batch's end
+        self.computing = False
+        self.computed_at = 0.0  # time.monotonic() when the last batch began or ended
         self._closed = False
         self._task: TaskProfile | None = None
         self.forced: ForcedScores | None = None  # force() sets it
@@ -398,6 +399,7 @@ class Llama(SequenceLlama):
         if self._hook:
             self._hook.begin(first, decode=self._decoding)
         self._set_threads()
+        self.computing, self.computed_at = True, time.monotonic()
         try:
             start = time.perf_counter()
             self._compute(batch)
@@ -411,7 +413,7 @@ class Llama(SequenceLlama):
             if self._hook:
                 self._hook.finish(complete=complete)
             interrupted = self._interrupt.take()
-            self.computed_at = time.monotonic()
+            self.computing, self.computed_at = False, time.monotonic()
         if interrupted:
             raise KeyboardInterrupt
         self._embeddings.check()

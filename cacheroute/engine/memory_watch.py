@@ -22,22 +22,34 @@ if TYPE_CHECKING:
 
 _BUSY_SECONDS, _IDLE_SECONDS = 0.25, 1.0  # between two looks: while it computes, and else
 _CALM_SECONDS = 5.0  # with memory to spare, before the budget grows
-_SHORT = 1 / 2  # of the reserve: with less free memory the budget shrinks
+_SHORT = 3 / 4  # of the reserve: where less is left, the budget shrinks
 
 
-def fitting(plan: MemoryPlan, capacity: int, *, free: int, resident: int, swapped: int = 0, most: int, calm: bool = True) -> int:
+def fitting(
+    plan: MemoryPlan,
+    capacity: int,
+    *,
+    free: int,
+    resident: int,
+    upcoming: int = 0,
+    swapped: int = 0,
+    most: int,
+    calm: bool = True,
+) -> int:
     """Experts of each layer to keep, `capacity` if that is right as it is.
 
     Args:
         free: bytes that this process may still take. resident: bytes of experts in memory now.
+        upcoming: bytes beside the budget that are surely going to be taken.
         swapped: bytes of this process that have been swapped out since the last look.
         most: the most experts of each layer that this may return.
         calm: whether there has been memory to spare for a while.
     """
-    reserve = memory_plan.reserve(free + resident)
-    if free < reserve * _SHORT or swapped:
-        held = min(resident, capacity * plan.expert_bytes)
-        return min(max((held - (reserve - min(free, reserve)) - swapped) // plan.expert_bytes, plan.n_used), capacity)
+    reserve, budget = memory_plan.reserve(free + resident), capacity * plan.expert_bytes
+    left = free - max(budget - resident, 0) - upcoming  # when the budget is filled: a disk fills it faster than anyone looks
+    if left < reserve * _SHORT or swapped:
+        fits = (budget - max(reserve - left, 0) - swapped) // plan.expert_bytes
+        return min(max(fits, plan.n_used), capacity)
     # what grows is counted when it has grown: the experts that the budget has room for, and what the next prompt takes
     beside = reserve + plan.compute + plan.layer_bytes * (plan.n_expert - capacity)
     spare = (free + resident - capacity * plan.expert_bytes - beside) // plan.expert_bytes
@@ -69,7 +81,8 @@ class MemoryWatch:
             if llm is None:
                 return
             self._look(llm)
-            wait = _BUSY_SECONDS if time.monotonic() - llm.computed_at < 2 * _IDLE_SECONDS else _IDLE_SECONDS
+            recent = llm.computing or time.monotonic() - llm.computed_at < 2 * _IDLE_SECONDS
+            wait = _BUSY_SECONDS if recent else _IDLE_SECONDS
             del llm  # a model that nobody else holds may go
 
     def _look(self, llm: Llama) -> None:
@@ -83,6 +96,7 @@ class MemoryWatch:
             capacity,
             free=free,
             resident=resident,
+            upcoming=0 if llm.computed_at else self._plan.compute + self._plan.prompt_reserve(capacity),
             swapped=max(self._swapped - before, 0),
             most=self._most,
             calm=now - self._calm_since >= _CALM_SECONDS,
