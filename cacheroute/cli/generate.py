@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 import sys
@@ -113,12 +114,11 @@ def generate(
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
         chat = not raw and completion.has_chat_template(llm)
         asked = completion.chat_prompt(llm, [{"role": "user", "content": text}]) if chat else completion.raw_prompt(llm, text)
-        if len(asked.tokens) < llm.n_ctx():
-            say_start(llm, settings)
         if verbose and len(asked.tokens) < llm.n_ctx() and not (prompt_cache and prompt_cache.exists()):
             # what a kept prompt leaves of it is known when it has been read
             say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))
-        run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling, prompt_cache)
+        begins = functools.partial(say_start, llm, settings)
+        run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling, prompt_cache, begins)
         try:
             for piece in run.pieces():
                 if output == "text":

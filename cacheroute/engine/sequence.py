@@ -307,8 +307,6 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             "model": f"{self.layout.model or self.layout.paths[0].name} ({self._fingerprint})",
             "engine": engine_build.LOCAL_VERSION,
             "repacking of": self._repacked(),  # other last bits
-            # a state of another budget is cut to this one; where the cache changes the choice, so would that
-            **({"budget": f"{budget.capacity}" + ("" if like else f" (layers {_short(own)})")} if self._lossy else {}),
             "eviction": self.eviction if self.routing else "none",
             "routing": _name(self.routing),
             "prompt routing": str(self.prompt_routing),
@@ -316,6 +314,8 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             "context": ",".join(context),
             "adapter": f"{self.lora_path}, {self.lora_scale:g}" if self.lora_path else "none",
             "warm start": _short(self._task) if self._task else "none",
+            # a state of another budget is cut to this one; where the cache changes the choice, so would that
+            **({"budget": f"{budget.capacity}" + ("" if like else f" (layers {_short(own)})")} if self._lossy else {}),
         }
 
     def _repacked(self) -> str:
