@@ -10,6 +10,7 @@ import gguf
 import pytest
 
 from cacheroute.engine import storage, stores
+from cacheroute.engine.compute_threads import Busy
 from cacheroute.errors import UsageError
 from cacheroute.files import GIB, MIB, parse_size
 from cacheroute.forecast import candidates, drive, forecast, kernels, line, misses, speed, timing, workload
@@ -57,7 +58,7 @@ def test_reads_lie_beside_the_experts_that_are_there_and_behind_nothing_else() -
 
 
 def test_more_misses_and_slower_drives_take_longer() -> None:
-    seconds = [timing.decoding(WORK, SPEED, SLOW_DRIVE, rate, 0).seconds for rate in (0.1, 0.3, 0.5)]
+    seconds = [timing.decoding(WORK, SPEED, SLOW_DRIVE, rate, 0).seconds for rate in (0.1, 0.5, 1.0)]
     assert seconds == sorted(seconds) and seconds[0] < 0.7 * seconds[2]
     # one miss in a layer waits for a whole expert: longer than the mean of the misses would
     mean = max(0.004, 4 * 0.1 * 0.002) + 0.001
@@ -219,6 +220,7 @@ def test_a_tuned_routing_comes_with_its_price() -> None:
 
 def test_the_kernels_are_measured_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "WORKING_SET", 4 * MIB)
+    monkeypatch.setattr(speed.compute_threads, "busy", lambda: None)
     types = speed.Types(frozenset({"f16", "q4_K"}), frozenset({"q6_K"}), frozenset({"q4_K"}))
     found = speed.measure(types, 1)
     assert set(found.dense) == {"f16", "q4_k"} and set(found.experts) == {"q6_k"} and set(found.repacked) == {"q4_k"}
@@ -231,6 +233,14 @@ def test_the_kernels_are_measured_once(own_cache: Path, monkeypatch: pytest.Monk
     assert found.lacks(speed.Types(frozenset({"q8_0"}))).dense == {"q8_0"}
     (own_cache / "compute.json").write_text('{"format": "cacheroute-compute-speed", "version": 1, "machines": [1]}')
     assert speed.known(1) is None
+
+
+def test_what_is_measured_beside_other_programs_is_not_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "WORKING_SET", 4 * MIB)
+    looks = iter([Busy(1.0, 10.0), Busy(1.5, 1000.0)])
+    monkeypatch.setattr(speed.compute_threads, "busy", lambda: next(looks))
+    found = speed.measure(speed.Types(frozenset({"f16"})), 1)
+    assert found.crowded and found.dense and speed.known(1) is None
 
 
 def test_a_type_that_is_not_known_is_measured_as_another() -> None:

@@ -160,8 +160,8 @@ def of(
     cores_reason: str = "one for each fast core",
     given_memory: bool = False,
 ) -> Forecast:
-    """`path`: of the model, where it is here. `tuned`: what `tune` has found for the capacity of the plan. `given_memory`: the free
-    memory is not this machine's."""
+    """`path`: of the model, where it is here. `tuned`: what `tune` has found for the capacity of the plan. `given_memory`: the
+    free memory is not this machine's."""
     capacity = plan.capacity
     shown = capacity if capacity is not None else plan.n_used
     memory = Memory(
@@ -346,7 +346,8 @@ def _inputs(
     else:
         known = plan.free is not None
         found.append(Input("free memory", READ if known else ASSUMED, "what is free now" if known else "enough"))
-    found.append(Input("compute", MEASURED, f"the engine's kernels, {machine.speed.n_threads} threads"))
+    beside = "; other programs computed, too, so it is too slow" if machine.speed.crowded else ""
+    found.append(Input("compute", MEASURED, f"the engine's kernels, {machine.speed.n_threads} threads{beside}"))
     drive = machine.drive
     if drive:
         how = GIVEN if drive.how == GIVEN else MEASURED

@@ -20,8 +20,8 @@ from cacheroute.install import patched_llama_cpp
 
 WORKING_SET = 192 * MIB  # of the weights of one token: more than most caches hold
 _WIDE, _NARROW = 2048, 768  # a weight matrix of 2048 x 2048, an expert's of 768 x 2048: those of Qwen3-30B-A3B
-_USED = 8  # experts of a token
-_BATCH, _EXPERTS_IN_BATCH = 128, 32  # tokens; experts, so that each gets as many as in a prompt of some hundred tokens
+USED = 8  # experts of a token
+BATCH, EXPERTS_IN_BATCH = 128, 32  # tokens; experts, so that each gets as many as in a prompt of some hundred tokens
 _LEAST_SECONDS, _LEAST_RUNS = 0.03, 2
 _NODES = 200
 _SOFTMAX = (512, 1024)
@@ -116,7 +116,7 @@ class Kernels:
         if not address:
             return []
         listed = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(address)(self._device)
-        found = []
+        found: list[Any] = []
         while listed and listed[len(found)]:
             found.append(listed[len(found)])
         return found
@@ -132,8 +132,8 @@ class Kernels:
             nbytes = self._base.ggml_nbytes(weight)
         n = max(WORKING_SET // size, 2)
         seconds = self._dense_seconds(number, buft, n, 1)
-        batch = self._dense_seconds(number, buft, 2, _BATCH)
-        return TypeSpeed(n * nbytes / seconds, 2 * _WIDE * _WIDE * _BATCH / batch)
+        batch = self._dense_seconds(number, buft, 2, BATCH)
+        return TypeSpeed(n * nbytes / seconds, 2 * _WIDE * _WIDE * BATCH / batch)
 
     def _dense_seconds(self, number: int, buft: Any, n: int, n_tokens: int) -> float:
         base = self._base
@@ -150,18 +150,18 @@ class Kernels:
         number, base = TYPES[kind], self._base
         buft = self._plain
         with self._context() as context:
-            weight = base.ggml_new_tensor_3d(context, number, _WIDE, _NARROW, _USED)
-            one = base.ggml_nbytes(weight) // _USED
+            weight = base.ggml_new_tensor_3d(context, number, _WIDE, _NARROW, USED)
+            one = base.ggml_nbytes(weight) // USED
             if repacked:
-                tokens = base.ggml_new_tensor_3d(context, _F32, _WIDE, _USED, 512)
-                chosen = base.ggml_new_tensor_2d(context, _I32, _USED, 512)
+                tokens = base.ggml_new_tensor_3d(context, _F32, _WIDE, USED, 512)
+                chosen = base.ggml_new_tensor_2d(context, _I32, USED, 512)
                 buft = self._buffer_type(weight, base.ggml_mul_mat_id(context, weight, tokens, chosen))
-        n = max(WORKING_SET // one // _USED, 2)
-        single = [[range(i * _USED, (i + 1) * _USED)] for i in range(n)]
-        seconds = self._experts_seconds(number, buft, n * _USED, single)
-        batch = [[(t * _USED + k) % _EXPERTS_IN_BATCH for k in range(_USED)] for t in range(_BATCH)]
-        of_batch = self._experts_seconds(number, buft, _EXPERTS_IN_BATCH, [batch])
-        return TypeSpeed(n * _USED * one / seconds, _WIDE * _NARROW * _USED * _BATCH / of_batch)
+        n = max(WORKING_SET // one // USED, 2)
+        single = [[range(i * USED, (i + 1) * USED)] for i in range(n)]
+        seconds = self._experts_seconds(number, buft, n * USED, single)
+        batch = [[(t * USED + k) % EXPERTS_IN_BATCH for k in range(USED)] for t in range(BATCH)]
+        of_batch = self._experts_seconds(number, buft, EXPERTS_IN_BATCH, [batch])
+        return TypeSpeed(n * USED * one / seconds, _WIDE * _NARROW * USED * BATCH / of_batch)
 
     def _experts_seconds(self, number: int, buft: Any, n_expert: int, nodes: Sequence[Sequence[Sequence[int]]]) -> float:
         """`nodes`: for each multiplication the experts of each of its tokens."""
@@ -170,7 +170,7 @@ class Kernels:
             weight = base.ggml_new_tensor_3d(context, number, _WIDE, _NARROW, n_expert)
             with self._placed([weight], buft):
                 x = base.ggml_new_tensor_3d(context, _F32, _WIDE, 1, len(nodes[0]))
-                ids = [base.ggml_new_tensor_2d(context, _I32, _USED, len(tokens)) for tokens in nodes]
+                ids = [base.ggml_new_tensor_2d(context, _I32, USED, len(tokens)) for tokens in nodes]
                 for chosen in ids:
                     base.ggml_build_forward_expand(graph, base.ggml_mul_mat_id(context, weight, x, chosen))
                 values = [[e for token in tokens for e in token] for tokens in nodes]

@@ -1,15 +1,21 @@
-"""How fast this machine computes, measured once for each processor, engine build and number of threads, and kept."""
+"""How fast this machine computes, measured once for each processor, engine build and number of threads, and kept.
+
+What was measured while other programs took the processors is used once, and not kept.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cacheroute.engine import compute_threads
+from cacheroute.engine.compute_threads import Busy
 from cacheroute.errors import CacherouteError
 from cacheroute.files import cache_dir, write_json
 from cacheroute.forecast import kernels
@@ -17,6 +23,7 @@ from cacheroute.forecast.kernels import TypeSpeed
 from cacheroute.install import engine_build
 
 FORMAT, VERSION = "cacheroute-compute-speed", 1
+_CROWDED = 0.3  # processors that others take, from which on a measurement is not kept
 _STAND_IN = "q4_0"  # of a type that kernels.TYPES does not name
 
 
@@ -38,6 +45,7 @@ class ComputeSpeed:
     """Of one number of threads. `dense`, `experts` and `repacked` as Types, by type of weights.
 
     node_seconds: of a small operation between two multiplications; softmax_seconds: of one attention score of a prompt.
+    crowded: other programs took the processors meanwhile.
     """
 
     n_threads: int
@@ -46,6 +54,7 @@ class ComputeSpeed:
     dense: Mapping[str, TypeSpeed] = field(default_factory=dict)
     experts: Mapping[str, TypeSpeed] = field(default_factory=dict)
     repacked: Mapping[str, TypeSpeed] = field(default_factory=dict)
+    crowded: bool = False
 
     def of_dense(self, kind: str) -> TypeSpeed:
         return self.dense[measured_as(kind)]
@@ -78,13 +87,14 @@ def known(n_threads: int) -> ComputeSpeed | None:
 
 
 def measure(types: Types, n_threads: int) -> ComputeSpeed:
-    """Measures what is not known yet of these types, a fifth of a second for each, and keeps it.
+    """Measures what is not known yet of these types, a fifth of a second for each, and keeps it unless others compute, too.
 
     Raises CacherouteError without the engine.
     """
     found = known(n_threads)
     if found and found.lacks(types) == Types():
         return found
+    before, began = compute_threads.busy(), time.monotonic()
     with kernels.Kernels(n_threads) as own:
         if not found:
             found = ComputeSpeed(n_threads, own.node_seconds(), own.softmax_seconds())
@@ -95,8 +105,17 @@ def measure(types: Types, n_threads: int) -> ComputeSpeed:
             experts={**found.experts, **{t: own.experts(t) for t in sorted(new.experts)}},
             repacked={**found.repacked, **{t: own.experts(t, repacked=True) for t in sorted(new.repacked)}},
         )
+    if _others(before, compute_threads.busy(), time.monotonic() - began) >= _CROWDED:
+        return replace(found, crowded=True)
     _keep(found)
     return found
+
+
+def _others(before: Busy | None, after: Busy | None, seconds: float) -> float:
+    """Processors that other programs took; 0 where the system does not tell."""
+    if before is None or after is None:
+        return 0.0
+    return (after.all - before.all - (after.own - before.own)) / seconds
 
 
 def _file() -> Path:
@@ -129,12 +148,10 @@ def _kept() -> dict[str, Any]:
 
 def _of(kept: Any, n_threads: int) -> ComputeSpeed | None:
     try:
-        return ComputeSpeed(
-            n_threads,
-            float(kept["node_seconds"]),
-            float(kept["softmax_seconds"]),
-            *({str(t): _type_speed(s) for t, s in kept[name].items()} for name in ("dense", "experts", "repacked")),
+        dense, experts, repacked = (
+            {str(t): _type_speed(s) for t, s in kept[name].items()} for name in ("dense", "experts", "repacked")
         )
+        return ComputeSpeed(n_threads, float(kept["node_seconds"]), float(kept["softmax_seconds"]), dense, experts, repacked)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 
@@ -148,7 +165,8 @@ def _type_speed(kept: Any) -> TypeSpeed:
 
 def _keep(found: ComputeSpeed) -> None:
     """Where the cache folder can be written; if not, the next run measures again."""
-    machines = _kept() | {_key(found.n_threads): asdict(found)}
+    kept = {name: value for name, value in asdict(found).items() if name not in ("n_threads", "crowded")}
+    machines = _kept() | {_key(found.n_threads): kept}
     with contextlib.suppress(OSError, CacherouteError):
         _file().parent.mkdir(parents=True, exist_ok=True)
         write_json(_file(), {"format": FORMAT, "version": VERSION, "machines": machines}, force=True)

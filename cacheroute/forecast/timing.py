@@ -20,10 +20,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cacheroute.forecast import kernels
 from cacheroute.forecast.drive import Drive
 from cacheroute.forecast.kernels import TypeSpeed
 from cacheroute.forecast.speed import ComputeSpeed
-from cacheroute.forecast.workload import Amounts, Workload
+from cacheroute.forecast.workload import Amount, Amounts, Workload
 
 _NODES_DENSE, _NODES_MOE = 22, 26  # small operations of a layer of llama.cpp's graphs, and of its experts
 _HOOK_SECONDS = 25e-6  # of a layer (scripts/RESULTS.md, "What the instrument costs")
@@ -111,15 +112,24 @@ def _one_token(amounts: Amounts, of: Callable[[str], TypeSpeed]) -> float:
 
 
 def _batch_seconds(work: Workload, speed: ComputeSpeed, n: int, past: int, distinct: float, *, whole: bool) -> float:
-    """Of `n` tokens after `past` others in all layers; few tokens are bound by the bytes of the weights, as one token is."""
+    """Of `n` tokens after `past` others in all layers."""
     seconds = 0.0
     for amounts in (work.dense, work.shared):
         for kind, a in amounts.items():
-            own = speed.of_dense(kind)
-            seconds += max(n * a.weights / own.batch_per_s, a.nbytes / own.bytes_per_s)
+            seconds += _batch(a, speed.of_dense(kind), n, kernels.BATCH)
+    each = max(n * work.n_used / distinct, 1.0)  # tokens of an expert
     for kind, a in work.expert.items():
         own = speed.of_repacked(kind) if whole else speed.of_experts(kind)
-        seconds += max(n * work.n_used * a.weights / own.batch_per_s, distinct * a.nbytes / own.bytes_per_s)
+        seconds += distinct * _batch(a, own, each, kernels.BATCH * kernels.USED / kernels.EXPERTS_IN_BATCH)
     pairs = n * (past + n) * work.heads * work.kv_layers  # llama.cpp computes the masked ones, too
     seconds += pairs * (2 * work.head_width / speed.of_dense("f16").batch_per_s + speed.softmax_seconds)
     return seconds
+
+
+def _batch(a: Amount, own: TypeSpeed, n: float, measured: float) -> float:
+    """Of `n` tokens on the same weights: on the line through one token and the batch that was `measured`, up to it; then by its
+    speed."""
+    first, many = a.nbytes / own.bytes_per_s, measured * a.weights / own.batch_per_s
+    if n >= measured or many <= first:
+        return max(n * a.weights / own.batch_per_s, first)
+    return first + (n - 1) / (measured - 1) * (many - first)
