@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from cacheroute.engine import storage, stores
+from cacheroute.engine import compute_threads, storage, stores
 from cacheroute.engine.compute_threads import Busy
 from cacheroute.errors import UsageError
 from cacheroute.files import GIB, MIB, parse_size
@@ -220,7 +220,7 @@ def test_a_tuned_routing_comes_with_its_price() -> None:
 
 def test_the_kernels_are_measured_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "WORKING_SET", 4 * MIB)
-    monkeypatch.setattr(speed.compute_threads, "busy", lambda: None)
+    monkeypatch.setattr(compute_threads, "busy", lambda: None)
     types = speed.Types(frozenset({"f16", "q4_K"}), frozenset({"q6_K"}), frozenset({"q4_K"}))
     found = speed.measure(types, 1)
     assert set(found.dense) == {"f16", "q4_k"} and set(found.experts) == {"q6_k"} and set(found.repacked) == {"q4_k"}
@@ -238,7 +238,7 @@ def test_the_kernels_are_measured_once(own_cache: Path, monkeypatch: pytest.Monk
 def test_what_is_measured_beside_other_programs_is_not_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "WORKING_SET", 4 * MIB)
     looks = iter([Busy(1.0, 10.0), Busy(1.5, 1000.0)])
-    monkeypatch.setattr(speed.compute_threads, "busy", lambda: next(looks))
+    monkeypatch.setattr(compute_threads, "busy", lambda: next(looks))
     found = speed.measure(speed.Types(frozenset({"f16"})), 1)
     assert found.crowded and found.dense and speed.known(1) is None
 
@@ -259,15 +259,21 @@ def test_a_drive_is_remembered(own_cache: Path, tiny: Path, monkeypatch: pytest.
     assert drive.known(layout) is None and drive.known(layout, 100) == Drive("direct", 1e8, drive.GIVEN)
     readings = [storage.Reading("direct", 800.0, 1.0), storage.Reading("buffered", 700.0, 1.0)]
     monkeypatch.setattr(storage, "measure", lambda _: readings)
+    looks = iter([Busy(0.0, 0.0), Busy(0.0, 1000.0)])
+    monkeypatch.setattr(compute_threads, "busy", lambda: next(looks, None))
+    stores.remember_speeds(layout, {"direct": 1.0, "buffered": 1.0})  # by one quick measurement
+    assert drive.measure(layout).bytes_per_s == 8e8 and not stores.speeds(layout, 3)  # beside other programs
     assert drive.measure(layout) == Drive("direct", 8e8, drive.MEASURED) == drive.known(layout)
     monkeypatch.setattr(storage, "measure", lambda _: pytest.fail("measured twice"))
     assert drive.measure(layout, 100) == Drive("direct", 1e8, drive.GIVEN)
     assert drive.measure(layout, 900) == Drive("direct", 8e8, drive.MEASURED)  # no faster than it is
     assert drive.known(layout, io="buffered") == Drive("buffered", 7e8, drive.MEASURED)
-    stores.remember_speeds(layout, {"direct": 500.0, "buffered": 700.0})
+    stores.remember_speeds(layout, {"direct": 1.0, "buffered": 1.0})  # a quick one does not replace them
+    assert drive.known(layout) == Drive("direct", 8e8, drive.MEASURED)
+    stores.remember_speeds(layout, {"direct": 500.0, "buffered": 700.0}, 3)
     found = drive.known(layout)
     assert found and found.io == "buffered"  # as the engine would choose
-    stores.remember_speeds(layout, {"buffered": 600.0})
+    stores.remember_speeds(layout, {"buffered": 600.0}, 3)
     assert drive.measure(layout) == Drive("buffered", 6e8, drive.MEASURED)
 
 

@@ -28,6 +28,7 @@ ALL = (AUTO, DIRECT, BUFFERED, LOAD, NONE)
 _SECONDS = 0.2  # of the measurement, which may be a token's experts longer
 _ROUNDS = 16  # at most: as many times the experts of one token in one layer
 _SPEEDS = "drive.json"  # in the cache folder
+_ROUNDS_KEPT = "rounds"
 _CLEARLY = 1.2  # so many times slower must direct reads be: they take a third of the processor time (scripts/RESULTS.md)
 
 Arguments = tuple[Any, ...]
@@ -165,17 +166,22 @@ def _place(device: int, layout: ExpertLayout) -> str:
     return f"{device:x}:{layout.layers[0].expert_bytes.bit_length()}"
 
 
-def speeds(layout: ExpertLayout) -> dict[str, float]:
-    """10^6 bytes a second by io, as they were measured on this filesystem with experts of about this size; {}: they were not."""
+def speeds(layout: ExpertLayout, rounds: int = 1) -> dict[str, float]:
+    """10^6 bytes a second by io, as they were measured on this filesystem with experts of about this size, in so many rounds at
+    least; {}: they were not."""
     found = _known(cache_dir() / _SPEEDS).get(_place(layout.paths[0].stat().st_dev, layout))
-    return {str(io): float(n) for io, n in found.items() if n > 0} if isinstance(found, dict) else {}
+    if not isinstance(found, dict) or found.get(_ROUNDS_KEPT, 0) < rounds:
+        return {}
+    return {io: float(found[io]) for io in (DIRECT, BUFFERED) if found.get(io, 0) > 0}
 
 
-def remember_speeds(layout: ExpertLayout, measured: dict[str, float]) -> None:
-    """For speeds(), where the cache folder can be written."""
-    file = cache_dir() / _SPEEDS
+def remember_speeds(layout: ExpertLayout, measured: dict[str, float], rounds: int = 1) -> None:
+    """For speeds(), where the cache folder can be written. What was measured more times stays."""
     with contextlib.suppress(OSError):  # a file that is gone, or was given as an open one
-        _remember(file, _known(file) | {_place(layout.paths[0].stat().st_dev, layout): measured})
+        if rounds > 1 or not speeds(layout):
+            file = cache_dir() / _SPEEDS
+            kept = {**measured, _ROUNDS_KEPT: rounds}
+            _remember(file, _known(file) | {_place(layout.paths[0].stat().st_dev, layout): kept})
 
 
 def measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:

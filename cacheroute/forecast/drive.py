@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cacheroute.engine import storage, stores
 from cacheroute.errors import CacherouteError
+from cacheroute.forecast.crowd import Look
 from cacheroute.model.experts import ExpertLayer, ExpertLayout, ExpertTensor
 
 MEASURED, GIVEN = "measured", "given"
@@ -35,13 +36,15 @@ def known(layout: ExpertLayout, flash_mbps: float | None = None, io: str = store
 
 
 def measure(layout: ExpertLayout, flash_mbps: float | None = None) -> Drive:
-    """Remembered, or measured for about a second. Raises CacherouteError for a file that cannot be read."""
-    speeds = stores.speeds(layout)
+    """Remembered, or measured for about a second; what was measured once only, or while other programs took the processors, is
+    measured again. Raises CacherouteError for a file that cannot be read."""
+    speeds = stores.speeds(layout, _ROUNDS)
     if not speeds:
+        look = Look()
         readings = [reading for _ in range(_ROUNDS) for reading in storage.measure(layout)]
         of = {r.io: [x.mb_per_s for x in readings if x.io == r.io and not x.refused] for r in readings if not r.refused}
         speeds = {io: statistics.median(values) for io, values in of.items()}
-        stores.remember_speeds(layout, speeds)
+        stores.remember_speeds(layout, speeds, 1 if look.crowded else _ROUNDS)
     found = _better(speeds, flash_mbps, stores.AUTO)
     if found is None:
         raise CacherouteError(f"{layout.paths[0]} cannot be read fast enough to measure it.")

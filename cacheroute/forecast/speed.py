@@ -8,22 +8,19 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cacheroute.engine import compute_threads
-from cacheroute.engine.compute_threads import Busy
 from cacheroute.errors import CacherouteError
 from cacheroute.files import cache_dir, write_json
 from cacheroute.forecast import kernels
+from cacheroute.forecast.crowd import Look
 from cacheroute.forecast.kernels import TypeSpeed
 from cacheroute.install import engine_build
 
 FORMAT, VERSION = "cacheroute-compute-speed", 1
-_CROWDED = 0.3  # processors that others take, from which on a measurement is not kept
 _STAND_IN = "q4_0"  # of a type that kernels.TYPES does not name
 
 
@@ -94,7 +91,7 @@ def measure(types: Types, n_threads: int) -> ComputeSpeed:
     found = known(n_threads)
     if found and found.lacks(types) == Types():
         return found
-    before, began = compute_threads.busy(), time.monotonic()
+    look = Look()
     with kernels.Kernels(n_threads) as own:
         if not found:
             found = ComputeSpeed(n_threads, own.node_seconds(), own.softmax_seconds())
@@ -105,17 +102,10 @@ def measure(types: Types, n_threads: int) -> ComputeSpeed:
             experts={**found.experts, **{t: own.experts(t) for t in sorted(new.experts)}},
             repacked={**found.repacked, **{t: own.experts(t, repacked=True) for t in sorted(new.repacked)}},
         )
-    if _others(before, compute_threads.busy(), time.monotonic() - began) >= _CROWDED:
+    if look.crowded:
         return replace(found, crowded=True)
     _keep(found)
     return found
-
-
-def _others(before: Busy | None, after: Busy | None, seconds: float) -> float:
-    """Processors that other programs took; 0 where the system does not tell."""
-    if before is None or after is None:
-        return 0.0
-    return (after.all - before.all - (after.own - before.own)) / seconds
 
 
 def _file() -> Path:
