@@ -113,8 +113,8 @@ def main() -> int:
     parser.add_argument(
         "--flash-mbps", type=lambda text: [float(x) for x in text.split(",")], default=[500.0, 1000.0], help="0: the disk's own"
     )
-    parser.add_argument("-p", "--n-prompt", type=int, default=128)
-    parser.add_argument("-n", "--n-gen", type=int, default=32)
+    parser.add_argument("-p", "--n-prompt", type=int, default=256)
+    parser.add_argument("-n", "--n-gen", type=int, default=96)
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int, default=cores())
     args = parser.parse_args()

@@ -11,7 +11,7 @@ import pytest
 from cacheroute.engine import storage
 from cacheroute.errors import UsageError
 from cacheroute.files import GIB, MIB
-from cacheroute.forecast import kernels, speed
+from cacheroute.forecast import speed
 from cacheroute.forecast.kernels import TypeSpeed
 from cacheroute.forecast.speed import ComputeSpeed
 from cacheroute.model import catalogue, experts, gguf_file, memory_plan
@@ -19,13 +19,18 @@ from support import tiny_models
 from support.cli import cacheroute, sentence
 
 command = importlib.import_module("cacheroute.cli.plan")
-FAST = {t: TypeSpeed(10e9, 100e9) for t in kernels.TYPES}
+FAST = TypeSpeed(10e9, 100e9)
 
 
 @pytest.fixture(autouse=True)
 def machine(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels and drive of fixed speeds, and no models but those of the test."""
-    monkeypatch.setattr(speed, "measure", lambda _, n: ComputeSpeed(n, 1e-6, 1e-9, FAST, FAST, FAST))
+
+    def measure(types: speed.Types, n_threads: int) -> ComputeSpeed:
+        own = ({speed.measured_as(t): FAST for t in of} for of in (types.dense, types.experts, types.repacked))
+        return ComputeSpeed(n_threads, 1e-6, 1e-9, *own)  # what is not asked for has no speed
+
+    monkeypatch.setattr(speed, "measure", measure)
     readings = [storage.Reading("direct", 1000.0, 1.0), storage.Reading("buffered", 800.0, 1.0)]
     monkeypatch.setattr(storage, "measure", lambda _: readings)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

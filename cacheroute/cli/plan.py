@@ -125,7 +125,7 @@ def _forecasts(
 
     types = speed.Types()
     for c in candidates:
-        types |= c.work.types(whole=c.plan.capacity == c.plan.n_expert or len(candidates) == 1)
+        types |= c.work.types(whole=True)
     own = speed.measure(types, n_threads)
     spare = _drive_without_model(candidates, flash_mbps)
     found = []
@@ -238,7 +238,11 @@ def _text(f: Forecast, model: str) -> list[str]:
     width = max(len(r.routing) for r in f.routings)
     lines += ["", f"{'routing':{width}} {'miss':>6} {'MiB/token':>10} {'tok/s':>10}  misses"]
     for r in f.routings:
-        note = r.miss_from + (", lossy" if r.lossy else "") + (f": {r.loss:g}%" if r.loss is not None else "")
+        note = (
+            ("none" if f.capacity == f.n_expert else r.miss_from)
+            + (", lossy" if r.lossy else "")
+            + (f": {r.loss:g}%" if r.loss is not None else "")
+        )
         lines.append(f"{r.routing:{width}} {100 * r.miss_rate:5.1f}% {r.mib_per_token:10.1f} {_range(r):>10}  {note}")
     if f.prompts:
         lines += ["", f"{'prompt':12} {'first token':>12} {'MiB read':>9} {'passes':>7}"]

@@ -78,7 +78,7 @@ class BudgetForecast:
 class RoutingForecast:
     """At the suggested budget. Tokens per second with the miss rates of other models or texts: `low` to `high`.
 
-    `miss_from`: "measured" on `miss_tokens` of this model, or "assumed".
+    `miss_from`: "measured" on `miss_tokens` of this model, "assumed", or "read" where all experts are in memory.
     """
 
     routing: str
@@ -248,7 +248,7 @@ class _One:
             tokens_per_s=self.tokens_per_s(rate.typical, capacity),
             low=self.tokens_per_s(rate.high, capacity),
             high=self.tokens_per_s(rate.low, capacity),
-            miss_from=MEASURED if rate.tokens or capacity == self.plan.n_expert else ASSUMED,
+            miss_from=READ if capacity == self.plan.n_expert else MEASURED if rate.tokens else ASSUMED,
             miss_tokens=rate.tokens,
             loss=t.loss,
         )
@@ -346,8 +346,9 @@ def _inputs(
     else:
         known = plan.free is not None
         found.append(Input("free memory", READ if known else ASSUMED, "what is free now" if known else "enough"))
+    threads = f"{machine.speed.n_threads} thread" + ("s" if machine.speed.n_threads > 1 else "")
     beside = "; other programs computed, too, so it is too slow" if machine.speed.crowded else ""
-    found.append(Input("compute", MEASURED, f"the engine's kernels, {machine.speed.n_threads} threads{beside}"))
+    found.append(Input("compute", MEASURED, f"the engine's kernels, {threads}{beside}"))
     drive = machine.drive
     if drive:
         how = GIVEN if drive.how == GIVEN else MEASURED

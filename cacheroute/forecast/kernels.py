@@ -18,11 +18,11 @@ from typing import Any
 from cacheroute.files import MIB
 from cacheroute.install import patched_llama_cpp
 
-WORKING_SET = 192 * MIB  # of the weights of one token: more than most caches hold
+WORKING_SET = 128 * MIB  # of the weights of one token: more than most caches hold
 _WIDE, _NARROW = 2048, 768  # a weight matrix of 2048 x 2048, an expert's of 768 x 2048: those of Qwen3-30B-A3B
 USED = 8  # experts of a token
 BATCH, EXPERTS_IN_BATCH = 128, 32  # tokens; experts, so that each gets as many as in a prompt of some hundred tokens
-_LEAST_SECONDS, _LEAST_RUNS = 0.03, 2
+_LEAST_SECONDS, _LEAST_RUNS = 0.02, 2
 _NODES = 200
 _SOFTMAX = (512, 1024)
 _PATTERN = 0x2C  # 0x2c2c is 0.065 as F16 and no scale of a block becomes a subnormal number, which would be slow

@@ -37,8 +37,9 @@ def first_line(
     """
     work = workload.of_header(header, layout)
     whole = capacity >= layout.n_expert
-    every = layout.all_expert_bytes / 1e9
-    held = f"all {_amount(every)} GB" if whole else f"{_amount(capacity * layout.expert_bytes / 1e9)} of {_amount(every)} GB"
+    every, some = layout.all_expert_bytes, capacity * layout.expert_bytes
+    unit, name = (1e9, "GB") if every >= 1e9 else (1e6, "MB")
+    held = f"all {every / unit:.1f} {name}" if whole else f"{some / unit:.1f} of {every / unit:.1f} {name}"
     text = f"{work.name}: {held} of experts in memory"
     loaded = whole and io in (stores.AUTO, stores.LOAD)
     found = None if loaded else drive.known(layout, flash_mbps, io)
