@@ -24,7 +24,7 @@ from support import tiny_models
 
 FAST = TypeSpeed(10e9, 100e9)
 SPEED = ComputeSpeed(2, 0.0, 0.0, *({t: FAST for t in kernels.TYPES} for _ in range(3)))
-SLOW_DRIVE, FAST_DRIVE = (Drive("direct", n, drive.MEASURED) for n in (0.5e9, 50e9))
+SLOW_DRIVE, FAST_DRIVE = (Drive("direct", n, drive.MEASURED) for n in (0.5e9, 500e9))
 # ten layers: 1 ms of dense weights, 1 ms for each expert in all layers, 2 ms to read it from the slow drive
 WORK = Workload(
     name="made up", n_expert=32, n_used=4, n_layers=10, blocks=10, dense={"q4_k": Amount(10**7, 2 * 10**7)}, shared={}, output={},
@@ -48,7 +48,7 @@ def test_a_token_takes_its_compute_where_nothing_is_missed() -> None:
 
 def test_reads_lie_beside_the_experts_that_are_there_and_behind_nothing_else() -> None:
     all_missed = timing.decoding(WORK, SPEED, SLOW_DRIVE, 1.0, 0)
-    read = 4 * 0.002  # longer than the 4 ms of the experts
+    read = 4 * 0.002 / timing._READ_EFFICIENCY  # longer than the 4 ms of the experts
     last = 0.001 / 3 + 10 * timing._WAKE_SECONDS
     assert all_missed.seconds == pytest.approx(FIXED + 0.001 + read + last)
     assert all_missed.read_seconds == pytest.approx(read) and all_missed.read_bytes == 4 * 10**6

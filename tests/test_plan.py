@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from cacheroute.engine import storage
 from cacheroute.errors import UsageError
 from cacheroute.files import GIB, MIB
-from cacheroute.forecast import speed
+from cacheroute.forecast import kernels, speed
 from cacheroute.forecast.kernels import TypeSpeed
 from cacheroute.forecast.speed import ComputeSpeed
 from cacheroute.model import catalogue, experts, gguf_file, memory_plan
@@ -31,6 +32,9 @@ def machine(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return ComputeSpeed(n_threads, 1e-6, 1e-9, *own)  # what is not asked for has no speed
 
     monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(
+        speed, "known", lambda n: ComputeSpeed(n, 1e-6, 1e-9, *({t: FAST for t in kernels.TYPES} for _ in range(3)))
+    )
     readings = [storage.Reading("direct", 1000.0, 1.0), storage.Reading("buffered", 800.0, 1.0)]
     monkeypatch.setattr(storage, "measure", lambda _: readings)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -126,3 +130,11 @@ def test_what_cannot_be_is_one_sentence(tiny: Path, capsys: pytest.CaptureFixtur
         run(capsys, model="nothing.gguf")
     with pytest.raises(UsageError, match="text and json"):
         run(capsys, output="xml")
+
+
+def test_a_measurement_is_told(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "known", lambda _: None)
+    real = speed.measure
+    monkeypatch.setattr(speed, "measure", lambda types, n: dataclasses.replace(real(types, n), crowded=True))
+    out, err = run(capsys, model=str(tiny), ctx_size=512)
+    assert [line.split()[0] for line in err.splitlines()] == ["measuring", "other"] and "it is too slow" in " ".join(out.split())

@@ -109,9 +109,10 @@ def _all(free: int | None, flash_mbps: float | None, n_ctx: int, n_threads: int,
     print("\n".join(_table(found)))
     known = next((f.memory.free for _, f in found if f.memory.free is not None), None)
     memory = "free memory is not known" if known is None else f"{known / GIB:.1f} GiB of memory"
+    context = f"a context of {n_ctx} tokens" if n_ctx else "the whole context"
     say(
-        f"for {memory}, a context of {n_ctx or 'as trained'} tokens, {n_threads} threads; best first: the largest that give "
-        f"{_USABLE:g} tok/s, then the fastest; `cacheroute plan -m NAME` has the rest"
+        f"for {memory}, {context}, -t {n_threads}; best first: the largest that give {_USABLE:g} tok/s, then the fastest; "
+        "`cacheroute plan -m NAME` has the rest"
     )
 
 
@@ -126,7 +127,12 @@ def _forecasts(
     types = speed.Types()
     for c in candidates:
         types |= c.work.types(whole=True)
+    known = speed.known(n_threads)
+    if known is None or known.lacks(types) != speed.Types():
+        say("measuring how fast this machine computes, some seconds; this is kept")
     own = speed.measure(types, n_threads)
+    if own.crowded:
+        say("other programs compute, too: what was measured is too slow, and is not kept")
     spare = _drive_without_model(candidates, flash_mbps)
     found = []
     for c in candidates:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheroute.engine import stores
+from cacheroute.engine.micro_batch import LEAST, UPSTREAM
 from cacheroute.files import MIB
 from cacheroute.forecast import misses, timing
 from cacheroute.forecast.drive import GIVEN, Drive
@@ -273,10 +274,10 @@ class _One:
         """Tokens of a prompt that are computed together: as many as the memory beside the budget has buffers for."""
         plan = self.plan
         if plan.free is None or capacity >= plan.n_expert:
-            return 512 if capacity >= plan.n_expert else max(PROMPTS)
+            return UPSTREAM
         each = max(plan.compute // max(plan.pass_tokens, 1), 1)
         left = plan.free - plan.reserve - plan.needed(capacity) + plan.compute
-        return max(left // each, 64)
+        return max(left // each, LEAST)
 
     def enough(self, capacity: int, speed: float) -> int:
         """The smallest budget with nearly the speed of a larger one."""
@@ -353,7 +354,7 @@ def _inputs(
     if drive:
         how = GIVEN if drive.how == GIVEN else MEASURED
         found.append(Input("drive", how, f"{drive.bytes_per_s / 1e6:.0f} MB/s, {drive.io}"))
-        found.append(Input("processor time of reads", ASSUMED, "as on the machine of scripts/RESULTS.md"))
+        found.append(Input("how reads lie beside compute", ASSUMED, "as on the machine of scripts/RESULTS.md"))
     for r in routings:
         if r.miss_rate and r.miss_from == MEASURED:
             found.append(Input(f"misses of {r.routing}", MEASURED, f"on {r.miss_tokens} tokens scored by tune, frontier or eval"))
