@@ -8,8 +8,8 @@ within reach"). So with m misses in a layer
 
 where `read` is one expert's bytes over the speed of the device, `read_cpu` what reading takes of the threads that compute, and
 `last` what is computed on the last piece. m is taken as binomial: K experts, each missed at the expected rate. Two constants are
-fitted to tables of scripts/RESULTS.md ("Speed on real shapes", "The files that people have"), compute worked back from floors: of 42
-cells of three shapes at 500 to 2,000 MB/s 41 are then within 25%, by 7% on average; without them 40, by 11%.
+fitted to tables of scripts/RESULTS.md ("Speed on real shapes", "The files that people have"), compute worked back from their
+floors: of 42 cells of three shapes at 500 to 2,000 MB/s 41 are then within 25%, by 7% on average; without them 40, by 11%.
 
 Prompts: while a layer computes, the experts of the next are read, so the first layer's reads stand alone:
 
