@@ -6,22 +6,11 @@ import re
 from dataclasses import dataclass
 
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB
+from cacheroute.files import MIB, UNITS
 from cacheroute.model import memory_plan
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.memory_plan import MemoryPlan
 
-_UNITS = {
-    "kib": 1024,
-    "mib": MIB,
-    "gib": 1024 * MIB,
-    "kb": 1000,
-    "mb": 1000**2,
-    "gb": 1000**3,
-    "k": 1024,
-    "m": MIB,
-    "g": 1024 * MIB,
-}
 AUTO = "auto"
 """What the free memory has room for; only a model that is loaded knows it."""
 FORMS = "use a share (50%), experts per layer (30), bytes of all layers together (2GiB), all, or auto"
@@ -88,7 +77,7 @@ def _capacity(text: str, layout: ExpertLayout) -> int:
             raise UsageError(f"A budget of {text} is more than all experts; {FORMS}.")
         return int(layout.n_expert * number / 100 + 1e-9)
     if unit:
-        nbytes = min(number * _UNITS[unit], layout.n_expert * layout.resident_bytes)
+        nbytes = min(number * UNITS[unit], layout.n_expert * layout.resident_bytes)
         return int(nbytes) // layout.resident_bytes
     if number > layout.n_expert or number != int(number):
         raise UsageError(f"A budget of {text} experts does not fit a model of {layout.n_expert} experts per layer; {FORMS}.")
