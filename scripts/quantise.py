@@ -42,7 +42,7 @@ from cacheroute.model.checks import EXPERT_TENSOR
 from cacheroute.model.gguf_file import GgufFile, TensorInfo
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_XS")
-NEED_IMPORTANCE = ("IQ2_XS",)
+NEED_IMPORTANCE, IGNORE_IMPORTANCE = ("IQ2_XS",), "Q8_0"
 WHOLE = ("f32", "f16", "bf16")
 
 _BUFFER = 512 * MIB  # rows of a tensor in memory at once; llama.cpp's default is 8 GiB
@@ -71,10 +71,9 @@ def copy(source: Path, out: Path, kind: str, importance: Importance | None, n_th
         failed = api.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
     if failed:
         reason = (log.reason(said[-1:]) or "no reason given").removeprefix("failed to quantize: ")
-        free = shutil.disk_usage(out.parent).free
-        raise CacherouteError(
-            f"The {kind} copy of {source} cannot be made ({reason}); {out.parent} has {free / MIB:.0f} MiB free."
-        )
+        if "iostream" in reason:
+            reason = f"the file cannot be written, and its disk has {shutil.disk_usage(out.parent).free / MIB:.0f} MiB free"
+        raise CacherouteError(f"{kind} of {source} cannot be made: {reason}.")
 
 
 def _keys(api: Any, importance: Importance) -> Any:
@@ -117,7 +116,8 @@ def _row(header: GgufFile) -> list[str]:
     routed = [t for t in matrices if EXPERT_TENSOR.match(t.name)]
     rest = [t for t in matrices if not EXPERT_TENSOR.match(t.name)]
     mib = sum(t.nbytes for t in routed) / MIB
-    cells = [header.paths[0].name, f"{header.nbytes / MIB:.1f}", f"{mib:.1f}", f"{bits_per_weight(routed):.2f}"]
+    whole = sum(path.stat().st_size for path in header.paths) / MIB
+    cells = [header.paths[0].name, f"{whole:.1f}", f"{mib:.1f}", f"{bits_per_weight(routed):.2f}"]
     return [*cells, _types(routed), _types(rest)]
 
 
@@ -131,9 +131,9 @@ def report(headers: Iterable[GgufFile]) -> str:
     head = ["file", "MiB", "experts, MiB", "bits/weight of experts", "tensors of experts", "other matrices"]
     lines = [table.as_markdown([head, *map(_row, headers)])]
     for n, parts in narrow(headers[0]).items():
-        what = "take types with blocks of 32 or, where there is none, F16" if n % 32 == 0 else "stay F16 or F32, as no type fits"
-        lines.append(f"\nRows of {n}, no multiple of 256, {what}: {', '.join(parts)}.")
-    return "".join(lines)
+        what = "take types with blocks of 32 values" if n % 32 == 0 else "are not quantised, as no type fits"
+        lines.append(f"Rows of {n}, no multiple of 256, {what}: {', '.join(parts)}.")
+    return "\n\n".join(lines)
 
 
 def _source(model: str | None, wheel: Path | None, folder: Path) -> Path:
@@ -169,8 +169,13 @@ def _kinds(text: str) -> list[str]:
     return kinds
 
 
-def _importance(source: Path, args: argparse.Namespace, executor: Executor) -> Importance:
+def _importance(source: Path, kinds: list[str], args: argparse.Namespace, executor: Executor) -> Importance | None:
     named = _texts(args.text)
+    if args.no_importance:
+        return None
+    if kinds == [IGNORE_IMPORTANCE]:
+        say(f"importance matrix: none, as {IGNORE_IMPORTANCE.lower()} takes no account of one")
+        return None
     say(f"importance matrix: from {', '.join(name for name, _ in named)}")
     found = executor.submit(collect, source, named, args.tokens, args.threads).result()
     never, of = found.experts
@@ -182,6 +187,8 @@ def run(args: argparse.Namespace) -> str:
     """Does what the options say; returns the report. Raises UsageError before anything is written, else CacherouteError."""
     kinds = _kinds(args.types)
     needing = [kind for kind in kinds if kind in NEED_IMPORTANCE]
+    if args.no_importance and args.text:
+        raise UsageError("--no-importance has no use for a text; leave out either it or -f.")
     if args.no_importance and needing:
         raise UsageError(f"{needing[0].lower()} needs an importance matrix; leave out --no-importance or the type.")
     if args.tokens < 1 or args.threads < 1:
@@ -198,11 +205,9 @@ def run(args: argparse.Namespace) -> str:
         experts.layout(header)
         outs = {kind: args.out_dir / out_name(source, kind) for kind in kinds}
         _check_new(outs.values())
-        packed = {t.type for t in header.tensors if len(t.shape) > 1} - set(WHOLE)
-        if packed:
-            say(f"warning: {source} is quantised itself ({', '.join(sorted(packed))}), and what that has lost stays lost")
+        _warn(header)
         try:
-            importance = None if args.no_importance else _importance(source, args, executor)
+            importance = _importance(source, kinds, args, executor)
             for kind, out in outs.items():
                 part = Path(folder) / out.name
                 executor.submit(copy, source, part, kind, importance, args.threads).result()
@@ -220,6 +225,14 @@ def _check_new(outs: Iterable[Path]) -> None:
             raise UsageError(f"{out} exists; move it away, or leave out its type.")
 
 
+def _warn(header: GgufFile) -> None:
+    matrices = [t for t in header.tensors if len(t.shape) > 1]
+    lossy = [t.type for t in matrices if t.type not in WHOLE]
+    if lossy:
+        of = f"{len(lossy)} of {len(matrices)} matrices of {header.paths[0].name} are quantised already"
+        say(f"warning: {of} ({', '.join(sorted(set(lossy)))}), and what they have lost stays lost")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a GGUF file or a name of `cacheroute models` (default: the demo model)")
@@ -229,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *("-f", "--text"), type=Path, action="append", default=[], metavar="FILE",
         help="a text for the importance matrix, may be repeated (default: Python's reference manual, which comes with Python)",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of text for it (default: 16384)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of text for it (default: 8192)")
     parser.add_argument("--no-importance", action="store_true", help="no importance matrix; iq2_xs needs one")
     parser.add_argument("--wheel", type=Path, help="the wheel of the demo model's parent, to build it in F16 as the source")
     parser.add_argument("-t", "--threads", type=int, default=cores(), help="(default: all cores)")

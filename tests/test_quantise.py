@@ -139,10 +139,13 @@ def test_the_file_says_where_its_importance_is_from(copies: tuple[Path, subproce
 
 
 def test_a_quantised_source_is_copied_with_a_warning(
-    copies: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+    copies: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(copies[0] / "tiny-Q8_0.gguf", "--types", "q4_0", "--out-dir", tmp_path, "--no-importance")
-    assert done.returncode == 0 and "is quantised itself (q8_0), and what that has lost stays lost" in done.stderr
+    options = ["--types", "q4_0", "--out-dir", str(tmp_path), "--no-importance"]
+    assert quantise.main([str(copies[0] / "tiny-Q8_0.gguf"), *options]) == 0
+    said = "warning: 16 of 18 matrices of tiny-Q8_0.gguf are quantised already (q8_0), and what they have lost stays lost"
+    assert capsys.readouterr().err.splitlines()[0] == said
+    assert "warning" not in copies[1].stderr
     assert types(tmp_path / "tiny-Q4_0.gguf") == {"q4_0": 6}
 
 
@@ -161,13 +164,14 @@ def test_what_exists_is_not_overwritten_and_nothing_else_is_written(source: Path
         (["--types", "q8_0,q9_x"], "There is no type 'q9_x'; there are q8_0, q6_k, "),
         (["--types", ","], "--types names no type; there are q8_0, "),
         (["--types", "iq2_xs", "--no-importance"], "iq2_xs needs an importance matrix; leave out --no-importance or the type."),
+        (["--types", "q8_0", "--no-importance", "-f", "t"], "--no-importance has no use for a text; leave out either it or -f."),
         (["--types", "q8_0", "--tokens", "0"], "--tokens and --threads are 1 or more."),
         (["--types", "q8_0", "--wheel", "w.whl"], "--wheel builds the demo model; leave out either it or "),
         (
             ["--types", "q8_0", "-f", str(HELDOUT)],
             "heldout.txt is the held-out text that models are judged on; give another text.",
         ),
-        (["--types", "q8_0", "-f", __file__ + "x"], f"{__file__}x cannot be read (No such file or directory)."),
+        (["--types", "q6_k", "-f", __file__ + "x"], f"{__file__}x cannot be read (No such file or directory)."),
     ],
 )
 def test_wrong_usage_is_one_sentence(
@@ -177,15 +181,32 @@ def test_wrong_usage_is_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
-    command = [sys.executable, quantise.__file__, str(source), "--types", "q6_k", "--out-dir", str(tmp_path), "--no-importance"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not list(tmp_path.glob(".quantise-*/*")):
-            time.sleep(0.002)
+@pytest.mark.parametrize("options", [["--types", "q6_k", "--no-importance"], ["--types", "q4_0", "--tokens", "100000"]])
+def test_ctrl_c_leaves_nothing_behind(source: Path, tmp_path: Path, options: Sequence[str]) -> None:
+    """While a copy is written, and while the importance matrix is computed."""
+    command = [sys.executable, quantise.__file__, str(source), "--out-dir", str(tmp_path), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        if "--tokens" in options:
+            process.stderr.readline()
+        else:
+            while process.poll() is None and not list(tmp_path.glob(".quantise-*/*")):
+                time.sleep(0.002)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.decode()) == (130, "quantise: Stopped.\n")
+    assert (process.returncode, errors) == (130, "quantise: Stopped.\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(source: Path, tmp_path: Path) -> None:
+    """As a limit on the size of files is: what is written fails."""
+    limited = 'ulimit -f 1000; exec "$@"'
+    command = [sys.executable, quantise.__file__, str(source), "--types", "q8_0", "--out-dir", str(tmp_path)]
+    done = subprocess.run(["bash", "-c", limited, "-", *command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "") and list(tmp_path.iterdir()) == []
+    assert "Traceback" not in done.stderr
+    said = f"quantise: Q8_0 of {source} cannot be made: the file cannot be written, and its disk has "
+    assert done.stderr.splitlines()[-1].startswith(said)
 
 
 def test_rows_of_the_demo_model_that_no_k_quant_fits(demo_model: Path) -> None:
