@@ -126,7 +126,7 @@ def test_the_watch_takes_memory_back_and_gives_it_again(alone: Path, monkeypatch
     monkeypatch.setattr(memory_watch, "_CALM_SECONDS", 0.05)
     said: list[Budget] = []
     with opened(alone, budget_changed=said.append) as llm:
-        plan = memory_plan.of(llm._header, llm.layout, n_ctx=128)
+        plan = memory_plan.of(llm.header, llm.layout, n_ctx=128)
         logits(llm, [5, 6, 7, 8] * 8, lambda _: None)
         full, held = llm.budget.capacity, llm.resident_bytes
         watch = memory_watch.MemoryWatch(llm, plan)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from cacheroute.cli import options
 from cacheroute.cli.terminal import say
-from cacheroute.files import printable
-from cacheroute.model.context_memory import size
+from cacheroute.forecast.line import first_line, held
 from cacheroute.routing import tuned
 
 if TYPE_CHECKING:
@@ -32,22 +31,22 @@ class Settings:
 
 def say_start(llm: Llama, asked: Settings) -> None:
     """What is in memory, how the rest is read, and what is lossy; from now on that the budget follows the free memory."""
-    say(start(llm))
+    say(
+        first_line(
+            llm.header,
+            llm.layout,
+            llm.budget.capacity,
+            llm.io,
+            routing=str(llm.routing),
+            eviction=llm.eviction,
+            n_threads=llm.n_threads,
+            flash_mbps=llm.flash_mbps,
+        )
+    )
     if asked.routing == tuned.NAME and llm.routing and not llm.routing.lossy and llm.budget.capacity == llm.layout.n_expert:
         say("all experts are in memory: nothing is read, so a tuned routing has nothing to save")
     options.say_lossy(llm)
     llm.budget_changed = said_changes(llm.layout, llm.budget)
-
-
-def start(llm: Llama) -> str:
-    """The first line of a command that answers."""
-    name = printable(llm.layout.model or llm.layout.paths[0].stem)
-    if llm.io == "load":
-        return f"{name}: all {size(llm.layout.all_expert_bytes)} of experts in memory, as llama.cpp loads them"
-    return (
-        f"{name}: {size(llm.budget.nbytes)} of {size(llm.layout.n_expert * llm.layout.resident_bytes)} of experts in memory, "
-        f"{'misses are only counted' if llm.io == 'none' else llm.io + ' reads'}"
-    )
 
 
 def said_changes(layout: ExpertLayout, budget: Budget) -> Callable[[Budget], None]:
@@ -57,13 +56,9 @@ def said_changes(layout: ExpertLayout, budget: Budget) -> Callable[[Budget], Non
     def changed(now: Budget) -> None:
         nonlocal last
         if now.capacity < last.capacity:
-            say(f"memory is short: {_share(now, layout)} of experts stay in memory")
+            say(f"memory is short: {held(layout, now.capacity)} of experts stay in memory")
         elif now.capacity == budget.capacity:
-            say(f"there is memory again: {_share(now, layout)} of experts may stay in memory")
+            say(f"there is memory again: {held(layout, now.capacity)} of experts may stay in memory")
         last = now
 
     return changed
-
-
-def _share(budget: Budget, layout: ExpertLayout) -> str:
-    return f"{size(budget.nbytes)} of {size(layout.n_expert * layout.resident_bytes)}"

@@ -126,7 +126,7 @@ class Llama(SequenceLlama):
         self._flash_mbps = flash_mbps
         self._owner = os.getpid()
         header = gguf_file.read(model_path)
-        self._header, self.layout = header, experts.layout(header)
+        self.header, self.layout = header, experts.layout(header)
         arguments.check_pace(flash_mbps)
         paced = flash_mbps is not None
         plan = None
@@ -225,7 +225,7 @@ class Llama(SequenceLlama):
             more = None if free is None else free + self.resident_bytes
             budget = "all" if self._loaded else None
             if not self._loaded and io != stores.NONE and routing is not None:
-                plan = memory_plan.of(self._header, self.layout, n_ctx=self._n_ctx, loaded=True, whole=False, free=more)
+                plan = memory_plan.of(self.header, self.layout, n_ctx=self._n_ctx, loaded=True, whole=False, free=more)
         budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, **own)
         if settings.routing and settings.io not in ("none", "load"):

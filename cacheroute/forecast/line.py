@@ -37,10 +37,7 @@ def first_line(
     """
     work = workload.of_header(header, layout)
     whole = capacity >= layout.n_expert
-    every, some = layout.all_expert_bytes, capacity * layout.expert_bytes
-    unit, name = (1e9, "GB") if every >= 1e9 else (1e6, "MB")
-    held = f"all {every / unit:.1f} {name}" if whole else f"{some / unit:.1f} of {every / unit:.1f} {name}"
-    text = f"{work.name}: {held} of experts in memory"
+    text = f"{work.name}: {held(layout, capacity)} of experts in memory"
     loaded = whole and io in (stores.AUTO, stores.LOAD)
     found = None if loaded else drive.known(layout, flash_mbps, io)
     if found and not whole:
@@ -56,6 +53,13 @@ def first_line(
         faster = _tokens_per_s(work, own, found, capacity, tuned.routing, tuned.eviction, layout)
         text += f"; {_amount(faster)} at {tuned.loss:g}% loss with --routing tuned"
     return text
+
+
+def held(layout: ExpertLayout, capacity: int) -> str:
+    """As in "3.9 of 15.6 GB": of the experts, with `capacity` of each layer."""
+    every, some = layout.all_expert_bytes, capacity * layout.expert_bytes
+    unit, name = (1e9, "GB") if every >= 1e9 else (1e6, "MB")
+    return f"all {every / unit:.1f} {name}" if some == every else f"{some / unit:.1f} of {every / unit:.1f} {name}"
 
 
 def _tokens_per_s(
