@@ -157,7 +157,7 @@ def test_random_predictions_change_neither_memory_nor_cache(live: Live) -> None:
 def test_prefetch_changes_no_logit_and_no_count(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path))  # what "auto" measures of a tiny model is not for the user's
     path = tiny_models.write(architecture, tmp_path / "m.gguf")
-    llm = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+    llm = Llama(str(path), budget="50%", n_ctx=64, n_threads=1, verbose=False)
 
     def run(**settings: Any) -> tuple[list[Any], list[int]]:
         return decoded(llm, **settings), [c.misses for c in llm.decoded_by_layer()]
@@ -177,7 +177,7 @@ def test_prefetch_changes_no_logit_and_no_count(architecture: str, tmp_path: Pat
 
 @pytest.mark.engine
 def test_predictions_are_better_than_chance(demo_model: Path) -> None:
-    llm = Llama(str(demo_model), n_ctx=64, n_threads=1, budget="50%", prefetch=1, verbose=False)
+    llm = Llama(str(demo_model), budget="50%", n_ctx=64, n_threads=1, prefetch=1, verbose=False)
     tokens = llm.tokenize(b"The sea was calm, and the old man rowed out before the sun had risen over the hills of the bay.")
     with llm.decoding():
         for token in tokens:

@@ -71,7 +71,7 @@ def test_places_do_not_overlap_and_are_spread() -> None:
 
 @pytest.fixture(scope="module")
 def llm(tiny: Path) -> Llama:
-    return Llama(str(tiny), n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+    return Llama(str(tiny), budget="50%", n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
 
 
 def scorer(llm: Llama, kept: ResultsFile | None = None) -> PromptScorer:

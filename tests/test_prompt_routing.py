@@ -208,7 +208,7 @@ def test_a_trace_of_an_earlier_version_has_no_batches() -> None:
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
     path = tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "tiny.gguf")
-    return Llama(str(path), n_ctx=128, n_ubatch=16, n_threads=1, n_threads_batch=1, verbose=False)
+    return Llama(str(path), budget="50%", n_ctx=128, n_ubatch=16, n_threads=1, n_threads_batch=1, verbose=False)
 
 
 TOKENS = np.random.default_rng(5).integers(3, 250, 80).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import secrets
 import sys
@@ -114,10 +113,13 @@ def generate(
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
         chat = not raw and completion.has_chat_template(llm)
         asked = completion.chat_prompt(llm, [{"role": "user", "content": text}]) if chat else completion.raw_prompt(llm, text)
-        if verbose and len(asked.tokens) < llm.n_ctx() and not (prompt_cache and prompt_cache.exists()):
-            # what a kept prompt leaves of it is known when it has been read
-            say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))
-        begins = functools.partial(say_start, llm, settings)
+        kept = prompt_cache is not None and prompt_cache.exists()
+
+        def begins() -> None:
+            say_start(llm, settings)
+            if verbose and not kept:  # generate() decides what of a kept prompt is evaluated again
+                say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))
+
         run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling, prompt_cache, begins)
         try:
             for piece in run.pieces():
