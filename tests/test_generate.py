@@ -16,7 +16,7 @@ import pytest
 from support import tiny_models
 from support.cli import cacheroute, sentence
 
-RUN = ("--temp", 0, "-c", 256, "-t", 2)
+RUN = ("--temp", 0, "-c", 256, "-t", 2, "--budget", "50%")
 
 
 def test_answers_on_stdout_and_statistics_on_stderr(demo_model: Path) -> None:
