@@ -12,11 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import bench_store
 import pytest
+from typer.testing import CliRunner
 
 from cacheroute import Llama
+from cacheroute.cli import app
 from cacheroute.routing.eviction import DEFAULT
 from support.cli import cacheroute, sentence
 
@@ -62,24 +65,27 @@ def test_the_kernel_read_what_was_asked_for(alone: Path) -> None:
 def test_a_paced_row_reports_its_pace(alone: Path) -> None:
     paced = rows(alone, "--flash-mbps", 50)
     assert {row["flash_mbps"] for row in paced} == {50}
-    done = cacheroute("bench", "-m", alone, *ARMS, "--flash-mbps", 50, "--io", "buffered")
-    assert "buffered at 50 MB/s" in done.stdout.splitlines()[0]
     done = cacheroute("bench", "-m", alone, *ARMS, "--flash-mbps", 50, "--io", "buffered", "--wide")
+    assert "buffered at 50 MB/s" in done.stdout.splitlines()[0]
     assert done.stdout.count("buffered @ 50 MB/s") == 12
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_outputs_agree(alone: Path) -> None:
     one = ("bench", "-m", alone, "-p", 8, "-n", 4, "-r", 1, "--routing", "original", "--eviction", "lru")
-    names = set(json.loads(cacheroute(*one, "-o", "json").stdout)[0])
-    lines = cacheroute(*one, "-o", "jsonl").stdout.splitlines()
+    names = set(json.loads(run(*one, "-o", "json").stdout)[0])
+    lines = run(*one, "-o", "jsonl").stdout.splitlines()
     assert len(lines) == 2 and all(set(json.loads(line)) == names for line in lines)
-    table = list(csv.DictReader(io.StringIO(cacheroute(*one, "-o", "csv").stdout)))
+    table = list(csv.DictReader(io.StringIO(run(*one, "-o", "csv").stdout)))
     assert len(table) == 2 and set(table[0]) == names
     with sqlite3.connect(":memory:") as database:
-        database.executescript(cacheroute(*one, "-o", "sql").stdout)
+        database.executescript(run(*one, "-o", "sql").stdout)
         assert [test for (test,) in database.execute("SELECT test FROM bench")] == ["pp8", "tg4 @ d8"]
-    assert cacheroute(*one, "-o", "md").stdout.count("\n") == 4
-    what, empty, head, line, *_ = cacheroute(*one).stdout.splitlines()
+    assert run(*one, "-o", "md").stdout.count("\n") == 4
+    what, empty, head, line, *_ = run(*one).stdout.splitlines()
     assert "prompt of 8, 4 decoded, 1 run, " in what and empty == "" and max(len(head), len(line)) <= 80
     assert head.split()[-2:] == ["TTFT", "s"] and "±" not in line
     assert "-o csv has all columns" in sentence(cacheroute(*one, "-o", "csv", "--wide"), 2)

@@ -60,7 +60,7 @@ def test_a_doubted_row_is_marked_with_its_reasons_and_is_not_the_best() -> None:
     lines = as_text(view.brief, WIDTH).splitlines()
     assert [line[0] for line in lines] == [" ", " ", "!"] and max(map(len, lines)) <= WIDTH
     assert view.below[0] == f"! {PRIOR} at 50%: another process maps the file; it was hot."
-    assert view.below[2:] == ["Best: original, 40.1 tok/s at 50%, reads 2.5 MiB a token"]
+    assert view.below[2:] == ["Best: original, lru, 40.1 tok/s at 50%, reads 2.5 MiB a token"]
     assert view.whole[0][-1] == "not to be trusted" and view.whole[1][-1] == ""
     both = [Row(**vars(r) | {"doubts": ("load",)}) for r in (BASE, LOSSY)]
     assert bench_table.view(both).below[-2].endswith(", but its row is marked !")

@@ -20,7 +20,6 @@ from cacheroute.trace.forced_scores import ForcedScores
 if TYPE_CHECKING:
     from cacheroute.bench.memory_limit import MemoryLimit
     from cacheroute.engine.llama import Llama
-    from cacheroute.routing.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -130,14 +129,16 @@ class _Settings:
 
     io: str
     flash_mbps: float | None
-    budget: Budget
+    budget_experts: int
+    budget_bytes: int
     lossy: bool
     replay: str | None
 
     @staticmethod
     def of(llm: Llama) -> _Settings:
         lossy = llm.prompt_routing.lossy or bool(llm.routing and llm.routing.lossy)
-        return _Settings(llm.io, llm.flash_mbps, llm.budget, lossy, llm.forced.name if llm.forced else None)
+        replay = llm.forced.name if llm.forced else None
+        return _Settings(llm.io, llm.flash_mbps, llm.budget.capacity, llm.budget.nbytes, lossy, replay)
 
 
 def run_arms(
@@ -309,8 +310,8 @@ def _row(
         prefetch_used=sum(x.prefetch_used for x in c) / n_prefetched if (n_prefetched := sum(x.prefetched for x in c)) else None,
         flash_mbps=settings.flash_mbps if hooked else None,
         budget=arm.budget,
-        budget_experts=settings.budget.capacity,
-        budget_mib=settings.budget.nbytes / MIB,
+        budget_experts=settings.budget_experts,
+        budget_mib=settings.budget_bytes / MIB,
         resident_mib=max(measured) / MIB if measured else None,
         foreign_mib=max(foreign) / MIB if foreign else None,
         counted_mib=max(run.counted_bytes for run in runs) / MIB if hooked else None,

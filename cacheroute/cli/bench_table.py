@@ -32,8 +32,7 @@ class _Arm:
 
     @property
     def is_baseline(self) -> bool:
-        r = self.row
-        return (r.routing, r.eviction, r.prompt_routing, r.prefetch) == ("original", "lru", prompts.ORIGINAL, 0)
+        return _is_baseline(self.row)
 
 
 def view(rows: Sequence[Row]) -> View:
@@ -46,6 +45,10 @@ def view(rows: Sequence[Row]) -> View:
         above=[_what_was_run(rows, common)],
         below=[*_notes(arms), *_conclusions(arms)],
     )
+
+
+def _is_baseline(r: Row) -> bool:
+    return (r.routing, r.eviction, r.prompt_routing, r.prefetch) == ("original", "lru", prompts.ORIGINAL, 0)
 
 
 def _texts(row: Row) -> dict[str, str]:
@@ -61,8 +64,10 @@ def _texts(row: Row) -> dict[str, str]:
 
 
 def _settings(rows: Sequence[Row]) -> dict[str, list[str]]:
-    hooked = [_texts(row) for row in rows if not row.control] or [_texts(row) for row in rows]
-    return {name: [texts[name] for texts in hooked] for name in hooked[0]}
+    """Those of the arms that are compared with the baseline, where there are any."""
+    hooked = [row for row in rows if not row.control] or rows
+    of = [_texts(row) for row in hooked if not _is_baseline(row)] or [_texts(row) for row in hooked]
+    return {name: [texts[name] for texts in of] for name in of[0]}
 
 
 def _arms(rows: Sequence[Row], common: dict[str, str]) -> Iterator[_Arm]:

@@ -122,7 +122,7 @@ class LoadLine:
 def load_text(share: float, seconds: float) -> str:
     """What LoadLine shows after so many seconds."""
     left = f", about {_duration(seconds * (1 - share) / share)} left" if share else ""
-    return f"loading the model: {share:.0%}{left}"
+    return f"loading the model: {int(100 * share)}%{left}"
 
 
 class _Line:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from cacheroute import interrupts
 from cacheroute.cli.terminal import say
-from cacheroute.engine.stats import Stats
+from cacheroute.engine.stats import Counters, Stats
 from cacheroute.files import MIB
 
 if TYPE_CHECKING:
     from cacheroute.engine.completion import Completion
-    from cacheroute.native.counters import Counters
 
 INTERRUPTED = "interrupted"  # a finish_reason
 
