@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pty
-import re
 import select
 import signal
 import subprocess
@@ -156,7 +155,6 @@ def test_lines_of_a_pipe_are_messages_and_commands(tmp_path: Path) -> None:
 def test_the_end_of_a_pipe_ends_it_and_options_are_checked() -> None:
     assert piped("/help").stderr.count("\n") > 8
     assert piped("Hello", more=("-q",)).stderr == ""
-    assert re.fullmatch(r"8 tokens, [\d.]+ tok/s, [\d.]+% of experts read from disk\n", piped("Hello").stderr)
     wrong = piped("Hello", more=("--budget", "1%"))
     assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
 

@@ -98,7 +98,6 @@ def test_a_lossy_routing_is_announced_and_its_swaps_are_counted(demo_model: Path
     assert announced.startswith("cache-prior:lambda=0.2 is lossy") and re.search(r"% swapped \(\d+ of \d+\)$", line)
     assert cacheroute(*lossy, "-q").stderr.splitlines() == [announced]
     assert cacheroute("generate", "-p", "Hi", "-n", 2, "-q", *RUN).stderr == ""
-    assert "lossy" not in cacheroute("generate", "-p", "Hi", "-n", 2, *RUN).stderr
     assert "give one of them" in sentence(cacheroute("generate", "-p", "Hi", "-v", "-q"), 2)
 
 
@@ -123,7 +122,8 @@ def test_ctrl_c_keeps_what_was_written(demo_model: Path, verbose: bool) -> None:
         rest, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert first + rest
-    assert b"Traceback" not in errors and b"tok/s" in errors and b"resident 0.0" not in errors
+    assert b"Traceback" not in errors and (b"| miss " if verbose else b"% of experts read from disk") in errors
+    assert b"resident 0.0" not in errors
 
 
 def test_a_full_context_stops_with_a_message(tmp_path: Path) -> None:

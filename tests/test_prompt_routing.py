@@ -333,7 +333,11 @@ def test_simulate_shows_the_reads_of_prompts(llm: Llama, tmp_path: Path) -> None
     table = cacheroute(*arguments, "-o", "md").stdout.splitlines()
     assert table[0].endswith("| prompt routing | prompt reads | prompt MiB | prompt swapped |") and " original " in table[2]
     brief = cacheroute(*arguments, "--prompt-routing", "original,keep:cover=0.4").stdout.splitlines()
-    assert max(map(len, brief)) <= 80 and brief[2].endswith("  prompt MiB") and "prompts keep:cover=0.4" in "".join(brief)
+    assert (
+        max(map(len, brief)) <= 80
+        and brief[2].endswith("  prompt MiB")
+        and brief[4].startswith("   25%  original, keep:cover=0.4  ")
+    )
 
 
 # ---- the grammar -----------------------------------------------------------------------------------

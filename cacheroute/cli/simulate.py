@@ -81,8 +81,8 @@ def _view(rows: list[Row]) -> table.View:
 
 def _brief(rows: list[Row]) -> list[list[str]]:
     layered, rerouted = any(row.layer is not None for row in rows), len({row.prompt_routing for row in rows}) > 1
-    head = ["budget", "routing", "eviction", *(["layer"] if layered else []), "miss %", "missed MiB/token", "swapped %"]
-    cells = [head + (["prompt MiB"] if rerouted else [])]
+    head = ["budget", "routing", "eviction", *(["layer"] if layered else []), "miss %", "missed MiB/token"]
+    cells = [[*head, "prompt MiB" if rerouted else "swapped %"]]
     for r in rows:
         cells.append(
             [
@@ -92,15 +92,14 @@ def _brief(rows: list[Row]) -> list[list[str]]:
                 *(["all" if r.layer is None else str(r.layer)] if layered else []),
                 f"{100 * r.miss_rate:.1f}",
                 f"{r.missed_mib_per_token:.2f}",
-                f"{100 * (r.swap_rate + r.drop_rate):.1f}",
-                *([table.number(r.prompt_read_mib)] if rerouted else []),
+                table.number(r.prompt_read_mib) if rerouted else f"{100 * (r.swap_rate + r.drop_rate):.1f}",
             ]
         )
     return cells
 
 
 def _name(row: Row) -> str:
-    return f"{row.routing}, prompts {row.prompt_routing}"
+    return row.routing + ("" if row.prompt_routing == prompts.ORIGINAL else f", {row.prompt_routing}")
 
 
 def _conclusions(rows: Sequence[Row]) -> Iterator[str]:
