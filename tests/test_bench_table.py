@@ -59,10 +59,11 @@ def test_a_doubted_row_is_marked_with_its_reasons_and_is_not_the_best() -> None:
     view = bench_table.view(rows)
     lines = as_text(view.brief, WIDTH).splitlines()
     assert [line[0] for line in lines] == [" ", " ", "!"] and max(map(len, lines)) <= WIDTH
-    assert view.below[0] == f"! {PRIOR} at 50%: another process maps the file; it was hot."
-    assert view.below[2:] == ["Best: original, lru, 40.1 tok/s at 50%, reads 2.5 MiB a token"]
+    assert view.below[:2] == [f"! {PRIOR} at 50%: another process maps the file.", f"! {PRIOR} at 50%: it was hot."]
+    assert view.below[3:] == ["Best: original, lru, 40.1 tok/s at 50%, reads 2.5 MiB a token"]
     assert view.whole[0][-1] == "not to be trusted" and view.whole[1][-1] == ""
-    both = [Row(**vars(r) | {"doubts": ("load",)}) for r in (BASE, LOSSY)]
+    both = [Row(**vars(r) | {"doubts": (f"{i}.5 cores busy",)}) for i, r in enumerate((BASE, LOSSY))]
+    assert bench_table.view(both).below[0] == "! 2 of 2 rows, the first of them original, lru at 50%: 0.5 cores busy."
     assert bench_table.view(both).below[-2].endswith(", but its row is marked !")
 
 
@@ -99,7 +100,7 @@ def test_a_control_shows_what_the_kernel_read_and_no_misses() -> None:
     control = row(routing="none", eviction="none", io="mmap", control=True, repack=True, miss_rate=None, avg_ts=4.2, vs_lru=0.1)
     control = Row(**vars(control) | {"read_mib_per_token": None, "device_mib_per_token": 18.78, "swap_rate": None})
     view = bench_table.view([BASE, control])
-    assert view.brief[2][1:] == ["llama.cpp's mmap, repacked", "4.20 ± 5.92", "0.10", "", "18.78", "0.22"]
+    assert view.brief[2][1:] == ["llama.cpp's mmap, repacked", "4.2 ± 5.9", "0.10", "", "18.78", "0.22"]
     assert view.below[0] == "MiB/token of llama.cpp's mmap are those that the kernel read."
     assert "soft-lfu" not in view.above[0] and "mmap" not in view.above[0]
 

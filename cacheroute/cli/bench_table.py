@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class _Arm:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(doubt for row in self.rows for doubt in row.doubts))
+        """One of each kind: they differ in their figures between the prompt and the answer."""
+        return tuple({_kind(doubt): doubt for row in self.rows for doubt in row.doubts}.values())
 
     @property
     def is_baseline(self) -> bool:
@@ -38,7 +40,8 @@ class _Arm:
 def view(rows: Sequence[Row]) -> View:
     """Of rows in the order in which run_arms() gives them."""
     common = {name: Counter(texts).most_common(1)[0][0] for name, texts in _settings(rows).items()}
-    arms = list(_arms(rows, common))
+    budgets = list(dict.fromkeys(row.budget for row in rows))
+    arms = sorted(_arms(rows, common), key=lambda arm: budgets.index(arm.row.budget))
     return View(
         brief=_brief(arms),
         whole=whole(rows),
@@ -104,7 +107,7 @@ def _brief(arms: Sequence[_Arm]) -> Cells:
     """At 80 columns, units in the head."""
     marked = any(arm.doubts for arm in arms)
     timed = any(arm.row.ttft_s is not None for arm in arms)
-    digits = 2 if min(arm.row.avg_ts for arm in arms) < 10 else 1
+    digits = 1 if max(arm.row.avg_ts for arm in arms) >= 10 else 2
     head = ["budget", "routing", "tok/s", "vs LRU", "miss %", "MiB/token", *(["TTFT s"] if timed else [])]
     cells = [([""] if marked else []) + head]
     for arm in arms:
@@ -121,15 +124,26 @@ def _brief(arms: Sequence[_Arm]) -> Cells:
 def _notes(arms: Sequence[_Arm]) -> Iterator[str]:
     """What the table cannot say: why rows are marked, how often lossy ones chose other experts, and what a figure is that is not
     as the others."""
+    kinds: dict[str, list[tuple[_Arm, str]]] = {}
     for arm in arms:
-        if arm.doubts:
-            yield f"{MARK} {arm.name} at {arm.row.budget}: {'; '.join(arm.doubts)}."
+        for doubt in arm.doubts:
+            kinds.setdefault(_kind(doubt), []).append((arm, doubt))
+    for doubted in kinds.values():
+        arm, doubt = doubted[0]
+        name = f"{arm.name} at {arm.row.budget}"
+        several = f"{len(doubted)} of {len(arms)} rows, the first of them {name}"
+        yield f"{MARK} {several if len(doubted) > 1 else name}: {doubt}."
     for arm in arms:
         if arm.row.lossy:
             swaps = (f"{100 * ((r.swap_rate or 0) + (r.drop_rate or 0)):.1f}% of the {_phase(r)}'s experts" for r in arm.rows)
             yield f"Swapped by {arm.name} at {arm.row.budget}: {', '.join(swaps)}."
     if any(arm.row.control and arm.row.device_mib_per_token is not None for arm in arms):
         yield f"MiB/token of {_CONTROL} are those that the kernel read."
+
+
+def _kind(doubt: str) -> str:
+    """A reason without its figures."""
+    return re.sub(r"[\d.]+", "", doubt)
 
 
 def _phase(row: Row) -> str:

@@ -39,7 +39,8 @@ def bar(what: str, total: float) -> Iterator[Advance]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), time_left())
-    drawn = Progress(*columns, console=Console(stderr=True), transient=True)
+    # seldom: what is shown takes its time from what is measured
+    drawn = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2)
     task = drawn.add_task(what, total=total)
     begin = threading.Timer(SECONDS_BEFORE_THE_FIRST, drawn.start)
     begin.daemon = True
