@@ -139,7 +139,7 @@ def drawn(seconds: float) -> str:
 
 def test_a_bar_appears_after_a_while_with_the_time_left() -> None:
     text = drawn(0.1)
-    assert "arm 1" in text and "25%" in text and re.search(r"about \d s left", text)
+    assert "arm 3" in text and "75%" in text and re.search(r"about \d s left", text)
     assert drawn(30) == ""
     piped = subprocess.run([sys.executable, "-c", BAR, "0"], capture_output=True, timeout=60)
     assert (piped.stdout, piped.stderr) == (b"done\n", b"")

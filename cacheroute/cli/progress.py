@@ -132,17 +132,20 @@ class _Line:
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write_to = write
         self._shown = contextlib.ExitStack()  # clears what is
-        self._is_shown = False
+        self._text = ""
 
     def draw(self, text: str) -> None:
-        if not self._is_shown:
-            self._is_shown = True
+        """Writes a text that is not there already."""
+        if text == self._text:
+            return
+        if not self._text:
             self._shown.enter_context(interrupts.repaired(_CLEAR))
             self._shown.callback(self._write, _CLEAR)
+        self._text = text
         self._write("\r" + text[: _columns() - 1] + "\x1b[K")
 
     def clear(self) -> None:
-        self._is_shown = False
+        self._text = ""
         self._shown.close()
 
     def _write(self, text: str) -> None:
