@@ -122,7 +122,7 @@ def test_ctrl_c_keeps_what_was_written(demo_model: Path, verbose: bool) -> None:
         rest, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert first + rest
-    assert b"Traceback" not in errors and (b"| miss " if verbose else b"% of experts read from disk") in errors
+    assert b"Traceback" not in errors and re.search(rb"\d+ tokens?", errors) and (b"| miss " in errors) == verbose
     assert b"resident 0.0" not in errors
 
 
