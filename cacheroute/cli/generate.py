@@ -14,9 +14,11 @@ import typer
 from cacheroute import interrupts
 from cacheroute.cli import options, progress, summary
 from cacheroute.cli import prompt as prompts
+from cacheroute.cli.settings import Settings, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.files import MIB
+from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import task_profile
 
@@ -38,7 +40,7 @@ def generate(
     min_p: options.MinPOption = 0.05,
     repeat_penalty: options.RepeatOption = 1.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat template.")] = False,
-    budget: options.BudgetOption = None,
+    budget: options.BudgetOption = budgets.AUTO,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     prompt_routing: options.PromptRoutingOption = "original",
     eviction: options.EvictionOption = DEFAULT,
@@ -90,24 +92,16 @@ def generate(
     from cacheroute.engine import prompt_cache as caches
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
-    from cacheroute.routing import prompt_routing as tuned_prompts
-    from cacheroute.routing import tuned
 
     if prompt_cache:
         caches.check(prompt_cache)
     path = catalogue.resolve(model)
-    routing, eviction = tuned.resolve(path, budget, routing, eviction)
-    prompt_routing = tuned_prompts.resolve(path, budget, prompt_routing)
     context_memory.check(path, ctx_size)
+    settings = Settings(budget, routing, eviction, io, prefetch, prompt_routing)
     llm = Llama(
         str(path),
-        budget=budget,
-        routing=routing,
-        eviction=eviction,
-        io=io,
+        **vars(settings),
         flash_mbps=flash_mbps,
-        prefetch=prefetch,
-        prompt_routing=prompt_routing,
         n_ctx=ctx_size,
         n_ubatch=ubatch_size,
         n_threads=options.threads(threads),
@@ -117,11 +111,12 @@ def generate(
     )
     if task:
         llm.warm(task)
-    options.say_lossy(llm)
     sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
         chat = not raw and completion.has_chat_template(llm)
         asked = completion.chat_prompt(llm, [{"role": "user", "content": text}]) if chat else completion.raw_prompt(llm, text)
+        if len(asked.tokens) < llm.n_ctx():
+            say_start(llm, settings, quiet=quiet)
         if verbose and len(asked.tokens) < llm.n_ctx() and not (prompt_cache and prompt_cache.exists()):
             # what a kept prompt leaves of it is known when it has been read
             say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))

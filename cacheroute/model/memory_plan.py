@@ -70,11 +70,15 @@ def of(
     *,
     n_ctx: int,
     flash_attn: bool = False,
+    loaded: bool = False,
+    whole: bool = True,
     free: int | None = None,
 ) -> MemoryPlan:
     """Of a model with a context of `n_ctx` tokens (0: as it was trained).
 
-    `free`: bytes, by default what this machine, its control groups and `ulimit` leave this process now.
+    `loaded`: all but its experts is in memory already. `whole`: it may be loaded as llama.cpp does where all experts fit; else
+    they stay in the file, and take whole pages in memory. `free`: bytes, by default what this machine, its control groups and
+    `ulimit` leave this process now.
     """
     free = available_memory() if free is None else free
     n_ctx = n_ctx or context_memory.trained_context(header)
@@ -84,14 +88,14 @@ def of(
     return MemoryPlan(
         free=free,
         reserve=reserve(free),
-        dense=layout.dense_bytes,
-        embedding=layout.embedding_bytes,
-        context=context_memory.least_bytes(header, n_ctx),
+        dense=0 if loaded else layout.dense_bytes,
+        embedding=layout.embedding_bytes if whole else 0,
+        context=0 if loaded else context_memory.least_bytes(header, n_ctx),
         compute=n_pass * each + context_memory.output_bytes(header, 1),
         pass_tokens=n_pass,
         expert_bytes=layout.resident_bytes,
         layer_bytes=max(layer.resident_bytes for layer in layout.layers),
-        file_expert_bytes=layout.expert_bytes,
+        file_expert_bytes=layout.expert_bytes if whole else layout.resident_bytes,
         n_expert=layout.n_expert,
         n_used=layout.n_used,
     )

@@ -1,0 +1,77 @@
+"""How experts are kept and chosen, as it was typed, for the commands that answer; and what they say of it at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cacheroute.cli import options
+from cacheroute.cli.terminal import say
+from cacheroute.files import printable
+from cacheroute.model.context_memory import size
+from cacheroute.routing import tuned
+
+if TYPE_CHECKING:
+    from cacheroute.engine.llama import Llama
+    from cacheroute.model.experts import ExpertLayout
+    from cacheroute.routing.budget import Budget
+
+
+@dataclass
+class Settings:
+    """For Llama() and configure()."""
+
+    budget: str
+    routing: str
+    eviction: str
+    io: str
+    prefetch: int
+    prompt_routing: str
+
+
+def say_start(llm: Llama, asked: Settings, *, quiet: bool = False) -> None:
+    """What is in memory, how the rest is read, and what is lossy; from now on that the budget follows the free memory. `quiet`: what
+    costs quality or is wrong, and no more."""
+    if not quiet:
+        say(start(llm))
+    if (
+        not quiet
+        and asked.routing == tuned.NAME
+        and llm.routing
+        and not llm.routing.lossy
+        and llm.budget.capacity == llm.layout.n_expert
+    ):
+        say("all experts are in memory: nothing is read, so a tuned routing has nothing to save")
+    options.say_lossy(llm)
+    llm.budget_changed = said_changes(llm.layout, llm.budget)
+
+
+def start(llm: Llama) -> str:
+    """The first line of a command that answers."""
+    name = printable(llm.layout.model or llm.layout.paths[0].stem)
+    if llm.io == "load":
+        return f"{name}: all {size(llm.layout.all_expert_bytes)} of experts in memory, as llama.cpp loads them"
+    return (
+        f"{name}: {size(llm.budget.nbytes)} of {size(llm.layout.n_expert * llm.layout.resident_bytes)} of experts in memory, "
+        f"{'misses are only counted' if llm.io == 'none' else llm.io + ' reads'}"
+    )
+
+
+def said_changes(layout: ExpertLayout, budget: Budget) -> Callable[[Budget], None]:
+    """For Llama.budget_changed: a line on stderr when a budget has become smaller, or as large as it was at first."""
+    last = budget
+
+    def changed(now: Budget) -> None:
+        nonlocal last
+        if now.capacity < last.capacity:
+            say(f"memory is short: {_share(now, layout)} of experts stay in memory")
+        elif now.capacity == budget.capacity:
+            say(f"there is memory again: {_share(now, layout)} of experts may stay in memory")
+        last = now
+
+    return changed
+
+
+def _share(budget: Budget, layout: ExpertLayout) -> str:
+    return f"{size(budget.nbytes)} of {size(layout.n_expert * layout.resident_bytes)}"
