@@ -104,7 +104,7 @@ def test_a_lossy_routing_is_announced_and_its_swaps_are_counted(demo_model: Path
 
 
 def test_a_closed_pipe_ends_without_a_message(demo_model: Path) -> None:
-    command = f"{sys.executable} -m cacheroute generate -p 'Count to one hundred.' -n 200 -c 256 </dev/null | head -c 1"
+    command = f"{sys.executable} -m cacheroute generate -q -p 'Count to one hundred.' -n 200 -c 256 </dev/null | head -c 1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, cwd=Path(__file__).parent, timeout=300
     )

@@ -109,7 +109,7 @@ def test_a_terminal_has_a_line_which_is_cleared(tiny: Path) -> None:
     text, code, _ = on_a_terminal(tiny, until=b"")
     assert code == 0 and text.count(b"\rloading the model: ") > 3 and b" left\x1b[K" in text
     *_, rest = text.split(b"loading the model: ")
-    assert rest.startswith(b"99%") and rest.endswith(b"\r\x1b[K1 token\r\n")
+    assert rest.startswith(b"99%") and b" left\x1b[K\r\x1b[Ktiny" in rest
 
 
 @pytest.mark.engine

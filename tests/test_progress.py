@@ -213,11 +213,11 @@ def test_distinct_bytes_are_what_a_prompt_reads_when_each_expert_is_read_once(al
 
 @pytest.mark.engine
 def test_the_command_shows_it_where_asked(tiny: Path, slow_mbps: float) -> None:
-    arguments = ("generate", "-m", tiny, "--raw", "-p", PROMPT, "-n", 1, "-c", 512, "-t", 1, "-s", 1)
+    arguments = ("generate", "-m", tiny, "--raw", "-p", PROMPT, "-n", 1, "-c", 512, "-t", 1, "-s", 1, "--budget", "50%")
     slow = (*arguments, "--flash-mbps", slow_mbps / 2)
     silent, told = cacheroute(*slow), cacheroute(*slow, "-v")
-    assert "prompt" not in silent.stderr and len(silent.stderr.splitlines()) == 1
-    plan, *lines, summary = told.stderr.splitlines()
+    assert "prompt" not in silent.stderr and len(silent.stderr.splitlines()) == 2
+    _, plan, *lines, summary = told.stderr.splitlines()
     assert re.fullmatch(r"prompt of \d+ tokens: 1 pass of \d+, about \d+ MiB .*", plan)
     assert lines and all(line.startswith("prompt: ") and "\x1b" not in line for line in lines)
     answer = json.loads(cacheroute(*arguments, "-o", "json").stdout)
@@ -229,7 +229,7 @@ def test_the_command_shows_it_where_asked(tiny: Path, slow_mbps: float) -> None:
 @pytest.mark.engine
 def test_an_interruption_clears_the_line(tiny: Path, slow_mbps: float) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "cacheroute", "generate", "-m", str(tiny), "--raw", "-p", PROMPT, "-c", "512"]
+    command = [sys.executable, "-m", "cacheroute", "generate", "-q", "-m", str(tiny), "--raw", "-p", PROMPT, "-c", "512"]
     process = subprocess.Popen(
         [*command, "--flash-mbps", str(slow_mbps / 20)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs
     )

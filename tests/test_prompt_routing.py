@@ -298,6 +298,7 @@ def test_without_a_routing_there_is_nothing_to_keep_to(llm: Llama) -> None:
 @pytest.mark.engine
 def test_generate_says_that_it_is_lossy_and_counts_the_swaps(llm: Llama) -> None:
     arguments = ["generate", "-m", llm.model_path, "--raw", "-p", "a b c d e f g h i j k", "-n", "2", "-c", "64", "-t", "1"]
+    arguments += ["--budget", "50%"]
     result = cacheroute(*arguments, "--prompt-routing", "keep:cover=0.5", "-v", "-o", "json")
     report = json.loads(result.stdout)
     assert "keep:cover=0.5 is lossy: tokens of the prompt may run other experts than the model chooses." in result.stderr

@@ -31,8 +31,8 @@ class Settings:
 
 
 def say_start(llm: Llama, asked: Settings, *, quiet: bool = False) -> None:
-    """What is in memory, how the rest is read, and what is lossy; from now on that the budget follows the free memory. `quiet`: what
-    costs quality or is wrong, and no more."""
+    """What is in memory, how the rest is read, and what is lossy; from now on that the budget follows the free memory. `quiet`:
+    only what costs quality, and that memory is short."""
     if not quiet:
         say(start(llm))
     if (
