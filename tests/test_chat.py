@@ -221,9 +221,7 @@ def test_what_goes_wrong_loses_nothing(llm: Llama, monkeypatch: pytest.MonkeyPat
     conversation = Conversation(llm, "Be brief.")
     answer(conversation, "Hello")
     kept = list(conversation.messages)
-    talk = Talk(
-        conversation, Settings(demo_model.ensure(), None, "original", "lru", "auto", 0, "original"), GREEDY, iter([7] * 9), 8
-    )
+    talk = Talk(conversation, Settings("50%", "original", "lru", "auto", 0, "original"), GREEDY, iter([7] * 9), 8)
     for line in ("word " * 400, "/save ~nouser7/x", "caf\udcff", "/load /nowhere", '/save "open', "/routing\tnone-such"):
         assert talk.take(line)
         assert conversation.messages == kept, line
