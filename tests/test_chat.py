@@ -140,6 +140,7 @@ def test_lines_of_a_pipe_are_messages_and_commands(tmp_path: Path) -> None:
         "//quoted",
         "/quit",
         "never",
+        more=("-v",),
     )
     assert done.returncode == 0, done.stderr
     kept = [m["content"] for m in json.loads(file.read_text())["messages"]]
@@ -150,11 +151,13 @@ def test_lines_of_a_pipe_are_messages_and_commands(tmp_path: Path) -> None:
     assert "cache-prior:lambda=0.2 is lossy" in said and "A budget of 1% keeps 0 of 32 experts" in said
     assert "There is no command /what; /help lists them." in said and "Nothing has been asked yet." in said
     assert said.count("first token") == 4  # a line for each answer
+    assert said.count(" swapped (") >= 3, "also of an answer in which a lossy routing chose nothing else"
     assert "answers: " in said and "never" not in answers
 
 
 def test_the_end_of_a_pipe_ends_it_and_options_are_checked() -> None:
     assert piped("/help").stderr.count("\n") > 8
+    assert piped("Hello", more=("-q",)).stderr == ""
     wrong = piped("Hello", more=("--budget", "1%"))
     assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
 

@@ -201,14 +201,15 @@ def test_bench_reports_how_many_predictions_were_chosen(alone: Path) -> None:
     assert [row["prefetch"] for row in rows if row["n_gen"]] == [0, 0, 2]
     assert [row["prefetch_used"] is None for row in rows if row["n_gen"]] == [True, True, False]
     assert all(row["prefetch_used"] is None for row in rows if row["n_prompt"])
-    shown = run(*few, "--prefetch", "1", "--replay", "synthetic:prediction=1").stdout
+    shown = run(*few, "--prefetch", "1", "--replay", "synthetic:prediction=1", "-o", "md").stdout
     assert "| prefetch | chosen" in shown and "100%" in shown
-    assert "prefetch" not in run(*few).stdout
+    assert "prefetch" not in run(*few, "-o", "md").stdout
+    assert "original, prefetch 2" in run(*few, "--prefetch", "0,2").stdout
 
 
 @pytest.mark.engine
 def test_generate_accepts_prefetch(alone: Path) -> None:
-    result = run("generate", "-m", alone, "-p", "the cat", "-n", 12, "--raw", "--temp", 0, "--prefetch", 2, "-o", "json")
+    result = run("generate", "-m", alone, "-p", "the cat", "-n", 12, "--raw", "--temp", 0, "--prefetch", 2, "-v", "-o", "json")
     assert result.exit_code == 0, result.output
     decode = json.loads(result.stdout)["stats"]["decode"]
     assert decode["prefetched"] >= decode["prefetch_used"] > 0

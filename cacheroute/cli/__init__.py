@@ -12,7 +12,7 @@ import typer.core
 
 from cacheroute import files, interrupts
 from cacheroute.cli import eval as evaluation
-from cacheroute.cli import eval_prompt, options
+from cacheroute.cli import eval_prompt, options, progress
 from cacheroute.cli.bench import bench
 from cacheroute.cli.chat import chat
 from cacheroute.cli.doctor import doctor
@@ -49,6 +49,7 @@ class _Command(typer.core.TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         try:
             interrupts.command_begins()
+            progress.show_loads()
             for parameter in self.params:
                 options.check_number(max(parameter.opts, key=len), ctx.params.get(parameter.name))
             super().invoke(ctx)
