@@ -501,7 +501,7 @@ class Llama(SequenceLlama):
         if kwargs.get("logits_processor"):
             kwargs["logits_processor"] = _llama_cpp.LogitsProcessorList([processors])
         if kwargs.get("grammar"):
-            callbacks.check_grammar(self._model, kwargs["grammar"])
+            callbacks.check_grammar(self._model.vocab, kwargs["grammar"])
         with self._alone():
             if kwargs.get("reset", True):
                 self._begin_prompt(tokens)
