@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cacheroute.engine.checkpoint import Checkpoint, n_shared
+from cacheroute.errors import CacherouteError
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
@@ -31,14 +32,22 @@ class SharedPrefix:
             llm.reset()  # a policy in Python has a state of its own, which cannot be brought back
         elif there and not lossy:
             llm.rewind(n)
-        elif there and self._mark:
-            llm.return_to(self._mark)
-        elif begins:
+        elif begins and not (there and self._returned()):
             if lossy:
                 llm.reset()
             else:
                 llm.rewind()
             llm.eval(self.tokens)
             self._mark = llm.checkpoint() if lossy else None
-        elif lossy:
+        elif lossy and not begins:
             llm.reset()
+
+    def _returned(self) -> bool:
+        """Whether the sequence and the caches are at the end of the prefix again: not when the budget has changed meanwhile."""
+        if self._mark is None:
+            return False
+        try:
+            self._llm.return_to(self._mark)
+        except CacherouteError:
+            return False
+        return True

@@ -40,7 +40,7 @@ def parse(text: str | float | None, layout: ExpertLayout) -> Budget:
     return Budget(capacity, capacity * layout.resident_bytes)
 
 
-def is_auto(text: str | int | None) -> bool:
+def is_auto(text: str | float | None) -> bool:
     """Whether the budget is left to the free memory."""
     return isinstance(text, str) and text.strip().lower() == AUTO
 
