@@ -20,7 +20,7 @@ from support import tiny_models
 
 pytestmark = pytest.mark.engine
 
-FEW = ("-n", 6, "-c", 256, "-t", 1, "-s", 5, "--temp", 1)
+FEW = ("-n", 6, "-c", 256, "-t", 1, "-s", 5, "--temp", 1, "--budget", "50%")
 LINES = [
     "What is the capital of France?",
     "",
@@ -96,6 +96,7 @@ def test_prompts_are_answered_as_they_come(tiny: Path) -> None:
         [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin and process.stdout and process.stderr
+        assert "experts in memory" in process.stderr.readline()
         assert process.stderr.readline() == "waiting for prompts on standard input, one a line\n"
         for text in ("the cat", "the mat"):
             process.stdin.write(text + "\n")
