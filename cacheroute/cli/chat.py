@@ -16,6 +16,7 @@ import typer
 
 from cacheroute import interrupts
 from cacheroute.cli import options, progress, summary
+from cacheroute.cli import sampling as sampling_options
 from cacheroute.cli.settings import Settings, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
@@ -42,10 +43,10 @@ A line that begins with // is a message that begins with /. Alt-Enter begins a n
 
 def chat(
     model: options.ModelOption = None,
-    system: Annotated[str, typer.Option("-sys", "--system", help="The system's message.")] = "",
+    system: Annotated[str, typer.Option("-sys", "--system", "--system-prompt", help="The system's message.")] = "",
     load: Annotated[Path | None, typer.Option("--load", help="Take up a conversation that /save has written.")] = None,
     n_predict: Annotated[
-        int, typer.Option("-n", "--n-predict", min=-1, help="Tokens of an answer, at least 1; -1: until it stops.")
+        int, typer.Option("-n", "--n-predict", min=-2, help="Tokens of an answer, at least 1; -1: until it stops.")
     ] = -1,
     ctx_size: options.CtxOption = 4096,
     threads: options.ThreadsOption = None,
@@ -55,6 +56,12 @@ def chat(
     top_p: options.TopPOption = 0.95,
     min_p: options.MinPOption = 0.05,
     repeat_penalty: options.RepeatOption = 1.0,
+    stop: sampling_options.StopOption = None,
+    grammar: sampling_options.GrammarOption = None,
+    grammar_file: sampling_options.GrammarFileOption = None,
+    json_schema: sampling_options.JsonSchemaOption = None,
+    json_schema_file: sampling_options.JsonSchemaFileOption = None,
+    logit_bias: sampling_options.LogitBiasOption = None,
     budget: options.BudgetOption = budgets.AUTO,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     prompt_routing: options.PromptRoutingOption = "original",
@@ -74,6 +81,7 @@ def chat(
         raise UsageError("An answer of no tokens is none: give -n 1 or more, or -1.")
     if verbose and quiet:
         raise UsageError("-v asks for more and -q for less; give one of them.")
+    constraints = sampling_options.constraints(stop, grammar, grammar_file, json_schema, json_schema_file, logit_bias)
     from cacheroute.engine.conversation import Conversation, check_template
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
@@ -93,11 +101,12 @@ def chat(
     )
     with closing(llm), progress.PromptLine(verbose=False) as llm.prompt_progress:
         check_template(llm)
-        conversation = Conversation(llm, system)
+        conversation = Conversation(llm, system, constraints=constraints)
         if load:
             conversation.load(load)
             conversation.system = system or conversation.system
-        sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
+        sampling: dict[str, Any] = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
+        sampling |= constraints.sampling(llm)
         seeds = iter(lambda: secrets.randbelow(2**31), None) if seed < 0 else itertools.count(seed)
         limit = n_predict if n_predict >= 0 else None
         talk = Talk(conversation, settings, sampling, seeds, limit, verbose=verbose, quiet=quiet)

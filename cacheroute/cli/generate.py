@@ -7,13 +7,14 @@ import secrets
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cacheroute import interrupts
-from cacheroute.cli import options, progress, summary
-from cacheroute.cli import prompt as prompts
+from cacheroute.cli import options, progress, prompts_file, summary
+from cacheroute.cli import prompt as prompt_text
+from cacheroute.cli import sampling as sampling_options
 from cacheroute.cli.settings import Settings, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
@@ -28,9 +29,18 @@ if TYPE_CHECKING:
 
 def generate(
     model: options.ModelOption = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; piped-in text is appended to it.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt; piped-in text is appended to it.")
+    ] = None,
     file: options.FileOption = None,
-    n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=-1, help="Tokens to generate; -1: until it stops.")] = 256,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE|-", help="Answer many prompts, one a line of a file or of standard input (-)."),
+    ] = None,
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Leave out that many of --prompts: those that are answered.")] = 0,
+    no_stdin: Annotated[bool, typer.Option("--no-stdin", help="Leave standard input alone, as </dev/null does.")] = False,
+    system: Annotated[str, typer.Option("-sys", "--system-prompt", metavar="TEXT", help="The system's message.")] = "",
+    n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=-2, help="Tokens to generate; -1: until it stops.")] = 256,
     ctx_size: options.CtxOption = 4096,
     threads: options.ThreadsOption = None,
     seed: options.SeedOption = -1,
@@ -39,6 +49,12 @@ def generate(
     top_p: options.TopPOption = 0.95,
     min_p: options.MinPOption = 0.05,
     repeat_penalty: options.RepeatOption = 1.0,
+    stop: sampling_options.StopOption = None,
+    grammar: sampling_options.GrammarOption = None,
+    grammar_file: sampling_options.GrammarFileOption = None,
+    json_schema: sampling_options.JsonSchemaOption = None,
+    json_schema_file: sampling_options.JsonSchemaFileOption = None,
+    logit_bias: sampling_options.LogitBiasOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat template.")] = False,
     budget: options.BudgetOption = budgets.AUTO,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
@@ -72,20 +88,38 @@ def generate(
     ] = False,
     quiet: options.QuietOption = False,
     output: Annotated[
-        str, typer.Option("-o", "--output", help="text, json (one object at the end) or jsonl (one object per piece of text).")
-    ] = "text",
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="text, json (one object at the end) or jsonl (one object per piece of text, or per answer with --prompts). "
+            "[default: text, with --prompts jsonl]",
+        ),
+    ] = None,
 ) -> None:
     """Answer a prompt. The answer goes to stdout, statistics and the progress of a long prompt go to stderr.
 
     The prompt is -p, then the file of -f, then what is piped in or redirected from a file, a blank line between them. With -p or
-    -f a line on stderr says how much of standard input was read; </dev/null leaves it out, and a file that a shell loop reads
-    is left to the loop.
+    -f a line on stderr says how much of standard input was read. A file that a shell loop reads is left to the loop; where a loop
+    reads from a pipe, as in `ls | while read x`, --no-stdin or </dev/null leaves its input to it.
+
+    A line of --prompts is a text, or a JSON object with prompt and, where wanted, id, system and n_predict. Each is answered by a
+    line of JSON, in the same order: index (from 1), id, text, seed (-s, one more for each prompt) and counts, or an error. An
+    answer does not depend on the lines before. After an interruption --skip goes on: `--skip $(wc -l <answers) >>answers`.
     """
+    output = output or ("text" if prompts is None else "jsonl")
     if output not in ("text", "json", "jsonl"):
         raise UsageError(f"There is no output {output!r}; there are text, json and jsonl.")
     if verbose and quiet:
         raise UsageError("-v asks for more and -q for less; give one of them.")
-    text = prompts.text(prompt, file)
+    if prompt and len(prompt) > 1:
+        raise UsageError(f"-p is given {len(prompt)} times; write one text, or many with --prompts.")
+    if raw and system:
+        raise UsageError("A system's message is part of the chat template; leave out --raw or --system-prompt.")
+    others = bool(prompt or file or prompt_cache)
+    many = prompts_file.source(prompts, skip, output, others=others, stdin=not no_stdin)
+    text = "" if many else prompt_text.text(prompt[0] if prompt else None, file, stdin=not no_stdin)
+    constraints = sampling_options.constraints(stop, grammar, grammar_file, json_schema, json_schema_file, logit_bias)
     seed = secrets.randbelow(2**31) if seed < 0 else seed
     task = task_profile.load(warm_start) if warm_start else None
     from cacheroute.engine import completion
@@ -111,10 +145,20 @@ def generate(
     )
     if task:
         llm.warm(task)
-    sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
+    sampling: dict[str, Any] = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
+    limit = n_predict if n_predict >= 0 else None
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
+        sampling |= constraints.sampling(llm)
         chat = not raw and completion.has_chat_template(llm)
-        asked = completion.chat_prompt(llm, [{"role": "user", "content": text}]) if chat else completion.raw_prompt(llm, text)
+        if system and not chat:
+            raise UsageError("The model's file has no chat template, so there is no place for a system's message.")
+        if many:
+            say_start(llm, settings, quiet=quiet)
+            own = prompts_file.Settings(chat, system, limit, seed, sampling, constraints)
+            return prompts_file.answer(llm, many, own, skip)
+        messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+        asked = completion.chat_prompt(llm, messages) if chat else completion.raw_prompt(llm, text)
+        asked = constraints.ending(asked)
         kept = prompt_cache is not None and prompt_cache.exists()
 
         def begins() -> None:
@@ -122,7 +166,7 @@ def generate(
             if verbose and not kept:  # generate() decides what of a kept prompt is evaluated again
                 say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))
 
-        run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling, prompt_cache, begins)
+        run = completion.Completion(llm, asked, limit, seed, sampling, prompt_cache, begins)
         try:
             for piece in run.pieces():
                 if output == "text":

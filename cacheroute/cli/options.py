@@ -102,7 +102,9 @@ TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample among th
 TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample among the likeliest that sum to p.")]
 MinPOption = Annotated[float, typer.Option("--min-p", min=0, max=1, help="Least probability, over the likeliest token's.")]
 RepeatOption = Annotated[float, typer.Option("--repeat-penalty", min=0, help="Penalty for repeated tokens; 1: none.")]
-CtxOption = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: as the model was trained.")]
+CtxOption = Annotated[
+    int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens, as 4096 or 4k; 0: as the model was trained.")
+]
 OutputOption = Annotated[
     str, typer.Option("-o", "--output", help="text (a table at 80 columns), md, csv, json, jsonl or sql, with all columns.")
 ]

@@ -10,14 +10,14 @@ from cacheroute.routing import tuned
 from cacheroute.routing.prompt_routing import PromptRouting
 from cacheroute.routing.strategies import Routing
 
-Chosen = tuple[str | int | None, str | Routing | None, str, str | PromptRouting]
+Chosen = tuple[str | float | None, str | Routing | None, str, str | PromptRouting]
 """Budget, routing, eviction and prompt routing."""
 
 
 def resolve(
     layout: ExpertLayout,
     plan: MemoryPlan | None,
-    budget: str | int | None,
+    budget: str | float | None,
     routing: str | Routing | None,
     eviction: str,
     prompt_routing: str | PromptRouting,

@@ -53,7 +53,7 @@ class Settings:
     @staticmethod
     def of(
         layout: ExpertLayout,
-        budget: str | int | None,
+        budget: str | float | None,
         routing: str | Routing | None,
         eviction: str,
         io: str,
@@ -70,8 +70,7 @@ class Settings:
             raise UsageError("Without a routing prompts cannot be rerouted either.")
         if parsed:
             parsed.check(layout.n_expert, layout.n_used, layout.indices, layout.model)
-        if eviction not in evictions.ONLINE:
-            raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(evictions.ONLINE)}.")
+        evictions.check(eviction)
         if prefetch < 0:
             raise UsageError(f"{prefetch} experts cannot be prefetched; give 0 or more.")
         if prefetch and not layout.predictable:

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from cacheroute.engine import arguments, callbacks, choice, load_progress, log, progress, stores, templates
@@ -25,7 +26,7 @@ from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
 from cacheroute.install.machine import available_memory, cores
-from cacheroute.model import context_memory, experts, gguf_file, memory_plan
+from cacheroute.model import catalogue, context_memory, experts, gguf_file, memory_plan
 from cacheroute.model.memory_plan import MemoryPlan
 from cacheroute.native.counters import Counters
 from cacheroute.routing import budget as budgets
@@ -45,9 +46,10 @@ class Llama(SequenceLlama):
     """`llama_cpp.Llama` whose routed experts stay in the file, at most `budget` of them in memory.
 
     Args:
-        model_path: a GGUF file, or the first shard of a split one.
-        budget: "auto": as many experts as the free memory has room for, fewer while other programs need it; "50%" or 30 (of the
-            experts of each layer), "2GiB" (all layers together), "all"; None: half of the experts, or K where that is more.
+        model_path: a GGUF file (of a split one, the first shard), or the name of a model that is on this disk, as -m takes it:
+            "demo", "qwen3-30b-a3b", "hf:OWNER/REPO:FILE". Nothing is downloaded.
+        budget: "auto": as many experts as the free memory has room for, fewer while other programs need it; "50%", 0.5 or 30 (of
+            the experts of each layer), "2GiB" (all layers together), "all"; None: half of the experts, or K where that is more.
             Bytes are those in memory, whole pages. A budget of all experts loads the model as llama.cpp does, repacked for its
             kernels, unless `io` says otherwise; configure() can then give it no smaller one.
         budget_changed: with "auto", called with the new Budget when it has changed, from another thread. Also an attribute.
@@ -85,14 +87,15 @@ class Llama(SequenceLlama):
 
     A process that is forked from one with a loaded model may leave it alone, and end; it cannot compute with it.
 
-    Raises UsageError for arguments that do not fit the model, CacherouteError when the model cannot be loaded.
+    Raises UsageError for a model that is not here and arguments that do not exist or do not fit it, CacherouteError when it
+    cannot be loaded.
     """
 
     def __init__(
         self,
-        model_path: str,
+        model_path: str | os.PathLike[str],
         *,
-        budget: str | int | None = budgets.AUTO,
+        budget: str | float | None = budgets.AUTO,
         routing: str | strategies.Routing | None = "original",
         eviction: str = evictions.DEFAULT,
         io: str = "auto",
@@ -126,7 +129,10 @@ class Llama(SequenceLlama):
         self._stack = contextlib.ExitStack()  # close() works on a half-made object
         self._flash_mbps = flash_mbps
         self._owner = os.getpid()
-        header = gguf_file.read(model_path)
+        arguments.check_names(kwargs, Llama, _llama_cpp.Llama)
+        # a file comes before a model of the same name: this has always taken paths
+        path = Path(model_path) if os.path.isfile(model_path) else catalogue.resolve(os.fspath(model_path))
+        header = gguf_file.read(path)
         self.header, self.layout = header, experts.layout(header)
         arguments.check_pace(flash_mbps)
         paced = flash_mbps is not None
@@ -168,9 +174,9 @@ class Llama(SequenceLlama):
         refused: list[str] = []
         try:
             with log.errors(verbose=kwargs.get("verbose", True)) as refused:
-                super().__init__(str(model_path), use_mmap=False, **kwargs)
+                super().__init__(str(path), use_mmap=False, **kwargs)
         except ValueError as e:
-            raise CacherouteError(f"llama.cpp cannot load {model_path}: {log.reason(refused) or e}.") from e
+            raise CacherouteError(f"llama.cpp cannot load {path}: {log.reason(refused) or e}.") from e
         finally:
             if self._loading:
                 self._loading.end()
@@ -217,7 +223,7 @@ class Llama(SequenceLlama):
     def configure(
         self,
         *,
-        budget: str | int | None = budgets.AUTO,
+        budget: str | float | None = budgets.AUTO,
         routing: str | strategies.Routing | None = "original",
         eviction: str = evictions.DEFAULT,
         io: str = "auto",
@@ -508,7 +514,7 @@ class Llama(SequenceLlama):
         if kwargs.get("logits_processor"):
             kwargs["logits_processor"] = _llama_cpp.LogitsProcessorList([processors])
         if kwargs.get("grammar"):
-            callbacks.check_grammar(self._model, kwargs["grammar"])
+            callbacks.check_grammar(self._model.vocab, kwargs["grammar"])
         with self._alone():
             if kwargs.get("reset", True):
                 self._begin_prompt(tokens)

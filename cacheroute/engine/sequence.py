@@ -91,18 +91,22 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._warm()
 
     @alone
-    def rewind(self) -> None:
-        """Clears the tokens; experts stay in memory."""
+    def rewind(self, n: int = 0) -> None:
+        """Clears the tokens from the n-th on; experts stay in memory. A recurrent model cannot be cut back: n is 0 there."""
         super().reset()
-        self._logits = None
+        self.n_tokens, self._logits = n, None
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
-        """As llama_cpp.Llama.sample."""
+        """As llama_cpp.Llama.sample. Raises CacherouteError where a grammar leaves no token: llama.cpp would end the process."""
         self._check_usable()
-        if self._logits is None:
+        if self._logits is None and not kwargs.get("grammar"):
             return super().sample(*args, **kwargs)
-        kwargs.pop("idx", None)
-        return sample(self._sampler or self._init_sampler(*args, **kwargs), self._logits)
+        idx = kwargs.pop("idx", None)
+        logits = self._logits
+        if logits is None:
+            row = self._ctx.get_logits_ith(-1 if idx is None else idx - self.n_tokens)
+            logits = ctypes.string_at(row, 4 * self.n_vocab())
+        return sample(self._sampler or self._init_sampler(*args, **kwargs), logits)
 
     @alone
     def checkpoint(self, *, sequence: bool = False) -> Checkpoint:

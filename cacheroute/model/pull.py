@@ -62,6 +62,8 @@ def _parse(name: str) -> tuple[str, str]:
     if name.startswith("hf:"):
         return catalogue.split_hub_name(name)
     entry = catalogue.load_catalogue().get(name.lower())
+    if entry is None and catalogue.is_hub_name(name):
+        return catalogue.split_hub_name(f"hf:{name}")
     if entry is None:
         raise catalogue.unknown(name)
     if entry.name == catalogue.DEMO:

@@ -24,8 +24,8 @@ class Budget:
     nbytes: int
 
 
-def parse(text: str | int | None, layout: ExpertLayout) -> Budget:
-    """Resolves a budget against a model. None: half of the experts, or K where that is more.
+def parse(text: str | float | None, layout: ExpertLayout) -> Budget:
+    """Resolves a budget against a model. None: half of the experts, or K where that is more; 0.5 as "50%".
 
     Raises UsageError when the text has none of the forms, or gives fewer than the K experts that one token needs.
     """
@@ -40,7 +40,7 @@ def parse(text: str | int | None, layout: ExpertLayout) -> Budget:
     return Budget(capacity, capacity * layout.resident_bytes)
 
 
-def is_auto(text: str | int | None) -> bool:
+def is_auto(text: str | float | None) -> bool:
     """Whether the budget is left to the free memory."""
     return isinstance(text, str) and text.strip().lower() == AUTO
 
@@ -72,6 +72,8 @@ def _capacity(text: str, layout: ExpertLayout) -> int:
     if not match:
         raise UsageError(f"{text!r} is not a budget: {FORMS}.")
     number, unit = float(match[1]), match[2]
+    if not unit and "." in text and 0 < number <= 1:
+        number, unit = 100 * number, "%"
     if unit == "%":
         if number > 100:
             raise UsageError(f"A budget of {text} is more than all experts; {FORMS}.")

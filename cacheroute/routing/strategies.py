@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacheroute.errors import UsageError
+from cacheroute.errors import UsageError, did_you_mean
 from cacheroute.files import MIB
 from cacheroute.routing import tuned
 
@@ -254,8 +254,9 @@ def parse(text: str) -> Routing:
         return Routing(name, policy=f"{module}:{class_name}", text=text.strip())
     strategy = STRATEGIES.get(name)
     if strategy is None:
-        names = ", ".join([*STRATEGIES, "tuned", "python"])
-        raise UsageError(f"There is no routing {name!r}; there are {names}: `cacheroute routing` lists their parameters.")
+        names = [*STRATEGIES, tuned.NAME, "python"]
+        all_of_them = f"there are {', '.join(names)}: `cacheroute routing` lists their parameters."
+        raise UsageError(f"There is no routing {name!r}; {did_you_mean(name, names, all_of_them)}")
     return Routing(name, parse_parameters(name, parameters(strategy), pairs))
 
 

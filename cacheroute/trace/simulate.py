@@ -117,8 +117,7 @@ class Replay:
         budget = budgets.parse(arm.budget, h.layout)
         arm.routing.check(h.n_expert, h.n_used, h.layers, h.model)
         strategies.capacities(arm.routing, budget, h.layout)
-        if arm.eviction not in evictions.ALL:
-            raise UsageError(f"There is no eviction {arm.eviction!r}; there are {', '.join(evictions.ALL)}.")
+        evictions.check(arm.eviction, evictions.ALL)
         if arm.eviction == BELADY and arm.routing.lossy:
             raise UsageError(
                 f"belady needs the future choices, which are known only with the routing `original`, not {arm.routing}."

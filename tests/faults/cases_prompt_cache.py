@@ -20,9 +20,9 @@ def _words(place: Place, *more: str, text: str = _TEXT, model: Path | None = Non
     return [*_ASKED, str(place.folder / "p"), "-m", str(model or place.tiny), "-p", text, *more]
 
 
-def _made(place: Place, *more: str) -> bytes:
+def _made(place: Place, *more: str, text: str = _TEXT) -> bytes:
     """p, made by a first run."""
-    outcome = in_process(_words(place, *more))
+    outcome = in_process(_words(place, *more, text=text))
     assert outcome.code == 0, outcome
     return (place.folder / "p").read_bytes()
 
@@ -208,7 +208,7 @@ CASES: list[Case] = [
     Case("Ctrl-C while a prompt cache is written", _interrupted, 130, r"prompt \d+ \(\d+ from ", more=True, leaves=("p",)),
     Case(
         "a prompt cache longer than the context",
-        lambda p: (_made(p, "-p", "the " * 40), _words(p, "-c", "20"))[1],
+        lambda p: (_made(p, text="the " * 40), _words(p, "-c", "20"))[1],
         2,
         r"/p keeps \d+ tokens, which do not fit the context of 20; give a larger one",
     ),
