@@ -1,6 +1,8 @@
-"""The two ways in which cacheroute gives up on purpose. Knows nothing of how they are shown."""
+"""The two ways in which cacheroute gives up on purpose, and the name that was meant. Knows nothing of how they are shown."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class CacherouteError(Exception):
@@ -13,3 +15,12 @@ class UsageError(CacherouteError):
     """The user asked for something that cannot be; the message is one sentence. Exit code 2."""
 
     exit_code = 2
+
+
+def did_you_mean(wrong: str, names: Iterable[str], otherwise: str = "") -> str:
+    """The question "did you mean X?" with the nearest name, or `otherwise` without one. Case, and _ for -, do not count."""
+    import difflib
+
+    by_form = {name.lower().replace("_", "-"): name for name in names}
+    found = difflib.get_close_matches(wrong.lower().replace("_", "-"), list(by_form), n=1)
+    return f"did you mean {by_form[found[0]]}?" if found else otherwise

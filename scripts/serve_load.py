@@ -188,7 +188,7 @@ def server(arguments: list[str]) -> Iterator[tuple[int, int]]:
         assert process.stderr
         for line in process.stderr:
             print(line, end="", file=sys.stderr)
-            if found := re.search(r"Listening on \S+:(\d+) ", line):
+            if found := re.search(r"listening on \S+:(\d+) ", line):
                 break
         else:
             sys.exit("serve_load: the server did not start.")
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=20)
     parser.add_argument("arguments", nargs="*", help="of cacheroute serve, after --")
     given = parser.parse_args()
-    with server(given.arguments or ["-c", "1024"]) as (pid, port):
+    with server(given.arguments or ["-c", "1024", "--budget", "50%"]) as (pid, port):
         load = Load(port)
         for i in range(len(QUESTIONS)):
             status, body = load.good(i)

@@ -20,7 +20,7 @@ from support.served import Served
 pytestmark = pytest.mark.engine
 
 LONG: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 400, "temperature": 1.0, "logit_bias": {}, "seed": 1}
-SETTINGS: dict[str, Any] = dict(n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
+SETTINGS: dict[str, Any] = dict(budget="50%", n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
 
 
 @pytest.fixture(scope="module")

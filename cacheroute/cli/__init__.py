@@ -12,7 +12,7 @@ import typer.core
 
 from cacheroute import files, interrupts
 from cacheroute.cli import eval as evaluation
-from cacheroute.cli import eval_prompt, options
+from cacheroute.cli import eval_prompt, habits, options, progress
 from cacheroute.cli.bench import bench
 from cacheroute.cli.chat import chat
 from cacheroute.cli.doctor import doctor
@@ -20,6 +20,7 @@ from cacheroute.cli.frontier import frontier
 from cacheroute.cli.generate import generate
 from cacheroute.cli.inspect import inspect
 from cacheroute.cli.models import models
+from cacheroute.cli.plan import plan
 from cacheroute.cli.plot import plot
 from cacheroute.cli.pull import pull
 from cacheroute.cli.routing import routing
@@ -33,8 +34,17 @@ from cacheroute.errors import CacherouteError
 # typer's own errors, whether it brings click along or imports it
 _BAD_COMMAND_LINE: Any = typer.BadParameter.__mro__[2]
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands, and those of other tools that do the same."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if ctx.resilient_parsing else habits.command(args, list(self.commands)))
+
+
 app = typer.Typer(
     name="cacheroute",
+    cls=_Commands,
     help="Run mixture-of-experts models that are larger than your RAM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -46,9 +56,14 @@ app = typer.Typer(
 class _Command(typer.core.TyperCommand):
     """A command that fails with one sentence and an exit code, ends silently at a closed pipe, and with a line at Ctrl-C."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = args if ctx.resilient_parsing else habits.arguments(ctx.command_path, args, habits.options_of(self))
+        return list(super().parse_args(ctx, words))
+
     def invoke(self, ctx: Any) -> Any:
         try:
             interrupts.command_begins()
+            progress.show_loads()
             for parameter in self.params:
                 options.check_number(max(parameter.opts, key=len), ctx.params.get(parameter.name))
             super().invoke(ctx)
@@ -80,6 +95,7 @@ for _command in (
     simulate,
     plot,
     models,
+    plan,
     pull,
     inspect,
     routing,
@@ -122,20 +138,29 @@ def _run(arguments: list[str]) -> int:
         code = typer.main.get_command(app).main(args=arguments, prog_name="cacheroute", standalone_mode=False)
         sys.stdout.flush()
     except _BAD_COMMAND_LINE as e:
-        return _said(_usage(e), 2)
+        return _said(_usage(e, arguments), 2)
+    except CacherouteError as e:  # before a command runs
+        return _said(str(e), e.exit_code)
     except OSError as e:  # what help could not print
         return _said(_reason(e), 1)
     return code if isinstance(code, int) else 0
 
 
-def _usage(e: Any) -> str:
+def _usage(e: Any, words: list[str]) -> str:
     """What is wrong with the command line, in one sentence. Help that was asked for by giving no arguments is shown as it is."""
     if type(e).__name__ == "NoArgsIsHelpError":
         e.show()
         return ""
-    message = " ".join(e.format_message().split()).rstrip(".")
     path = e.ctx.command_path if getattr(e, "ctx", None) else "cacheroute"
+    missing = getattr(e, "option_name", "") if type(e).__name__ == "NoSuchOption" else habits.not_a_number(_parameter(e), words)
+    if missing and getattr(e, "ctx", None):
+        return str(habits.no_option(missing, habits.options_of(e.ctx.command), path))
+    message = " ".join(e.format_message().split()).rstrip(".")
     return f"{message}{'' if message.endswith('?') else '.'} See `{path} --help`."
+
+
+def _parameter(e: Any) -> Any:
+    return getattr(e, "param", None) if isinstance(e, typer.BadParameter) else None
 
 
 def _reason(e: OSError) -> str:

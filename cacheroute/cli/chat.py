@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cacheroute import interrupts
-from cacheroute.cli import options, progress
+from cacheroute.cli import options, progress, summary
+from cacheroute.cli import sampling as sampling_options
+from cacheroute.cli.settings import Settings, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import decoded, expanded, is_text
+from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
-    from cacheroute.engine.completion import Completion
     from cacheroute.engine.conversation import Conversation
     from cacheroute.engine.llama import Llama
-    from cacheroute.engine.stats import Stats
 
 _SECONDS_TO_STOP = 10.0  # an answer; then Ctrl-C ends the program
 _HELP = """/routing NAME    choose experts by another routing, as --routing; without a name: which one it is
@@ -42,10 +43,10 @@ A line that begins with // is a message that begins with /. Alt-Enter begins a n
 
 def chat(
     model: options.ModelOption = None,
-    system: Annotated[str, typer.Option("-sys", "--system", help="The system's message.")] = "",
+    system: Annotated[str, typer.Option("-sys", "--system", "--system-prompt", help="The system's message.")] = "",
     load: Annotated[Path | None, typer.Option("--load", help="Take up a conversation that /save has written.")] = None,
     n_predict: Annotated[
-        int, typer.Option("-n", "--n-predict", min=-1, help="Tokens of an answer, at least 1; -1: until it stops.")
+        int, typer.Option("-n", "--n-predict", min=-2, help="Tokens of an answer, at least 1; -1: until it stops.")
     ] = -1,
     ctx_size: options.CtxOption = 4096,
     threads: options.ThreadsOption = None,
@@ -55,13 +56,21 @@ def chat(
     top_p: options.TopPOption = 0.95,
     min_p: options.MinPOption = 0.05,
     repeat_penalty: options.RepeatOption = 1.0,
-    budget: options.BudgetOption = None,
+    stop: sampling_options.StopOption = None,
+    grammar: sampling_options.GrammarOption = None,
+    grammar_file: sampling_options.GrammarFileOption = None,
+    json_schema: sampling_options.JsonSchemaOption = None,
+    json_schema_file: sampling_options.JsonSchemaFileOption = None,
+    logit_bias: sampling_options.LogitBiasOption = None,
+    budget: options.BudgetOption = budgets.AUTO,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     prompt_routing: options.PromptRoutingOption = "original",
     eviction: options.EvictionOption = DEFAULT,
     io: options.IoOption = "auto",
     flash_mbps: options.FlashOption = None,
     prefetch: options.PrefetchOption = 0,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More statistics under each answer.")] = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Talk with a model. What has been said stays evaluated, and the experts stay in memory, between the turns.
 
@@ -70,17 +79,20 @@ def chat(
     """
     if n_predict == 0:
         raise UsageError("An answer of no tokens is none: give -n 1 or more, or -1.")
+    if verbose and quiet:
+        raise UsageError("-v asks for more and -q for less; give one of them.")
+    constraints = sampling_options.constraints(stop, grammar, grammar_file, json_schema, json_schema_file, logit_bias)
     from cacheroute.engine.conversation import Conversation, check_template
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
 
     path = catalogue.resolve(model)
-    settings = Settings(path, budget, routing, eviction, io, prefetch, prompt_routing)
+    settings = Settings(budget, routing, eviction, io, prefetch, prompt_routing)
     context_memory.check(path, ctx_size)
     n_threads = options.threads(threads)
     llm = Llama(
         str(path),
-        **settings.resolved(),
+        **vars(settings),
         flash_mbps=flash_mbps,
         n_ctx=ctx_size,
         n_threads=n_threads,
@@ -89,40 +101,20 @@ def chat(
     )
     with closing(llm), progress.PromptLine(verbose=False) as llm.prompt_progress:
         check_template(llm)
-        conversation = Conversation(llm, system)
+        conversation = Conversation(llm, system, constraints=constraints)
         if load:
             conversation.load(load)
             conversation.system = system or conversation.system
-        sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
+        sampling: dict[str, Any] = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
+        sampling |= constraints.sampling(llm)
         seeds = iter(lambda: secrets.randbelow(2**31), None) if seed < 0 else itertools.count(seed)
-        talk = Talk(conversation, settings, sampling, seeds, n_predict if n_predict >= 0 else None)
+        limit = n_predict if n_predict >= 0 else None
+        talk = Talk(conversation, settings, sampling, seeds, limit, verbose=verbose, quiet=quiet)
         interrupts.command_goes_on(_SECONDS_TO_STOP)
-        options.say_lossy(llm)
-        for line in _lines(llm):
+        say_start(llm, settings, quiet=quiet)
+        for line in _lines():
             if not talk.take(line):
                 break
-
-
-@dataclass
-class Settings:
-    """How experts are kept and chosen, as it was typed."""
-
-    path: Path
-    budget: str | None
-    routing: str
-    eviction: str
-    io: str
-    prefetch: int
-    prompt_routing: str
-
-    def resolved(self) -> dict[str, Any]:
-        """For Llama() and configure(). Raises UsageError for a tuned routing that is not there."""
-        from cacheroute.routing import prompt_routing, tuned
-
-        routing, eviction = tuned.resolve(self.path, self.budget, self.routing, self.eviction)
-        prompts = prompt_routing.resolve(self.path, self.budget, self.prompt_routing)
-        own = {"budget": self.budget, "io": self.io, "prefetch": self.prefetch}
-        return own | {"routing": routing, "eviction": eviction, "prompt_routing": prompts}
 
 
 @dataclass
@@ -134,6 +126,8 @@ class Talk:
     sampling: dict[str, Any]
     seeds: Iterator[int]
     max_tokens: int | None
+    verbose: bool = False
+    quiet: bool = False
     _gone: bool = field(default=False, init=False)
 
     def take(self, line: str) -> bool:
@@ -174,7 +168,11 @@ class Talk:
                 print(flush=True)
         if run.full:
             say(f"The context of {llm.n_ctx()} tokens is full; give a larger one with -c.")
-        say(_status(run, before, llm.stats()))
+        after = llm.stats()
+        if not self.quiet:
+            say(summary.turn(run, after.decode - before.decode, after.prefill - before.prefill, verbose=self.verbose))
+        elif not run.finish_reason:
+            say(interrupts.STOPPED)
         return bool(run.text.strip())
 
     def _command(self, name: str, argument: str) -> bool:
@@ -212,9 +210,10 @@ class Talk:
     def _set(self, **changed: str) -> None:
         """All that was said is evaluated again by the next turn: the caches start empty."""
         own = Settings(**(vars(self.settings) | changed))
-        self.conversation.llm.configure(**own.resolved())
+        llm = self.conversation.llm
+        llm.configure(**vars(own))
         self.settings = own
-        options.say_lossy(self.conversation.llm)
+        say_start(llm, own, quiet=self.quiet)
 
     def _system(self, argument: str) -> None:
         self.conversation.system = argument
@@ -247,12 +246,12 @@ def _file(argument: str) -> Path:
     return expanded(words[0])
 
 
-def _lines(llm: Llama) -> Iterator[str]:
+def _lines() -> Iterator[str]:
     """What is typed, or piped in."""
     if sys.stdin is None:
         return
     if sys.stdin.isatty():
-        yield from _typed(llm)
+        yield from _typed()
         return
     for number, raw in enumerate(sys.stdin.buffer, 1):
         try:
@@ -261,7 +260,7 @@ def _lines(llm: Llama) -> Iterator[str]:
             say(f"cacheroute: {e}")
 
 
-def _typed(llm: Llama) -> Iterator[str]:
+def _typed() -> Iterator[str]:
     """With line editing; the prompt is on stderr, as stdout has the answers."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
@@ -270,8 +269,7 @@ def _typed(llm: Llama) -> Iterator[str]:
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     session: PromptSession[str] = PromptSession(output=create_output(stdout=sys.stderr), key_bindings=keys)
-    name = llm.metadata.get("general.name", llm.layout.paths[0].name)
-    say(f"{name}: {llm.budget.capacity} of {llm.layout.n_expert} experts of each layer in memory. /help lists the commands.")
+    say("/help lists the commands.")
     while True:
         try:
             yield session.prompt("> ", handle_sigint=False)  # interrupts.py has taken it
@@ -282,23 +280,6 @@ def _typed(llm: Llama) -> Iterator[str]:
             return
 
 
-def _status(run: Completion, before: Stats, after: Stats) -> str:
-    """The line under an answer."""
-    decode, prompt = after.decode - before.decode, after.prefill - before.prefill
-    seconds = (run.last or 0) - (run.first or 0)
-    parts = [f"{run.n_tokens} token{'' if run.n_tokens == 1 else 's'}"]
-    parts[0] += f", {(run.n_tokens - 1) / seconds:.1f} tok/s" if seconds > 0 and run.n_tokens > 1 else ""
-    if run.first:
-        parts.append(f"first token {run.first - run.started:.1f} s ({prompt.tokens} of {len(run.prompt.tokens)} evaluated)")
-    if decode.hits + decode.misses:
-        parts.append(f"{100 * decode.miss_rate:.0f}% of experts read from disk")
-    if decode.swapped or decode.dropped:
-        parts.append(f"{100 * (decode.swapped + decode.dropped) / max(decode.examined, 1):.0f}% other experts than the model's")
-    if run.finish_reason == "":
-        parts.append("stopped")
-    return " | ".join(parts)
-
-
 def _totals(llm: Llama) -> str:
     s = llm.stats()
     lines = [f"routing {s.routing}, eviction {s.eviction}, io {s.io}, {s.capacity} experts of each layer"]
@@ -307,5 +288,10 @@ def _totals(llm: Llama) -> str:
             f"{name}: {c.tokens} tokens, read {c.read_mib:.1f} MiB, {100 * c.miss_rate:.1f}% of experts from disk, "
             f"{c.swapped} of {c.examined} swapped"
         )
-    lines.append(f"resident {s.resident_bytes / 2**20:.1f} of {s.budget_bytes / 2**20:.1f} MiB")
+    kept = (
+        f"{s.resident_bytes / 2**20:.1f} of {s.budget_bytes / 2**20:.1f} MiB"
+        if s.resident_bytes
+        else "none, until the next answer"
+    )
+    lines.append(f"resident {kept}")
     return "\n".join(lines)

@@ -6,32 +6,41 @@ import json
 import secrets
 import sys
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cacheroute import interrupts
-from cacheroute.cli import options, progress
-from cacheroute.cli import prompt as prompts
+from cacheroute.cli import options, progress, prompts_file, summary
+from cacheroute.cli import prompt as prompt_text
+from cacheroute.cli import sampling as sampling_options
+from cacheroute.cli.settings import Settings, say_start
 from cacheroute.cli.terminal import say
-from cacheroute.engine.stats import Stats
 from cacheroute.errors import UsageError
 from cacheroute.files import MIB
+from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import task_profile
 
 if TYPE_CHECKING:
-    from cacheroute.engine.completion import Completion
     from cacheroute.engine.micro_batch import Plan
 
 
 def generate(
     model: options.ModelOption = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; piped-in text is appended to it.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt; piped-in text is appended to it.")
+    ] = None,
     file: options.FileOption = None,
-    n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=-1, help="Tokens to generate; -1: until it stops.")] = 256,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE|-", help="Answer many prompts, one a line of a file or of standard input (-)."),
+    ] = None,
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Leave out that many of --prompts: those that are answered.")] = 0,
+    no_stdin: Annotated[bool, typer.Option("--no-stdin", help="Leave standard input alone, as </dev/null does.")] = False,
+    system: Annotated[str, typer.Option("-sys", "--system-prompt", metavar="TEXT", help="The system's message.")] = "",
+    n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=-2, help="Tokens to generate; -1: until it stops.")] = 256,
     ctx_size: options.CtxOption = 4096,
     threads: options.ThreadsOption = None,
     seed: options.SeedOption = -1,
@@ -40,8 +49,14 @@ def generate(
     top_p: options.TopPOption = 0.95,
     min_p: options.MinPOption = 0.05,
     repeat_penalty: options.RepeatOption = 1.0,
+    stop: sampling_options.StopOption = None,
+    grammar: sampling_options.GrammarOption = None,
+    grammar_file: sampling_options.GrammarFileOption = None,
+    json_schema: sampling_options.JsonSchemaOption = None,
+    json_schema_file: sampling_options.JsonSchemaFileOption = None,
+    logit_bias: sampling_options.LogitBiasOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat template.")] = False,
-    budget: options.BudgetOption = None,
+    budget: options.BudgetOption = budgets.AUTO,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     prompt_routing: options.PromptRoutingOption = "original",
     eviction: options.EvictionOption = DEFAULT,
@@ -66,46 +81,61 @@ def generate(
     verbose: Annotated[
         bool,
         typer.Option(
-            "-v", "--verbose", help="Say how a prompt is computed, and show its progress where stderr is no terminal, too."
+            "-v",
+            "--verbose",
+            help="All statistics; say how a prompt is computed, and show its progress where stderr is no terminal, too.",
         ),
     ] = False,
+    quiet: options.QuietOption = False,
     output: Annotated[
-        str, typer.Option("-o", "--output", help="text, json (one object at the end) or jsonl (one object per piece of text).")
-    ] = "text",
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="text, json (one object at the end) or jsonl (one object per piece of text, or per answer with --prompts). "
+            "[default: text, with --prompts jsonl]",
+        ),
+    ] = None,
 ) -> None:
     """Answer a prompt. The answer goes to stdout, statistics and the progress of a long prompt go to stderr.
 
     The prompt is -p, then the file of -f, then what is piped in or redirected from a file, a blank line between them. With -p or
-    -f a line on stderr says how much of standard input was read; </dev/null leaves it out, and a file that a shell loop reads
-    is left to the loop.
+    -f a line on stderr says how much of standard input was read. A file that a shell loop reads is left to the loop; where a loop
+    reads from a pipe, as in `ls | while read x`, --no-stdin or </dev/null leaves its input to it.
+
+    A line of --prompts is a text, or a JSON object with prompt and, where wanted, id, system and n_predict. Each is answered by a
+    line of JSON, in the same order: index (from 1), id, text, seed (-s, one more for each prompt) and counts, or an error. An
+    answer does not depend on the lines before. After an interruption --skip goes on: `--skip $(wc -l <answers) >>answers`.
     """
+    output = output or ("text" if prompts is None else "jsonl")
     if output not in ("text", "json", "jsonl"):
         raise UsageError(f"There is no output {output!r}; there are text, json and jsonl.")
-    text = prompts.text(prompt, file)
+    if verbose and quiet:
+        raise UsageError("-v asks for more and -q for less; give one of them.")
+    if prompt and len(prompt) > 1:
+        raise UsageError(f"-p is given {len(prompt)} times; write one text, or many with --prompts.")
+    if raw and system:
+        raise UsageError("A system's message is part of the chat template; leave out --raw or --system-prompt.")
+    others = bool(prompt or file or prompt_cache)
+    many = prompts_file.source(prompts, skip, output, others=others, stdin=not no_stdin)
+    text = "" if many else prompt_text.text(prompt[0] if prompt else None, file, stdin=not no_stdin)
+    constraints = sampling_options.constraints(stop, grammar, grammar_file, json_schema, json_schema_file, logit_bias)
     seed = secrets.randbelow(2**31) if seed < 0 else seed
     task = task_profile.load(warm_start) if warm_start else None
     from cacheroute.engine import completion
     from cacheroute.engine import prompt_cache as caches
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
-    from cacheroute.routing import prompt_routing as tuned_prompts
-    from cacheroute.routing import tuned
 
     if prompt_cache:
         caches.check(prompt_cache)
     path = catalogue.resolve(model)
-    routing, eviction = tuned.resolve(path, budget, routing, eviction)
-    prompt_routing = tuned_prompts.resolve(path, budget, prompt_routing)
     context_memory.check(path, ctx_size)
+    settings = Settings(budget, routing, eviction, io, prefetch, prompt_routing)
     llm = Llama(
         str(path),
-        budget=budget,
-        routing=routing,
-        eviction=eviction,
-        io=io,
+        **vars(settings),
         flash_mbps=flash_mbps,
-        prefetch=prefetch,
-        prompt_routing=prompt_routing,
         n_ctx=ctx_size,
         n_ubatch=ubatch_size,
         n_threads=options.threads(threads),
@@ -115,15 +145,28 @@ def generate(
     )
     if task:
         llm.warm(task)
-    options.say_lossy(llm)
-    sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
+    sampling: dict[str, Any] = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
+    limit = n_predict if n_predict >= 0 else None
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
+        sampling |= constraints.sampling(llm)
         chat = not raw and completion.has_chat_template(llm)
-        asked = completion.chat_prompt(llm, [{"role": "user", "content": text}]) if chat else completion.raw_prompt(llm, text)
-        if verbose and len(asked.tokens) < llm.n_ctx() and not (prompt_cache and prompt_cache.exists()):
-            # what a kept prompt leaves of it is known when it has been read
-            say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))
-        run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling, prompt_cache)
+        if system and not chat:
+            raise UsageError("The model's file has no chat template, so there is no place for a system's message.")
+        if many:
+            say_start(llm, settings, quiet=quiet)
+            own = prompts_file.Settings(chat, system, limit, seed, sampling, constraints)
+            return prompts_file.answer(llm, many, own, skip)
+        messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+        asked = completion.chat_prompt(llm, messages) if chat else completion.raw_prompt(llm, text)
+        asked = constraints.ending(asked)
+        kept = prompt_cache is not None and prompt_cache.exists()
+
+        def begins() -> None:
+            say_start(llm, settings, quiet=quiet)
+            if verbose and not kept:  # generate() decides what of a kept prompt is evaluated again
+                say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))
+
+        run = completion.Completion(llm, asked, limit, seed, sampling, prompt_cache, begins)
         try:
             for piece in run.pieces():
                 if output == "text":
@@ -136,13 +179,13 @@ def generate(
             if run.full:
                 say(f"The context of {llm.n_ctx()} tokens is full; give a larger one with -c.")
         except KeyboardInterrupt:
-            run.finish_reason = "interrupted"
+            run.finish_reason = summary.INTERRUPTED
             if output == "text" and run.text and not run.text.endswith("\n"):
                 print(flush=True)
-            raise KeyboardInterrupt("" if run.first else interrupts.STOPPED) from None
+            raise KeyboardInterrupt("" if run.first and not quiet else interrupts.STOPPED) from None
         finally:
-            if run.finish_reason and (run.first or run.finish_reason != "interrupted"):
-                _report(run, output, path)
+            if run.finish_reason and (run.first or run.finish_reason != summary.INTERRUPTED):
+                summary.report(run, output, path, verbose=verbose, quiet=quiet)
     if run.unkept:
         raise run.unkept
 
@@ -155,77 +198,3 @@ def _plan(plan: Plan, *, loaded: bool) -> str:
         f"about {plan.compute / MIB:.0f} MiB beside the experts; "
         + ("all experts in memory, as llama.cpp loads them" if loaded else f"up to {plan.ahead / MIB:.0f} MiB are read ahead")
     )
-
-
-def _report(run: Completion, output: str, path: Path) -> None:
-    """The statistics: an object on stdout, or a line on stderr, which is the line of an interruption, too."""
-    with interrupts.last_words():
-        say(_summary(run))
-    if output != "text":
-        report = _object(run, path)
-        if output == "jsonl":
-            report.pop("text")
-        print(json.dumps(report), flush=True)
-
-
-def _object(run: Completion, path: Path) -> dict[str, Any]:
-    """The object of `-o json`. Rates are null where no time has passed: without a token, or of one alone."""
-    stats = run.llm.stats()
-    return {
-        "text": run.text,
-        "finish_reason": run.finish_reason,
-        "model": str(path),
-        "seed": run.seed,
-        "n_prompt": len(run.prompt.tokens),
-        "n_prompt_cached": len(run.prompt.tokens) - stats.prefill.tokens,
-        "n_gen": run.n_tokens,
-        "prompt_ts": _prompt_rate(run),
-        "prompt_read_mib": stats.prefill.read_mib,
-        "prompt_distinct_mib": stats.prefill.distinct_mib,
-        "ts": _rate(run),
-        "time_to_first_token_s": run.first - run.started if run.first else None,
-        "miss_rate": stats.decode.miss_rate,
-        "swap_rate": stats.decode.swap_rate,
-        "prompt_swap_rate": stats.prefill.swap_rate,
-        "read_mib_per_token": stats.decode.read_mib_per_token,
-        "stats": asdict(stats),
-    }
-
-
-def _rate(run: Completion) -> float | None:
-    """Tokens per second after the first one, whose time is the prompt's."""
-    if not run.first or not run.last or run.last <= run.first:
-        return None
-    return (run.n_tokens - 1) / (run.last - run.first - run.keeping)
-
-
-def _prompt_rate(run: Completion) -> float | None:
-    """Evaluated tokens per second; None where none was."""
-    n = run.llm.stats().prefill.tokens
-    return n / (run.first - run.started) if run.first and n else None
-
-
-def _summary(run: Completion) -> str:
-    """The line on stderr."""
-    s: Stats = run.llm.stats()
-    d, rate, prompt_rate = s.decode, _rate(run), _prompt_rate(run)
-    cached = len(run.prompt.tokens) - s.prefill.tokens
-    parts = [
-        f"{run.n_tokens} token{'' if run.n_tokens == 1 else 's'}" + ("" if rate is None else f", {rate:.1f} tok/s"),
-        f"prompt {len(run.prompt.tokens)}"
-        + (f" ({cached} from {run.prompt_cache})" if run.prompt_cache else "")
-        + ("" if prompt_rate is None else f", {prompt_rate:.1f} tok/s")
-        + f", read {s.prefill.read_mib:.1f}"
-        + (f" of {s.prefill.distinct_mib:.1f} MiB" if s.prefill.distinct_mib else " MiB"),
-        *([f"first token {run.first - run.started:.2f} s"] if run.first else []),
-        f"miss {100 * d.miss_rate:.1f}%",
-        f"read {d.read_mib_per_token:.2f} MiB/token",
-        f"swapped {d.swapped}/{d.examined}",
-        *([f"prompt swapped {s.prefill.swapped}/{s.prefill.examined}"] if run.llm.prompt_routing.lossy else []),
-        *([f"dropped {d.dropped}/{d.examined}"] if d.dropped else []),
-        *([f"prefetched {d.prefetched}, {d.prefetch_used} of them chosen"] if run.llm.prefetch or d.prefetched else []),
-        f"resident all {s.resident_bytes / MIB:.1f} MiB"
-        if s.io == "load"
-        else f"resident {s.resident_bytes / MIB:.1f} of {s.budget_bytes / MIB:.1f} MiB",
-    ]
-    return " | ".join(parts)

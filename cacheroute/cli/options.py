@@ -60,8 +60,14 @@ FlashOption = Annotated[
     typer.Option("--flash-mbps", min=0.001, help="Limit reads to that many MB/s, to simulate a slower flash."),
 ]
 BudgetOption = Annotated[
+    str,
+    typer.Option(
+        "--budget", help="Experts kept in memory: auto (as free memory allows), 50%, 30 (per layer), 2GiB (all layers) or all."
+    ),
+]
+StudyBudgetOption = Annotated[
     str | None,
-    typer.Option("--budget", help="Experts kept in memory: 50%, 30 (per layer), 2GiB (all layers) or all. [default: 50%]"),
+    typer.Option("--budget", help="Experts in memory: 50%, 30 (per layer), 2GiB (all layers) or all. [default: 50%]"),
 ]
 PrefetchOption = Annotated[
     int,
@@ -96,7 +102,14 @@ TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample among th
 TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample among the likeliest that sum to p.")]
 MinPOption = Annotated[float, typer.Option("--min-p", min=0, max=1, help="Least probability, over the likeliest token's.")]
 RepeatOption = Annotated[float, typer.Option("--repeat-penalty", min=0, help="Penalty for repeated tokens; 1: none.")]
-CtxOption = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: as the model was trained.")]
+CtxOption = Annotated[
+    int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens, as 4096 or 4k; 0: as the model was trained.")
+]
+OutputOption = Annotated[
+    str, typer.Option("-o", "--output", help="text (a table at 80 columns), md, csv, json, jsonl or sql, with all columns.")
+]
+WideOption = Annotated[bool, typer.Option("--wide", help="All columns, however wide.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No statistics, and no line at the start but what is lossy.")]
 FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
 
 

@@ -16,21 +16,29 @@ MAX_BYTES = 64 * 1024 * 1024
 _SECONDS_BEFORE_WORD = 2.0
 
 
-def text(typed: str | None, file: Path | None) -> str:
+def text(typed: str | None, file: Path | None, *, stdin: bool = True) -> str:
     """What was typed, then the file, then what is piped in, a blank line between them.
 
-    Standard input is read when it is a pipe, a socket or a file. Beside -p or -f it is said what was read; a file of which
-    something else has read a part, such as the loop of a shell, is left to that. Raises UsageError for a prompt that is empty,
-    too long, or no UTF-8 text.
+    Standard input is read when it is a pipe, a socket or a file and `stdin` is not False. Beside -p or -f it is said what was
+    read; a file of which something else has read a part, such as the loop of a shell, is left to that. Raises UsageError for a
+    prompt that is empty, too long, or no UTF-8 text.
     """
     parts = [typed] if typed else []
     if file:
         parts.append(from_file(file))
-    parts.append(_piped(alone=typed is None and file is None))
+    alone = typed is None and file is None
+    if stdin:
+        parts.append(_piped(alone=alone))
     whole = "\n\n".join(p for p in parts if p.strip())
     if not whole:
-        raise UsageError("The prompt is empty; give one with -p, -f or a pipe.")
+        chat = "; `cacheroute chat` holds a conversation" if alone and on_terminal() else ""
+        raise UsageError(f"The prompt is empty; give one with -p, -f or a pipe{chat}.")
     return whole
+
+
+def on_terminal() -> bool:
+    """Whether somebody types what comes on standard input."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def from_file(path: Path) -> str:
@@ -63,7 +71,7 @@ def _piped(*, alone: bool) -> str:
     except OSError as e:
         raise UsageError(f"Standard input cannot be read ({e.strerror}).") from None
     if data.strip() and not alone:
-        say(f"{len(data)} bytes of standard input follow the prompt; </dev/null leaves them out")
+        say(f"{len(data)} bytes of standard input follow the prompt; --no-stdin leaves them out")
     return decoded(data, "The prompt on standard input")
 
 
@@ -72,7 +80,7 @@ def _read(number: int, name: str, *, wait: bool = False) -> bytes:
     data = bytearray()
     while True:
         if wait and not select.select([number], [], [], _SECONDS_BEFORE_WORD)[0]:
-            say(f"waiting for the end of {name}, {len(data)} bytes so far (</dev/null leaves it out)")
+            say(f"waiting for the end of {name}, {len(data)} bytes so far (--no-stdin leaves it out)")
             wait = False
         chunk = os.read(number, 1 << 20)
         if not chunk:

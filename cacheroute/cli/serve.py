@@ -10,9 +10,11 @@ import typer
 
 from cacheroute import interrupts
 from cacheroute.cli import options
+from cacheroute.cli.settings import Settings, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.files import MIB, is_text
+from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 
 _SECONDS_TO_STOP = 5.0
@@ -32,7 +34,7 @@ def serve(
     max_body: Annotated[int, typer.Option("--max-body", min=1, max=1024, help="MiB of a request.")] = 1,
     ctx_size: options.CtxOption = 4096,
     threads: options.ThreadsOption = None,
-    budget: options.BudgetOption = None,
+    budget: options.BudgetOption = budgets.AUTO,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     prompt_routing: options.PromptRoutingOption = "original",
     eviction: options.EvictionOption = DEFAULT,
@@ -60,30 +62,23 @@ def serve(
     from cacheroute.engine.completion import has_chat_template
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
-    from cacheroute.routing import prompt_routing as tuned_prompts
-    from cacheroute.routing import tuned
 
     path = catalogue.resolve(model)
-    routing, eviction = tuned.resolve(path, budget, routing, eviction)
-    prompt_routing = tuned_prompts.resolve(path, budget, prompt_routing)
+    settings = Settings(budget, routing, eviction, io, 0, prompt_routing)
     context_memory.check(path, ctx_size)
     n_threads = options.threads(threads)
     with closing(server.bind(host, port, timeout)) as bound:  # before the model is loaded, which takes long
         llm = Llama(
             str(path),
-            budget=budget,
-            routing=routing,
-            eviction=eviction,
-            io=io,
+            **vars(settings),
             flash_mbps=flash_mbps,
-            prompt_routing=prompt_routing,
             n_ctx=ctx_size,
             n_threads=n_threads,
             n_threads_batch=n_threads,
             verbose=False,
         )
         with closing(llm):
-            options.say_lossy(llm)
+            say_start(llm, settings)
             if not has_chat_template(llm):
                 say("The model's file has no chat template: /v1/completions works, /v1/chat/completions does not.")
             if not api_key and not server.is_loopback(bound):
@@ -96,10 +91,7 @@ def serve(
                 bound,
                 Limits(max_body * MIB, timeout, queue),
                 key=api_key,
-                started=lambda: say(
-                    f"{name}: {llm.budget.capacity} of {llm.layout.n_expert} experts of each layer in memory. "
-                    f"Listening on {server.url(bound)} (Ctrl-C ends it)"
-                ),
+                started=lambda: say(f"{name}: listening on {server.url(bound)} (Ctrl-C ends it)"),
                 fault=lambda e: say(f"cacheroute: a request failed ({type(e).__name__}: {e})."),
                 line=say if verbose else lambda _: None,
             )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Collection
 from typing import Any
 
-from cacheroute.errors import UsageError
+from cacheroute.errors import UsageError, did_you_mean
 
 OWN = ("use_mmap", "use_mlock", "lazy_mode")  # not for the caller
-_SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_seq_max": 1, "n_threads": 1, "n_threads_batch": 1}  # and their least
+_PATCHED = ("lazy_mode", "use_extra_bufts")  # patches/0002-lazy-experts.patch takes them out of **kwargs
+_SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_threads": 1, "n_threads_batch": 1}  # and their least
 
 
 def check_pace(value: object) -> None:
@@ -15,6 +19,21 @@ def check_pace(value: object) -> None:
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")):
         return
     raise UsageError(f"flash_mbps is a number of MB/s above 0, or None for no pace, not {value!r}.")
+
+
+@functools.cache
+def _names(classes: tuple[type, ...]) -> frozenset[str]:
+    parameters = [p for cls in classes for p in inspect.signature(cls).parameters.values()]
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD) | set(_PATCHED)
+
+
+def check_names(arguments: Collection[str], *classes: type) -> None:
+    """Raises UsageError for one that no constructor of the classes takes; llama_cpp.Llama would pass over it in silence."""
+    known = _names(classes)
+    for name in arguments:
+        if name not in known:
+            meant = did_you_mean(name, known, "help(cacheroute.Llama) and help(llama_cpp.Llama) list what there is.")
+            raise UsageError(f"Llama has no argument {name!r}; {meant}")
 
 
 def check(arguments: dict[str, Any]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from cacheroute.errors import CacherouteError
+from cacheroute.engine import log
+from cacheroute.errors import UsageError
 from cacheroute.install import patched_llama_cpp
+
+_MOST_REASON = 80  # letters
 
 
 class Processors:
@@ -30,10 +36,46 @@ class Processors:
             raise self._error
 
 
-def check_grammar(model: Any, grammar: Any) -> None:
-    """Raises CacherouteError for a grammar that llama.cpp cannot parse; it would add a null sampler and crash."""
+def check_grammar(vocabulary: Any, grammar: Any) -> None:
+    """Raises UsageError for a grammar that llama.cpp cannot parse; it would add a null sampler and crash.
+
+    `vocabulary` None: before there is a model; a grammar that names tokens (`<think>`) is then passed over.
+    """
+    text = grammar._grammar
+    if "\0" in text:
+        raise UsageError("The grammar cannot be parsed: it has a NUL character.")
+    if not text.strip():
+        raise UsageError("The grammar is empty; llama.cpp's grammars/README.md describes the form.")
+    if vocabulary is None and "<" in text:
+        return
     api = patched_llama_cpp.module().llama_cpp
-    sampler = api.llama_sampler_init_grammar(model.vocab, grammar._grammar.encode(), grammar._root.encode())
+    with log.errors(verbose=False) as lines, _stderr_kept() as said:
+        sampler = api.llama_sampler_init_grammar(vocabulary, text.encode(), grammar._root.encode())
     if not sampler:
-        raise CacherouteError("The grammar cannot be parsed; llama.cpp's grammars/README.md describes the form.")
+        reason = _reason(said[0] if said else "") or log.reason(lines)
+        raise UsageError(f"The grammar cannot be parsed ({reason}); llama.cpp's grammars/README.md describes the form.")
     api.llama_sampler_free(sampler)
+
+
+def _reason(said: str) -> str:
+    """Of what the parser prints, the reason: what follows it is the rest of the grammar, then all of it."""
+    _, found, rest = said.partition("error parsing grammar: ")
+    line = rest.split("\n", 1)[0].strip()
+    line += " its end" if line.endswith(" at") else ""
+    return (line[:_MOST_REASON] + "..." if len(line) > _MOST_REASON else line) if found else ""
+
+
+@contextlib.contextmanager
+def _stderr_kept() -> Iterator[list[str]]:
+    """Within it what C code prints on stderr goes nowhere; afterwards it is in the list."""
+    said: list[str] = []
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            said.append(file.read().decode("utf-8", "replace"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ class Checkpoint:
         self._handle = bindings.lib.cr_hook_save(hook.handle) if hook else None
 
     def fits(self, hook: Hook | None) -> bool:
-        """Puts the routing state into a hook, unless its caches have another size or eviction."""
+        """Puts the routing state into a hook, under its own budget, unless it is of another E, K or eviction."""
         if hook is None or self._handle is None:
             return hook is None and self._handle is None
         return bool(bindings.lib.cr_hook_resume(hook.handle, self._handle))
@@ -119,14 +120,20 @@ def load_sequence(context: Any, state: bytes | bytearray | memoryview) -> None:
 
 
 def sample(sampler: Any, logits: bytes) -> int:
-    """The token that a llama_cpp sampler chooses by those logits (float32[vocabulary]), as if they had just been computed."""
+    """The token that a llama_cpp sampler chooses by those logits (float32[vocabulary]), as if they had just been computed.
+
+    Raises CacherouteError where no token is possible.
+    """
     api = patched_llama_cpp.module().llama_cpp
     values = np.frombuffer(logits, np.float32)
     data = np.zeros(len(values), np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)]))
     data["id"], data["logit"] = np.arange(len(values)), values
     array = api.llama_token_data_array(ctypes.cast(data.ctypes.data, api.llama_token_data_p), len(data), -1, False)
     api.llama_sampler_apply(sampler.sampler, ctypes.byref(array))
-    token = int(array.data[array.selected].id)
+    chosen = array.data[array.selected]
+    if chosen.logit == -math.inf:
+        raise CacherouteError("No token of the model fits the grammar and the biases here; allow for more.")
+    token = int(chosen.id)
     api.llama_sampler_accept(sampler.sampler, token)
     return token
 

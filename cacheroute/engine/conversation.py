@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheroute.engine.completion import Completion, Message, Prompt, chat_prompt, has_chat_template
+from cacheroute.engine.constraints import Constraints
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import check_regular, is_text, read_text, write_json
 
@@ -23,12 +24,14 @@ _ROOM = 0.25  # of the context is kept free for an answer when old turns leave
 
 @dataclass
 class Conversation:
-    """`messages`: user and assistant in turns, without the system's. `gone`: messages that have left as the context was full."""
+    """`messages`: user and assistant in turns, without the system's. `gone`: messages that have left as the context was full.
+    `constraints`: whose stop strings end an answer; what else they say is in the `sampling` of ask()."""
 
     llm: Llama
     system: str = ""
     messages: list[Message] = field(default_factory=list)
     gone: int = 0
+    constraints: Constraints = field(default_factory=Constraints)
 
     def ask(self, text: str, max_tokens: int | None, seed: int, sampling: dict[str, Any]) -> Completion:
         """The next answer, not begun. The oldest turns leave while they, the question and room for an answer do not fit.
@@ -43,7 +46,7 @@ class Conversation:
         except BaseException:
             self.messages, self.gone = before, gone
             raise
-        return Completion(self.llm, prompt, max_tokens, seed, sampling)
+        return Completion(self.llm, self.constraints.ending(prompt), max_tokens, seed, sampling)
 
     def answered(self, text: str) -> None:
         """Takes what has come of the answer into the conversation; nothing: the question leaves it, too."""

@@ -53,7 +53,7 @@ class Settings:
     @staticmethod
     def of(
         layout: ExpertLayout,
-        budget: str | int | None,
+        budget: str | float | None,
         routing: str | Routing | None,
         eviction: str,
         io: str,
@@ -70,8 +70,7 @@ class Settings:
             raise UsageError("Without a routing prompts cannot be rerouted either.")
         if parsed:
             parsed.check(layout.n_expert, layout.n_used, layout.indices, layout.model)
-        if eviction not in evictions.ONLINE:
-            raise UsageError(f"There is no eviction {eviction!r}; there are {', '.join(evictions.ONLINE)}.")
+        evictions.check(eviction)
         if prefetch < 0:
             raise UsageError(f"{prefetch} experts cannot be prefetched; give 0 or more.")
         if prefetch and not layout.predictable:
@@ -219,6 +218,17 @@ class Hook:
         """Brings experts of a layer into memory; they count as used, the last as the most recent."""
         _lib.cr_hook_warm(self.handle, layer, (ctypes.c_int32 * len(ids))(*ids), len(ids))
         self._raise_error()
+
+    def set_capacity(self, capacity: int, *, at_once: bool) -> None:
+        """From now on so many experts of each layer stay, what is above leaves before the next layer chooses.
+
+        Any thread; `at_once` while nothing computes: memory has been freed on return.
+        """
+        with self._freeing:
+            if self.handle is not None:
+                _lib.cr_hook_set_capacity(self.handle, capacity)
+                if at_once:
+                    _lib.cr_hook_settle_capacity(self.handle)
 
     def set_pace(self, mbps: float | None) -> None:
         _lib.cr_hook_set_pace(self.handle, (mbps or 0) * 1e6)

@@ -61,6 +61,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     eviction: str
     prompt_routing: PromptRouting
     _lossy: bool  # either routing is
+    _configured: Budget  # before the free memory has changed it
     _loaded: bool  # all experts are in memory, as llama.cpp loads them
     _hook: Hook | None
     _task: TaskProfile | None
@@ -93,18 +94,22 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._warm()
 
     @alone
-    def rewind(self) -> None:
-        """Clears the tokens; experts stay in memory."""
+    def rewind(self, n: int = 0) -> None:
+        """Clears the tokens from the n-th on; experts stay in memory. A recurrent model cannot be cut back: n is 0 there."""
         super().reset()
-        self._logits = None
+        self.n_tokens, self._logits = n, None
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
-        """As llama_cpp.Llama.sample."""
+        """As llama_cpp.Llama.sample. Raises CacherouteError where a grammar leaves no token: llama.cpp would end the process."""
         self._check_usable()
-        if self._logits is None:
+        if self._logits is None and not kwargs.get("grammar"):
             return super().sample(*args, **kwargs)
-        kwargs.pop("idx", None)
-        return sample(self._sampler or self._init_sampler(*args, **kwargs), self._logits)
+        idx = kwargs.pop("idx", None)
+        logits = self._logits
+        if logits is None:
+            row = self._ctx.get_logits_ith(-1 if idx is None else idx - self.n_tokens)
+            logits = ctypes.string_at(row, 4 * self.n_vocab())
+        return sample(self._sampler or self._init_sampler(*args, **kwargs), logits)
 
     def next_logits(self) -> npt.NDArray[np.float32]:
         """Those by which the token after the evaluated ones is sampled, [n_vocab], before any bias or penalty; a copy."""
@@ -307,14 +312,14 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if self.routing and self.routing.policy:
             raise UsageError(f"A prompt cache cannot keep the state of {self.routing}: a policy in Python has its own.")
         p = self.context_params
-        own = strategies.capacities(self.routing, self.budget, self.layout)
-        like = set(own) == {self.budget.capacity}
+        budget = self._configured
+        own = strategies.capacities(self.routing, budget, self.layout)
+        like = set(own) == {budget.capacity}
         context = [f"{name}={getattr(p, name):g}" for name in (*_CONTEXT, *_YARN)]
         return {
             "model": f"{self.layout.model or self.layout.paths[0].name} ({self._fingerprint})",
             "engine": engine_build.LOCAL_VERSION,
             "repacking of": self._repacked(),  # other last bits
-            "budget": f"{self.budget.capacity}" + ("" if like else f" (layers {_short(own)})"),
             "eviction": self.eviction if self.routing else "none",
             "routing": _name(self.routing),
             "prompt routing": str(self.prompt_routing),
@@ -322,6 +327,8 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             "context": ",".join(context),
             "adapter": f"{self.lora_path}, {self.lora_scale:g}" if self.lora_path else "none",
             "warm start": _short(self._task) if self._task else "none",
+            # a state of another budget is cut to this one; where the cache changes the choice, so would that
+            **({"budget": f"{budget.capacity}" + ("" if like else f" (layers {_short(own)})")} if self._lossy else {}),
         }
 
     def _repacked(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import CacherouteError, UsageError, did_you_mean
 from cacheroute.evals.tasks import TaskScorer
 
 SHORT_NAMES = {"arc": "arc_challenge"}
@@ -52,7 +52,8 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> Any:
     for name in names:
         if name not in known:
             where = f" nor in {folder}" if folder else ""
-            raise UsageError(f"There is no task {name!r} in lm-evaluation-harness{where}; `lm-eval ls tasks` lists them.")
+            meant = did_you_mean(name, ["perplexity", "prompt", *SHORT_NAMES, *known], "`lm-eval ls tasks` lists them.")
+            raise UsageError(f"There is no task {name!r} in lm-evaluation-harness{where}; {meant}")
     try:
         return manager, manager.load(names)
     except Exception as e:  # any error of a data reader: no network, a missing file, another format

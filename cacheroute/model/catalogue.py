@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import CacherouteError, UsageError, did_you_mean
 from cacheroute.files import cache_dir, expanded, home, packaged
 
 if sys.version_info >= (3, 11):
@@ -114,9 +114,9 @@ def resolve(name_or_path: str | None) -> Path:
     """The file to load for `-m`: the only shard or the first one.
 
     In this order: nothing or "demo" is the demo model; a name of the catalogue; an existing path; `hf:OWNER/REPO[:FILE]`,
-    `ollama:NAME[:TAG]`, `lmstudio:NAME`. A file that has the name of a model is given as ./NAME.
+    `ollama:NAME[:TAG]`, `lmstudio:NAME`; OWNER/REPO[:FILE] as with `hf:`. A file that has the name of a model is given as ./NAME.
 
-    Raises UsageError for a name that fits no model or several, CacherouteError for a known model that is not here.
+    Raises UsageError for a name that fits no model or several, and for a known model that is not here, with the command for it.
     """
     if name_or_path is not None and not name_or_path.strip():
         raise UsageError("The model has no name: give a file or a name, or leave -m out for the demo model.")
@@ -128,20 +128,41 @@ def resolve(name_or_path: str | None) -> Path:
     if path.exists():
         return path
     if text.startswith("hf:"):
-        repository, pattern = split_hub_name(text)
-        found = hub_file(repository, pattern or "*.gguf")
-        if found:
-            return found
-        here = [m.name for m in hub_models() if m.name.startswith(f"hf:{repository}:")]
-        if len(here) > 1 and not pattern:
-            raise UsageError(f"{text} may be {', '.join(here[:8])}; write the whole name.")
-        raise CacherouteError(f"{text} is not here: run `cacheroute pull {text}`.")
+        return _hub_path(text)
     for prefix, models in (("ollama:", ollama_models), ("lmstudio:", lmstudio_models)):
         if text.startswith(prefix):
             return _choose(text, prefix, list(models()))
+    if is_hub_name(text):
+        return _hub_path(f"hf:{text}")
     if text.lower().endswith(".gguf") or os.sep in text:
-        raise UsageError(f"There is no file {text}; `cacheroute models` lists the models that are here.")
+        raise _no_file(text, path)
     raise unknown(text)
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether it is OWNER/REPO or OWNER/REPO:FILE, as others write hub names; OWNER/FILE.gguf is a path."""
+    return bool(_HUB_NAME.fullmatch(f"hf:{text}")) and not (text.lower().endswith(".gguf") and ":" not in text)
+
+
+def _hub_path(text: str) -> Path:
+    repository, pattern = split_hub_name(text)
+    found = hub_file(repository, pattern or "*.gguf")
+    if found:
+        return found
+    here = [m.name for m in hub_models() if m.name.startswith(f"hf:{repository}:")]
+    if len(here) > 1 and not pattern:
+        raise UsageError(f"{text} may be {', '.join(here[:8])}; write the whole name.")
+    raise UsageError(f"{text} is not on this disk: run `cacheroute pull {text}`.")
+
+
+def _no_file(text: str, path: Path) -> UsageError:
+    """The error for a path where nothing is, with the model beside it whose name comes nearest."""
+    try:
+        beside = [str(Path(text).parent / p.name) for p in path.parent.iterdir() if p.suffix.lower() == ".gguf"]
+    except (OSError, ValueError):
+        beside = []
+    meant = did_you_mean(str(Path(text)), beside, "`cacheroute models` lists the models that are here.")
+    return UsageError(f"There is no file {text}; {meant}")
 
 
 def unknown(text: str) -> UsageError:
@@ -178,7 +199,7 @@ def _catalogue_path(entry: ModelEntry) -> Path:
     if path:
         return path
     command = "setup" if entry.name == DEMO else f"pull {entry.name}"
-    raise CacherouteError(f"The model {entry.name} is not here: run `cacheroute {command}`.")
+    raise UsageError(f"The model {entry.name} is not on this disk: run `cacheroute {command}`.")
 
 
 def _choose(text: str, prefix: str, models: list[DiskModel]) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import UsageError
+from cacheroute.errors import UsageError, did_you_mean
 from cacheroute.files import cache_dir, read_json, write_json
 from cacheroute.model import experts, gguf_file
 from cacheroute.routing import budget as budgets
@@ -76,7 +76,8 @@ def parse(text: str | PromptRouting) -> PromptRouting:
     if text.strip() == TUNED:
         raise UsageError("`tuned` is what `tune --prompt` found for one model and budget; here write the prompt routing out.")
     if name not in (ORIGINAL, KEEP):
-        raise UsageError(f"There is no prompt routing {name!r}; there are {ORIGINAL} and {strategies.form(KEEP, PARAMETERS)}.")
+        both = f"there are {ORIGINAL} and {strategies.form(KEEP, PARAMETERS)}."
+        raise UsageError(f"There is no prompt routing {name!r}; {did_you_mean(name, (ORIGINAL, KEEP, TUNED), both)}")
     return PromptRouting(name, strategies.parse_parameters(name, PARAMETERS if name == KEEP else (), pairs))
 
 
@@ -96,7 +97,7 @@ def save(found: PromptRouting, path: Path, notes: dict[str, Any]) -> None:
     write_json(path, {"format": _FORMAT, "version": _VERSION, "prompt_routing": found.key, "notes": notes}, force=True)
 
 
-def resolve(model: Path, budget: str | int | None, text: str) -> str:
+def resolve(model: Path, budget: str | float | None, text: str) -> str:
     """As given, or what was found for that model and budget where it is "tuned". Raises UsageError when nothing was."""
     if text.strip() != TUNED:
         return text

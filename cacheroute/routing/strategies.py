@@ -5,13 +5,14 @@ The strategies themselves are in native/router.cpp.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacheroute.errors import UsageError
+from cacheroute.errors import UsageError, did_you_mean
 from cacheroute.files import MIB
 from cacheroute.routing import tuned
 
@@ -182,6 +183,15 @@ class Routing:
             raise UsageError(f"{self}: m is at least {n_used}, the experts that this model uses.")
 
 
+def routing_key(routing: Routing) -> str:
+    """A routing in full: all digits of its parameters, and of a tuned one the content of its file, not the file's name."""
+    if routing.layers:
+        return routing.name + json.dumps([r.parameters for r in routing.layers], sort_keys=True)
+    if routing.policy:
+        return str(routing)
+    return ":".join([routing.name, *(f"{name}={value!r}" for name, value in sorted(routing.parameters.items()))])
+
+
 def capacities(routing: Routing | None, budget: Budget, layout: ExpertLayout) -> tuple[int, ...]:
     """Experts of each layer in memory: the budget's, unless a tuned routing divides the same bytes among the layers differently.
 
@@ -244,8 +254,9 @@ def parse(text: str) -> Routing:
         return Routing(name, policy=f"{module}:{class_name}", text=text.strip())
     strategy = STRATEGIES.get(name)
     if strategy is None:
-        names = ", ".join([*STRATEGIES, "tuned", "python"])
-        raise UsageError(f"There is no routing {name!r}; there are {names}: `cacheroute routing` lists their parameters.")
+        names = [*STRATEGIES, tuned.NAME, "python"]
+        all_of_them = f"there are {', '.join(names)}: `cacheroute routing` lists their parameters."
+        raise UsageError(f"There is no routing {name!r}; {did_you_mean(name, names, all_of_them)}")
     return Routing(name, parse_parameters(name, parameters(strategy), pairs))
 
 

@@ -93,7 +93,17 @@ def path(model: Path, capacity: int) -> Path:
     return cache_dir() / "tuned" / f"{gguf_file.fingerprint(model)}-{capacity}.json"
 
 
-def find(model: Path, budget: str | int | None) -> Settings:
+def capacities(model: Path, *, routing: bool) -> list[int]:
+    """Experts of each layer in the budgets that something is tuned for: routings of decoded tokens, or else of prompts."""
+    end = "" if routing else "-prompt"
+    names = (cache_dir() / "tuned").glob(f"{gguf_file.fingerprint(model)}-*{end}.json")
+    numbers = {name.stem.removesuffix(end).rpartition("-")[2] for name in names}
+    notes = load(DEMO).notes
+    own = [int(notes["budget"])] if routing and notes["fingerprint"] == gguf_file.fingerprint(model) else []
+    return sorted({*own, *(int(n) for n in numbers if n.isdecimal())})
+
+
+def find(model: Path, budget: str | float | None) -> Settings:
     """The user's own file, else the packaged one where it is of this model and budget. Raises UsageError when there is none."""
     layout = experts.layout(gguf_file.read(model))
     capacity = budgets.parse(budget, layout).capacity
@@ -112,7 +122,7 @@ def _is_for(file: Path, model: Path, capacity: int) -> bool:
     return (notes["fingerprint"], notes["budget"]) == (gguf_file.fingerprint(model), capacity)
 
 
-def resolve(model: Path, budget: str | int | None, routing: str, eviction: str) -> tuple[str, str]:
+def resolve(model: Path, budget: str | float | None, routing: str, eviction: str) -> tuple[str, str]:
     """(routing, eviction) as given, or those of the tuned file where `routing` is "tuned"."""
     if routing != NAME:
         return routing, eviction

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from cacheroute.engine import callbacks
+from cacheroute.engine import constraints
 from cacheroute.engine.completion import Prompt, TemplateError, chat_prompt, has_chat_template, raw_prompt
-from cacheroute.errors import CacherouteError
-from cacheroute.install import patched_llama_cpp
+from cacheroute.engine.constraints import Constraints
+from cacheroute.errors import UsageError
 from cacheroute.serve.failures import ApiError
 from cacheroute.serve.requests import Asked, ChatRequest, TextRequest
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
 
+_SAMPLING = ("top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
 _SEEDS = 2**32 - 1  # the last one stands for a random one
 # of a schema, whose grammar grows with them: llama-cpp-python writes a repetition out
 _MAX_SCHEMA_BYTES, _MAX_REPETITIONS, _MAX_PATTERN, _MAX_GRAMMAR_BYTES = 64 * 1024, 1000, 1000, 1024 * 1024
 _QUANTIFIER = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
-# llama-cpp-python's rule of a character lets control characters into strings, where JSON has none; llama.cpp's own does not
-_CHARACTER = re.compile(r'^char ::= \[\^"\\\\\]', re.MULTILINE)
-_JSON_CHARACTER = r'char ::= [^"\\\\\\x7F\\x00-\\x1F]'
 
 
 @dataclass(frozen=True)
@@ -40,6 +34,7 @@ class Task:
     max_tokens: int | None
     seed: int
     sampling: dict[str, Any]
+    constraints: Constraints
     n_logprobs: int | None
 
 
@@ -52,9 +47,9 @@ def of_chat(llm: Llama, asked: ChatRequest) -> Task:
     except TemplateError as e:
         raise ApiError(400, f"The model's chat template cannot write these messages ({e.reason}).", param="messages") from None
     schema = asked.response_format.schema_of_answer
-    more = {} if schema is None else {"grammar": _grammar(llm, schema)}
+    grammar = "" if schema is None else _grammar(schema)
     most = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
-    return _task(llm, asked, prompt, most, asked.n_logprobs, more)
+    return _task(llm, asked, prompt, most, asked.n_logprobs, grammar)
 
 
 def of_text(llm: Llama, asked: TextRequest) -> Task:
@@ -75,10 +70,10 @@ def of_text(llm: Llama, asked: TextRequest) -> Task:
         if llm.token_bos() < 0:
             raise ApiError(400, "The prompt is empty.", param="prompt")
         prompt = Prompt([llm.token_bos()])
-    return _task(llm, asked, prompt, asked.max_tokens, asked.n_logprobs, {})
+    return _task(llm, asked, prompt, asked.max_tokens, asked.n_logprobs)
 
 
-def _task(llm: Llama, asked: Asked, prompt: Prompt, max_tokens: int | None, n_logprobs: int | None, more: dict[str, Any]) -> Task:
+def _task(llm: Llama, asked: Asked, prompt: Prompt, max_tokens: int | None, n_logprobs: int | None, grammar: str = "") -> Task:
     if len(prompt.tokens) >= llm.n_ctx():
         raise ApiError(
             400,
@@ -86,50 +81,37 @@ def _task(llm: Llama, asked: Asked, prompt: Prompt, max_tokens: int | None, n_lo
             code="context_length_exceeded",
             param="messages" if isinstance(asked, ChatRequest) else "prompt",
         )
-    sampling = dict(temp=asked.temperature, top_k=asked.top_k, top_p=asked.top_p, min_p=asked.min_p)
-    penalties = {name: getattr(asked, name) for name in ("repeat_penalty", "presence_penalty", "frequency_penalty")}
-    biased = {"logits_processor": [_bias(llm, asked.logit_bias)]} if asked.logit_bias else {}
+    sampling = {name: getattr(asked, name) for name in _SAMPLING} | {"temp": asked.temperature}
+    own = Constraints(asked.stops, grammar, _bias(llm, asked.logit_bias))
     seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed % _SEEDS
-    prompt = dataclasses.replace(prompt, stop=(*prompt.stop, *asked.stops))
-    return Task(prompt, max_tokens, seed, sampling | penalties | biased | more, n_logprobs)
+    return Task(own.ending(prompt), max_tokens, seed, sampling, own, n_logprobs)
 
 
-def _bias(llm: Llama, given: dict[str, float]) -> Callable[[Any, Any], Any]:
-    """A logits processor."""
+def _bias(llm: Llama, given: dict[str, float]) -> dict[int, float]:
     if not all(token.isascii() and token.isdigit() and int(token) < llm.n_vocab() for token in given):
         raise ApiError(400, f"logit_bias names tokens by their numbers, 0 to {llm.n_vocab() - 1}.", param="logit_bias")
-    ids, values = np.array([int(token) for token in given]), np.array(list(given.values()), np.float32)
-
-    def biased(_: Any, scores: Any) -> Any:
-        scores[ids] += values
-        return scores
-
-    return biased
+    return {int(token): value for token, value in given.items()}
 
 
-def _grammar(llm: Llama, schema: dict[str, Any]) -> Any:
-    """What llama.cpp keeps an answer to. Raises ApiError for a schema that cannot be written as a grammar."""
+def _grammar(schema: dict[str, Any]) -> str:
+    """What llama.cpp keeps an answer to; it is parsed when its turn comes. Raises ApiError for a schema that has no grammar."""
     try:
         _check(schema)
         text = json.dumps(schema)
         if len(text) > _MAX_SCHEMA_BYTES:
             raise ValueError(f"it has more than {_MAX_SCHEMA_BYTES} bytes")
-        grammars = import_module(f"{patched_llama_cpp.module().__name__}.llama_grammar")
-        written = grammars.json_schema_to_gbnf(text)
-        if len(written) > _MAX_GRAMMAR_BYTES:
+        grammar = constraints.from_schema(text)
+        if len(grammar) > _MAX_GRAMMAR_BYTES:
             raise ValueError("its grammar is too large")
-        grammar = grammars.LlamaGrammar.from_string(_CHARACTER.sub(_JSON_CHARACTER, written), verbose=False)
-        callbacks.check_grammar(llm._model, grammar)
-    except CacherouteError:
-        raise _no_grammar("llama.cpp cannot parse its grammar") from None
-    except Exception as e:  # llama-cpp-python's converter lets all kinds of errors out
-        reason = str(e) if type(e) in (ValueError, AssertionError) and str(e) else type(e).__name__
-        raise _no_grammar(reason[:200]) from None
+    except UsageError as e:
+        raise ApiError(400, str(e), param="response_format") from None
+    except (ValueError, RecursionError) as e:
+        raise _no_grammar(str(e)) from None
     return grammar
 
 
 def _no_grammar(reason: str) -> ApiError:
-    return ApiError(400, f"The JSON schema cannot be kept to ({reason.rstrip('.')}).", param="response_format")
+    return ApiError(400, f"The JSON schema cannot be used ({reason.rstrip('.')}).", param="response_format")
 
 
 def _check(schema: Any) -> None:

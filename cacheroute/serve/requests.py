@@ -94,8 +94,8 @@ class Asked(_Shape):
     store: Literal[False] = False
 
     @property
-    def stops(self) -> tuple[bytes, ...]:
-        return tuple(s.encode() for s in ([self.stop] if isinstance(self.stop, str) else self.stop) if s)
+    def stops(self) -> tuple[str, ...]:
+        return tuple(s for s in ([self.stop] if isinstance(self.stop, str) else self.stop) if s)
 
 
 class ChatRequest(Asked):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cacheroute.engine.completion import Completion
 from cacheroute.engine.stats import Stats
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.serve.failures import ApiError, failed, stopping
 from cacheroute.serve.logprobs import Logprobs, TokenLogprob
 from cacheroute.serve.prompts import Task
@@ -190,10 +190,12 @@ class Worker:
             if probabilities:
                 probabilities.add(token)
 
-        run = Completion(self.llm, task.prompt, task.max_tokens, task.seed, task.sampling, each_token=each_token)
+        sampling = dict(task.sampling)
+        run = Completion(self.llm, task.prompt, task.max_tokens, task.seed, sampling, each_token=each_token)
         end: Event = stopping()
         finish_reason = "cancelled"
         try:
+            sampling |= task.constraints.sampling(self.llm)  # here, since parsing a grammar turns llama.cpp's log over
             for text in run.pieces():
                 job.post(Piece(text, probabilities.released(text) if probabilities else []))
             finish_reason = run.finish_reason
@@ -202,6 +204,8 @@ class Worker:
         except KeyboardInterrupt:
             if not job.cancelled and not self.stopping:
                 raise  # Ctrl-C
+        except UsageError as e:
+            finish_reason, end = "failed", ApiError(400, str(e))
         except CacherouteError as e:
             finish_reason, end = "failed", ApiError(500, str(e), kind="server_error")
         except Exception as e:

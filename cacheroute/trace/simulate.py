@@ -117,8 +117,7 @@ class Replay:
         budget = budgets.parse(arm.budget, h.layout)
         arm.routing.check(h.n_expert, h.n_used, h.layers, h.model)
         strategies.capacities(arm.routing, budget, h.layout)
-        if arm.eviction not in evictions.ALL:
-            raise UsageError(f"There is no eviction {arm.eviction!r}; there are {', '.join(evictions.ALL)}.")
+        evictions.check(arm.eviction, evictions.ALL)
         if arm.eviction == BELADY and arm.routing.lossy:
             raise UsageError(
                 f"belady needs the future choices, which are known only with the routing `original`, not {arm.routing}."
@@ -205,6 +204,26 @@ class Replay:
             prompt_reads=sum(int(reads[i]) for i in of) if self._knows_batches else None,
             prompt_read_mib=sum(int(reads[i]) * h.expert_bytes[i] for i in of) / MIB if self._knows_batches else None,
         )
+
+
+def miss_rate(
+    scores: Sequence[npt.NDArray[np.float16]], n_used: int, capacity: int, routing: Routing, eviction: str, *, skip: int
+) -> float:
+    """Of decoded tokens with these scores, [n, E] of each layer: the share of their chosen experts that the cache did not hold.
+
+    The first `skip` tokens fill the cache and are not counted. The routing must fit (Routing.check).
+    """
+    shape = bindings.Shape(len(scores), scores[0].shape[1], n_used, capacity, evictions.ONLINE[eviction])
+    missed = 0
+    with _Router(shape, routing, _ORIGINAL) as router:
+        for i, z in enumerate(scores):
+            decoded = np.full(len(z), DECODE, np.uint8)
+            events = LayerEvents(np.ascontiguousarray(z).view(np.uint16), None, decoded, None)
+            router.replay(i, replace(events, z=events.z[:skip], flags=events.flags[:skip]))
+            before = router.counters(i).misses
+            router.replay(i, replace(events, z=events.z[skip:], flags=events.flags[skip:]))
+            missed += router.counters(i).misses - before
+    return missed / (n_used * sum(len(z) - skip for z in scores))
 
 
 def arms(

@@ -38,7 +38,7 @@ NUMBERS = [
     _usage("a chunk that C would wrap", f"eval perplexity -m {{tiny}} --chunk {HUGE}", r"--chunk is at most"),
     _usage("a chunk of tune that C would wrap", f"tune -m {{tiny}} --chunk {HUGE}", r"--chunk is at most"),
     _usage("more tokens than C counts", f"{RAW} -n {HUGE}", r"--n-predict is at most"),
-    _usage("tokens below -1", f"{RAW} -n -2", r"Invalid value for '-n'"),
+    _usage("tokens below -2", f"{RAW} -n -3", r"Invalid value for '-n'"),
     _usage("threads by the hundred thousand", f"{RAW} -t 100000", r"Invalid value for '-t'"),
     _usage("threads that C would wrap", f"{RAW} -t 99999999999", r"Invalid value for '-t'"),
     _usage("no threads", f"{RAW} -t 0", r"Invalid value for '-t'"),

@@ -1,0 +1,251 @@
+"""Habits of other tools, and names that are mistyped: they work, or are met with what was meant."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from cacheroute import Llama, UsageError
+from cacheroute.cli import habits
+from cacheroute.errors import did_you_mean
+from cacheroute.model import catalogue, experts, gguf_file
+from cacheroute.routing import budget as budgets
+from faults.runner import Outcome, in_process
+from support.cli import cacheroute, sentence
+
+RUN = ["--raw", "-p", "the", "-n", "2", "-c", "256", "-t", "1", "-s", "5", "--no-stdin"]
+
+
+def wrong(*words: object, code: int = 2) -> str:
+    """The one sentence of a command line that fails."""
+    outcome = in_process([str(word) for word in words])
+    lines = outcome.stderr.splitlines()
+    assert outcome.code == code and len(lines) == 1 and outcome.stdout == "", outcome
+    return lines[0].removeprefix("cacheroute: ")
+
+
+def right(*words: object) -> Outcome:
+    outcome = in_process([str(word) for word in words])
+    assert outcome.code == 0, outcome
+    return outcome
+
+
+def test_the_nearest_name() -> None:
+    assert did_you_mean("Bug_det", ["budget", "routing"]) == "did you mean budget?"
+    assert did_you_mean("zzz", ["budget"], "there is budget.") == "there is budget."
+
+
+# ---- commands
+
+
+def test_commands_of_other_tools_that_work(tiny: Path) -> None:
+    assert right("list").stdout == right("ls").stdout == right("models").stdout
+    assert right("show", tiny).stdout == right("inspect", tiny).stdout
+
+
+def test_run_answers_a_prompt_and_else_is_a_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ["generate", "chat", "models"]
+    for typed in (True, False):
+        monkeypatch.setattr(habits.prompt, "on_terminal", lambda typed=typed: typed)
+        assert habits.command(["run", "demo", "Hello", "there", "-n", "5"], known) == [
+            *("generate", "-m", "demo", "-p", "Hello there", "-n", "5")
+        ]
+        assert habits.command(["run", "-m", "demo", "--prompt=Hi"], known) == ["generate", "-m", "demo", "--prompt=Hi"]
+        assert habits.command(["run", "demo"], known) == ["chat" if typed else "generate", "-m", "demo"]
+    assert habits.command(["run"], ["run"]) == ["run"], "a command of that name comes first"
+
+
+def test_run_works(tiny: Path) -> None:
+    done = right("run", tiny, "the", *RUN[:1], *RUN[3:])
+    assert done.stdout and f"run: cacheroute generate -m {tiny} -p the --raw" in done.stderr
+    assert done.stdout == right("generate", "-m", tiny, *RUN).stdout
+
+
+def test_commands_that_do_not_exist(tiny: Path) -> None:
+    assert wrong("ps").startswith("A model is loaded only while a command runs") and "`cacheroute models`" in wrong("ps")
+    assert wrong("rm", tiny) == f"No command deletes models, as other programs may use them: {tiny} is {tiny}."
+    assert "is not one on this disk" in wrong("rm", "no-such-model") and "-o json" in wrong("rm")
+    assert tiny.exists()
+    assert wrong("genrate") == "There is no command genrate; did you mean generate? See `cacheroute --help`."
+    assert "did you mean --help?" in wrong("help")
+    assert wrong("xyzzy") == "There is no command xyzzy. See `cacheroute --help`."
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["generate", "--bugdet", "5"], "There is no option --bugdet; did you mean --budget? See `cacheroute generate --help`."),
+        (["generate", "-prompt", "Hi"], "There is no option -prompt; did you mean --prompt?"),
+        (["generate", "-sis", "Hi"], "There is no option -sis; did you mean -sys?"),
+        (["generate", "--promt=Hi"], "There is no option --promt; did you mean --prompt?"),
+        (["generate", "-fa", "-p", "Hi"], "There is no option -fa here."),
+        (["generate", "-fa", "on", "-p", "Hi"], "There is no option -fa here."),
+        (["eval", "perplexity", "--chunks", "5"], "did you mean --chunk? See `cacheroute eval perplexity --help`."),
+        (["bench", "--rooting", "original"], "did you mean --routing?"),
+        (["generate", "-p", "a", "-p", "b"], "-p is given 2 times; write one text, or many with --prompts."),
+        (["generate", "-p", "a", "--prompt", "b"], "-p is given 2 times"),
+        (["generate", "-n", "-3", "-p", "a"], "Invalid value for '-n'"),
+        (
+            ["generate", "-cnv", "-m", "demo"],
+            "-cnv: `generate` answers one prompt; `cacheroute chat -m demo` holds a conversation.",
+        ),
+        (["generate", "-i", "-hf", "a/b"], "`cacheroute chat -hf a/b` holds a conversation."),
+        (["generate", "-hf", "a/b", "-m", "demo"], "Two models are named, demo and hf:a/b; give one."),
+        (["generate", "-hf"], "-hf names a repository"),
+        (["generate", "-hff", "x.gguf"], "-hf OWNER/REPO:FILE"),
+        (["generate", "-hf", "nobody/nothing", "-p", "Hi"], "run `cacheroute pull hf:nobody/nothing`."),
+        (["generate", "-c", "4kk", "-p", "Hi"], "Invalid value for '-c'"),
+    ],
+)
+def test_options_that_are_not_meant(words: list[str], meant: str) -> None:
+    said = wrong(*words)
+    assert meant in said and said.count("did you mean") <= 1
+
+
+def options() -> dict[str, object]:
+    import typer
+
+    from cacheroute.cli import app
+
+    command = typer.main.get_command(app)
+    return habits.options_of(command.commands["generate"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "become"),
+    [
+        (["-hf", "a/b:Q4_K_M"], ["--model", "hf:a/b:Q4_K_M"]),
+        (["--hf-repo=a/b"], ["--model", "hf:a/b"]),
+        (["-ngl", "99", "-p", "Hi"], ["-p", "Hi"]),
+        (["--n-gpu-layers=99", "--cpu-moe"], []),
+        (["-c", "4k"], ["-c", "4096"]),
+        (["-c32K"], ["-c32768"]),
+        (["--ctx_size=4k", "--ctx_size", "512"], ["--ctx-size=4096", "--ctx-size", "512"]),
+        (["--top_k", "5", "--temperature", "0.5"], ["--top-k", "5", "--temp", "0.5"]),
+        (["-p", "-ngl", "-n5"], ["-p", "-ngl", "-n5"]),  # a value is a value
+        (["-p", "--ctx_size 4k"], ["-p", "--ctx_size 4k"]),
+        (["-no-cnv", "-st", "-n", "0"], ["--raw", "-n", "0"]),
+        (["-p", "a", "--", "-ngl"], ["-p", "a", "--", "-ngl"]),
+        (["-h"], ["-h"]),
+        (["-m"], ["-m"]),
+    ],
+)
+def test_options_that_mean_the_same(words: list[str], become: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert habits.arguments("cacheroute generate", words, options()) == become
+    said = capsys.readouterr().err
+    assert ("changes nothing: experts run on the CPU" in said) == (bool({"-ngl", "--n-gpu-layers=99"} & set(words[:1])))
+
+
+def test_options_of_other_tools_work(tiny: Path) -> None:
+    plain = right("generate", "-m", tiny, *RUN)
+    other = right("generate", "-m", tiny, *RUN, "-ngl", "99", "--ctx_size", "256", "-st")
+    assert plain.stdout == other.stdout
+    assert "-ngl changes nothing" in other.stderr
+    assert (
+        right("generate", "-m", tiny, *RUN[:4], "-2", *RUN[5:]).stdout
+        == right("generate", "-m", tiny, *RUN[:4], "-1", *RUN[5:]).stdout
+    )
+    assert right("generate", "-m", tiny, *RUN[:4], "0", *RUN[5:]).stdout == "\n"
+
+
+def test_a_terminal_without_a_prompt_is_told_of_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cacheroute.cli import prompt
+
+    monkeypatch.setattr(prompt, "on_terminal", lambda: True)
+    assert wrong("generate") == "The prompt is empty; give one with -p, -f or a pipe; `cacheroute chat` holds a conversation."
+
+
+def test_standard_input_can_be_left_alone(tiny: Path) -> None:
+    with_it = cacheroute("generate", "-m", tiny, *RUN[:-1], stdin=" of")
+    without = cacheroute("generate", "-m", tiny, *RUN, stdin=" of")
+    alone = cacheroute("generate", "-m", tiny, *RUN[:-1])
+    assert "3 bytes of standard input follow the prompt; --no-stdin leaves them out" in with_it.stderr
+    assert without.stdout == alone.stdout != with_it.stdout
+    assert "The prompt is empty" in sentence(cacheroute("generate", "--no-stdin", stdin="the"), 2)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--routing", "cache-piror:lambda=0.1"], "There is no routing 'cache-piror'; did you mean cache-prior?"),
+        (["--routing", "Original"], "did you mean original?"),
+        (["--routing", "nonsense"], "there are original, pruning"),
+        (["--eviction", "soft-lfru"], "There is no eviction 'soft-lfru'; did you mean soft-lfu?"),
+        (["--eviction", "fifo"], "there are lru, lfu, score, soft-lfu."),
+        (["--prompt-routing", "kepe:cover=0.9"], "did you mean keep?"),
+    ],
+)
+def test_names_of_routings_and_evictions(tiny: Path, words: list[str], meant: str) -> None:
+    assert meant in wrong("generate", "-m", tiny, *RUN, *words)
+
+
+def test_names_of_models(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(tiny, tmp_path / "tiny.gguf")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    near = f"There is no file {tmp_path / 'tyni.gguf'}; did you mean {tmp_path / 'tiny.gguf'}?"
+    assert wrong("inspect", tmp_path / "tyni.gguf") == near
+    assert "did you mean demo?" in wrong("inspect", "dmeo")
+    for name in ("qwen3-30b-a3b", "hf:a/b", "a/b", "a/b:Q4_K_M"):
+        said = wrong("inspect", name)
+        assert "is not on this disk: run `cacheroute pull " in said and "hf:hf:" not in said, "one exit code for what is not here"
+    there = tmp_path / "hub" / "models--me--tiny" / "snapshots" / "1"
+    there.mkdir(parents=True)
+    shutil.copy(tiny, there / "tiny-F16.gguf")
+    assert catalogue.resolve("me/tiny") == catalogue.resolve("me/tiny:F16") == there / "tiny-F16.gguf"
+    assert json.loads(right("inspect", "me/tiny:f16", "-o", "json").stdout)["experts"] == 32
+
+
+@pytest.mark.parametrize("size", ["8G", "8GB", "8GiB", "8g", "8 GB", "0.5", "1.0", "50%"])
+def test_sizes_of_a_budget(tiny: Path, size: str) -> None:
+    layout = experts.layout(gguf_file.read(tiny))
+    assert budgets.parse(size, layout).capacity == (16 if size in ("0.5", "50%") else 32)
+
+
+def test_shares_in_python(tiny: Path) -> None:
+    layout = experts.layout(gguf_file.read(tiny))
+    assert budgets.parse(0.5, layout) == budgets.parse("50%", layout) == budgets.parse(16, layout)
+    assert budgets.parse(1.0, layout) == budgets.parse("all", layout)
+    for nothing in (0.0, 0.01, 1.5, True):
+        with pytest.raises(UsageError):
+            budgets.parse(nothing, layout)
+
+
+# ---- Python
+
+
+@pytest.mark.engine
+def test_arguments_of_the_class(tiny: Path) -> None:
+    with pytest.raises(UsageError, match=r"^Llama has no argument 'bugdet'; did you mean budget\?$"):
+        Llama(str(tiny), bugdet=0.5)
+    with pytest.raises(UsageError, match=r"did you mean n_ctx\?"):
+        Llama(str(tiny), n_cxt=512)
+    with pytest.raises(UsageError, match=r"Llama has no argument 'xyzzy'; help\(cacheroute\.Llama\)"):
+        Llama(str(tiny), xyzzy=1)
+    with closing(Llama(tiny, budget=0.5, n_ctx=64, verbose=False, use_extra_bufts=True)) as llm:
+        assert llm.budget.capacity == 16
+        llm.configure(budget=0.25)
+        assert llm.budget.capacity == 8
+
+
+@pytest.mark.engine
+def test_names_of_models_in_python(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with closing(Llama("demo", n_ctx=64, verbose=False)) as llm:
+        assert llm.layout.paths[0] == demo_model and llm.model_path == str(demo_model)
+    for name, said in (("qwen3-30b-a3b", "run `cacheroute pull qwen3-30b-a3b`"), ("dmeo", "did you mean demo"), ("", "no name")):
+        with pytest.raises(UsageError, match=said):
+            Llama(name)
+    shutil.copy(tiny, tmp_path / "demo")  # a path comes first, as ever
+    with closing(Llama("demo", n_ctx=64, verbose=False)) as llm:
+        assert llm.layout.n_expert == 32 and llm.model_path == "demo"
