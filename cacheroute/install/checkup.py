@@ -70,7 +70,8 @@ def checks(root: Path = Path("/")) -> Iterator[Check]:
 def _engine(root: Path) -> Iterator[Check]:
     state = engine_build.installed_state()
     if state.advice:
-        yield Check("engine", "fail", state.advice.partition(":")[0], "run `cacheroute setup`")
+        found, _, advice = state.advice.partition(": ")
+        yield Check("engine", "fail", found, advice)
         return
     try:
         llama_cpp = patched_llama_cpp.module()
