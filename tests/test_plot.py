@@ -269,6 +269,18 @@ def test_a_figure_says_in_words_what_it_shows(rows: list[simulate.Row], tmp_path
         )
 
 
+def test_the_words_have_the_gain_for_a_small_loss(tmp_path: Path) -> None:
+    def alt(found: list[dict[str, object]], kind: str = "") -> str:
+        (tmp_path / "r.json").write_text(json.dumps(found))
+        return figures.chart([tmp_path / "r.json"], kind).alt
+
+    found = result_rows(["original", "pruning:k=6", "cache-prior:lambda=0.1", "pruning:k=1"], [0.0, 0.004, 0.008, 0.9])
+    assert alt(found).endswith("For 0.8%, cache prior λ 0.1 at 50% has 4.8 in place of 5.")
+    timed = [{**row, "ts": ts} for row, ts in zip(found, (10, 30, 20, 90), strict=True)]
+    assert alt(timed, "speed").endswith("For 0.4%, pruning k 6 at 50% has 30 in place of 10.")
+    assert alt(found[:1]).endswith("in memory: original (lossless).")
+
+
 def test_words_of_routings() -> None:
     assert words.routing("original") == "original (lossless)"
     assert words.routing("cache-prior:lambda=0.2:j=2") == "cache prior λ 0.2, j 2"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _SPEEDUPS = (1.25, 1.5, 2.0)  # over `original` at the same budget: where strategies are compared
 _NEAR = 0.06  # of an axis: labels of points closer than that would cover each other
+_LITTLE = 1.0  # percent of loss
 _FEW = 3  # points above the axis that are labelled one by one
 _FILLS = ("full", "none", "bottom", "left")  # of marks, by eviction
 
@@ -78,8 +79,8 @@ def frontier(rows: Sequence[Row]) -> Chart:
     for p in points:
         mark = "*" * (p in best)
         cells.append([p.row.budget, name(p.row), p.row.eviction, f"{p.x:.3f}", f"{p.y:.3f}", mark])
-    alt = f"{quality.label[0].upper()}{quality.label[1:]}, against the MiB {kind} per token"
-    return Chart(cells, _drawing(points, best, f"MiB {kind} per token", quality.label), _alt(alt, points), note)
+    x = f"MiB {kind} per token"
+    return Chart(cells, _drawing(points, best, x, quality.label), _alt(points, quality, x), note)
 
 
 def _qualities(rows: Sequence[Row]) -> tuple[_Quality, list[Row], str]:
@@ -105,11 +106,23 @@ def _best(points: Sequence[_Point]) -> list[_Point]:
     return [p for i, p in enumerate(points) if all(p.y < before.y for before in points[:i])]
 
 
-def _alt(what: str, points: Sequence[_Point]) -> str:
+def _alt(points: Sequence[_Point], quality: _Quality, x: str) -> str:
+    """What there is to see, and the greatest gain for at most _LITTLE percent of loss."""
     series = dict.fromkeys(words.strategy(p.row.strategy) for p in points)
     budgets = dict.fromkeys(words.budget(p.row.budget) for p in sorted(points, key=lambda p: p.row.budget_experts))
-    model = points[0].row.model or "one model"
-    return f"{what}, {model}: {words.listed(list(series))}; memory for {words.listed(list(budgets))} of the experts."
+    what = quality.label.replace(", %", " in %")
+    said = (
+        f"{what[0].upper()}{what[1:]} against {x}, {points[0].row.model or 'one model'}, with {words.listed(list(budgets))} "
+        f"of the experts in memory: {words.listed(list(series))}."
+    )
+    base = {(p.row.budget, p.variant): p for p in points if p.row.strategy == "original"}
+    pairs = [(p, base[p.row.budget, p.variant]) for p in points if (p.row.budget, p.variant) in base]
+    cheap = [(p, o) for p, o in pairs if p is not o and p.y <= _LITTLE and min(p.x, o.x) > 0] if "%" in quality.label else []
+    if not cheap:
+        return said
+    p, o = max(cheap, key=lambda pair: abs(math.log(pair[0].x / pair[1].x)))
+    routing, budget = words.routing(p.row.routing), words.budget(p.row.budget)
+    return f"{said} For {p.y:.2g}%, {routing} at {budget} has {p.x:.3g} in place of {o.x:.3g}."
 
 
 def speed(rows: Sequence[Row]) -> Chart:
@@ -131,8 +144,7 @@ def speed(rows: Sequence[Row]) -> Chart:
     left = len(rows) - len(points)
     note = f"{left} rows without tok/s are left out." if left else ""
     best = _best(sorted(points, key=lambda p: (-p.x, p.y)))
-    alt = _alt(f"{quality.label[0].upper()}{quality.label[1:]}, against decoded tokens per second", points)
-    return Chart(cells, _drawing(points, best, "tok/s", quality.label), alt, note)
+    return Chart(cells, _drawing(points, best, "tok/s", quality.label), _alt(points, quality, "decoded tokens per second"), note)
 
 
 def _at(speedup: float, base: _Point, own: Sequence[_Point]) -> float | None:
@@ -172,7 +184,8 @@ def _drawing(points: Sequence[_Point], best: Sequence[_Point], x: str, y: str) -
         top = _frame(axes, points)
         _originals(axes, points)
         _parameters(axes, points, [p for p in best if p.y <= top])
-        style.finish(axes, x, y, points[0].row.model)
+        spread = any(p.low is not None and p.high is not None for p in points)
+        style.finish(axes, x, y + " (strokes: 95% interval)" * spread, points[0].row.model)
 
     return draw
 
