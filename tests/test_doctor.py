@@ -84,6 +84,8 @@ def test_a_cache_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch) -
 def test_packages_that_are_missing_are_named() -> None:
     assert checkup._extras(lambda _: None).found.startswith("not installed: huggingface_hub (for pull), ")
     assert checkup._extras(lambda _: True).advice == ""
+    assert "pip install NAME" in checkup._extras(lambda name: name == "pip").advice
+    assert checkup._extras(lambda _: None).advice.startswith("uv pip install NAME"), "without pip"
 
 
 def test_storage_is_measured_without_a_model_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

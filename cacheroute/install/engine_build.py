@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import cache_dir, packaged, sha256
+from cacheroute.install import compilers
 from cacheroute.install.machine import available_memory, cores
 from cacheroute.install.tools import (
     PlainProgress,
@@ -168,7 +169,7 @@ def recipe(portable: bool = False) -> dict[str, Any]:
         "portable": portable,
         "settings": [_SETTINGS, _DEFINES, _CMAKE_INCLUDE],
         "environment": {name: os.environ[name] for name in OBEYED if name in os.environ},
-        "compilers": {lang: _compiler_identity(lang, portable) for lang in ("c", "c++")},
+        "compilers": {lang: compilers.identity(lang, portable) for lang in ("c", "c++")},
         "platform": [sysconfig.get_platform(), *platform.libc_ver()],
     }
 
@@ -182,34 +183,6 @@ def _diff(patch: Path) -> str:
 def key_of(made_of: Mapping[str, Any]) -> str:
     """Name of the cache folder of a recipe: 20 hexadecimal digits."""
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def find_compiler(lang: str) -> list[str]:
-    """Command of the C or C++ compiler, `lang` as gcc's -x names it. One sentence if there is none."""
-    variable, names = ("CC", ("cc", "gcc", "clang")) if lang == "c" else ("CXX", ("c++", "g++", "clang++"))
-    chosen = shlex.split(os.environ.get(variable, ""))
-    found = next((path for path in map(shutil.which, chosen[:1] or names) if path), None)
-    if found:
-        return [found, *chosen[1:]]
-    if chosen:
-        raise CacherouteError(f"{variable} names {chosen[0]}, which is not there: install it or unset {variable}")
-    raise CacherouteError(
-        f"no {'C' if lang == 'c' else 'C++'} compiler found ({', '.join(names)}): install one "
-        "(Debian: apt install g++, macOS: xcode-select --install, Termux: pkg install clang) "
-        f"or set {variable}"
-    )
-
-
-def _compiler_identity(lang: str, portable: bool) -> str:
-    """Hash of the macros that the compiler predefines: its make, its version, the target and, for a
-    native build, every CPU feature it will use."""
-    command = find_compiler(lang)
-    for native in [[]] if portable else [["-march=native"], ["-mcpu=native"], []]:
-        call = [*command, *native, "-dM", "-E", "-x", lang, os.devnull]
-        done = subprocess.run(call, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return hashlib.sha256((shlex.join(native) + done.stdout).encode()).hexdigest()
-    raise CacherouteError(f"the compiler {shlex.join(command)} does not run: {last_line(done.stderr)}")
 
 
 # --- the whole line
@@ -400,8 +373,8 @@ def _compile(source: Path, options: BuildOptions, work: Path, key: str, progress
         "SKBUILD_CMAKE_DEFINE": ";".join(f"{name}={value}" for name, value in defines.items()),
         "SKBUILD_BUILD_DIR": str(work / "build"),
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
-        "CC": shlex.join(find_compiler("c")),
-        "CXX": shlex.join(find_compiler("c++")),
+        "CC": shlex.join(compilers.find("c")),
+        "CXX": shlex.join(compilers.find("c++")),
         "GIT_CEILING_DIRECTORIES": str(source.parent),  # llama.cpp asks git for its own commit
         "TMPDIR": str(work),  # a small /tmp must not end a build for which the cache has room
     }
