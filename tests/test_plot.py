@@ -210,6 +210,11 @@ def test_a_legend_has_at_most_eight_entries(tmp_path: Path) -> None:
     for kind in ("frontier", "misses"):
         figure = drawn(result_rows(["original", *many], [0.0, *(0.01 + i / 1000 for i in range(12))]), tmp_path, kind)
         assert len(legend_of(figure)) == style.MOST and any(text.endswith(" others") for text in legend_of(figure))
+    found = result_rows(["original", *many], [0.0] * 13)
+    for i, row in enumerate(found):
+        row["miss_rate"] = 0.5 - 0.01 * i
+    named = legend_of(drawn(found, tmp_path, "misses"))
+    assert named[0] == "original (lossless), LRU" and "own11 a 11, LRU" in named and "own0 a 0, LRU" not in named
     few = drawn(result_rows(["original", *many[:6]], [0.0] * 7), tmp_path, "frontier")
     assert len(legend_of(few)) == 7 and not any("others" in text for text in legend_of(few))
 

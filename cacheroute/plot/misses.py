@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cacheroute.plot import style, words
@@ -31,7 +31,8 @@ def chart(rows: Sequence[Row]) -> Chart:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         paper = _paper(rows)
-        alone, grouped = style.kept(series, style.MOST - len(paper))
+        most = style.MOST - len(paper)
+        alone, grouped = style.kept(series if len(series) <= most else _ranked(series, rate), most)
         for n, (routing, eviction) in enumerate([*alone, *grouped]):
             own = [b for b in budgets if (routing, eviction, b) in rate]
             ys = [rate[routing, eviction, b] for b in own]
@@ -52,6 +53,16 @@ def chart(rows: Sequence[Row]) -> Chart:
         f"the fewest, {100 * best.miss_rate:.1f}%, with {_label(name(best), best.eviction)} at {words.budget(best.budget)}."
     )
     return Chart(cells, draw, alt)
+
+
+def _ranked(series: Sequence[tuple[str, str]], rate: Mapping[tuple[str, str, int], float]) -> list[tuple[str, str]]:
+    """Those with a name first where not all can have one: what the others are compared with, then the fewest misses."""
+
+    def rank(own: tuple[str, str]) -> tuple[bool, float]:
+        values = [v for (routing, eviction, _), v in rate.items() if (routing, eviction) == own]
+        return not own[0].startswith("original"), sum(values) / len(values)
+
+    return sorted(series, key=rank)
 
 
 def name(row: Row) -> str:
