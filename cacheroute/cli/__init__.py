@@ -11,7 +11,7 @@ import typer
 import typer.core
 
 from cacheroute import files, interrupts
-from cacheroute.cli import completion, eval_prompt, groups, options, settings
+from cacheroute.cli import completion, defaults, eval_prompt, groups, options
 from cacheroute.cli import eval as evaluation
 from cacheroute.cli.bench import bench
 from cacheroute.cli.chat import chat
@@ -52,12 +52,12 @@ app = typer.Typer(
 class _Command(typer.core.TyperCommand):
     """A command that fails with one sentence and an exit code, ends silently at a closed pipe, and with a line at Ctrl-C.
 
-    What is not typed of its options may be set in the environment or in the user's file (settings.py).
+    What is not typed of its options may be set in the environment or in the user's file (defaults.py).
     """
 
     def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
         try:
-            found = settings.of(parent, info_name, self)
+            found = defaults.of(parent, info_name, self)
         except CacherouteError as e:
             if not (extra.get("resilient_parsing") or info_name == "doctor" or {"-h", "--help"} & {*args}):
                 raise _USAGE_ERROR(str(e)) from None
@@ -66,11 +66,11 @@ class _Command(typer.core.TyperCommand):
             values = {name: setting.value for name, setting in found.items()}
             ctx = super().make_context(info_name, args, parent, **{"default_map": values, **extra})
         except typer.BadParameter as e:
-            said = settings.refused(e, found)
+            said = defaults.refused(e, found)
             if said:
                 raise _USAGE_ERROR(said, e.ctx) from None
             raise
-        ctx.meta[settings.META] = found
+        ctx.meta[defaults.META] = found
         return ctx
 
     def invoke(self, ctx: Any) -> Any:
@@ -78,12 +78,12 @@ class _Command(typer.core.TyperCommand):
             interrupts.command_begins()
             for parameter in self.params:
                 options.check_number(max(parameter.opts, key=len), ctx.params.get(parameter.name))
-            for sentence in settings.lossy(ctx):
+            for sentence in defaults.lossy(ctx):
                 say(sentence)
             super().invoke(ctx)
             sys.stdout.flush()
         except CacherouteError as e:
-            code = _said(settings.blamed(str(e), ctx), e.exit_code)
+            code = _said(defaults.blamed(str(e), ctx), e.exit_code)
         except BrokenPipeError:
             _discard_stdout()
             code = 0

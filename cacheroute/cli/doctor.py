@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cacheroute.cli import options, settings
+from cacheroute.cli import defaults, options
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB, printable
 from cacheroute.install import checkup
@@ -48,15 +48,15 @@ def doctor(
 
 def _settings(ctx: typer.Context) -> Iterator[Check]:
     """Defaults of options that are set outside the command line, here and for other commands."""
-    known = settings.options_of_all(ctx.find_root().command)
+    known = defaults.options_of_all(ctx.find_root().command)
     try:
-        file = settings.read(known)
+        file = defaults.read(known)
     except CacherouteError as e:
         yield Check("settings", "fail", str(e).rstrip("."), "correct it there")
         return
-    where = f"{file.path}" if file.path else f"no file {settings.default_path() or ''}".strip()
-    yield Check("settings", "ok", "; ".join([where, *settings.in_effect(file, known)]))
-    strange = settings.strange_variables(known)
+    where = f"{file.path}" if file.path else f"no file {defaults.default_path() or ''}".strip()
+    yield Check("settings", "ok", "; ".join([where, *defaults.in_effect(file, known)]))
+    strange = defaults.strange_variables(known)
     if strange:
         yield Check("variables", "warn", f"{', '.join(strange)} set nothing", "see the end of `cacheroute --help` for their form")
 

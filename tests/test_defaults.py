@@ -10,9 +10,9 @@ import pytest
 import typer
 
 from cacheroute import cli
-from cacheroute.cli import settings
+from cacheroute.cli import defaults
 
-COMMANDS = settings.options_of_all(typer.main.get_command(cli.app))
+COMMANDS = defaults.options_of_all(typer.main.get_command(cli.app))
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def chosen(command: str) -> dict[str, Any]:
-    found = settings.chosen(settings.read(COMMANDS), command, COMMANDS[command])
+    found = defaults.chosen(defaults.read(COMMANDS), command, COMMANDS[command])
     return {name: setting.value for name, setting in found.items()}
 
 
@@ -119,16 +119,16 @@ def test_a_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("CACHEROUTE_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr("sys.platform", "linux")
-    assert settings.default_path() == tmp_path / "cacheroute" / "config.toml"
+    assert defaults.default_path() == tmp_path / "cacheroute" / "config.toml"
     assert run("routing") == 0, "nobody needs to have one"
 
 
 def test_names_are_free_of_other_meanings() -> None:
     """What [common] has exists in several commands, and no option's variable is one that means something else."""
-    for key in (*settings._FOR_ALL, *settings._FOR_ANSWERS):
+    for key in (*defaults._FOR_ALL, *defaults._FOR_ANSWERS):
         assert sum(key in options for options in COMMANDS.values()) >= 2, key
-    assert not settings._variables(COMMANDS) & {*settings._OTHER_VARIABLES}
-    variables = [settings.variable(command, key) for command, options in COMMANDS.items() for key in options]
+    assert not defaults._variables(COMMANDS) & {*defaults._OTHER_VARIABLES}
+    variables = [defaults.variable(command, key) for command, options in COMMANDS.items() for key in options]
     assert len(variables) == len(set(variables))
     assert not {"force", "replace", "help"} & {key for options in COMMANDS.values() for key in options}
 
@@ -137,13 +137,13 @@ def test_what_is_in_effect_is_told(config: Any, monkeypatch: pytest.MonkeyPatch)
     config('[common]\nbudget = "2GiB"\n[chat]\nsystem = "Be brief."\n')
     monkeypatch.setenv("CACHEROUTE_CHAT_BUDGET", "50%")
     monkeypatch.setenv("CACHEROUTE_BUGDET", "50%")
-    assert settings.in_effect(settings.read(COMMANDS), COMMANDS) == [
+    assert defaults.in_effect(defaults.read(COMMANDS), COMMANDS) == [
         "[common] budget = '2GiB' (overridden by CACHEROUTE_CHAT_BUDGET)",
         "[chat] system = 'Be brief.'",
         "CACHEROUTE_CHAT_BUDGET='50%'",
     ]
-    assert settings.strange_variables(COMMANDS) == ["CACHEROUTE_BUGDET"]
-    assert settings._shown("api-key", "abc") == "(not shown)"
+    assert defaults.strange_variables(COMMANDS) == ["CACHEROUTE_BUGDET"]
+    assert defaults._shown("api-key", "abc") == "(not shown)"
 
 
 @pytest.mark.engine

@@ -34,7 +34,7 @@ _ANSWERS = ("generate", "chat", "serve")
 _NEVER = ("force", "replace")
 """An option that replaces what a person has is given where it happens."""
 _OTHER_VARIABLES = ("CACHEROUTE_CACHE", "CACHEROUTE_CONFIG", "CACHEROUTE_LIBRARY")
-META = "cacheroute.settings"
+META = "cacheroute.defaults"
 """Where a context keeps what of() has found."""
 _SECRETS = ("key", "token", "password")
 
