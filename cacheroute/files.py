@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import select
 import stat
 import sys
@@ -19,6 +20,18 @@ from typing import Any
 from cacheroute.errors import CacherouteError, UsageError
 
 MIB, GIB = 1024**2, 1024**3
+UNITS = {
+    "kib": 1024,
+    "mib": MIB,
+    "gib": GIB,
+    "kb": 1000,
+    "mb": 1000**2,
+    "gb": 1000**3,
+    "k": 1024,
+    "m": MIB,
+    "g": GIB,
+}
+"""Bytes of each unit of a size, in small letters."""
 PACKAGE = Path(__file__).resolve().parent
 VERSION = importlib.metadata.version("cacheroute")
 
@@ -26,6 +39,14 @@ VERSION = importlib.metadata.version("cacheroute")
 def packaged(name: str) -> Path | None:
     """A file that is beside this package in a checkout and inside it once installed; None if it is in neither."""
     return next((path for path in (PACKAGE / name, PACKAGE.parent / name) if path.exists()), None)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as 8GiB, 8GB, 8G or 512MiB. Raises UsageError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip().lower())
+    if not match or match[2] not in UNITS:
+        raise UsageError(f"{text!r} is not a size; write it as 8GiB, 8GB or 512MiB.")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def is_text(text: str) -> bool:

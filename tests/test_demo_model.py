@@ -51,6 +51,19 @@ def test_two_builds_give_the_same_bytes(wheel: Path, model: Path, tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["again.gguf"]
 
 
+def test_the_f16_source_is_the_demo_model_before_rounding(wheel: Path, header: gguf.GGUFReader, tmp_path: Path) -> None:
+    out = tmp_path / "source.gguf"
+    demo_model.build(out, wheel, check=False, kind=gguf.GGMLQuantizationType.F16)
+    source = {t.name: t for t in gguf.GGUFReader(out).tensors}
+    assert source.keys() == {t.name for t in header.tensors}
+    rounded = [t for t in header.tensors if source[t.name].tensor_type is not t.tensor_type]
+    assert {t.tensor_type.name for t in rounded} == {"Q8_0"} and len(rounded) == 5 * demo_model.LAYERS
+    assert all(source[t.name].tensor_type is gguf.GGMLQuantizationType.F16 for t in rounded)
+    for t in (t for t in rounded if t.name.startswith("blk.7.")):
+        again = gguf.quantize(np.asarray(source[t.name].data, np.float32), t.tensor_type)
+        assert (again == t.data).mean() > 0.98, t.name
+
+
 def test_metadata_is_that_of_a_fine_grained_moe(header: gguf.GGUFReader) -> None:
     value = {name: field.contents() for name, field in header.fields.items()}
     assert value["general.architecture"] == "granitemoe"

@@ -18,10 +18,11 @@ MAY_IMPORT = {
     "routing": {"native", "model"},
     "trace": {"native", "model", "routing"},
     "engine": {"native", "install", "model", "routing", "trace"},
+    "forecast": {"native", "install", "model", "routing", "trace", "engine"},
     "bench": {"native", "install", "model", "trace", "engine"},
     "evals": {"native", "install", "model", "routing", "trace", "engine"},
     "plot": {"trace"},
-    "cli": {"install", "model", "routing", "trace", "engine", "bench", "evals", "plot"},
+    "cli": {"install", "model", "routing", "trace", "engine", "forecast", "bench", "evals", "plot"},
 }
 
 

@@ -12,7 +12,7 @@ import gguf
 import pytest
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.model import catalogue, demo_model
+from cacheroute.model import catalogue, demo_model, memory_plan
 from cacheroute.model.catalogue import ModelEntry
 from support import tiny_models
 
@@ -248,17 +248,15 @@ def test_models_lists_the_catalogue_and_the_disk(
     rows = {m["name"]: m for m in listed["models"]}
     assert list(rows)[:-1] == list(CATALOGUE)
     mine = rows["hf:me/tiny-GGUF:tiny-F16.gguf"]
-    assert (mine["experts"], mine["used"], mine["fits"], mine["suggested_budget"]) == (32, 4, "yes", "50%")
+    assert (mine["experts"], mine["used"], mine["fits"], mine["suggested_budget"]) == (32, 4, "yes", "all")
     assert mine["quantisation"] == "F16"
     assert mine["nbytes"] == len(tiny) and Path(mine["path"]).read_bytes() == tiny
     qwen = rows["qwen3-30b-a3b"]
-    entry = CATALOGUE["qwen3-30b-a3b"]
-    experts = int(qwen["suggested_budget"])  # 64 do not fit 4 GiB
-    assert entry.used <= experts < 64
-    assert entry.dense_bytes + experts * entry.expert_bytes <= 4 * GIB < entry.dense_bytes + (experts + 1) * entry.expert_bytes
+    plan = memory_plan.of_entry(CATALOGUE["qwen3-30b-a3b"], n_ctx=4096, free=4 * GIB)
+    assert plan.capacity and plan.n_used <= plan.capacity < 64 and int(qwen["suggested_budget"]) == plan.capacity
     assert qwen["path"] is None and qwen["fits"] == "yes"
     assert rows["phi-3.5-moe"]["fits"] == "needs 23.6 GiB of disk"
-    assert rows["olmoe-1b-7b"]["suggested_budget"] == "50%"
+    assert rows["granite-3.1-3b-a800m"]["suggested_budget"] == "all"
 
     command.models("text")
     lines = capsys.readouterr().out.splitlines()
@@ -274,9 +272,22 @@ def test_a_model_that_does_not_fit_reports_what_it_needs(
     monkeypatch.setattr(command, "free_disk", lambda _: 100 * GIB)
     command.models("json")
     mixtral = next(m for m in json.loads(capsys.readouterr().out)["models"] if m["name"] == "mixtral-8x7b")
-    assert (mixtral["fits"], mixtral["suggested_budget"]) == ("needs 7.4 GiB of memory", None)
+    assert (mixtral["fits"], mixtral["suggested_budget"]) == ("needs 8.7 GiB of memory", None)
 
 
 def test_an_unknown_output_lists_what_there_is() -> None:
     with pytest.raises(UsageError, match="text and json"):
         command.models("xml")
+
+
+def test_what_fits_goes_by_the_header_where_the_model_is_here(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = tiny_models.write("qwen3moe", tmp_path / "tiny.gguf").read_bytes()
+    entry = CATALOGUE["olmoe-1b-7b"]
+    path = in_hub(home, entry.repository, entry.file, content=tiny)
+    assert command._fit(entry, path, GIB) == ("yes", "all")
+    assert command._fit(entry, None, GIB)[0].startswith("needs ")
+    assert command._fit(entry, put(home / "cut.gguf"), 64 * GIB) == ("yes", "all")  # by the catalogue
+    monkeypatch.setattr(memory_plan, "available_memory", lambda: None)
+    assert command._fit(entry, path, None) == ("?", None)

@@ -62,3 +62,20 @@ def test_ctrl_c_goes_to_the_parent_only() -> None:
         pid = pool.submit(os.getpid).result()
         os.kill(pid, signal.SIGINT)
         assert pool.submit(os.getpid).result() == pid
+
+
+def test_ctrl_c_while_a_process_starts_waits_until_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another thread takes the signal; what is half-started cannot be killed and complains."""
+    process = processes._Process()
+    done = []
+
+    def start(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        done.append(True)
+
+    monkeypatch.setattr(processes.SpawnProcess, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        process.start()
+    assert done and processes._Process.started.pop() is process
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -20,6 +20,7 @@ from cacheroute.cli.frontier import frontier
 from cacheroute.cli.generate import generate
 from cacheroute.cli.inspect import inspect
 from cacheroute.cli.models import models
+from cacheroute.cli.plan import plan
 from cacheroute.cli.plot import plot
 from cacheroute.cli.pull import pull
 from cacheroute.cli.routing import routing
@@ -98,7 +99,10 @@ class _Command(typer.core.TyperCommand):
         raise typer.Exit(code)
 
 
-for _command in (generate, chat, bench, tune, frontier, trace, simulate, plot, models, pull, inspect, routing, doctor, setup):
+for _command in (
+    *(generate, chat, bench, tune, frontier, trace, simulate, plot),
+    *(models, plan, pull, inspect, routing, doctor, setup),
+):
     app.command(cls=_Command)(completion.attach(_command))
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)

@@ -16,9 +16,11 @@ import typer
 
 from cacheroute import interrupts
 from cacheroute.cli import options, progress
+from cacheroute.cli.settings import Settings, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import decoded, expanded, is_text
+from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def chat(
     top_p: options.TopPOption = 0.95,
     min_p: options.MinPOption = 0.05,
     repeat_penalty: options.RepeatOption = 1.0,
-    budget: options.BudgetOption = None,
+    budget: options.BudgetOption = budgets.AUTO,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     prompt_routing: options.PromptRoutingOption = "original",
     eviction: options.EvictionOption = DEFAULT,
@@ -75,12 +77,12 @@ def chat(
     from cacheroute.model import catalogue, context_memory
 
     path = catalogue.resolve(model)
-    settings = Settings(path, budget, routing, eviction, io, prefetch, prompt_routing)
+    settings = Settings(budget, routing, eviction, io, prefetch, prompt_routing)
     context_memory.check(path, ctx_size)
     n_threads = options.threads(threads)
     llm = Llama(
         str(path),
-        **settings.resolved(),
+        **vars(settings),
         flash_mbps=flash_mbps,
         n_ctx=ctx_size,
         n_threads=n_threads,
@@ -97,32 +99,10 @@ def chat(
         seeds = iter(lambda: secrets.randbelow(2**31), None) if seed < 0 else itertools.count(seed)
         talk = Talk(conversation, settings, sampling, seeds, n_predict if n_predict >= 0 else None)
         interrupts.command_goes_on(_SECONDS_TO_STOP)
-        options.say_lossy(llm)
-        for line in _lines(llm):
+        say_start(llm, settings)
+        for line in _lines():
             if not talk.take(line):
                 break
-
-
-@dataclass
-class Settings:
-    """How experts are kept and chosen, as it was typed."""
-
-    path: Path
-    budget: str | None
-    routing: str
-    eviction: str
-    io: str
-    prefetch: int
-    prompt_routing: str
-
-    def resolved(self) -> dict[str, Any]:
-        """For Llama() and configure(). Raises UsageError for a tuned routing that is not there."""
-        from cacheroute.routing import prompt_routing, tuned
-
-        routing, eviction = tuned.resolve(self.path, self.budget, self.routing, self.eviction)
-        prompts = prompt_routing.resolve(self.path, self.budget, self.prompt_routing)
-        own = {"budget": self.budget, "io": self.io, "prefetch": self.prefetch}
-        return own | {"routing": routing, "eviction": eviction, "prompt_routing": prompts}
 
 
 @dataclass
@@ -212,9 +192,10 @@ class Talk:
     def _set(self, **changed: str) -> None:
         """All that was said is evaluated again by the next turn: the caches start empty."""
         own = Settings(**(vars(self.settings) | changed))
-        self.conversation.llm.configure(**own.resolved())
+        llm = self.conversation.llm
+        llm.configure(**vars(own))
         self.settings = own
-        options.say_lossy(self.conversation.llm)
+        say_start(llm, own)
 
     def _system(self, argument: str) -> None:
         self.conversation.system = argument
@@ -247,12 +228,12 @@ def _file(argument: str) -> Path:
     return expanded(words[0])
 
 
-def _lines(llm: Llama) -> Iterator[str]:
+def _lines() -> Iterator[str]:
     """What is typed, or piped in."""
     if sys.stdin is None:
         return
     if sys.stdin.isatty():
-        yield from _typed(llm)
+        yield from _typed()
         return
     for number, raw in enumerate(sys.stdin.buffer, 1):
         try:
@@ -261,7 +242,7 @@ def _lines(llm: Llama) -> Iterator[str]:
             say(f"cacheroute: {e}")
 
 
-def _typed(llm: Llama) -> Iterator[str]:
+def _typed() -> Iterator[str]:
     """With line editing; the prompt is on stderr, as stdout has the answers."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
@@ -270,8 +251,7 @@ def _typed(llm: Llama) -> Iterator[str]:
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     session: PromptSession[str] = PromptSession(output=create_output(stdout=sys.stderr), key_bindings=keys)
-    name = llm.metadata.get("general.name", llm.layout.paths[0].name)
-    say(f"{name}: {llm.budget.capacity} of {llm.layout.n_expert} experts of each layer in memory. /help lists the commands.")
+    say("/help lists the commands.")
     while True:
         try:
             yield session.prompt("> ", handle_sigint=False)  # interrupts.py has taken it

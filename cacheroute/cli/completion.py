@@ -52,7 +52,13 @@ def _evictions() -> Words:
 
 
 def _budgets() -> Words:
-    return [("25%", ""), ("50%", "of the experts of each layer"), ("75%", ""), ("all", "every expert")]
+    return [
+        ("auto", "what fits the free memory"),
+        ("25%", ""),
+        ("50%", "of the experts of each layer"),
+        ("75%", ""),
+        ("all", "every expert"),
+    ]
 
 
 def _ios() -> Words:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 import sys
@@ -15,10 +16,12 @@ import typer
 from cacheroute import interrupts
 from cacheroute.cli import options, progress
 from cacheroute.cli import prompt as prompts
+from cacheroute.cli.settings import Settings, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.engine.stats import Stats
 from cacheroute.errors import UsageError
 from cacheroute.files import MIB
+from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import task_profile
 
@@ -41,7 +44,7 @@ def generate(
     min_p: options.MinPOption = 0.05,
     repeat_penalty: options.RepeatOption = 1.0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat template.")] = False,
-    budget: options.BudgetOption = None,
+    budget: options.BudgetOption = budgets.AUTO,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     prompt_routing: options.PromptRoutingOption = "original",
     eviction: options.EvictionOption = DEFAULT,
@@ -88,24 +91,16 @@ def generate(
     from cacheroute.engine import prompt_cache as caches
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
-    from cacheroute.routing import prompt_routing as tuned_prompts
-    from cacheroute.routing import tuned
 
     if prompt_cache:
         caches.check(prompt_cache)
     path = catalogue.resolve(model)
-    routing, eviction = tuned.resolve(path, budget, routing, eviction)
-    prompt_routing = tuned_prompts.resolve(path, budget, prompt_routing)
     context_memory.check(path, ctx_size)
+    settings = Settings(budget, routing, eviction, io, prefetch, prompt_routing)
     llm = Llama(
         str(path),
-        budget=budget,
-        routing=routing,
-        eviction=eviction,
-        io=io,
+        **vars(settings),
         flash_mbps=flash_mbps,
-        prefetch=prefetch,
-        prompt_routing=prompt_routing,
         n_ctx=ctx_size,
         n_ubatch=ubatch_size,
         n_threads=options.threads(threads),
@@ -115,7 +110,6 @@ def generate(
     )
     if task:
         llm.warm(task)
-    options.say_lossy(llm)
     sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
     with closing(llm), progress.PromptLine(verbose=verbose) as llm.prompt_progress:
         chat = not raw and completion.has_chat_template(llm)
@@ -123,7 +117,8 @@ def generate(
         if verbose and len(asked.tokens) < llm.n_ctx() and not (prompt_cache and prompt_cache.exists()):
             # what a kept prompt leaves of it is known when it has been read
             say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))
-        run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling, prompt_cache)
+        begins = functools.partial(say_start, llm, settings)
+        run = completion.Completion(llm, asked, n_predict if n_predict >= 0 else None, seed, sampling, prompt_cache, begins)
         try:
             for piece in run.pieces():
                 if output == "text":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -17,9 +18,12 @@ from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import GIB, printable
 from cacheroute.install.machine import available_memory
-from cacheroute.model import catalogue, experts, gguf_file
+from cacheroute.model import catalogue, experts, gguf_file, memory_plan
 from cacheroute.model.catalogue import DiskModel, ModelEntry
 from cacheroute.model.experts import NotRoutableError
+from cacheroute.model.memory_plan import MemoryPlan
+
+_CONTEXT = 4096  # what `generate` takes by default
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,8 @@ def models(
 ) -> None:
     """List known models and those on this disk, and what fits.
 
-    Uses no network. A model fits if the weights that are always in memory and the least budget (K experts per layer) fit the
-    memory that is free
-    now; the context needs memory as well. The budget shown is half of the experts, or as many experts per layer as fit.
+    Uses no network. A model fits if the memory that is free now holds the weights that are always there, a context of 4096 tokens
+    and the least budget (K experts per layer). The budget shown is the largest that fits, in experts per layer.
     """
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
@@ -92,7 +95,7 @@ def _rows(memory: int | None, disk: int | None) -> Iterator[Row]:
 
 
 def _entry_row(entry: ModelEntry, path: Path | None, memory: int | None, disk: int | None) -> Row:
-    fits, budget = _fit(entry.experts, entry.used, entry.expert_bytes, entry.dense_bytes, memory)
+    fits, budget = _fit(entry, path, memory)
     if not path and entry.repository and disk is not None and disk < entry.nbytes:
         fits = f"needs {entry.nbytes / GIB:.1f} GiB of disk"
     return Row(
@@ -117,7 +120,7 @@ def _disk_row(model: DiskModel, memory: int | None) -> Row:
     """Raises NotRoutableError for a model without experts, CacherouteError for one that cannot be read."""
     gguf = gguf_file.read(model.path)
     layout = experts.layout(gguf)
-    fits, budget = _fit(layout.n_expert, layout.n_used, layout.resident_bytes, layout.dense_bytes, memory)
+    fits, budget = _shown(memory_plan.of(gguf, layout, n_ctx=_CONTEXT, free=memory))
     types = Counter(t.type.upper() for layer in layout.layers for t in layer.tensors)
     return Row(
         name=model.name,
@@ -134,15 +137,23 @@ def _disk_row(model: DiskModel, memory: int | None) -> Row:
     )
 
 
-def _fit(n_expert: int, n_used: int, expert_bytes: int, dense_bytes: int, memory: int | None) -> tuple[str, str | None]:
-    """(whether it fits, the suggested budget): 50% as in arXiv 2412.00099, or the experts per layer that there is room for."""
-    half = max(n_expert // 2, n_used)
-    if memory is None:
-        return "?", "50%" if half > n_used else str(half)
-    room = (memory - dense_bytes) // expert_bytes
-    if room < n_used:
-        return f"needs {(dense_bytes + n_used * expert_bytes) / GIB:.1f} GiB of memory", None
-    return "yes", "50%" if room >= half and half == n_expert / 2 else str(min(room, half))
+def _fit(entry: ModelEntry, path: Path | None, memory: int | None) -> tuple[str, str | None]:
+    """By the header where the model is here, else by the catalogue's numbers."""
+    if path:
+        with contextlib.suppress(CacherouteError):  # cut short, or there is no engine yet to read it
+            gguf = gguf_file.read(path)
+            return _shown(memory_plan.of(gguf, experts.layout(gguf), n_ctx=_CONTEXT, free=memory))
+    return _shown(memory_plan.of_entry(entry, n_ctx=_CONTEXT, free=memory))
+
+
+def _shown(plan: MemoryPlan) -> tuple[str, str | None]:
+    """(whether it fits, the largest budget that does)."""
+    capacity = plan.capacity
+    if plan.free is None:
+        return "?", None
+    if capacity is None:
+        return f"needs {(plan.needed(plan.n_used) + plan.reserve) / GIB:.1f} GiB of memory", None
+    return "yes", "all" if capacity == plan.n_expert else str(capacity)
 
 
 def _print(rows: list[Row]) -> None:

@@ -60,8 +60,14 @@ FlashOption = Annotated[
     typer.Option("--flash-mbps", min=0.001, help="Limit reads to that many MB/s, to simulate a slower flash."),
 ]
 BudgetOption = Annotated[
+    str,
+    typer.Option(
+        "--budget", help="Experts kept in memory: auto (as free memory allows), 50%, 30 (per layer), 2GiB (all layers) or all."
+    ),
+]
+StudyBudgetOption = Annotated[
     str | None,
-    typer.Option("--budget", help="Experts kept in memory: 50%, 30 (per layer), 2GiB (all layers) or all. [default: 50%]"),
+    typer.Option("--budget", help="Experts in memory: 50%, 30 (per layer), 2GiB (all layers) or all. [default: 50%]"),
 ]
 PrefetchOption = Annotated[
     int,

@@ -35,7 +35,7 @@ def trace(
         int, typer.Option("-c", "--ctx-size", min=2, help="Tokens per sequence; each starts with an empty cache.")
     ] = 1024,
     threads: options.ThreadsOption = None,
-    budget: options.BudgetOption = None,
+    budget: options.StudyBudgetOption = None,
     routing: Annotated[str, typer.Option("--routing", help="How experts are chosen; see `cacheroute routing`.")] = "original",
     eviction: options.EvictionOption = DEFAULT,
     io: Annotated[

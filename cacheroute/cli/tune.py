@@ -76,7 +76,7 @@ def tune(
     model: options.ModelOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
-    budget: options.BudgetOption = None,
+    budget: options.StudyBudgetOption = None,
     max_ppl_increase: Annotated[
         str, typer.Option("--max-ppl-increase", help="Limit on the increase of perplexity: the upper end of its 95% interval.")
     ] = "1%",

@@ -30,7 +30,7 @@ class Checkpoint:
         self._handle = bindings.lib.cr_hook_save(hook.handle) if hook else None
 
     def fits(self, hook: Hook | None) -> bool:
-        """Puts the routing state into a hook, unless its caches have another size or eviction."""
+        """Puts the routing state into a hook, under its own budget, unless it is of another E, K or eviction."""
         if hook is None or self._handle is None:
             return hook is None and self._handle is None
         return bool(bindings.lib.cr_hook_resume(hook.handle, self._handle))

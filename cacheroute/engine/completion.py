@@ -10,7 +10,7 @@ import codecs
 import contextlib
 import ctypes
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,7 @@ class Completion:
     text: all of it. n_tokens: tokens generated, without the one that ends the text. finish_reason: "stop" or "length".
     started, first, last: times (perf_counter) of the call, of the first token and of the last one; None without a token.
     full: the context ended the answer.
+    begins: called when the prompt is accepted, before it is evaluated.
     prompt_cache: a file that begins the prompt, where it is there, and keeps it as soon as it is evaluated, unless it begins with
     it already. unkept: why it could not be written. keeping: seconds that writing it took, between the first token and the next.
     """
@@ -119,6 +120,7 @@ class Completion:
     seed: int
     sampling: dict[str, Any]
     prompt_cache: Path | None = None
+    begins: Callable[[], None] | None = None
     text: str = ""
     n_tokens: int = 0
     finish_reason: str = ""
@@ -157,6 +159,8 @@ class Completion:
         limit = room if self.max_tokens is None else min(self.max_tokens, room)
         self.started = time.perf_counter()
         kept = llm.load_prompt(self.prompt_cache) if self.prompt_cache and self.prompt_cache.exists() else []
+        if self.begins:
+            self.begins()
         if not limit:
             with contextlib.closing(llm.generate(list(tokens), temp=0.0)) as generated:
                 next(generated, None)

@@ -220,6 +220,17 @@ class Hook:
         _lib.cr_hook_warm(self.handle, layer, (ctypes.c_int32 * len(ids))(*ids), len(ids))
         self._raise_error()
 
+    def set_capacity(self, capacity: int, *, at_once: bool) -> None:
+        """From now on so many experts of each layer stay, what is above leaves before the next layer chooses.
+
+        Any thread; `at_once` while nothing computes: memory has been freed on return.
+        """
+        with self._freeing:
+            if self.handle is not None:
+                _lib.cr_hook_set_capacity(self.handle, capacity)
+                if at_once:
+                    _lib.cr_hook_settle_capacity(self.handle)
+
     def set_pace(self, mbps: float | None) -> None:
         _lib.cr_hook_set_pace(self.handle, (mbps or 0) * 1e6)
 

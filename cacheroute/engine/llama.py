@@ -13,26 +13,31 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from cacheroute.engine import arguments, callbacks, log, progress, stores, templates
+from cacheroute.engine import arguments, callbacks, choice, log, progress, stores, templates
 from cacheroute.engine.compute_threads import ComputeThreads
 from cacheroute.engine.embeddings import MappedEmbeddings
 from cacheroute.engine.hook import Hook, Interrupt, Settings
+from cacheroute.engine.memory_watch import MemoryWatch
 from cacheroute.engine.micro_batch import UPSTREAM, MicroBatches, Plan, length_beside_all
 from cacheroute.engine.open_files import OpenFiles
 from cacheroute.engine.sequence import SequenceLlama, alone
 from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
-from cacheroute.install.machine import cores
-from cacheroute.model import context_memory, experts, gguf_file
+from cacheroute.install.machine import available_memory, cores
+from cacheroute.model import context_memory, experts, gguf_file, memory_plan
+from cacheroute.model.memory_plan import MemoryPlan
 from cacheroute.native.counters import Counters
+from cacheroute.routing import budget as budgets
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
+from cacheroute.routing.budget import Budget
 from cacheroute.routing.prompt_routing import PromptRouting
 from cacheroute.trace.forced_scores import ForcedScores
 from cacheroute.trace.task_profile import TaskProfile
 
 _llama_cpp = patched_llama_cpp.module()
+_SETTLE_SECONDS = 10.0  # at most, that another budget takes to be kept
 _LAZY_MODE_OFF, _LAZY_MODE_EXPERTS = 0, 3  # patches/0002-lazy-experts.patch
 
 
@@ -41,10 +46,13 @@ class Llama(SequenceLlama):
 
     Args:
         model_path: a GGUF file, or the first shard of a split one.
-        budget: "50%" or 30 (of the experts of each layer), "2GiB" (all layers together), "all"; None: half of the
-            experts, or K where that is more. Bytes are those in memory, whole pages. A budget of all experts loads the model as
-            llama.cpp does, repacked for its kernels, unless `io` says otherwise; configure() can then give it no smaller one.
-        routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); None leaves the hook unset: experts are
+        budget: "auto": as many experts as the free memory has room for, fewer while other programs need it; "50%" or 30 (of the
+            experts of each layer), "2GiB" (all layers together), "all"; None: half of the experts, or K where that is more.
+            Bytes are those in memory, whole pages. A budget of all experts loads the model as llama.cpp does, repacked for its
+            kernels, unless `io` says otherwise; configure() can then give it no smaller one.
+        budget_changed: with "auto", called with the new Budget when it has changed, from another thread. Also an attribute.
+        routing: "original", "cache-prior:lambda=0.2", ... (`cacheroute routing`); "tuned": what `cacheroute tune` has found for
+            this model and budget, or with "auto" for the largest budget that fits; None leaves the hook unset: experts are
             mapped and left to the kernel, or loaded, and no budget is kept.
         eviction: "lru", "lfu", "score" or "soft-lfu".
         io: how misses are read; "direct" (past the page cache, where the filesystem can), "buffered" (through it), "load" (all
@@ -61,8 +69,8 @@ class Llama(SequenceLlama):
             router were given this layer's hidden state. They take memory beside the budget; what is chosen stays the same.
         prompt_progress: called with a PromptProgress (engine/progress.py) twice a second while a prompt is computed, from another
             thread; what it raises is raised when the prompt has been computed. Also an attribute; a pickled model has none.
-        prompt_routing: how the experts of prompts are chosen: "original", or "keep:cover=0.9", which reads fewer of them and is
-            lossy (`cacheroute routing`).
+        prompt_routing: how the experts of prompts are chosen: "original", "keep:cover=0.9", which reads fewer of them and is
+            lossy (`cacheroute routing`), or "tuned".
         Everything else: as llama_cpp.Llama.
 
     Policies act on decoded tokens; prompts are routed by `prompt_routing`. generate() and everything above it know which is
@@ -84,7 +92,7 @@ class Llama(SequenceLlama):
         self,
         model_path: str,
         *,
-        budget: str | int | None = None,
+        budget: str | int | None = budgets.AUTO,
         routing: str | strategies.Routing | None = "original",
         eviction: str = evictions.DEFAULT,
         io: str = "auto",
@@ -95,16 +103,21 @@ class Llama(SequenceLlama):
         read_ahead: bool = True,
         prompt_progress: progress.PromptCallback | None = None,
         prompt_routing: str | PromptRouting = "original",
+        budget_changed: Callable[[Budget], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.prompt_progress = prompt_progress
+        self.prompt_progress, self.budget_changed = prompt_progress, budget_changed
         self.template_error = ""  # why the file's chat template cannot be parsed; the setter of `metadata` sets it
         self._hook: Hook | None = None
+        self._watch: MemoryWatch | None = None
+        self.computing = False
+        self.computed_at = 0.0  # time.monotonic() when the last batch began or ended
         self._closed = False
         self._task: TaskProfile | None = None
         self.forced: ForcedScores | None = None  # force() sets it
         self._decoding = False
         self._lock = threading.RLock()  # held by the thread that computes
+        self._settling = False  # set_capacity() holds it for a moment
         self._generation: object = None  # the generate() that began last
         self._untouched = False
         self._new_sequence()
@@ -113,9 +126,17 @@ class Llama(SequenceLlama):
         self._flash_mbps = flash_mbps
         self._owner = os.getpid()
         header = gguf_file.read(model_path)
-        self.layout = experts.layout(header)
+        self.header, self.layout = header, experts.layout(header)
         arguments.check_pace(flash_mbps)
         paced = flash_mbps is not None
+        plan = None
+        if budgets.is_auto(budget):
+            budget = None
+            if io != stores.NONE and routing is not None:  # else no memory is kept
+                own = {"n_ctx": kwargs.get("n_ctx", 512), "flash_attn": bool(kwargs.get("flash_attn"))}
+                whole = io in (stores.AUTO, stores.LOAD) and not paced and not prefetch
+                plan = memory_plan.of(header, self.layout, whole=whole, **own)
+        budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, paced=paced)
         self._loaded = settings.io == stores.LOAD
         arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
@@ -160,7 +181,7 @@ class Llama(SequenceLlama):
         self._compute = self._ctx.decode
         this = weakref.ref(self)  # a circle would keep a model that is dropped
         self._ctx.decode = lambda batch: this()._decode(batch)  # type: ignore[union-attr]
-        self._apply(settings)
+        self._apply(settings, plan)
 
     @property
     def metadata(self) -> Any:
@@ -183,7 +204,7 @@ class Llama(SequenceLlama):
     def configure(
         self,
         *,
-        budget: str | int | None = None,
+        budget: str | int | None = budgets.AUTO,
         routing: str | strategies.Routing | None = "original",
         eviction: str = evictions.DEFAULT,
         io: str = "auto",
@@ -198,15 +219,49 @@ class Llama(SequenceLlama):
         """
         self._check_usable()
         own = {"paced": self._flash_mbps is not None, "loaded": self._loaded}
+        plan = None
+        if budgets.is_auto(budget):
+            free = available_memory()
+            more = None if free is None else free + self.resident_bytes
+            budget = "all" if self._loaded else None
+            if not self._loaded and io != stores.NONE and routing is not None:
+                plan = memory_plan.of(self.header, self.layout, n_ctx=self._n_ctx, loaded=True, whole=False, free=more)
+        budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, **own)
         if settings.routing and settings.io not in ("none", "load"):
             context_memory.check_more(self.layout, settings.budget.nbytes, self.resident_bytes)
-        self._apply(settings)
+        self._apply(settings, plan)
         super().reset()
         self._warm()
 
-    def _apply(self, settings: Settings) -> None:
-        """Makes the new hook before the old one goes."""
+    def set_capacity(self, capacity: int) -> None:
+        """From now on the budget is of so many experts of each layer, and the sequence goes on: a lossless answer stays the same.
+
+        What is above leaves before the next layer chooses, or at once where nothing computes. Any thread. Raises UsageError for
+        fewer than K or more than E, and for a model that is loaded with all of its experts.
+        """
+        if self._loaded:
+            raise UsageError("This model was loaded with all of its experts in memory; its budget cannot change.")
+        if not self.layout.n_used <= capacity <= self.layout.n_expert:
+            raise UsageError(f"{capacity} experts of a layer are not within {self.layout.n_used} and {self.layout.n_expert}.")
+        self.budget = Budget(capacity, capacity * self.layout.resident_bytes)
+        self._settling = True
+        idle = self._lock.acquire(blocking=False)
+        try:
+            if self._hook:
+                self._hook.set_capacity(capacity, at_once=idle)
+        finally:
+            if idle:
+                self._lock.release()
+            self._settling = False
+        if self.budget_changed:
+            self.budget_changed(self.budget)
+
+    def _apply(self, settings: Settings, plan: MemoryPlan | None) -> None:
+        """Makes the new hook before the old one goes. `plan`: of a budget that follows the free memory, None: it stays."""
+        if self._watch:
+            self._watch.stop()
+            self._watch = None
         hook = Hook(self.layout, settings, self._model.model, self.forced, self._files.paths) if settings.routing else None
         if hook:
             hook.attach(self._ctx.ctx, self._interrupt)
@@ -218,6 +273,10 @@ class Llama(SequenceLlama):
         self.budget, self.routing, self.eviction = settings.budget, settings.routing, settings.eviction
         self.io, self.prefetch = hook.io if hook else settings.io, settings.prefetch
         self.prompt_routing, self._lossy = settings.prompt_routing, settings.lossy
+        self._configured = settings.budget
+        self.automatic = plan is not None
+        if plan and hook and self.io not in (stores.NONE, stores.LOAD):
+            self._watch = MemoryWatch(self, plan)
 
     def n_ctx(self) -> int:
         """Tokens that a sequence may have."""
@@ -227,7 +286,7 @@ class Llama(SequenceLlama):
     def _alone(self) -> Iterator[None]:
         """Within it this thread computes. Raises CacherouteError when another one does."""
         self._check_usable()
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False) and not (self._settling and self._lock.acquire(timeout=_SETTLE_SECONDS)):
             raise CacherouteError("The model is in use by another thread; let one use it at a time, or load it for each.")
         try:
             yield
@@ -249,6 +308,8 @@ class Llama(SequenceLlama):
             with self._alone():
                 self._closed = True
         self._closed = True
+        if self._watch:
+            self._watch.stop()
         if self._hook:
             context = getattr(self, "_ctx", None)
             self._hook.close(context.ctx if context else None)  # the garbage collector may have closed it first
@@ -263,7 +324,12 @@ class Llama(SequenceLlama):
         """As llama_cpp.Llama: what makes the same model again, settings included, the sequence not."""
         self._check_usable()
         state = {k: v for k, v in super().__getstate__().items() if k not in arguments.OWN}
-        own = {"budget": self.budget.capacity, "routing": self.routing, "eviction": self.eviction, "io": self.io}
+        own = {
+            "budget": budgets.AUTO if self.automatic else self.budget.capacity,
+            "routing": self.routing,
+            "eviction": self.eviction,
+            "io": self.io,
+        }
         more: dict[str, Any] = {"flash_mbps": self._flash_mbps, "prefetch": self.prefetch, "read_ahead": self._read_ahead}
         more["prompt_routing"] = self.prompt_routing
         as_memory_allows = {} if self._batches.fixed else {"n_batch": None, "n_ubatch": None}
@@ -333,6 +399,7 @@ class Llama(SequenceLlama):
         if self._hook:
             self._hook.begin(first, decode=self._decoding)
         self._set_threads()
+        self.computing, self.computed_at = True, time.monotonic()
         try:
             start = time.perf_counter()
             self._compute(batch)
@@ -346,6 +413,7 @@ class Llama(SequenceLlama):
             if self._hook:
                 self._hook.finish(complete=complete)
             interrupted = self._interrupt.take()
+            self.computing, self.computed_at = False, time.monotonic()
         if interrupted:
             raise KeyboardInterrupt
         self._embeddings.check()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheroute.install.machine import available_memory, ulimit_room
-from cacheroute.model import context_memory
+from cacheroute.model import context_memory, memory_plan
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 from cacheroute.routing.budget import Budget
@@ -20,7 +20,6 @@ UPSTREAM = 512
 """Tokens that llama.cpp computes together if nothing else is said."""
 LEAST = 64
 """Tokens that are computed together whatever memory is free, as llama.cpp does with its own number."""
-_MARGIN = 1 / 16  # of the free memory is left
 _UNLIMITED = 2**62
 
 
@@ -84,7 +83,7 @@ class MicroBatches:
             length, left = self.ceiling, _UNLIMITED
         else:
             taken = max(budget.nbytes - resident_bytes, 0) + over + context_memory.least_bytes(self._header, n_tokens)
-            left = int(free * (1 - _MARGIN)) - taken + self._used
+            left = free - memory_plan.reserve(free) - taken + self._used
             length = self.fixed or max(min(left // each, self.ceiling), LEAST)
         passes = math.ceil(n_tokens / min(length, self.ceiling))
         length = min(self.fixed, self.ceiling, n_tokens) if self.fixed else math.ceil(n_tokens / passes)
@@ -102,7 +101,7 @@ def length_beside_all(header: GgufFile, layout: ExpertLayout, n_ctx: int, *, fla
     n_ctx = n_ctx or context_memory.trained_context(header)
     n_outputs = 1 if all_outputs else 0
     each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn, n_outputs=n_outputs)
-    left = int(free * (1 - _MARGIN)) - header.nbytes - context_memory.least_bytes(header, n_ctx)
+    left = free - memory_plan.reserve(free) - header.nbytes - context_memory.least_bytes(header, n_ctx)
     return max(min(left // each, UPSTREAM), LEAST)
 
 

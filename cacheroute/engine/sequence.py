@@ -58,6 +58,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     eviction: str
     prompt_routing: PromptRouting
     _lossy: bool  # either routing is
+    _configured: Budget  # before the free memory has changed it
     _loaded: bool  # all experts are in memory, as llama.cpp loads them
     _hook: Hook | None
     _task: TaskProfile | None
@@ -298,14 +299,14 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if self.routing and self.routing.policy:
             raise UsageError(f"A prompt cache cannot keep the state of {self.routing}: a policy in Python has its own.")
         p = self.context_params
-        own = strategies.capacities(self.routing, self.budget, self.layout)
-        like = set(own) == {self.budget.capacity}
+        budget = self._configured
+        own = strategies.capacities(self.routing, budget, self.layout)
+        like = set(own) == {budget.capacity}
         context = [f"{name}={getattr(p, name):g}" for name in (*_CONTEXT, *_YARN)]
         return {
             "model": f"{self.layout.model or self.layout.paths[0].name} ({self._fingerprint})",
             "engine": engine_build.LOCAL_VERSION,
             "repacking of": self._repacked(),  # other last bits
-            "budget": f"{self.budget.capacity}" + ("" if like else f" (layers {_short(own)})"),
             "eviction": self.eviction if self.routing else "none",
             "routing": _name(self.routing),
             "prompt routing": str(self.prompt_routing),
@@ -313,6 +314,8 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             "context": ",".join(context),
             "adapter": f"{self.lora_path}, {self.lora_scale:g}" if self.lora_path else "none",
             "warm start": _short(self._task) if self._task else "none",
+            # a state of another budget is cut to this one; where the cache changes the choice, so would that
+            **({"budget": f"{budget.capacity}" + ("" if like else f" (layers {_short(own)})")} if self._lossy else {}),
         }
 
     def _repacked(self) -> str:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -26,6 +27,8 @@ ALL = (AUTO, DIRECT, BUFFERED, LOAD, NONE)
 
 _SECONDS = 0.2  # of the measurement, which may be a token's experts longer
 _ROUNDS = 16  # at most: as many times the experts of one token in one layer
+_SPEEDS = "drive.json"  # in the cache folder
+_ROUNDS_KEPT = "rounds"
 _CLEARLY = 1.2  # so many times slower must direct reads be: they take a third of the processor time (scripts/RESULTS.md)
 
 Arguments = tuple[Any, ...]
@@ -132,8 +135,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     Raises CacherouteError where one of them is not possible.
     """
     file = cache_dir() / "io.json"
-    # small experts lose more to whole pages and system calls: one measurement for each power of two
-    key = f"{os.stat(arguments[0][0]).st_dev:x}:{layout.layers[0].expert_bytes.bit_length()}"
+    key = _place(os.stat(arguments[0][0]).st_dev, layout)
     known = _known(file)
     if known.get(key) in (DIRECT, BUFFERED):
         return str(known[key])
@@ -145,12 +147,41 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     finally:
         for store in stores.values():
             bindings.lib.cr_store_free(store)
-    best = BUFFERED if seconds[DIRECT] > _CLEARLY * seconds[BUFFERED] else DIRECT
+    best = faster(seconds)
     times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
     kept = _remember(file, known | {key: best})
+    remember_speeds(layout, {io: layout.layers[0].expert_bytes / s / 1e6 for io, s in seconds.items()})
     if best == BUFFERED:
         _say(f"reads buffered ({times} an expert); " + (f"this is kept in {file}." if kept else f"{file} cannot be written."))
     return best
+
+
+def faster(seconds: dict[str, float]) -> str:
+    """Direct reads, unless buffered ones take clearly less time."""
+    return BUFFERED if seconds[DIRECT] > _CLEARLY * seconds[BUFFERED] else DIRECT
+
+
+def _place(device: int, layout: ExpertLayout) -> str:
+    """What is measured once: small experts lose more to whole pages and system calls, so for each power of two."""
+    return f"{device:x}:{layout.layers[0].expert_bytes.bit_length()}"
+
+
+def speeds(layout: ExpertLayout, rounds: int = 1) -> dict[str, float]:
+    """10^6 bytes a second by io, as they were measured on this filesystem with experts of about this size, in so many rounds at
+    least; {}: they were not."""
+    found = _known(cache_dir() / _SPEEDS).get(_place(layout.paths[0].stat().st_dev, layout))
+    if not isinstance(found, dict) or found.get(_ROUNDS_KEPT, 0) < rounds:
+        return {}
+    return {io: float(found[io]) for io in (DIRECT, BUFFERED) if found.get(io, 0) > 0}
+
+
+def remember_speeds(layout: ExpertLayout, measured: dict[str, float], rounds: int = 1) -> None:
+    """For speeds(), where the cache folder can be written. What was measured more times stays."""
+    with contextlib.suppress(OSError):  # a file that is gone, or was given as an open one
+        if rounds > 1 or not speeds(layout):
+            file = cache_dir() / _SPEEDS
+            kept = {**measured, _ROUNDS_KEPT: rounds}
+            _remember(file, _known(file) | {_place(layout.paths[0].stat().st_dev, layout): kept})
 
 
 def measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:

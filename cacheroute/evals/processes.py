@@ -41,10 +41,29 @@ class _Process(SpawnProcess):
     def start(self) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
-            super().start()
+            with _uninterrupted():
+                super().start()
+                self.started.append(self)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self.started.append(self)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for its end. A mask does not do it: any other thread, such as those of numpy's BLAS, takes the signal, and a
+    process that gets only half of what it is to do ends with a traceback."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    seen: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if seen:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Spawn(SpawnContext):

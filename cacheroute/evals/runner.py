@@ -5,7 +5,6 @@ A cell depends on its request and the tokens of its chunk only, so cells may be 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from cacheroute.evals.perplexity import ChunkScore, LogP, score
 from cacheroute.evals.text import Chunk
 from cacheroute.install.machine import available_memory, big_cores
 from cacheroute.routing.eviction import DEFAULT
-from cacheroute.routing.strategies import EXPERTS, Routing
+from cacheroute.routing.strategies import EXPERTS, Routing, routing_key
 from cacheroute.trace.trace_file import Header, Trace, record_dtype
 
 if TYPE_CHECKING:
@@ -75,15 +74,6 @@ class Job:
     flash_mbps: float | None = None
     n_processes: int = 1
     timing: str = ""
-
-
-def routing_key(routing: Routing) -> str:
-    """A routing in full: all digits of its parameters, and of a tuned one the content of its file, not the file's name."""
-    if routing.layers:
-        return routing.name + json.dumps([r.parameters for r in routing.layers], sort_keys=True)
-    if routing.policy:
-        return str(routing)
-    return ":".join([routing.name, *(f"{name}={value!r}" for name, value in sorted(routing.parameters.items()))])
 
 
 class Runner:

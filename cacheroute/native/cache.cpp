@@ -25,6 +25,14 @@ void ExpertCache::reset() {
     size_  = 0;
 }
 
+void ExpertCache::resume(const ExpertCache & other) {
+    const int own = capacity_;
+    *this         = other;
+    capacity_     = own;
+    std::vector<int32_t> left;
+    trim({}, false, left);
+}
+
 void ExpertCache::write(ByteWriter & out) const {
     out.put(clock_);
     out.put(resident_);

@@ -38,6 +38,13 @@ class ExpertCache {
 
     void reset();
 
+    // From now on trim() keeps so many; at least K of them.
+    void set_capacity(int capacity) { capacity_ = capacity; }
+
+    // The residents and what is known of all experts, as another cache of as many experts has it; this one's capacity stays, and
+    // the residents above it leave.
+    void resume(const ExpertCache & other);
+
     // All that a later token depends on, as bytes, and back into a cache of the same sizes; read() throws std::runtime_error for a
     // state that no cache comes to.
     void write(ByteWriter & out) const;

@@ -34,15 +34,20 @@ const std::vector<int32_t> & CachedRouter::missing(const std::vector<int32_t> & 
 
 bool CachedRouter::can_resume(const CachedRouter & other) const {
     const ExpertCache & from = other.cache_;
-    return from.capacity() == cache_.capacity() && from.eviction() == cache_.eviction() &&
-           from.resident().size() == cache_.resident().size() && other.n_used_ == n_used_;
+    return from.eviction() == cache_.eviction() && from.resident().size() == cache_.resident().size() && other.n_used_ == n_used_;
 }
 
 bool CachedRouter::resume(const CachedRouter & other) {
     if (!can_resume(other)) return false;
     router_.resume(other.router_);
-    cache_ = other.cache_;
+    cache_.resume(other.cache_);
     return true;
+}
+
+void CachedRouter::set_capacity(int capacity, Phase phase) {
+    cache_.set_capacity(capacity);
+    event_.evicted.clear();
+    cache_.trim({}, phase == Phase::prefill, event_.evicted);
 }
 
 void CachedRouter::write(ByteWriter & out) const {

@@ -45,10 +45,13 @@ class CachedRouter {
     // Forgets the sequence: cache, running means. Counters stay.
     void reset();
 
-    // Continues from the state of another: its cache and running means, under this one's routing. Counters stay.
-    // false, and nothing has changed: its cache is not of this size and eviction.
+    // Continues from the state of another: its cache and running means, under this one's routing and capacity. Counters stay.
+    // false, and nothing has changed: it is of another E, K or eviction.
     bool resume(const CachedRouter & other);
     bool can_resume(const CachedRouter & other) const;
+
+    // From now on at most so many experts stay in the cache; those above it leave at once, in a prompt by recency.
+    void set_capacity(int capacity, Phase phase);
 
     // That state as bytes, and back into a router of the same sizes and eviction; read() throws std::runtime_error for a state
     // that cannot be.

@@ -6,7 +6,7 @@
  *
  * Threads: a handle is used by one thread at a time. The hook's select() is called by llama.cpp from a compute thread while
  * llama_decode() runs; it returns when the reads have begun, and the compute threads wait for each expert. No cr_hook_* call
- * may run at the same time, but for cr_hook_progress(), cr_hook_measure_resident() and cr_hook_resident_bytes(), which any
+ * may run at the same time, but for cr_hook_progress(), cr_hook_set_capacity(), cr_hook_measure_resident() and cr_hook_resident_bytes(), which any
  * thread may call at any time.
  *
  * Errors: constructors return NULL and write one sentence into `error`; what fails later in a hook is in cr_hook_error(). Nothing
@@ -25,7 +25,7 @@ extern "C" {
 #define CR_API __attribute__((visibility("default")))
 
 /* Counts changes of anything in this header. */
-#define CR_ABI_VERSION 8
+#define CR_ABI_VERSION 9
 
 /* strategy: 0 original, 1 pruning, 2 max-rank, 3 cumsum, 4 cache-prior, 5 drop-cold, 6 custom, 7 dynamic-k, 8 speculate (explained
  * in router.h). */
@@ -203,11 +203,15 @@ CR_API void cr_hook_set_policy(cr_hook * hook, cr_policy policy, void * user);
 /* From now on every sequence starts with all experts in the caches, which must have room for all: they were loaded with the model.
  * For a hook without a store. Returns 0, or -1 for one that has a store or a smaller cache. */
 CR_API int32_t cr_hook_hold_all(cr_hook * hook);
+/* From now on `capacity` experts of each layer stay, at least K, or as much more or less in each as at the beginning: what no longer
+ * fits leaves before the next layer chooses, or with cr_hook_settle_capacity(), for when nothing computes. set: any thread. */
+CR_API void cr_hook_set_capacity(cr_hook * hook, int32_t capacity);
+CR_API void cr_hook_settle_capacity(cr_hook * hook);
 /* Brings experts of a layer (n <= capacity) into memory before a sequence; the last is the most recent. */
 CR_API void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n);
 /* Caches and running means as they are now, the caller's to free. NULL: the reason is in cr_hook_error(). */
 CR_API cr_checkpoint * cr_hook_save(cr_hook * hook);
-/* Brings them back, also into another hook, under its own routing; counters stay. 0: the caches are of another size or
+/* Brings them back, also into another hook, under its own routing and capacity; counters stay. 0: the caches are of another E, K or
  * eviction. */
 CR_API int32_t cr_hook_resume(cr_hook * hook, const cr_checkpoint * checkpoint);
 CR_API void cr_checkpoint_free(cr_checkpoint * checkpoint);

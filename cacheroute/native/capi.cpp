@@ -288,7 +288,7 @@ cr_hook * cr_hook_new(const cr_shape * shape, const cr_routing * routing, const 
             const auto s = Strategy(routing[l].strategy);
             reweights    = reweights || s == Strategy::pruning || s == Strategy::drop_cold || s == Strategy::dynamic_k;
         }
-        return new cr_hook{Hook({layer_of, layer_of + n_il}, make_routers(*shape, routing), std::move(owned), reweights)};
+        return new cr_hook{Hook({layer_of, layer_of + n_il}, make_routers(*shape, routing), shape->capacity, std::move(owned), reweights)};
     });
 }
 
@@ -320,6 +320,12 @@ void cr_hook_trace(cr_hook * hook, int32_t on) {
 int32_t cr_hook_hold_all(cr_hook * hook) {
     bool held = false;
     return attempt(hook, [&](Hook & h) { held = h.hold_all(); }) && held ? 0 : -1;
+}
+
+void cr_hook_set_capacity(cr_hook * hook, int32_t capacity) { hook->hook.set_capacity(capacity); }
+
+void cr_hook_settle_capacity(cr_hook * hook) {
+    attempt(hook, [](Hook & h) { h.settle_capacity(); });
 }
 
 void cr_hook_warm(cr_hook * hook, int32_t layer, const int32_t * experts, int32_t n) {

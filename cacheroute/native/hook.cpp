@@ -10,11 +10,18 @@
 
 namespace cacheroute {
 
-Hook::Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, std::unique_ptr<Store> store, bool reweights)
+static std::vector<int> capacities(const std::vector<CachedRouter> & routers) {
+    std::vector<int> each;
+    for (const CachedRouter & r : routers) each.push_back(r.cache().capacity());
+    return each;
+}
+
+Hook::Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, int capacity, std::unique_ptr<Store> store, bool reweights)
     : layer_of_(std::move(layer_of)), routers_(std::move(routers)), source_(routers_.size()),
       prompt_router_(int(routers_.front().cache().resident().size()), routers_.front().n_used()),
       residency_(std::move(store), int(routers_.size()), int(routers_.front().cache().resident().size())),
-      progress_(routers_.size(), routers_.front().cache().resident().size()) {
+      progress_(routers_.size(), routers_.front().cache().resident().size()), capacities_(capacities(routers_)),
+      first_capacity_(capacity), capacity_(capacity), wanted_capacity_(capacity) {
     hook_ = {HOOK_VERSION, sizeof(ExpertHook), sizeof(ExpertEvent), nullptr, nullptr, this, {nullptr, residency_.store()}};
     hook_.select = [](void * self, const ExpertEvent * event) { static_cast<Hook *>(self)->guarded_select(*event); };
     if (residency_.store()) {
@@ -50,6 +57,7 @@ void Hook::select(const ExpertEvent & ev) {
         batch_first_ += batch_size_;
         batch_size_   = uint32_t(ev.n_tokens);
     }
+    apply_capacity(layer);
     needed_.assign(size_t(ev.n_expert), 0);
     const Mask * keep_to = allowed(layer, ev);
     const bool prefetch   = prefetch_ && phase_ == Phase::decode && ev.n_tokens == 1;
@@ -160,6 +168,26 @@ void Hook::read_ahead(uint64_t limit, const Prediction & prediction) {
     if (!limit) return ahead_.reset();
     if (!ahead_) ahead_.reset(new ReadAhead(prediction, routers_.front().n_used()));
     ahead_->set_limit(limit);
+}
+
+// `computing`: the layer that chooses now, whose memory follows its cache in require(); -1: none.
+void Hook::apply_capacity(int computing) {
+    const int wanted = wanted_capacity_.load(std::memory_order_relaxed);
+    if (wanted == capacity_ || holds_all_) return;
+    capacity_ = wanted;
+    for (size_t l = 0; l < routers_.size(); l++) {
+        CachedRouter & router   = routers_[l];
+        const int64_t  n_expert = int64_t(router.cache().resident().size());
+        const int64_t  scaled   = int64_t(capacities_[l]) * wanted / first_capacity_;
+        router.set_capacity(int(std::min(std::max<int64_t>(scaled, router.n_used()), n_expert)), phase_);
+        if (int(l) != computing) residency_.shrink(int(l), router.cache().resident());
+    }
+}
+
+void Hook::settle_capacity() {
+    apply_capacity(-1);
+    keep_error([&] { residency_.finish(); });
+    count();
 }
 
 bool Hook::hold_all() {

@@ -12,6 +12,7 @@
 #include "score_source.h"
 #include "trace.h"
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -21,7 +22,8 @@ namespace cacheroute {
 class Hook {
   public:
     // layer_of[il]: index into `routers` and the store's layers, -1 for a layer that is not managed. `store` null: none.
-    Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, std::unique_ptr<Store> store, bool reweights);
+    // `capacity`: experts of a layer in the budget that the routers' caches share.
+    Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, int capacity, std::unique_ptr<Store> store, bool reweights);
 
     // llama.cpp keeps the address
     Hook(const Hook &)             = delete;
@@ -79,6 +81,11 @@ class Hook {
     // has changed: there is a store, or a cache has no room for all.
     bool hold_all();
 
+    // From now on the caches hold `capacity` experts of each layer, at least K, or as much more or less in each as they had at the
+    // beginning. What no longer fits leaves before the next layer chooses, or with settle_capacity(). Any thread.
+    void set_capacity(int capacity) { wanted_capacity_.store(capacity, std::memory_order_relaxed); }
+    void settle_capacity(); // at once; while nothing computes
+
     // Brings experts of a layer, at most its capacity, into memory before a sequence starts; the last is the most recent.
     void warm(int layer, const std::vector<int32_t> & ids);
 
@@ -96,6 +103,7 @@ class Hook {
     const Mask * allowed(int layer, const ExpertEvent & event);
     void choose(int layer, const ExpertEvent & event, int t, const Mask * allowed, const std::vector<int32_t> * speculated);
     void reweight(const ExpertEvent & event);
+    void apply_capacity(int computing);
     void fill();                  // the caches, where hold_all() was called
     void count();                 // what the store did since the last call, for the phase
     template <typename F> void keep_error(F f);
@@ -116,6 +124,10 @@ class Hook {
     Counters                     counted_{}; // of the store, by now
     std::string                  error_;
     bool                         holds_all_ = false;
+    const std::vector<int>       capacities_; // [layer] at the beginning
+    const int                    first_capacity_; // of the budget they were made for
+    int                          capacity_; // as it was asked for last
+    std::atomic<int>             wanted_capacity_;
 
     uint32_t sequence_    = 0;
     uint32_t batch_first_ = 0, batch_size_ = 0; // tokens of the sequence before this micro-batch, and in it

@@ -65,6 +65,17 @@ void Residency::prefetch(int layer, const std::vector<int32_t> & experts, Urgenc
     if (!load_.empty()) store_->prefetch(layer, load_, urgency);
 }
 
+void Residency::shrink(int layer, const Mask & cached) {
+    if (!store_) return;
+    if (layer == over_) {
+        over_cached_ = cached;
+    } else if (layer == ahead_) {
+        for (size_t e = 0; e < cached.size(); e++) ahead_cached_[e] = ahead_cached_[e] && cached[e];
+    } else {
+        release(layer, cached);
+    }
+}
+
 void Residency::finish() {
     if (!store_) return;
     if (ahead_ >= 0) exchange(std::exchange(ahead_, -1), ahead_cached_);

@@ -31,6 +31,9 @@ class Residency {
     bool     in_memory(int layer, int32_t e) const { return in_memory_[size_t(layer)][size_t(e)] != 0; }
     uint64_t expert_bytes(int layer) const { return store_ ? store_->bytes_of(layer, {1}) : 0; } // of one, in whole pages
 
+    // The cache of a layer has become smaller: what has left it is dropped, where its turn has not begun. settle() frees the memory.
+    void shrink(int layer, const Mask & cached);
+
     // Waits for all reads and drops what the last batch needed beyond the budget, and what was read for layers that had no turn.
     // Throws std::runtime_error when a read failed.
     void finish();

@@ -6,21 +6,14 @@ import re
 from dataclasses import dataclass
 
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB
+from cacheroute.files import MIB, UNITS
+from cacheroute.model import memory_plan
 from cacheroute.model.experts import ExpertLayout
+from cacheroute.model.memory_plan import MemoryPlan
 
-_UNITS = {
-    "kib": 1024,
-    "mib": MIB,
-    "gib": 1024 * MIB,
-    "kb": 1000,
-    "mb": 1000**2,
-    "gb": 1000**3,
-    "k": 1024,
-    "m": MIB,
-    "g": 1024 * MIB,
-}
-FORMS = "use a share (50%), experts per layer (30), bytes of all layers together (2GiB), or all"
+AUTO = "auto"
+"""What the free memory has room for; only a model that is loaded knows it."""
+FORMS = "use a share (50%), experts per layer (30), bytes of all layers together (2GiB), all, or auto"
 
 
 @dataclass(frozen=True)
@@ -47,12 +40,32 @@ def parse(text: str | int | None, layout: ExpertLayout) -> Budget:
     return Budget(capacity, capacity * layout.resident_bytes)
 
 
+def is_auto(text: str | int | None) -> bool:
+    """Whether the budget is left to the free memory."""
+    return isinstance(text, str) and text.strip().lower() == AUTO
+
+
+def automatic(plan: MemoryPlan, layout: ExpertLayout) -> str | int:
+    """For parse(): as many experts of each layer as fit the free memory; half of them where that is not known.
+
+    Raises UsageError, with the figures, where not even the K of one token fit.
+    """
+    capacity = plan.capacity
+    if plan.free is None:
+        return default_name(layout)
+    if capacity is None:
+        raise memory_plan.refusal(plan, str(layout.paths[0]))
+    return "all" if capacity == layout.n_expert else capacity
+
+
 def default_name(layout: ExpertLayout) -> str:
     """How the default budget is typed."""
     return "50%" if layout.n_expert // 2 >= layout.n_used else str(layout.n_used)
 
 
 def _capacity(text: str, layout: ExpertLayout) -> int:
+    if text == AUTO:
+        raise UsageError("A budget of auto follows the free memory, so nothing can be measured or tuned by it; give another one.")
     if text == "all":
         return layout.n_expert
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kmg]i?b?)?", text)
@@ -64,7 +77,7 @@ def _capacity(text: str, layout: ExpertLayout) -> int:
             raise UsageError(f"A budget of {text} is more than all experts; {FORMS}.")
         return int(layout.n_expert * number / 100 + 1e-9)
     if unit:
-        nbytes = min(number * _UNITS[unit], layout.n_expert * layout.resident_bytes)
+        nbytes = min(number * UNITS[unit], layout.n_expert * layout.resident_bytes)
         return int(nbytes) // layout.resident_bytes
     if number > layout.n_expert or number != int(number):
         raise UsageError(f"A budget of {text} experts does not fit a model of {layout.n_expert} experts per layer; {FORMS}.")

@@ -5,6 +5,7 @@ The strategies themselves are in native/router.cpp.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -180,6 +181,15 @@ class Routing:
                 raise UsageError(f"{self}: {name} is at most {limit} for this model.")
         if "m" in self.parameters and self.parameters["m"] < n_used:
             raise UsageError(f"{self}: m is at least {n_used}, the experts that this model uses.")
+
+
+def routing_key(routing: Routing) -> str:
+    """A routing in full: all digits of its parameters, and of a tuned one the content of its file, not the file's name."""
+    if routing.layers:
+        return routing.name + json.dumps([r.parameters for r in routing.layers], sort_keys=True)
+    if routing.policy:
+        return str(routing)
+    return ":".join([routing.name, *(f"{name}={value!r}" for name, value in sorted(routing.parameters.items()))])
 
 
 def capacities(routing: Routing | None, budget: Budget, layout: ExpertLayout) -> tuple[int, ...]:

@@ -93,6 +93,16 @@ def path(model: Path, capacity: int) -> Path:
     return cache_dir() / "tuned" / f"{gguf_file.fingerprint(model)}-{capacity}.json"
 
 
+def capacities(model: Path, *, routing: bool) -> list[int]:
+    """Experts of each layer in the budgets that something is tuned for: routings of decoded tokens, or else of prompts."""
+    end = "" if routing else "-prompt"
+    names = (cache_dir() / "tuned").glob(f"{gguf_file.fingerprint(model)}-*{end}.json")
+    numbers = {name.stem.removesuffix(end).rpartition("-")[2] for name in names}
+    notes = load(DEMO).notes
+    own = [int(notes["budget"])] if routing and notes["fingerprint"] == gguf_file.fingerprint(model) else []
+    return sorted({*own, *(int(n) for n in numbers if n.isdecimal())})
+
+
 def find(model: Path, budget: str | int | None) -> Settings:
     """The user's own file, else the packaged one where it is of this model and budget. Raises UsageError when there is none."""
     layout = experts.layout(gguf_file.read(model))

@@ -93,14 +93,20 @@ def bind(source: Source, layout: ExpertLayout, n_prompt: int, n_gen: int) -> For
     if source.trace:
         return _recorded(source.trace, layout, n_prompt, n_gen)
     seed = int(source.parameters["seed"])
-    n_layers = len(layout.layers)
-    layers = [
-        _autoregression(np.random.default_rng([seed, i]), n_prompt + n_gen, layout.n_expert, source.parameters)
-        for i in range(n_layers)
-    ]
+    layers = _layers(len(layout.layers), n_prompt + n_gen, layout.n_expert, source.parameters)
     correlation = source.parameters["prediction"]
     predicted = [_predicted(np.random.default_rng([seed, i, 1]), z, correlation) for i, z in enumerate(layers)]
     return ForcedScores(str(source), tuple(map(_halves, layers)), predicted=tuple(map(_halves, predicted)))
+
+
+def synthetic(n_layers: int, n_tokens: int, n_expert: int, parameters: dict[str, float]) -> tuple[Halves, ...]:
+    """The scores of so many layers, [n_tokens, E] each; `parameters`: those of PARAMETERS that differ from DEFAULTS."""
+    return tuple(map(_halves, _layers(n_layers, n_tokens, n_expert, DEFAULTS | parameters)))
+
+
+def _layers(n_layers: int, n_tokens: int, n_expert: int, parameters: dict[str, float]) -> list[Floats]:
+    seed = int(parameters["seed"])
+    return [_autoregression(np.random.default_rng([seed, i]), n_tokens, n_expert, parameters) for i in range(n_layers)]
 
 
 def _autoregression(rng: np.random.Generator, n_tokens: int, n_expert: int, parameters: dict[str, float]) -> Floats:

@@ -207,6 +207,26 @@ class Replay:
         )
 
 
+def miss_rate(
+    scores: Sequence[npt.NDArray[np.float16]], n_used: int, capacity: int, routing: Routing, eviction: str, *, skip: int
+) -> float:
+    """Of decoded tokens with these scores, [n, E] of each layer: the share of their chosen experts that the cache did not hold.
+
+    The first `skip` tokens fill the cache and are not counted. The routing must fit (Routing.check).
+    """
+    shape = bindings.Shape(len(scores), scores[0].shape[1], n_used, capacity, evictions.ONLINE[eviction])
+    missed = 0
+    with _Router(shape, routing, _ORIGINAL) as router:
+        for i, z in enumerate(scores):
+            decoded = np.full(len(z), DECODE, np.uint8)
+            events = LayerEvents(np.ascontiguousarray(z).view(np.uint16), None, decoded, None)
+            router.replay(i, replace(events, z=events.z[:skip], flags=events.flags[:skip]))
+            before = router.counters(i).misses
+            router.replay(i, replace(events, z=events.z[skip:], flags=events.flags[skip:]))
+            missed += router.counters(i).misses - before
+    return missed / (n_used * sum(len(z) - skip for z in scores))
+
+
 def arms(
     budget: Sequence[str],
     routing: Sequence[Routing],

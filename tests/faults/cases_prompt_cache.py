@@ -11,7 +11,7 @@ from pathlib import Path
 
 from faults.runner import Case, Outcome, Place, in_process
 
-_ASKED = ("generate", "--raw", "-n", "4", "-c", "256", "-t", "1", "-s", "5", "--temp", "0", "--prompt-cache")
+_ASKED = ("generate", "--raw", "-n", "4", "-c", "256", "-t", "1", "-s", "5", "--temp", "0", "--budget", "50%", "--prompt-cache")
 _LOSSY = ("--routing", "cache-prior:lambda=0.5")
 _TEXT, _LONGER = "the cat that was on", "the cat that was on the mat"
 
@@ -66,6 +66,14 @@ def _other_model(place: Place) -> Outcome:
     _made(place)
     other = tiny_models.write("qwen3moe", place.folder / "m.gguf", seed=9)
     return in_process(_words(place, model=other))
+
+
+def _smaller(place: Place) -> Outcome:
+    """Continues with fewer experts, and gives the same answer."""
+    _made(place)
+    whole, again = (in_process(_words(place, *more)) for more in ((), ("--budget", "8")))
+    assert again.stdout == whole.stdout and "from " in again.stderr
+    return again
 
 
 def _directory(place: Place) -> list[str]:
@@ -141,7 +149,8 @@ _NONE = r"/p is not a prompt cache, and is left as it is; name another file\.$"
 _HURT = r"/p is a damaged prompt cache \({}.*\); name another file, or remove this one\.$"
 
 CASES: list[Case] = [
-    _again("a prompt cache of another budget", _SENTENCE.format("budget 16, and here it is 8"), "--budget", "8"),
+    _again("a prompt cache of another budget", _SENTENCE.format("budget 16, and here it is 8"), "--budget", "8", made=_LOSSY),
+    Case("a lossless prompt cache of another budget", _smaller, 0, stdout=True, more=True),
     _again("a prompt cache of another eviction", _SENTENCE.format("eviction soft-lfu, and here it is lru"), "--eviction", "lru"),
     _again("a prompt cache of a lossless routing", _SENTENCE.format("routing original, and here it is cache-prior.*"), *_LOSSY),
     _again(

@@ -71,7 +71,7 @@ def _same(name: str, rules: str, io: str, *more: str, said: str = "") -> Case:
 
 
 def _refused(name: str, rules: str, io: str, said: str, *more: str) -> Case:
-    return Case(f"{name}, {io}{', prefetch' if more else ''}", _generate(rules, io, *more), code=1, sentence=said)
+    return Case(f"{name}, {io}{', prefetch' if more else ''}", _generate(rules, io, *more), code=1, sentence=said, more=True)
 
 
 _BOTH = [

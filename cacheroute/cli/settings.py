@@ -1,0 +1,64 @@
+"""How experts are kept and chosen, as it was typed, for the commands that answer; and what they say of it at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cacheroute.cli import options
+from cacheroute.cli.terminal import say
+from cacheroute.forecast.line import first_line, held
+from cacheroute.routing import tuned
+
+if TYPE_CHECKING:
+    from cacheroute.engine.llama import Llama
+    from cacheroute.model.experts import ExpertLayout
+    from cacheroute.routing.budget import Budget
+
+
+@dataclass
+class Settings:
+    """For Llama() and configure()."""
+
+    budget: str
+    routing: str
+    eviction: str
+    io: str
+    prefetch: int
+    prompt_routing: str
+
+
+def say_start(llm: Llama, asked: Settings) -> None:
+    """What is in memory, how the rest is read, and what is lossy; from now on that the budget follows the free memory."""
+    say(
+        first_line(
+            llm.header,
+            llm.layout,
+            llm.budget.capacity,
+            llm.io,
+            routing=str(llm.routing),
+            eviction=llm.eviction,
+            n_threads=llm.n_threads,
+            flash_mbps=llm.flash_mbps,
+        )
+    )
+    if asked.routing == tuned.NAME and llm.routing and not llm.routing.lossy and llm.budget.capacity == llm.layout.n_expert:
+        say("all experts are in memory: nothing is read, so a tuned routing has nothing to save")
+    options.say_lossy(llm)
+    llm.budget_changed = said_changes(llm.layout, llm.budget)
+
+
+def said_changes(layout: ExpertLayout, budget: Budget) -> Callable[[Budget], None]:
+    """For Llama.budget_changed: a line on stderr when a budget has become smaller, or as large as it was at first."""
+    last = budget
+
+    def changed(now: Budget) -> None:
+        nonlocal last
+        if now.capacity < last.capacity:
+            say(f"memory is short: {held(layout, now.capacity)} of experts stay in memory")
+        elif now.capacity == budget.capacity:
+            say(f"there is memory again: {held(layout, now.capacity)} of experts may stay in memory")
+        last = now
+
+    return changed

@@ -1,0 +1,106 @@
+"""`--budget auto`: what fits the free memory is taken, what does not is refused with the figures, and nothing else is."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cacheroute import Llama, UsageError
+from cacheroute.engine import llama as engine
+from cacheroute.files import GIB, MIB
+from cacheroute.model import context_memory, experts, gguf_file, memory_plan
+from cacheroute.model.memory_plan import MemoryPlan
+from support.cli import cacheroute, sentence
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> MemoryPlan:
+    layers, n_expert = draw(st.integers(1, 60)), draw(st.integers(2, 256))
+    layer = draw(st.integers(1, 20 * MIB))
+    free = draw(st.integers(0, 64 * GIB))
+    return MemoryPlan(
+        free=free,
+        reserve=memory_plan.reserve(free),
+        dense=draw(st.integers(0, 2 * GIB)),
+        embedding=draw(st.integers(0, GIB)),
+        context=draw(st.integers(0, GIB)),
+        compute=draw(st.integers(0, GIB)),
+        pass_tokens=512,
+        expert_bytes=layer * layers,
+        layer_bytes=layer,
+        file_expert_bytes=layer * layers,
+        n_expert=n_expert,
+        n_used=draw(st.integers(1, n_expert)),
+    )
+
+
+@given(plans())
+def test_the_most_that_fits_is_taken_and_no_more(plan: MemoryPlan) -> None:
+    assert plan.free is not None
+    room, capacity = plan.free - plan.reserve, plan.capacity
+    if capacity is None:
+        assert plan.needed(plan.n_used) > room
+        return
+    assert plan.n_used <= capacity <= plan.n_expert
+    assert plan.needed(capacity) <= room
+    assert capacity == plan.n_expert or plan.needed(capacity + 1) > room
+
+
+@given(plans())
+def test_a_model_that_does_not_fit_is_refused_with_what_is_missing(plan: MemoryPlan) -> None:
+    if plan.capacity is not None:
+        return
+    text = str(memory_plan.refusal(plan, "m.gguf"))
+    short = plan.needed(plan.n_used) + plan.reserve - (plan.free or 0)
+    assert text.startswith("m.gguf needs at least ") and f"free {context_memory.size(short)}, or " in text
+
+
+def free_is(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
+    for module in (memory_plan, context_memory, engine):
+        monkeypatch.setattr(module, "available_memory", lambda: nbytes)
+
+
+def open_model(path: Path, budget: str | None = "auto", **more: object) -> contextlib.closing[Llama]:
+    return contextlib.closing(Llama(str(path), budget=budget, n_ctx=64, n_threads=1, verbose=False, **more))
+
+
+def test_auto_loads_all_where_all_fits_and_what_fits_where_it_does_not(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = gguf_file.read(tiny)
+    layout = experts.layout(header)
+    with open_model(tiny) as llm:
+        assert (llm.io, llm.budget.capacity, llm.automatic) == ("load", layout.n_expert, True)
+    enough = memory_plan.of(header, layout, n_ctx=64, free=GIB).needed(layout.n_expert) + 64 * MIB
+    assert memory_plan.of(header, layout, n_ctx=64, free=enough).capacity == layout.n_expert
+    paged = memory_plan.of(header, layout, n_ctx=64, whole=False, free=GIB)
+    free_is(monkeypatch, paged.needed(layout.n_expert // 2) + 64 * MIB)
+    with open_model(tiny, io="direct") as llm:  # such small experts take less loaded whole than in whole pages
+        assert llm.budget.capacity == layout.n_expert // 2 and llm.automatic
+        free_is(monkeypatch, GIB)
+        llm.configure(budget="auto")  # its experts are in the file, and there they stay
+        assert llm.io != "load" and llm.budget.capacity == layout.n_expert
+        llm.configure(budget="25%")
+        assert llm.budget.capacity == layout.n_expert // 4 and not llm.automatic
+    free_is(monkeypatch, None)  # not known: half
+    with open_model(tiny) as llm:
+        assert llm.budget.capacity == layout.n_expert // 2
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_is(monkeypatch, 64 * MIB)
+    with pytest.raises(UsageError, match=r"needs at least .* are free: free .*, or "):
+        open_model(tiny)
+
+
+def test_auto_is_for_what_answers(tiny: Path) -> None:
+    assert "auto follows the free memory" in sentence(cacheroute("tune", "-m", tiny, "--budget", "auto"), 2)
+
+
+def test_none_stays_half_and_a_model_without_a_hook_asks_for_no_memory(tiny: Path) -> None:
+    with open_model(tiny, None) as llm:
+        assert llm.budget.capacity == llm.layout.n_expert // 2 and not llm.automatic
+    with open_model(tiny, routing=None) as llm:
+        assert llm.io != "load"

@@ -1,0 +1,161 @@
+"""A budget that follows the free memory: when it shrinks and grows, and that it changes memory and no lossless answer."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cacheroute import Llama
+from cacheroute.engine import memory_watch
+from cacheroute.engine.memory_watch import fitting
+from cacheroute.files import GIB, MIB
+from cacheroute.model import memory_plan
+from cacheroute.model.memory_plan import MemoryPlan
+from cacheroute.native import bindings
+from cacheroute.routing.budget import Budget
+from support.native_hook import bare_hook
+
+PLAN = MemoryPlan(
+    free=8 * GIB, reserve=512 * MIB, dense=GIB, embedding=0, context=256 * MIB, compute=256 * MIB, pass_tokens=512,
+    expert_bytes=100 * MIB, layer_bytes=4 * MIB, file_expert_bytes=100 * MIB, n_expert=128, n_used=8,
+)  # fmt: skip
+
+
+@given(
+    st.integers(8, 60),
+    st.integers(0, 8 * GIB),
+    st.floats(0, 1.2),
+    st.sampled_from([0, GIB]),
+    st.sampled_from([0, 0, 50 * MIB]),
+    st.booleans(),
+)
+def test_a_budget_shrinks_when_memory_is_short_and_grows_when_there_is_more(
+    capacity: int, free: int, filled: float, upcoming: int, swapped: int, calm: bool
+) -> None:
+    resident = int(filled * capacity * PLAN.expert_bytes)
+    wanted = fitting(PLAN, capacity, free=free, resident=resident, upcoming=upcoming, swapped=swapped, most=60, calm=calm)
+    assert PLAN.n_used <= wanted <= 60
+    reserve = memory_plan.reserve(free + resident)
+    left = free - max(capacity * PLAN.expert_bytes - resident, 0) - upcoming
+    if left < 0.75 * reserve or swapped:
+        assert wanted <= capacity
+        gained = (capacity - wanted) * PLAN.expert_bytes
+        assert wanted == PLAN.n_used or (left + gained >= reserve and gained >= swapped)
+    elif not calm:
+        assert wanted == capacity
+    if wanted > capacity:  # and what is then in memory leaves the reserve
+        assert free + resident - wanted * PLAN.expert_bytes >= reserve
+
+
+@pytest.mark.parametrize("eviction", ["lru", "soft-lfu"])
+def test_layers_hold_no_more_than_the_new_capacity(eviction: str) -> None:
+    rng = np.random.default_rng(0)
+    with bare_hook((3, 16, 2, 12), eviction=eviction) as hook:
+
+        def run(tokens: int) -> None:
+            for _ in range(tokens):
+                for layer in range(3):
+                    scores = rng.normal(size=(1, 16)).astype(np.float32)
+                    chosen = hook.select(layer, scores, None, 1, decode=True)
+                    assert set(chosen.ravel()) <= hook.resident(layer)
+
+        run(30)
+        assert [len(hook.resident(layer)) for layer in range(3)] == [12] * 3
+        before = [hook.resident(layer) for layer in range(3)]
+        bindings.lib.cr_hook_set_capacity(hook.handle, 5)
+        assert [hook.resident(layer) for layer in range(3)] == before  # nothing has asked yet
+        hook.select(1, rng.normal(size=(1, 16)).astype(np.float32), None, 1, decode=True)
+        assert [len(hook.resident(layer)) for layer in range(3)] == [5] * 3  # of every layer at once
+        assert hook.resident(0) < before[0]
+        bindings.lib.cr_hook_set_capacity(hook.handle, 1)  # K is the least
+        bindings.lib.cr_hook_settle_capacity(hook.handle)
+        assert [len(hook.resident(layer)) for layer in range(3)] == [2] * 3
+        bindings.lib.cr_hook_set_capacity(hook.handle, 12)
+        run(30)
+        assert [len(hook.resident(layer)) for layer in range(3)] == [12] * 3
+
+
+def opened(model: Path, **more: object) -> contextlib.closing[Llama]:
+    return contextlib.closing(Llama(str(model), budget="75%", io="direct", n_ctx=128, n_threads=1, verbose=False, **more))
+
+
+def logits(llm: Llama, tokens: list[int], before: Callable[[int], None]) -> np.ndarray:
+    rows = []
+    llm.eval(tokens[:20])
+    for i, token in enumerate(tokens[20:]):
+        before(i)
+        with llm.decoding():
+            llm.eval([token])
+        rows.append(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)).copy())
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0"])
+def test_another_capacity_changes_memory_and_no_logits(alone: Path, routing: str) -> None:
+    tokens = [int(t) for t in np.random.default_rng(1).integers(5, 200, 50)]
+    with opened(alone, routing=routing) as llm:
+        plain = logits(llm, tokens, lambda _: None)
+        llm.rewind()
+        n_expert, seen = llm.layout.n_expert, []
+
+        def change(i: int) -> None:
+            if i % 5 == 0:
+                capacity = (n_expert // 4, n_expert // 2, llm.layout.n_used)[i // 5 % 3]
+                llm.set_capacity(capacity)
+                assert llm.resident_bytes <= llm.budget.nbytes == capacity * llm.layout.resident_bytes
+                assert llm.measure_resident() == llm.resident_bytes
+            seen.append(llm.resident_bytes)
+
+        assert np.array_equal(logits(llm, tokens, change), plain)
+        assert len(set(seen)) > 2
+
+
+def test_the_watch_takes_memory_back_and_gives_it_again(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the free memory falls and rises; nothing computes meanwhile."""
+    header_free = [GIB]
+    monkeypatch.setattr(memory_watch, "available_memory", lambda: header_free[0])
+    monkeypatch.setattr(memory_watch, "_IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(memory_watch, "_BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(memory_watch, "_CALM_SECONDS", 0.05)
+    said: list[Budget] = []
+    with opened(alone, budget_changed=said.append) as llm:
+        plan = memory_plan.of(llm.header, llm.layout, n_ctx=128)
+        logits(llm, [5, 6, 7, 8] * 8, lambda _: None)
+        full, held = llm.budget.capacity, llm.resident_bytes
+        watch = memory_watch.MemoryWatch(llm, plan)
+        try:
+            time.sleep(0.2)
+            assert llm.budget.capacity == full and not said
+            header_free[0] = 0
+            until(lambda: llm.budget.capacity == llm.layout.n_used)
+            until(lambda: llm.resident_bytes == llm.budget.nbytes < held)
+            header_free[0] = GIB
+            until(lambda: llm.budget.capacity == full)
+            assert said[0].capacity < full and said[-1].capacity == full
+            logits(llm, [5, 6, 7, 8] * 8, lambda _: None)
+            until(lambda: llm.resident_bytes > said[0].nbytes)
+        finally:
+            watch.stop()
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_model_that_follows_the_memory_can_be_dropped_and_pickled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "available_memory", lambda: 70 * MIB)
+    with contextlib.closing(Llama(str(tiny), budget="auto", io="direct", n_ctx=64, n_threads=1, verbose=False)) as llm:
+        assert llm.automatic and llm._watch
+        assert llm.__getstate__()["budget"] == "auto"
+        watch = llm._watch
+    assert not watch._thread.is_alive()

@@ -1,0 +1,140 @@
+"""`cacheroute plan`: one model, the catalogue, what does not fit; at 80 columns and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from cacheroute.engine import storage
+from cacheroute.errors import UsageError
+from cacheroute.files import GIB, MIB
+from cacheroute.forecast import kernels, speed
+from cacheroute.forecast.kernels import TypeSpeed
+from cacheroute.forecast.speed import ComputeSpeed
+from cacheroute.model import catalogue, experts, gguf_file, memory_plan
+from support import tiny_models
+from support.cli import cacheroute, sentence
+
+command = importlib.import_module("cacheroute.cli.plan")
+FAST = TypeSpeed(10e9, 100e9)
+
+
+@pytest.fixture(autouse=True)
+def machine(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and drive of fixed speeds, and no models but those of the test."""
+
+    def measure(types: speed.Types, n_threads: int) -> ComputeSpeed:
+        own = ({speed.measured_as(t): FAST for t in of} for of in (types.dense, types.experts, types.repacked))
+        return ComputeSpeed(n_threads, 1e-6, 1e-9, *own)  # what is not asked for has no speed
+
+    monkeypatch.setattr(speed, "measure", measure)
+    monkeypatch.setattr(
+        speed, "known", lambda n: ComputeSpeed(n, 1e-6, 1e-9, *({t: FAST for t in kernels.TYPES} for _ in range(3)))
+    )
+    readings = [storage.Reading("direct", 1000.0, 1.0), storage.Reading("buffered", 800.0, 1.0)]
+    monkeypatch.setattr(storage, "measure", lambda _: readings)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home" / "hf"))
+    for name in ("HF_HUB_CACHE", "OLLAMA_MODELS", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(capsys: pytest.CaptureFixture[str], **options: object) -> tuple[str, str]:
+    usual = {"model": None, "ram": None, "flash_mbps": None, "ctx_size": 4096, "threads": None, "output": "text"}
+    command.plan(**usual | options)
+    return tuple(capsys.readouterr())  # type: ignore[return-value]
+
+
+def test_one_model_at_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny_models.write("qwen3moe", tmp_path / "m.gguf", n_embd=256, n_ff=256)
+    header = gguf_file.read(path)
+    whole = memory_plan.of(header, experts.layout(header), n_ctx=512, free=128 * MIB)
+    ram = f"{(whole.needed(32) + whole.reserve) // MIB - 8}MiB"  # less than all of it takes
+    out, err = run(capsys, model=str(path), ram=ram, ctx_size=512, threads=2)
+    lines = out.splitlines()
+    assert err == "" and all(len(line) <= 80 for line in lines if str(path) not in line)
+    for word in ("memory", "budget", "routing", "io", "threads", "least", "suggested", "full", "original", "measured", "assumed"):
+        assert any(line.startswith(word) for line in lines), (word, out)
+    assert "direct: 1000 MB/s, as measured on this filesystem" in out and "2: as given" in out
+    command = " ".join(out.replace("\\\n", "").split("cacheroute generate")[1].split())
+    assert command.startswith(f"-m {path} --budget ") and "-t 2 -c 512" in command
+
+
+def test_json_is_the_forecast(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, model=str(tiny), output="json", flash_mbps=200.0, ctx_size=512)
+    found = json.loads(out)
+    assert list(found) == [
+        "model", "path", "n_expert", "n_used", "n_ctx", "fits", "refusal", "memory", "budgets", "routings", "prompts",
+        "decisions", "inputs",
+    ]  # fmt: skip
+    assert (
+        found["path"] == str(tiny) and found["fits"] and [b["name"] for b in found["budgets"]] == ["least", "suggested", "full"]
+    )
+    assert {i["how"] for i in found["inputs"]} <= {"measured", "read", "given", "assumed"}
+    assert {d["setting"]: d["value"] for d in found["decisions"]}["io"] == "load"  # all of it fits
+
+
+def test_the_catalogue_at_80_columns_best_first(capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = run(capsys, ram="8GiB", flash_mbps=1000.0)
+    lines = out.splitlines()
+    assert lines[0].split() == ["MODEL", "GiB", "HERE", "BUDGET", "TOK/S", "LOSSY", "512", "TOKENS"]
+    assert len(lines) == 1 + len(catalogue.load_catalogue()) and all(len(line) <= 80 for line in lines)
+    names = [line.split()[0] for line in lines[1:]]
+    refused = [i for i, line in enumerate(lines[1:]) if " needs " in line]
+    assert names.index("glm-4.5-air") in refused and refused == list(range(min(refused), len(names)))
+    assert "for 8.0 GiB of memory" in err
+
+
+def test_the_catalogue_as_json_is_in_the_same_order(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads(run(capsys, ram="8GiB", flash_mbps=1000.0, output="json")[0])
+    assert {r["name"] for r in rows} == set(catalogue.load_catalogue())
+    usable = [r for r in rows if r["fits"] and r["routings"][0]["tokens_per_s"] >= 5]
+    assert usable and rows[: len(usable)] == sorted(usable, key=lambda r: -r["nbytes"])
+
+
+def test_without_a_drive_there_are_no_speeds(capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, model="qwen3-30b-a3b", ram="8GiB")
+    row = next(line for line in out.splitlines() if line.startswith("cache-prior:lambda=0.1"))
+    assert row.split()[3] == "?" and "512 tokens              ?" in out
+
+
+def test_a_known_model_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = run(capsys, model="qwen3-30b-a3b", ram="8GB", flash_mbps=800.0)
+    assert "cacheroute pull qwen3-30b-a3b" in err and all(len(line) <= 80 for line in out.splitlines())
+    assert "not here" in out and "800 MB/s, as given" in out and "assumed" in out
+
+
+def test_what_does_not_fit_is_refused_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match=r"needs at least .* are free: .*There would fit: "):
+        run(capsys, model="mixtral-8x7b", ram="4GiB")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(command.typer.Exit) as e:
+        run(capsys, model="mixtral-8x7b", ram="4GiB", output="json")
+    found = json.loads(capsys.readouterr().out)
+    assert e.value.exit_code == 2 and not found["fits"] and "needs at least" in found["refusal"]
+
+
+@pytest.mark.parametrize("ram, free", [("8G", 8 * GIB), ("8GiB", 8 * GIB), ("8GB", 8 * 10**9)])
+def test_forms_of_ram(capsys: pytest.CaptureFixture[str], ram: str, free: int) -> None:
+    found = json.loads(run(capsys, model="qwen3-30b-a3b", ram=ram, output="json")[0])
+    assert found["memory"]["free"] == free
+
+
+def test_what_cannot_be_is_one_sentence(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "8x" in sentence(cacheroute("plan", "-m", tiny, "--ram", "8x"), 2)
+    with pytest.raises(UsageError, match=r"nothing\.gguf"):
+        run(capsys, model="nothing.gguf")
+    with pytest.raises(UsageError, match="text and json"):
+        run(capsys, output="xml")
+
+
+def test_a_measurement_is_told(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "known", lambda _: None)
+    real = speed.measure
+    monkeypatch.setattr(speed, "measure", lambda types, n: dataclasses.replace(real(types, n), crowded=True))
+    out, err = run(capsys, model=str(tiny), ctx_size=512)
+    assert [line.split()[0] for line in err.splitlines()] == ["measuring", "other"] and "it is too slow" in " ".join(out.split())
