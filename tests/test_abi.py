@@ -54,7 +54,7 @@ def test_counters_are_those_of_the_header() -> None:
 
 
 def test_an_engine_of_another_version_refuses_the_hook(tiny: Path) -> None:
-    llm = Llama(str(tiny), n_ctx=64, n_threads=1, verbose=False)
+    llm = Llama(str(tiny), budget="50%", n_ctx=64, n_threads=1, verbose=False)
     ours = CHook.of(CCallback(0), CCallback(0))
     attach = hook._api.llama_set_expert_hook
     for field in ("version", "hook_bytes", "event_bytes"):
@@ -66,7 +66,7 @@ def test_an_engine_of_another_version_refuses_the_hook(tiny: Path) -> None:
 
 
 def test_a_refused_hook_is_one_sentence(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = Llama(str(tiny), n_ctx=64, n_threads=1, verbose=False)
+    llm = Llama(str(tiny), budget="50%", n_ctx=64, n_threads=1, verbose=False)
     monkeypatch.setattr(hook._api, "llama_set_expert_hook", lambda context, address: False)
     with pytest.raises(CacherouteError, match=r"built from different versions; run `cacheroute setup`\.$"):
         llm.configure(routing="cache-prior:lambda=0.2")

@@ -131,7 +131,7 @@ def test_what_needs_reads_does_not_go_with_load() -> None:
 
 def test_a_loaded_model_can_have_no_smaller_budget(tiny: Path) -> None:
     with loaded(tiny) as llm:
-        for settings in ({"budget": "50%"}, {}, {"budget": "all", "io": "direct"}):
+        for settings in ({"budget": "50%"}, {"budget": None}, {"budget": "all", "io": "direct"}):
             with pytest.raises(UsageError, match="loaded with all of its experts in memory; for a smaller budget or another io"):
                 llm.configure(**settings)
         with pytest.raises(UsageError, match="no reads to pace"):
@@ -206,8 +206,13 @@ def command(*arguments: object) -> Any:
 def test_generate_says_so(repackable: Path) -> None:
     asked = ("generate", "-m", repackable, "--raw", "-p", "the cat", "-n", 4, "-c", 64, "-t", 1, "--budget", "all", "-o", "json")
     done = command(*asked, "-v")
-    plan, line = done.stderr.splitlines()
-    assert plan.endswith("all experts in memory, as llama.cpp loads them") and "| miss 0.0% |" in line and "resident all " in line
+    first, plan, line = done.stderr.splitlines()
+    assert (
+        "of experts in memory" in first
+        and plan.endswith("all experts in memory, as llama.cpp loads them")
+        and "| miss 0.0% |" in line
+        and "resident all " in line
+    )
     assert json.loads(done.stdout)["stats"]["io"] == "load"
     refused = command(*asked, "--io", "load", "--prefetch", 2)
     assert refused.exit_code == 2 and "leave it out, or take io direct" in refused.stderr

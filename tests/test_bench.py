@@ -6,14 +6,20 @@ import csv
 import io
 import json
 import shutil
+import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import bench_store
 import pytest
+from typer.testing import CliRunner
 
 from cacheroute import Llama
+from cacheroute.cli import app
 from cacheroute.routing.eviction import DEFAULT
 from support.cli import cacheroute, sentence
 
@@ -35,8 +41,13 @@ def test_every_arm_has_a_prompt_and_a_decode_row(alone: Path) -> None:
         assert row["budget_experts"] == {"25%": 8, "50%": 16}[str(row["budget"])]
         assert row["resident_mib"] == row["counted_mib"]
         assert row["vs_lru"] is not None and row["hook_ms_per_token"] > 0  # type: ignore[operator]
+        assert row["lossy"] == (row["routing"] != "original") and not any("maps the file" in d for d in row["doubts"])
         if row["routing"] == "original":
             assert row["swap_rate"] == 0 and (row["vs_lru"] == 1) == (row["eviction"] == "lru")
+    for first, second in zip(table[::2], table[1::2], strict=True):
+        assert first["ttft_s"] == second["ttft_s"] and first["n_prompt"] and second["n_gen"]
+        seconds = [24 / ts for ts in first["samples_ts"]]  # type: ignore[attr-defined]
+        assert first["ttft_s"] == pytest.approx(sum(seconds) / 2)
     decode = {(r["budget"], r["routing"], r["eviction"]): r for r in table if r["n_gen"]}
     for budget in ("25%", "50%"):
         lru, prior = decode[budget, "original", "lru"], decode[budget, "cache-prior:lambda=0.5", DEFAULT]
@@ -55,18 +66,45 @@ def test_the_kernel_read_what_was_asked_for(alone: Path) -> None:
 def test_a_paced_row_reports_its_pace(alone: Path) -> None:
     paced = rows(alone, "--flash-mbps", 50)
     assert {row["flash_mbps"] for row in paced} == {50}
-    done = cacheroute("bench", "-m", alone, *ARMS, "--flash-mbps", 50, "--io", "buffered")
+    done = cacheroute("bench", "-m", alone, *ARMS, "--flash-mbps", 50, "--io", "buffered", "--wide")
+    assert "buffered at 50 MB/s" in done.stdout.splitlines()[0]
     assert done.stdout.count("buffered @ 50 MB/s") == 12
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_outputs_agree(alone: Path) -> None:
     one = ("bench", "-m", alone, "-p", 8, "-n", 4, "-r", 1, "--routing", "original", "--eviction", "lru")
-    names = set(json.loads(cacheroute(*one, "-o", "json").stdout)[0])
-    lines = cacheroute(*one, "-o", "jsonl").stdout.splitlines()
+    names = set(json.loads(run(*one, "-o", "json").stdout)[0])
+    lines = run(*one, "-o", "jsonl").stdout.splitlines()
     assert len(lines) == 2 and all(set(json.loads(line)) == names for line in lines)
-    table = list(csv.DictReader(io.StringIO(cacheroute(*one, "-o", "csv").stdout)))
+    table = list(csv.DictReader(io.StringIO(run(*one, "-o", "csv").stdout)))
     assert len(table) == 2 and set(table[0]) == names
-    assert cacheroute(*one).stdout.count("\n") == 4
+    with sqlite3.connect(":memory:") as database:
+        database.executescript(run(*one, "-o", "sql").stdout)
+        assert [test for (test,) in database.execute("SELECT test FROM bench")] == ["pp8", "tg4 @ d8"]
+    assert run(*one, "-o", "md").stdout.count("\n") == 4
+    what, empty, head, line, *_ = run(*one).stdout.splitlines()
+    assert "prompt of 8, 4 decoded, 1 run, " in what and empty == "" and max(len(head), len(line)) <= 80
+    assert head.split()[-2:] == ["TTFT", "s"] and "±" not in line
+    assert "-o csv has all columns" in sentence(cacheroute(*one, "-o", "csv", "--wide"), 2)
+
+
+def test_ctrl_c_keeps_what_is_finished(alone: Path) -> None:
+    command = ["bench", "-m", alone, "-p", 24, "-n", 12, "-r", 100_000, "-t", 1, "--routing", "original", "-o", "json"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "cacheroute", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        time.sleep(5)
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "cacheroute: Stopped; the rows are of the runs that were finished.\n")
+    table = json.loads(out)
+    runs = [len(row["samples_ts"]) for row in table]
+    assert len(table) == 4 and min(runs) > 0 and max(runs) - min(runs) <= 1
+    assert all(row["vs_lru"] > 0 and row["ttft_s"] > 0 for row in table)
 
 
 def test_hook_time_excludes_waiting_for_reads(alone: Path) -> None:
@@ -109,4 +147,6 @@ def test_pages_that_another_process_holds_are_reported(tiny: Path, tmp_path: Pat
         beside = cacheroute(*few, "--io", "buffered,direct")
         other.communicate(b"\n")
     assert all(row["foreign_mib"] > 0 for row in json.loads(beside.stdout))
+    for row in json.loads(beside.stdout):
+        assert any(doubt.endswith("as another process maps the file") for doubt in row["doubts"])
     assert "MiB of experts were in memory before a run, held by another process" in beside.stderr

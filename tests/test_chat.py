@@ -33,7 +33,7 @@ FEW = ("-n", 8, "--temp", 0, "-t", 1, "-c", 512)
 @pytest.fixture(scope="module")
 def llm() -> Iterator[Llama]:
     path = demo_model.ensure()
-    with contextlib.closing(Llama(str(path), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)) as loaded:
+    with contextlib.closing(Llama(str(path), budget="50%", n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)) as loaded:
         yield loaded
 
 
@@ -105,7 +105,10 @@ def test_a_conversation_is_kept_in_a_file(llm: Llama, tmp_path: Path) -> None:
 
 def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
     path = tiny_models.write("qwen3moe", tmp_path / "tiny.gguf")
-    with contextlib.closing(Llama(str(path), n_ctx=64, verbose=False)) as tiny, pytest.raises(CacherouteError, match="--raw"):
+    with (
+        contextlib.closing(Llama(str(path), budget="50%", n_ctx=64, verbose=False)) as tiny,
+        pytest.raises(CacherouteError, match="--raw"),
+    ):
         check_template(tiny)
     sentence(cacheroute("chat", "-m", path, "-t", 1), 1)
 
@@ -137,6 +140,7 @@ def test_lines_of_a_pipe_are_messages_and_commands(tmp_path: Path) -> None:
         "//quoted",
         "/quit",
         "never",
+        more=("-v",),
     )
     assert done.returncode == 0, done.stderr
     kept = [m["content"] for m in json.loads(file.read_text())["messages"]]
@@ -147,11 +151,13 @@ def test_lines_of_a_pipe_are_messages_and_commands(tmp_path: Path) -> None:
     assert "cache-prior:lambda=0.2 is lossy" in said and "A budget of 1% keeps 0 of 32 experts" in said
     assert "There is no command /what; /help lists them." in said and "Nothing has been asked yet." in said
     assert said.count("first token") == 4  # a line for each answer
+    assert said.count(" swapped (") >= 3, "also of an answer in which a lossy routing chose nothing else"
     assert "answers: " in said and "never" not in answers
 
 
 def test_the_end_of_a_pipe_ends_it_and_options_are_checked() -> None:
     assert piped("/help").stderr.count("\n") > 8
+    assert piped("Hello", more=("-q",)).stderr == ""
     wrong = piped("Hello", more=("--budget", "1%"))
     assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
 
@@ -218,9 +224,7 @@ def test_what_goes_wrong_loses_nothing(llm: Llama, monkeypatch: pytest.MonkeyPat
     conversation = Conversation(llm, "Be brief.")
     answer(conversation, "Hello")
     kept = list(conversation.messages)
-    talk = Talk(
-        conversation, Settings(demo_model.ensure(), None, "original", "lru", "auto", 0, "original"), GREEDY, iter([7] * 9), 8
-    )
+    talk = Talk(conversation, Settings("50%", "original", "lru", "auto", 0, "original"), GREEDY, iter([7] * 9), 8)
     for line in ("word " * 400, "/save ~nouser7/x", "caf\udcff", "/load /nowhere", '/save "open', "/routing\tnone-such"):
         assert talk.take(line)
         assert conversation.messages == kept, line

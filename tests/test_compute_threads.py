@@ -125,7 +125,7 @@ def test_a_change_of_threads_changes_no_answer(tmp_path: Path, monkeypatch: pyte
 
     def answer(look: Callable[[ComputeThreads], int]) -> list[int]:
         monkeypatch.setattr(ComputeThreads, "look", look)
-        with contextlib.closing(Llama(str(path), n_ctx=128, n_threads=3, n_threads_batch=3, verbose=False)) as llm:
+        with contextlib.closing(Llama(str(path), budget="50%", n_ctx=128, n_threads=3, n_threads_batch=3, verbose=False)) as llm:
             set_threads = llm._ctx.set_n_threads
             llm._ctx.set_n_threads = lambda n, batch: (asked.append(n), set_threads(n, batch))
             tokens = llm.generate([5, 6, 7, 8], temp=0.0)

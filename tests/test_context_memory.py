@@ -69,7 +69,7 @@ def test_the_advice_fits(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         llm.eval([5])
 
 
-def test_a_default_budget_suits_every_model(tmp_path: Path) -> None:
+def test_half_of_the_experts_suits_every_model(tmp_path: Path) -> None:
     path = tiny_models.write("qwen3moe", tmp_path / "m.gguf", n_expert=4, n_used=3)
-    with closing(Llama(str(path), n_ctx=64, verbose=False)) as llm:
+    with closing(Llama(str(path), budget=None, n_ctx=64, verbose=False)) as llm:
         assert llm.stats().capacity == 3

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason
 Floats = npt.NDArray[np.float32]
 N_PROMPT, N_DECODE = 41, 16  # the prompt fills two micro-batches and part of a third
 SIZES: dict[str, Any] = {"n_ctx": 128, "n_batch": 64, "n_ubatch": 16, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+HALF: dict[str, Any] = {"budget": "50%", **SIZES}
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +164,9 @@ def run(llm: Llama) -> Floats:
 @pytest.mark.engine
 @pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0.5"])
 def test_logits_do_not_depend_on_io(path: Path, routing: str) -> None:
-    with contextlib.closing(Llama(str(path), routing=routing, **SIZES)) as llm:
+    with contextlib.closing(Llama(str(path), routing=routing, **HALF)) as llm:
         mapped, counted = run(llm), llm.stats()
-    with contextlib.closing(Llama(str(path), routing=routing, io="direct", **SIZES)) as llm:
+    with contextlib.closing(Llama(str(path), routing=routing, io="direct", **HALF)) as llm:
         np.testing.assert_array_equal(run(llm), mapped)
         direct = llm.stats()
     assert direct.io == "direct"
@@ -179,7 +180,7 @@ def test_logits_do_not_depend_on_io(path: Path, routing: str) -> None:
 @pytest.mark.parametrize("io", ["buffered", "direct"])
 def test_reads_during_compute_change_no_logit(path: Path, io: str) -> None:
     """Under any order of reads and threads; also for a prompt, as its batches need more experts than the budget."""
-    with contextlib.closing(Llama(str(path), io="none", **SIZES)) as llm:
+    with contextlib.closing(Llama(str(path), io="none", **HALF)) as llm:
         unread = run(llm)
     for n_threads in (1, 2):
         threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
@@ -200,7 +201,7 @@ def test_io_can_be_changed_and_changed_back(small: Path) -> None:
 
 @pytest.mark.engine
 def test_a_file_that_becomes_shorter_is_an_error(small: Path) -> None:
-    with contextlib.closing(Llama(str(small), io="direct", **SIZES)) as llm:
+    with contextlib.closing(Llama(str(small), io="direct", **HALF)) as llm:
         llm.eval([5, 6, 7])
         os.truncate(small, small.stat().st_size // 4)
         with pytest.raises(CacherouteError, match=r"failed: the file has become shorter since it was loaded\.$"), llm.decoding():
@@ -221,7 +222,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.engine
 def test_auto_is_the_default_measures_once_and_remembers(fresh: Path, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with contextlib.closing(Llama(str(small), **SIZES)) as llm:
+    with contextlib.closing(Llama(str(small), **HALF)) as llm:
         measured = llm.io
         assert measured in ("buffered", "direct") and llm.stats().io == measured
         said = capsys.readouterr().err
@@ -230,10 +231,10 @@ def test_auto_is_the_default_measures_once_and_remembers(fresh: Path, small: Pat
         assert kept == measured
         other = "buffered" if measured == "direct" else "direct"
         fresh.write_text(json.dumps({key: other, "another": "buffered"}))  # what is written there is taken
-        llm.configure(io="auto")
+        llm.configure(budget="50%", io="auto")
         assert llm.io == other and capsys.readouterr().err == ""
         fresh.write_text("not json")
-        llm.configure(io="auto")
+        llm.configure(budget="50%", io="auto")
         assert len(json.loads(fresh.read_text())) == 1
 
 
@@ -244,7 +245,7 @@ def test_auto_reads_directly_unless_that_is_clearly_slower(
     for direct, buffered, taken in ((1.0, 2.0, "direct"), (1.1, 1.0, "direct"), (2.0, 1.0, "buffered")):
         fresh.unlink(missing_ok=True)
         monkeypatch.setattr(stores, "measure", lambda *_, d=direct, b=buffered: {"direct": d, "buffered": b})
-        with contextlib.closing(Llama(str(small), **SIZES)) as llm:
+        with contextlib.closing(Llama(str(small), **HALF)) as llm:
             assert llm.io == taken
     said = f"cacheroute: --io auto reads buffered (direct 2000.00 ms, buffered 1000.00 ms an expert); this is kept in {fresh}.\n"
     assert capsys.readouterr().err == said
@@ -253,7 +254,7 @@ def test_auto_reads_directly_unless_that_is_clearly_slower(
 @pytest.mark.engine
 def test_auto_works_where_its_result_cannot_be_saved(fresh: Path, small: Path) -> None:
     fresh.parent.write_text("in the way")
-    with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
+    with contextlib.closing(Llama(str(small), io="auto", **HALF)) as llm:
         assert llm.io in ("buffered", "direct")
 
 
@@ -269,14 +270,14 @@ def test_auto_explains_once_why_it_does_not_read_directly(
         return real(make, *arguments)
 
     monkeypatch.setattr(stores.bindings, "checked", checked)
-    with contextlib.closing(Llama(str(small), io="auto", **SIZES)) as llm:
+    with contextlib.closing(Llama(str(small), io="auto", **HALF)) as llm:
         assert llm.io == "buffered"
-        llm.configure(io="auto")
+        llm.configure(budget="50%", io="auto")
         assert llm.io == "buffered"
         said = "cacheroute: --io auto reads through the page cache: the filesystem of m.gguf has no direct reads.\n"
         assert capsys.readouterr().err == said
         with pytest.raises(CacherouteError, match="no direct reads"):
-            llm.configure(io="direct")  # what was asked for by name is not replaced
+            llm.configure(budget="50%", io="direct")  # what was asked for by name is not replaced
 
 
 @pytest.mark.engine
@@ -297,8 +298,8 @@ def test_commands_accept_io_direct(small: Path) -> None:
 def test_a_pace_is_a_positive_number(small: Path) -> None:
     for wrong in (-5, 0, float("nan"), float("inf"), True, "x"):
         with pytest.raises(UsageError, match="flash_mbps is a number of MB/s above 0"):
-            Llama(str(small), flash_mbps=wrong, **SIZES)
-    with contextlib.closing(Llama(str(small), flash_mbps=50, **SIZES)) as llm:
+            Llama(str(small), flash_mbps=wrong, **HALF)
+    with contextlib.closing(Llama(str(small), flash_mbps=50, **HALF)) as llm:
         with pytest.raises(UsageError, match="not 'x'"):
             llm.flash_mbps = "x"  # type: ignore[assignment]
         assert llm.flash_mbps == 50

@@ -16,15 +16,18 @@ import pytest
 from support import tiny_models
 from support.cli import cacheroute, sentence
 
-RUN = ("--temp", 0, "-c", 256, "-t", 2)
+RUN = ("--temp", 0, "-c", 256, "-t", 2, "--budget", "50%")
 
 
 def test_answers_on_stdout_and_statistics_on_stderr(demo_model: Path) -> None:
     done = cacheroute("generate", "-p", "What is the capital of France?", "-n", 24, *RUN)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
-    line = done.stderr.strip()
-    assert "\n" not in line
+    start, line = done.stderr.splitlines()
+    assert "of experts in memory" in start
+    assert re.fullmatch(r"\d+ tokens, [\d.]+ tok/s, [\d.]+% of experts read from disk", line)
+    start, plan, line = cacheroute("generate", "-p", "What is the capital of France?", "-n", 24, "-v", *RUN).stderr.splitlines()
+    assert plan.startswith("prompt of ")
     for fact in ("tok/s", "miss", "MiB/token", "swapped 0/", "resident", "first token", "prompt"):
         assert fact in line
     resident, budget = map(float, re.search(r"resident ([\d.]+) of ([\d.]+) MiB", line).groups())  # type: ignore[union-attr]
@@ -53,7 +56,7 @@ def test_json_and_jsonl_carry_the_same_text(demo_model: Path) -> None:
 @pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0.3"])
 def test_what_a_prompt_cache_keeps_is_not_evaluated_again(demo_model: Path, tmp_path: Path, routing: str) -> None:
     def run(prompt: str, *more: object) -> tuple[dict[str, Any], str]:
-        done = cacheroute("generate", "--raw", "-p", prompt, "-n", 24, "-o", "json", "--routing", routing, *RUN, *more)
+        done = cacheroute("generate", "--raw", "-p", prompt, "-n", 24, "-v", "-o", "json", "--routing", routing, *RUN, *more)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), done.stderr
 
@@ -91,21 +94,27 @@ def test_a_seed_repeats_the_bytes_and_another_does_not(demo_model: Path) -> None
     assert run(7) == run(7) != run(8)
 
 
-def test_a_lossy_routing_is_announced(demo_model: Path) -> None:
-    assert "lossy" in cacheroute("generate", "-p", "Hi", "-n", 2, "--routing", "cache-prior:lambda=0.2", *RUN).stderr
-    assert "lossy" not in cacheroute("generate", "-p", "Hi", "-n", 2, *RUN).stderr
+def test_a_lossy_routing_is_announced_and_its_swaps_are_counted(demo_model: Path) -> None:
+    lossy = ("generate", "-p", "Hi", "-n", 2, "--routing", "cache-prior:lambda=0.2", *RUN)
+    _, announced, line = cacheroute(*lossy).stderr.splitlines()
+    assert announced.startswith("cache-prior:lambda=0.2 is lossy") and re.search(r"% swapped \(\d+ of \d+\)$", line)
+    assert cacheroute(*lossy, "-q").stderr.splitlines() == [announced]
+    assert cacheroute("generate", "-p", "Hi", "-n", 2, "-q", *RUN).stderr == ""
+    assert "give one of them" in sentence(cacheroute("generate", "-p", "Hi", "-v", "-q"), 2)
 
 
 def test_a_closed_pipe_ends_without_a_message(demo_model: Path) -> None:
-    command = f"{sys.executable} -m cacheroute generate -p 'Count to one hundred.' -n 200 -c 256 </dev/null | head -c 1"
+    command = f"{sys.executable} -m cacheroute generate -q -p 'Count to one hundred.' -n 200 -c 256 </dev/null | head -c 1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, cwd=Path(__file__).parent, timeout=300
     )
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_ctrl_c_keeps_what_was_written(demo_model: Path) -> None:
+@pytest.mark.parametrize("verbose", [False, True])
+def test_ctrl_c_keeps_what_was_written(demo_model: Path, verbose: bool) -> None:
     command = [sys.executable, "-m", "cacheroute", "generate", "-p", "Write a very long story.", "-n", "2000", "-c", "4096"]
+    command += ["-v"] * verbose
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent
     ) as process:
@@ -115,7 +124,8 @@ def test_ctrl_c_keeps_what_was_written(demo_model: Path) -> None:
         rest, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert first + rest
-    assert b"Traceback" not in errors and b"tok/s" in errors
+    assert b"Traceback" not in errors and re.search(rb"\d+ tokens?", errors) and (b"| miss " in errors) == verbose
+    assert b"resident 0.0" not in errors
 
 
 def test_a_full_context_stops_with_a_message(tmp_path: Path) -> None:

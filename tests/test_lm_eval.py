@@ -233,7 +233,7 @@ def test_tasks_of_all_kinds(tiny: Path) -> None:
         ("cacheroute_own_rolling", "word_perplexity"),
     }
     assert rows["cacheroute_own_choice", "acc"]["swap_rate"] > 0
-    few = run("cacheroute_own_choice", *settings, "--limit", 1, "--shots", 0, "--routing", "original")
+    few = run("cacheroute_own_choice", *settings, "--limit", 1, "--shots", 0, "--routing", "original", "-o", "md")
     assert few.exit_code == 0, few.output
     assert "| cacheroute_own_choice | acc" in few.stdout
 

@@ -88,7 +88,7 @@ def test_an_alignment_that_happens_to_fit_loads(align: int, tmp_path: Path) -> N
     head = len(gguf.to_bytes()) - len(gguf.data)
     gguf.keys["padding"] = gguf_bytes.STR, "x" * (-head % 32)
     path = gguf.write(tmp_path / "a.gguf")
-    llm = Llama(str(path), n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+    llm = Llama(str(path), budget="50%", n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
     llm.eval([5, 6, 7])
     llm.close()
     gguf.keys["padding"] = gguf_bytes.STR, "x" * (-head % 32 + align)

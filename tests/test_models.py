@@ -261,8 +261,8 @@ def test_models_lists_the_catalogue_and_the_disk(
     command.models("text")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows) + 1 and lines[0].split() == ["NAME", "GiB", "HERE", "E/K", "FITS", "BUDGET"]
-    at = lines[0].index("E/K")
-    assert all(line[at - 1] == " " and line[at] != " " for line in lines)  # aligned
+    end = lines[0].index("GiB") + 3
+    assert all(line[end - 1] != " " and line[end : end + 2] == "  " for line in lines)  # aligned
 
 
 def test_a_model_that_does_not_fit_reports_what_it_needs(

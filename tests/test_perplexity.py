@@ -222,10 +222,16 @@ def test_the_command_pairs_with_original(tiny: Path, prose: Path) -> None:
 
 @pytest.mark.usefixtures("own_cache")
 def test_the_table(tiny: Path, prose: Path) -> None:
-    result = run("-m", tiny, "-f", prose, "--chunk", CHUNK, "--limit", 20, "-t", 1, "--routing", "pruning:k=3")
+    settings = ("-m", tiny, "-f", prose, "--chunk", CHUNK, "--limit", 20, "-t", 1, "--routing", "pruning:k=3")
+    result = run(*settings)
     assert result.exit_code == 0, result.output
-    assert "baseline" in result.stdout and "pruning:k=3" in result.stdout
-    assert "1 chunks are few" in result.stderr
+    above, empty, head, first, second, _, last = result.stdout.splitlines()
+    assert above.endswith("16 experts of each layer (50%), soft-lfu; MiB per token") and empty == ""
+    assert head.split() == ["routing", "ppl", "change", "%", "[95%]", "miss", "%", "swap", "%", "MiB", "missed"]
+    assert "baseline" in first and second.startswith("pruning:k=3 ") and max(map(len, (head, first, second))) <= 80
+    assert last.startswith("Fewest misses at 50%: pruning:k=3 (lossy), misses ")
+    assert "| pruning:k=3 " in run(*settings, "-o", "md").stdout
+    assert "few chunks (1): the interval is rough" in result.stderr
 
 
 @pytest.mark.usefixtures("own_cache")

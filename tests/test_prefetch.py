@@ -157,7 +157,7 @@ def test_random_predictions_change_neither_memory_nor_cache(live: Live) -> None:
 def test_prefetch_changes_no_logit_and_no_count(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path))  # what "auto" measures of a tiny model is not for the user's
     path = tiny_models.write(architecture, tmp_path / "m.gguf")
-    llm = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+    llm = Llama(str(path), budget="50%", n_ctx=64, n_threads=1, verbose=False)
 
     def run(**settings: Any) -> tuple[list[Any], list[int]]:
         return decoded(llm, **settings), [c.misses for c in llm.decoded_by_layer()]
@@ -177,7 +177,7 @@ def test_prefetch_changes_no_logit_and_no_count(architecture: str, tmp_path: Pat
 
 @pytest.mark.engine
 def test_predictions_are_better_than_chance(demo_model: Path) -> None:
-    llm = Llama(str(demo_model), n_ctx=64, n_threads=1, budget="50%", prefetch=1, verbose=False)
+    llm = Llama(str(demo_model), budget="50%", n_ctx=64, n_threads=1, prefetch=1, verbose=False)
     tokens = llm.tokenize(b"The sea was calm, and the old man rowed out before the sun had risen over the hills of the bay.")
     with llm.decoding():
         for token in tokens:
@@ -201,14 +201,15 @@ def test_bench_reports_how_many_predictions_were_chosen(alone: Path) -> None:
     assert [row["prefetch"] for row in rows if row["n_gen"]] == [0, 0, 2]
     assert [row["prefetch_used"] is None for row in rows if row["n_gen"]] == [True, True, False]
     assert all(row["prefetch_used"] is None for row in rows if row["n_prompt"])
-    shown = run(*few, "--prefetch", "1", "--replay", "synthetic:prediction=1").stdout
+    shown = run(*few, "--prefetch", "1", "--replay", "synthetic:prediction=1", "-o", "md").stdout
     assert "| prefetch | chosen" in shown and "100%" in shown
-    assert "prefetch" not in run(*few).stdout
+    assert "prefetch" not in run(*few, "-o", "md").stdout
+    assert "original, prefetch 2" in run(*few, "--prefetch", "0,2").stdout
 
 
 @pytest.mark.engine
 def test_generate_accepts_prefetch(alone: Path) -> None:
-    result = run("generate", "-m", alone, "-p", "the cat", "-n", 12, "--raw", "--temp", 0, "--prefetch", 2, "-o", "json")
+    result = run("generate", "-m", alone, "-p", "the cat", "-n", 12, "--raw", "--temp", 0, "--prefetch", 2, "-v", "-o", "json")
     assert result.exit_code == 0, result.output
     decode = json.loads(result.stdout)["stats"]["decode"]
     assert decode["prefetched"] >= decode["prefetch_used"] > 0

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from cacheroute import Llama, interrupts
-from cacheroute.cli.progress import PromptLine, prompt_text
+from cacheroute.cli.progress import PromptLine, prompt_text, seconds_left
 from cacheroute.engine import progress
 from cacheroute.engine.progress import Prompt, PromptProgress, estimate
 from cacheroute.errors import CacherouteError
@@ -108,6 +108,49 @@ def test_a_pipe_has_nothing_or_a_line_every_five_seconds(monkeypatch: pytest.Mon
     assert "\x1b" not in "".join(lines) and "\r" not in "".join(lines)
 
 
+BAR = """
+import sys, time
+from cacheroute.cli import progress
+progress.SECONDS_BEFORE_THE_FIRST = float(sys.argv[1])
+with progress.steps("bench", 4) as begin:
+    for i in range(4):
+        begin(f"arm {i}")
+        time.sleep(0.3)
+print("done")
+"""
+
+
+def drawn(seconds: float) -> str:
+    ours, theirs = pty.openpty()
+    subprocess.run(["stty", "cols", "100"], stdin=theirs, check=True)
+    env = os.environ | {"TERM": "xterm"}
+    done = subprocess.run([sys.executable, "-c", BAR, str(seconds)], stdout=subprocess.PIPE, stderr=theirs, env=env, timeout=60)
+    os.close(theirs)
+    text = b""
+    try:
+        while part := os.read(ours, 4096):
+            text += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    assert done.returncode == 0 and done.stdout == b"done\n", text
+    return text.decode()
+
+
+def test_a_bar_appears_after_a_while_with_the_time_left() -> None:
+    text = drawn(0.1)
+    assert "arm 3" in text and "75%" in text and re.search(r"about \d s left", text)
+    assert drawn(30) == ""
+    piped = subprocess.run([sys.executable, "-c", BAR, "0"], capture_output=True, timeout=60)
+    assert (piped.stdout, piped.stderr) == (b"done\n", b"")
+
+
+def test_the_time_left_goes_by_the_whole_time_so_far() -> None:
+    assert seconds_left(1, 4, start=10, at=20, now=20) == 30
+    assert seconds_left(1, 4, start=10, at=20, now=25) == 25 and seconds_left(1, 4, start=10, at=20, now=99) == 0
+    assert seconds_left(0, 4, 10, 20, 20) is seconds_left(1, 0, 10, 20, 20) is seconds_left(1, 4, 10, None, 20) is None
+
+
 @pytest.fixture(scope="module")
 def slow_mbps(tiny: Path) -> float:
     """A flash that reads the tiny model's experts once in three seconds."""
@@ -170,11 +213,11 @@ def test_distinct_bytes_are_what_a_prompt_reads_when_each_expert_is_read_once(al
 
 @pytest.mark.engine
 def test_the_command_shows_it_where_asked(tiny: Path, slow_mbps: float) -> None:
-    arguments = ("generate", "-m", tiny, "--raw", "-p", PROMPT, "-n", 1, "-c", 512, "-t", 1, "-s", 1)
+    arguments = ("generate", "-m", tiny, "--raw", "-p", PROMPT, "-n", 1, "-c", 512, "-t", 1, "-s", 1, "--budget", "50%")
     slow = (*arguments, "--flash-mbps", slow_mbps / 2)
     silent, told = cacheroute(*slow), cacheroute(*slow, "-v")
-    assert "prompt: " not in silent.stderr and len(silent.stderr.splitlines()) == 1
-    plan, *lines, summary = told.stderr.splitlines()
+    assert "prompt" not in silent.stderr and len(silent.stderr.splitlines()) == 2
+    _, plan, *lines, summary = told.stderr.splitlines()
     assert re.fullmatch(r"prompt of \d+ tokens: 1 pass of \d+, about \d+ MiB .*", plan)
     assert lines and all(line.startswith("prompt: ") and "\x1b" not in line for line in lines)
     answer = json.loads(cacheroute(*arguments, "-o", "json").stdout)
@@ -186,7 +229,7 @@ def test_the_command_shows_it_where_asked(tiny: Path, slow_mbps: float) -> None:
 @pytest.mark.engine
 def test_an_interruption_clears_the_line(tiny: Path, slow_mbps: float) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "cacheroute", "generate", "-m", str(tiny), "--raw", "-p", PROMPT, "-c", "512"]
+    command = [sys.executable, "-m", "cacheroute", "generate", "-q", "-m", str(tiny), "--raw", "-p", PROMPT, "-c", "512"]
     process = subprocess.Popen(
         [*command, "--flash-mbps", str(slow_mbps / 20)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs
     )

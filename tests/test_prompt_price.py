@@ -71,7 +71,7 @@ def test_places_do_not_overlap_and_are_spread() -> None:
 
 @pytest.fixture(scope="module")
 def llm(tiny: Path) -> Llama:
-    return Llama(str(tiny), n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+    return Llama(str(tiny), budget="50%", n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
 
 
 def scorer(llm: Llama, kept: ResultsFile | None = None) -> PromptScorer:
@@ -188,9 +188,13 @@ def test_eval_prompt_pairs_with_the_lossless_prompt(tiny: Path, prose: Path) -> 
     assert 0 < harsh["kl_low"] < harsh["kl"] < harsh["kl_high"]
     assert 0 < mild["swap_rate"] < harsh["swap_rate"] and own["read_mib"] > mild["read_mib"] > harsh["read_mib"]
     assert {(r["n_history"], r["n_prompt"], r["n_places"], r["n_tokens"]) for r in rows} == {(8, 24, 3, 12)}
-    assert "3 places are few" in result.stderr
+    assert "few places (3)" in result.stderr
     again = run(*arguments, "--prompt-routing", "keep:cover=0.3")
-    assert "6 of 6 scores are in the cache" in again.stderr and "| keep:cover=0.3 " in again.stdout
+    assert "6 of 6 scores are in the cache" in again.stderr and "\nkeep:cover=0.3 " in again.stdout
+    head, last = again.stdout.splitlines()[2], again.stdout.splitlines()[-1]
+    assert head.endswith("same top-1 %") and max(len(line) for line in again.stdout.splitlines()[2:-2]) <= 80
+    assert last.startswith("Fewest reads: keep:cover=0.3 (lossy) at 25% reads ")
+    assert "| keep:cover=0.3 " in run(*arguments, "--prompt-routing", "keep:cover=0.3", "-o", "md").stdout
 
 
 @pytest.mark.engine

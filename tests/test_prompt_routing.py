@@ -208,7 +208,7 @@ def test_a_trace_of_an_earlier_version_has_no_batches() -> None:
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Llama:
     path = tiny_models.write("qwen3moe", tmp_path_factory.mktemp("tiny") / "tiny.gguf")
-    return Llama(str(path), n_ctx=128, n_ubatch=16, n_threads=1, n_threads_batch=1, verbose=False)
+    return Llama(str(path), budget="50%", n_ctx=128, n_ubatch=16, n_threads=1, n_threads_batch=1, verbose=False)
 
 
 TOKENS = np.random.default_rng(5).integers(3, 250, 80).tolist()
@@ -298,13 +298,16 @@ def test_without_a_routing_there_is_nothing_to_keep_to(llm: Llama) -> None:
 @pytest.mark.engine
 def test_generate_says_that_it_is_lossy_and_counts_the_swaps(llm: Llama) -> None:
     arguments = ["generate", "-m", llm.model_path, "--raw", "-p", "a b c d e f g h i j k", "-n", "2", "-c", "64", "-t", "1"]
-    result = cacheroute(*arguments, "--prompt-routing", "keep:cover=0.5", "-o", "json")
+    arguments += ["--budget", "50%"]
+    result = cacheroute(*arguments, "--prompt-routing", "keep:cover=0.5", "-v", "-o", "json")
     report = json.loads(result.stdout)
     assert "keep:cover=0.5 is lossy: tokens of the prompt may run other experts than the model chooses." in result.stderr
     assert 0 < report["prompt_swap_rate"] < 1
     prefill = report["stats"]["prefill"]
     assert f"| prompt swapped {prefill['swapped']}/{prefill['examined']} |" in result.stderr
-    lossless = cacheroute(*arguments)
+    brief = cacheroute(*arguments, "--prompt-routing", "keep:cover=0.5").stderr
+    assert brief.endswith(f"% swapped ({prefill['swapped']} of {prefill['examined']})\n") and ", prompt " in brief
+    lossless = cacheroute(*arguments, "-v")
     assert "lossy" not in lossless.stderr and "prompt swapped" not in lossless.stderr
 
 
@@ -328,8 +331,14 @@ def test_simulate_shows_the_reads_of_prompts(llm: Llama, tmp_path: Path) -> None
     own, kept = json.loads(result.stdout)
     assert own["prompt_tokens"] == kept["prompt_tokens"] == 40 and own["prompt_reads"] > kept["prompt_reads"] > 0
     assert own["prompt_read_mib"] > kept["prompt_read_mib"] > 0 and own["prompt_swap_rate"] == 0 < kept["prompt_swap_rate"]
-    table = cacheroute(*arguments).stdout.splitlines()
+    table = cacheroute(*arguments, "-o", "md").stdout.splitlines()
     assert table[0].endswith("| prompt routing | prompt reads | prompt MiB | prompt swapped |") and " original " in table[2]
+    brief = cacheroute(*arguments, "--prompt-routing", "original,keep:cover=0.4").stdout.splitlines()
+    assert (
+        max(map(len, brief)) <= 80
+        and brief[2].endswith("  prompt MiB")
+        and brief[4].startswith("   25%  original, keep:cover=0.4  ")
+    )
 
 
 # ---- the grammar -----------------------------------------------------------------------------------

@@ -287,7 +287,7 @@ def test_rows_name_what_was_replayed_and_repeat_exactly(paths: dict[str, Path]) 
     assert {row["replay"] for row in own} == {None}
     for row, same, other in zip(table, again, own, strict=True):
         assert row["miss_rate"] == same["miss_rate"] and (row["n_prompt"] or row["miss_rate"] < other["miss_rate"])
-    shown = cacheroute("bench", "-m", paths["qwen3moe"], "-p", 0, "-n", 4, "-r", 1, "-t", 1, "--replay", "synthetic")
+    shown = cacheroute("bench", "-m", paths["qwen3moe"], "-p", 0, "-n", 4, "-r", 1, "-t", 1, "--replay", "synthetic", "-o", "md")
     assert "| replay" in shown.stdout and shown.stdout.count("synthetic:rho=0.3:skew=0.35:prediction=0.87:seed=0") == 3
 
 

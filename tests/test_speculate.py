@@ -103,7 +103,7 @@ def test_without_a_prediction_it_is_original(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["qwen3moe", "deepseek2", "gpt-oss", "granitemoe", "llama"])
 def test_it_reads_early_what_it_runs_under_every_io(architecture: str, tmp_path: Path) -> None:
     path = tiny_models.write(architecture, tmp_path / "m.gguf")
-    llm = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+    llm = Llama(str(path), budget="50%", n_ctx=64, n_threads=1, verbose=False)
     plain, k = decoded(llm, routing="original"), llm.layout.n_used
     np.testing.assert_array_equal(decoded(llm, routing=f"speculate:j={k}"), plain)
     for routing in ("speculate", "speculate:lambda=0.3"):
@@ -125,7 +125,7 @@ def test_it_reads_early_what_it_runs_under_every_io(architecture: str, tmp_path:
 @pytest.mark.engine
 def test_forced_scores_are_speculated_by_what_stands_for_their_prediction(tmp_path: Path) -> None:
     path = tiny_models.write("qwen3moe", tmp_path / "m.gguf")
-    llm = Llama(str(path), n_ctx=64, n_threads=1, io="none", routing="speculate", verbose=False)
+    llm = Llama(str(path), budget="50%", n_ctx=64, n_threads=1, io="none", routing="speculate", verbose=False)
     forced = forced_scores.bind(forced_scores.parse("synthetic:prediction=0.5"), llm.layout, 12, 28)
     llm.force(forced)
     records: list[bytes] = []

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cacheroute.bench import control, floor
+from cacheroute.bench import control, doubts, floor
 from cacheroute.bench.runs import Run, both_phases, warm_up
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB
+from cacheroute.install.machine import cores
 from cacheroute.trace.forced_scores import ForcedScores
 
 if TYPE_CHECKING:
+    from cacheroute.bench.memory_limit import MemoryLimit
     from cacheroute.engine.llama import Llama
 
 
@@ -63,6 +65,10 @@ class Row:
 
     `replay` is the source of the scores (forced_scores.py) when they were not the model's own: a trace as it was typed, or
     `synthetic` with all its parameters; null for the model's own, and for a control, on which none can be forced.
+
+    `ttft_s` is the mean time to the first token after the prompt of the arm's runs, in both of its rows; null without a prompt.
+    `lossy`: other experts than the model's may have run. `other_cores`: how many cores other programs, and the host of a virtual
+    machine, kept busy on average; null where the system does not tell. `doubts`: the reasons why the row is not to be trusted.
     """
 
     model: str
@@ -103,6 +109,36 @@ class Row:
     floor_ts: float | None
     floor_share: float | None
     replay: str | None
+    ttft_s: float | None
+    lossy: bool
+    other_cores: float | None
+    doubts: tuple[str, ...]
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C after some runs were finished, with the rows of these."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        super().__init__()
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a model had of an arm's settings while it ran."""
+
+    io: str
+    flash_mbps: float | None
+    budget_experts: int
+    budget_bytes: int
+    lossy: bool
+    replay: str | None
+
+    @staticmethod
+    def of(llm: Llama) -> _Settings:
+        lossy = llm.prompt_routing.lossy or bool(llm.routing and llm.routing.lossy)
+        replay = llm.forced.name if llm.forced else None
+        return _Settings(llm.io, llm.flash_mbps, llm.budget.capacity, llm.budget.nbytes, lossy, replay)
 
 
 def run_arms(
@@ -122,47 +158,91 @@ def run_arms(
 
     The order of the arms rotates by one each repetition; the floor is measured in each of them. `replay` is forced on all but the
     controls. A control that cannot be run has no row, and `say` receives the reason. Raises UsageError when there are too few
-    tokens.
+    tokens, and Stopped for a Ctrl-C after the first run.
     """
     if len(tokens) < n_prompt + n_gen:
         raise UsageError(f"{n_prompt} + {n_gen} tokens are needed and the text has {len(tokens)}; give a longer one with -f.")
     configure(llm, arms[0])
     warm_up(llm, tokens)
     llm.force(replay)
-    limits = {}
-    floors: list[floor.Floor] = []
-    runs: dict[Arm, list[tuple[Run | None, Run | None]]] = {arm: [] for arm in arms}
-    for repetition in range(repetitions):
-        if against_floor:
-            progress(f"floor, run {repetition + 1} of {repetitions}")
-            floors.append(floor.measure(llm, tokens, n_prompt, n_gen))
-        for i in range(len(arms)):
-            arm = arms[(i + repetition) % len(arms)]
-            if arm not in runs:
-                continue
-            progress(f"{arm.routing} {arm.budget}, run {repetition + 1} of {repetitions}")
+    runs = _Runs(llm, arms, tokens, n_prompt, n_gen)
+    try:
+        for repetition in range(repetitions):
+            if against_floor:
+                progress(f"floor, run {repetition + 1} of {repetitions}")
+                runs.floors.append(floor.measure(llm, tokens, n_prompt, n_gen))
+            for i in range(len(arms)):
+                arm = arms[(i + repetition) % len(arms)]
+                if arm in runs.of:
+                    progress(f"{arm.routing} {arm.budget}, run {repetition + 1} of {repetitions}")
+                    runs.run(arm, say)
+    except KeyboardInterrupt:
+        if rows := runs.rows():
+            raise Stopped(rows) from None
+        raise
+    return runs.rows()
+
+
+class _Runs:
+    """The runs so far of each arm, prompt and decoding, and what their rows need to know of the model."""
+
+    def __init__(self, llm: Llama, arms: Sequence[Arm], tokens: Sequence[int], n_prompt: int, n_gen: int) -> None:
+        self.llm, self.arms, self.tokens, self.n_prompt, self.n_gen = llm, arms, tokens, n_prompt, n_gen
+        self.of: dict[Arm, list[tuple[Run | None, Run | None]]] = {arm: [] for arm in arms}
+        self.floors: list[floor.Floor] = []
+        self._limits: dict[Arm, MemoryLimit] = {}
+        self._settings: dict[Arm, _Settings] = {}
+
+    def run(self, arm: Arm, say: Callable[[str], None]) -> None:
+        """Once; a control that cannot be run is left out from then on."""
+        try:
+            pair = self._control(arm) if arm.control else self._hooked(arm)
+        except CacherouteError as e:
             if not arm.control:
-                configure(llm, arm)
-                runs[arm].append(both_phases(llm, tokens, n_prompt, n_gen))
-                continue
-            try:
-                if arm not in limits:
-                    limits[arm] = control.limit_for(llm, arm.budget, tokens, n_prompt)
-                limits[arm], phases = control.run(llm, limits[arm], tokens, n_prompt, n_gen, repack=arm.repack)
-                runs[arm].append(phases)
-            except CacherouteError as e:
-                say(f"no control{' with repacking' if arm.repack else ''} at {arm.budget}: {e}")
-                del runs[arm]
-    rows = []
-    for arm, pairs in runs.items():
-        configure(llm, arm)
-        baseline = runs.get(_baseline(arm, arms))
-        limit = limits[arm].nbytes if arm.control else None
-        for phase, n in enumerate((n_prompt, n_gen)):
-            if n:
-                own, base = _of_phase(pairs, phase), _of_phase(baseline or [], phase)
-                rows.append(_row(llm, arm, own, base, floors, limit, n_prompt, n_gen, prompt=phase == 0))
-    return rows
+                raise
+            say(f"no control{' with repacking' if arm.repack else ''} at {arm.budget}: {e}")
+            del self.of[arm]
+            return
+        self._settings[arm] = _Settings.of(self.llm)
+        self.of[arm].append(pair)
+
+    def _hooked(self, arm: Arm) -> tuple[Run | None, Run | None]:
+        configure(self.llm, arm)
+        return both_phases(self.llm, self.tokens, self.n_prompt, self.n_gen)
+
+    def _control(self, arm: Arm) -> tuple[Run | None, Run | None]:
+        if arm not in self._limits:
+            self._limits[arm] = control.limit_for(self.llm, arm.budget, self.tokens, self.n_prompt)
+        self._limits[arm], pair = control.run(
+            self.llm, self._limits[arm], self.tokens, self.n_prompt, self.n_gen, repack=arm.repack
+        )
+        return pair
+
+    def rows(self) -> list[Row]:
+        """Of the runs that were finished, a row for the prompt and one for the decoding."""
+        return [
+            self._row(arm, phase)
+            for arm, pairs in self.of.items()
+            for phase, n in enumerate((self.n_prompt, self.n_gen))
+            if n and pairs
+        ]
+
+    def _row(self, arm: Arm, phase: int) -> Row:
+        pairs, baseline = self.of[arm], self.of.get(_baseline(arm, self.arms), [])
+        prompts = _of_phase(pairs, 0)
+        return _row(
+            self.llm,
+            arm,
+            self._settings[arm],
+            _of_phase(pairs, phase),
+            _of_phase(baseline, phase),
+            self.floors,
+            self._limits[arm].nbytes if arm.control else None,
+            statistics.fmean(run.seconds for run in prompts) if prompts else None,
+            self.n_prompt,
+            self.n_gen,
+            prompt=phase == 0,
+        )
 
 
 def configure(llm: Llama, arm: Arm) -> None:
@@ -192,18 +272,21 @@ def _of_phase(pairs: Sequence[tuple[Run | None, Run | None]], phase: int) -> lis
 def _row(
     llm: Llama,
     arm: Arm,
+    settings: _Settings,
     runs: list[Run],
     baseline: list[Run],
     floors: list[floor.Floor],
     limit: int | None,
+    ttft: float | None,
     n_prompt: int,
     n_gen: int,
     *,
     prompt: bool,
 ) -> Row:
     samples = [run.ts for run in runs]
-    ratios = [run.ts / base.ts for run, base in zip(runs, baseline, strict=True)] if baseline else []
-    at_floor = [f.ts(run, prompt=prompt) for f, run in zip(floors, runs, strict=True)] if floors and not arm.control else []
+    # of runs that were stopped, one arm may have one more than another
+    ratios = [run.ts / base.ts for run, base in zip(runs, baseline, strict=False)]
+    at_floor = [f.ts(run, prompt=prompt) for f, run in zip(floors, runs, strict=False)] if not arm.control else []
     tokens = sum(run.tokens for run in runs)
     c = [run.counters for run in runs]
     selected = max(sum(x.hits + x.misses for x in c), 1)
@@ -222,13 +305,13 @@ def _row(
         routing=arm.routing,
         prompt_routing=arm.prompt_routing,
         eviction=arm.eviction,
-        io=llm.io if hooked else arm.io,
+        io=settings.io if hooked else arm.io,
         prefetch=arm.prefetch,
         prefetch_used=sum(x.prefetch_used for x in c) / n_prefetched if (n_prefetched := sum(x.prefetched for x in c)) else None,
-        flash_mbps=llm.flash_mbps if hooked else None,
+        flash_mbps=settings.flash_mbps if hooked else None,
         budget=arm.budget,
-        budget_experts=llm.budget.capacity,
-        budget_mib=llm.budget.nbytes / MIB,
+        budget_experts=settings.budget_experts,
+        budget_mib=settings.budget_bytes / MIB,
         resident_mib=max(measured) / MIB if measured else None,
         foreign_mib=max(foreign) / MIB if foreign else None,
         counted_mib=max(run.counted_bytes for run in runs) / MIB if hooked else None,
@@ -249,8 +332,12 @@ def _row(
         repack=arm.repack,
         memory_limit_mib=limit / MIB if limit else None,
         floor_ts=statistics.fmean(at_floor) if at_floor else None,
-        floor_share=statistics.fmean(ts / most for ts, most in zip(samples, at_floor, strict=True)) if at_floor else None,
-        replay=llm.forced.name if llm.forced and hooked else None,
+        floor_share=statistics.fmean(ts / most for ts, most in zip(samples, at_floor, strict=False)) if at_floor else None,
+        replay=settings.replay if hooked else None,
+        ttft_s=ttft,
+        lossy=settings.lossy and hooked,
+        other_cores=doubts.other_cores(runs),
+        doubts=doubts.of(runs, llm.n_threads, cores(), hooked=hooked),
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cacheroute.bench.conditions import Conditions
 from cacheroute.bench.memory_limit import MemoryLimit
 from cacheroute.bench.runs import Run, decode, timed, warm_up
 from cacheroute.errors import CacherouteError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _CHILD = "import sys; request = sys.stdin.readline(); from cacheroute.bench import control; control.child(request)"
 
 
+_MEASURED = {"tokens", "seconds", "device_bytes", "major_faults", "cpu_seconds", "conditions"}  # the rest a hook has counted
 _COMMAND = [sys.executable, "-c", _CHILD]
 _PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 
@@ -117,7 +119,9 @@ def run(
                 found = _finished(process, _request(llm, tokens, n_prompt, n_gen, repack=repack))
             except _KilledError:
                 continue
-        prompt, decoded = (Run(**phase) if phase else None for phase in found["phases"])
+        prompt, decoded = (
+            Run(**phase | {"conditions": Conditions(**phase["conditions"])}) if phase else None for phase in found["phases"]
+        )
         return limit, (prompt, decoded)
     raise CacherouteError(f"the control was killed: it needs more than its {limit.nbytes / MIB:.0f} MiB")
 
@@ -149,8 +153,5 @@ def child(request: str) -> None:
     llm.reset()
     prompt = timed(llm, lambda: llm.eval(r.tokens[: r.n_prompt])) if r.n_prompt else None
     decoded = timed(llm, lambda: decode(llm, r.tokens[r.n_prompt : r.n_prompt + r.n_gen])) if r.n_gen else None
-    phases = [
-        p and {k: getattr(p, k) for k in ("tokens", "seconds", "device_bytes", "major_faults", "cpu_seconds")}
-        for p in (prompt, decoded)
-    ]
+    phases = [p and {k: v for k, v in asdict(p).items() if k in _MEASURED} for p in (prompt, decoded)]
     print(json.dumps({"phases": phases, "own_memory": own_memory()}), file=out, flush=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from cacheroute.bench import conditions
+from cacheroute.bench.conditions import Conditions
 from cacheroute.engine.stats import kernel_counters
 from cacheroute.native.counters import Counters
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Run:
     """One phase of one run. Bytes and seconds; `device_bytes` None where the kernel does not report it. `cpu_seconds` of all
-    threads of the process, user and system."""
+    threads of the process, user and system. `conditions`: what else the machine did."""
 
     tokens: int
     seconds: float
@@ -28,6 +30,7 @@ class Run:
     resident_bytes: int | None = None
     counted_bytes: int = 0
     foreign_bytes: int | None = None
+    conditions: Conditions = field(default_factory=Conditions)
 
     @property
     def ts(self) -> float:
@@ -48,7 +51,7 @@ def decode(llm: Any, tokens: Sequence[int]) -> None:
 
 def timed(llm: Any, work: Callable[[], None]) -> Run:
     """Times `work` on any llama_cpp.Llama, without counters."""
-    before, n_before = kernel_counters(), llm.n_tokens
+    looked, before, n_before = conditions.look(), kernel_counters(), llm.n_tokens
     start, cpu = time.perf_counter(), time.process_time()
     work()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -56,7 +59,8 @@ def timed(llm: Any, work: Callable[[], None]) -> Run:
     device = None
     if after.device_bytes is not None and before.device_bytes is not None:
         device = after.device_bytes - before.device_bytes
-    return Run(llm.n_tokens - n_before, seconds, device, after.major_faults - before.major_faults, cpu)
+    during = conditions.between(looked, conditions.look(), cpu)
+    return Run(llm.n_tokens - n_before, seconds, device, after.major_faults - before.major_faults, cpu, conditions=during)
 
 
 def both_phases(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int) -> tuple[Run | None, Run | None]:

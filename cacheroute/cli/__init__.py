@@ -11,7 +11,7 @@ import typer
 import typer.core
 
 from cacheroute import files, interrupts
-from cacheroute.cli import completion, defaults, eval_prompt, groups, options
+from cacheroute.cli import completion, defaults, eval_prompt, groups, options, progress
 from cacheroute.cli import eval as evaluation
 from cacheroute.cli.bench import bench
 from cacheroute.cli.chat import chat
@@ -77,6 +77,7 @@ class _Command(typer.core.TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         try:
             interrupts.command_begins()
+            progress.show_loads()
             for parameter in self.params:
                 options.check_number(max(parameter.opts, key=len), ctx.params.get(parameter.name))
             for sentence in defaults.lossy(ctx):

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, fields
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cacheroute.bench.arms import Arm, Row, configure, control_arm, run_arms
-from cacheroute.cli import options
+from cacheroute import interrupts
+from cacheroute.bench.arms import Arm, Stopped, configure, control_arm, run_arms
+from cacheroute.cli import bench_table, options, progress, table
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.files import printable
 from cacheroute.routing import prompt_routing as prompts
 from cacheroute.routing import strategies
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import forced_scores, task_profile
 
-_OUTPUTS = ("md", "csv", "json", "jsonl")
+_SECONDS_TO_STOP = 5.0  # a run; then Ctrl-C ends the program without a table
 
 
 def bench(
@@ -87,11 +82,14 @@ def bench(
         ),
     ] = "0",
     warm_start: options.WarmStartOption = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
+    wide: options.WideOption = False,
+    output: options.OutputOption = "text",
 ) -> None:
-    """Measure the speed of budgets, routings and evictions. Every combination runs the same tokens from the same cold start."""
-    if output not in _OUTPUTS:
-        raise UsageError(f"There is no output {output!r}; there are {', '.join(_OUTPUTS)}.")
+    """Measure the speed of budgets, routings and evictions. Every combination runs the same tokens from the same cold start.
+
+    A row that is not to be trusted is marked with !, and the reason is below the table. Ctrl-C keeps the runs that are finished.
+    """
+    table.check(output, wide=wide)
     repacks = options.names(control_repack)
     if not repacks or set(repacks) - {"off", "on"}:
         raise UsageError(f"--control-repack is off, on, or both, not {control_repack!r}.")
@@ -155,14 +153,21 @@ def bench(
                 _say("the control chooses its own experts: a replay cannot be forced on it")
             if flash_mbps:
                 _say("the control reads as fast as the device goes: the kernel's own reads are not paced")
-        with _progress((len(arms) + floor) * repetitions) as progress:
-            rows = run_arms(
-                llm, arms, tokens, n_prompt, n_gen, repetitions, progress, against_floor=floor, replay=forced, say=_say
-            )
-    foreign = max((row.foreign_mib or 0.0 for row in rows), default=0.0)
-    if foreign:
-        _say(f"{foreign:.1f} MiB of experts were in memory before a run, held by another process that has the file mapped")
-    _write(rows, output)
+        stopped = None
+        interrupts.command_goes_on(_SECONDS_TO_STOP)
+        try:
+            with progress.steps("bench", (len(arms) + floor) * repetitions) as begin:
+                rows = run_arms(
+                    llm, arms, tokens, n_prompt, n_gen, repetitions, begin, against_floor=floor, replay=forced, say=_say
+                )
+        except Stopped as e:
+            stopped, rows = e, e.rows
+        foreign = max((row.foreign_mib or 0.0 for row in rows), default=0.0)
+        if foreign and output not in ("text", "md"):  # people see it below or in the table
+            _say(f"{foreign:.1f} MiB of experts were in memory before a run, held by another process that has the file mapped")
+        table.write(rows, output, bench_table.view(rows), wide=wide, name="bench")
+    if stopped:
+        raise KeyboardInterrupt("Stopped; the rows are of the runs that were finished.")
 
 
 def _ios(typed: list[str], path: Path, budgets: list[str], *, reads: bool) -> list[str]:
@@ -200,97 +205,3 @@ def _counts(text: str) -> list[int]:
 
 def _say(text: str) -> None:
     say(f"cacheroute: {text}.")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar if stderr is a terminal, else nothing."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("bench", total=total)
-        started = itertools.count()
-        yield lambda text: bar.update(task, completed=next(started), description=text)
-
-
-def _write(rows: list[Row], output: str) -> None:
-    if output == "json":
-        print(json.dumps([asdict(row) for row in rows], indent=2))
-    elif output == "jsonl":
-        for row in rows:
-            print(json.dumps(asdict(row)))
-    elif output == "csv":
-        writer = csv.DictWriter(sys.stdout, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(asdict(row) | {"samples_ts": " ".join(f"{ts:.4f}" for ts in row.samples_ts)})
-    else:
-        print(_markdown(rows))
-
-
-def _markdown(rows: list[Row]) -> str:
-    head = [
-        "test",
-        "budget",
-        "routing",
-        "eviction",
-        "io",
-        "tok/s",
-        "vs lru",
-        "miss",
-        "swapped",
-        "read MiB/token",
-        "device MiB/token",
-    ]
-    head += ["resident/budget MiB", "hook ms/tok", "CPU s/tok"]
-    floors = any(r.floor_share is not None for r in rows)
-    head += ["floor tok/s", "of floor"] if floors else []
-    prefetches = any(r.prefetch for r in rows)
-    head += ["prefetch", "chosen"] if prefetches else []
-    rerouted = any(r.prompt_routing != prompts.ORIGINAL for r in rows)
-    head += ["prompt routing"] if rerouted else []
-    replayed = any(r.replay for r in rows)
-    head += ["replay"] if replayed else []
-    table = [head, ["---"] * len(head)]
-    for r in rows:
-        paced = f" @ {r.flash_mbps:g} MB/s" if r.flash_mbps else ""
-        ratio = "" if r.vs_lru is None else f"{r.vs_lru:.2f} ± {r.vs_lru_sd:.2f}"
-        name = "control" + (", repacked" if r.repack else "") if r.control else r.routing
-        cells = [
-            r.test,
-            f"{r.budget} ({r.budget_experts})",
-            name,
-            r.eviction,
-            r.io + paced,
-            f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}",
-            ratio,
-            _number(r.miss_rate, 100, 1, "%"),
-            _number(r.swap_rate, 100, 1, "%"),
-            _number(r.read_mib_per_token),
-            _number(r.device_mib_per_token),
-            f"{_number(r.resident_mib, digits=1)}/{r.budget_mib:.1f}",
-            _number(r.hook_ms_per_token, digits=3),
-            _number(r.cpu_s_per_token, digits=3),
-        ]
-        cells += [_number(r.floor_ts), _number(r.floor_share, 100, 0, "%")] if floors else []
-        cells += [str(r.prefetch), "" if r.prefetch_used is None else f"{100 * r.prefetch_used:.0f}%"] if prefetches else []
-        cells += [r.prompt_routing] if rerouted else []
-        cells += [r.replay or ""] if replayed else []
-        table.append(cells)
-    table = [[printable(cell) for cell in row] for row in table]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    return "\n".join(
-        "| "
-        + " | ".join(cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(row, widths, strict=True))
-        + " |"
-        for row in table
-    )
-
-
-def _number(value: float | None, factor: float = 1, digits: int = 2, unit: str = "") -> str:
-    """A cell; ? for an unknown value."""
-    return "?" if value is None else f"{factor * value:.{digits}f}{unit}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cacheroute import interrupts
-from cacheroute.cli import options, progress
+from cacheroute.cli import options, progress, summary
 from cacheroute.cli.settings import Settings, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
@@ -24,10 +24,8 @@ from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
-    from cacheroute.engine.completion import Completion
     from cacheroute.engine.conversation import Conversation
     from cacheroute.engine.llama import Llama
-    from cacheroute.engine.stats import Stats
 
 _SECONDS_TO_STOP = 10.0  # an answer; then Ctrl-C ends the program
 _HELP = """/routing NAME    choose experts by another routing, as --routing; without a name: which one it is
@@ -64,6 +62,8 @@ def chat(
     io: options.IoOption = "auto",
     flash_mbps: options.FlashOption = None,
     prefetch: options.PrefetchOption = 0,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="More statistics under each answer.")] = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Talk with a model. What has been said stays evaluated, and the experts stay in memory, between the turns.
 
@@ -72,6 +72,8 @@ def chat(
     """
     if n_predict == 0:
         raise UsageError("An answer of no tokens is none: give -n 1 or more, or -1.")
+    if verbose and quiet:
+        raise UsageError("-v asks for more and -q for less; give one of them.")
     from cacheroute.engine.conversation import Conversation, check_template
     from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
@@ -97,9 +99,10 @@ def chat(
             conversation.system = system or conversation.system
         sampling = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)
         seeds = iter(lambda: secrets.randbelow(2**31), None) if seed < 0 else itertools.count(seed)
-        talk = Talk(conversation, settings, sampling, seeds, n_predict if n_predict >= 0 else None)
+        limit = n_predict if n_predict >= 0 else None
+        talk = Talk(conversation, settings, sampling, seeds, limit, verbose=verbose, quiet=quiet)
         interrupts.command_goes_on(_SECONDS_TO_STOP)
-        say_start(llm, settings)
+        say_start(llm, settings, quiet=quiet)
         for line in _lines():
             if not talk.take(line):
                 break
@@ -114,6 +117,8 @@ class Talk:
     sampling: dict[str, Any]
     seeds: Iterator[int]
     max_tokens: int | None
+    verbose: bool = False
+    quiet: bool = False
     _gone: bool = field(default=False, init=False)
 
     def take(self, line: str) -> bool:
@@ -154,7 +159,11 @@ class Talk:
                 print(flush=True)
         if run.full:
             say(f"The context of {llm.n_ctx()} tokens is full; give a larger one with -c.")
-        say(_status(run, before, llm.stats()))
+        after = llm.stats()
+        if not self.quiet:
+            say(summary.turn(run, after.decode - before.decode, after.prefill - before.prefill, verbose=self.verbose))
+        elif not run.finish_reason:
+            say(interrupts.STOPPED)
         return bool(run.text.strip())
 
     def _command(self, name: str, argument: str) -> bool:
@@ -195,7 +204,7 @@ class Talk:
         llm = self.conversation.llm
         llm.configure(**vars(own))
         self.settings = own
-        say_start(llm, own)
+        say_start(llm, own, quiet=self.quiet)
 
     def _system(self, argument: str) -> None:
         self.conversation.system = argument
@@ -262,23 +271,6 @@ def _typed() -> Iterator[str]:
             return
 
 
-def _status(run: Completion, before: Stats, after: Stats) -> str:
-    """The line under an answer."""
-    decode, prompt = after.decode - before.decode, after.prefill - before.prefill
-    seconds = (run.last or 0) - (run.first or 0)
-    parts = [f"{run.n_tokens} token{'' if run.n_tokens == 1 else 's'}"]
-    parts[0] += f", {(run.n_tokens - 1) / seconds:.1f} tok/s" if seconds > 0 and run.n_tokens > 1 else ""
-    if run.first:
-        parts.append(f"first token {run.first - run.started:.1f} s ({prompt.tokens} of {len(run.prompt.tokens)} evaluated)")
-    if decode.hits + decode.misses:
-        parts.append(f"{100 * decode.miss_rate:.0f}% of experts read from disk")
-    if decode.swapped or decode.dropped:
-        parts.append(f"{100 * (decode.swapped + decode.dropped) / max(decode.examined, 1):.0f}% other experts than the model's")
-    if run.finish_reason == "":
-        parts.append("stopped")
-    return " | ".join(parts)
-
-
 def _totals(llm: Llama) -> str:
     s = llm.stats()
     lines = [f"routing {s.routing}, eviction {s.eviction}, io {s.io}, {s.capacity} experts of each layer"]
@@ -287,5 +279,10 @@ def _totals(llm: Llama) -> str:
             f"{name}: {c.tokens} tokens, read {c.read_mib:.1f} MiB, {100 * c.miss_rate:.1f}% of experts from disk, "
             f"{c.swapped} of {c.examined} swapped"
         )
-    lines.append(f"resident {s.resident_bytes / 2**20:.1f} of {s.budget_bytes / 2**20:.1f} MiB")
+    kept = (
+        f"{s.resident_bytes / 2**20:.1f} of {s.budget_bytes / 2**20:.1f} MiB"
+        if s.resident_bytes
+        else "none, until the next answer"
+    )
+    lines.append(f"resident {kept}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,7 +72,8 @@ def perplexity(
     workers: options.WorkersOption = 1,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="md, json or jsonl.")] = "md",
+    wide: options.WideOption = False,
+    output: options.OutputOption = "text",
 ) -> None:
     """Measure the perplexity of a text, decoding one token at a time, because a routing acts on decoded tokens only.
 
@@ -82,7 +83,7 @@ def perplexity(
 
     Scores are stored in the cache folder and shared with `tune` and `frontier`, so nothing is computed twice.
     """
-    table.check(output)
+    table.check(output, wide=wide)
     if carry and workers > 1:
         raise UsageError("--carry scores the chunks one after the other; leave --workers out.")
     from cacheroute.evals import loading, scorer
@@ -97,14 +98,14 @@ def perplexity(
         raise UsageError("There is nothing to score; give at least one budget and eviction.")
     with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=names[1]) as session:
         if len(session.chunks) < paired.FEW_BLOCKS:
-            say(f"{len(session.chunks)} chunks are few; the interval is rough")
+            say(f"few chunks ({len(session.chunks)}): the interval is rough")
         cells = _carried(session, arms) if carry else _scored(session, arms)
     rows: list[PerplexityRow] = []
     base: list[float] = []
     for own, scores in zip(arms, cells, strict=True):
         base = [c.nll_sum for c in scores] if own.routing == "original" else base
         rows.append(perplexity_row(layout.model or path.name, source, own, base, scores, carry=carry, seed=seed))
-    table.write(rows, output, perplexity_cells(rows))
+    table.write(rows, output, perplexity_view(rows), wide=wide, name="perplexity")
 
 
 def _scored(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
@@ -122,6 +123,45 @@ def _carried(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
 def _routings(text: str) -> list[str]:
     """`original` first: the others are compared with it."""
     return ["original", *(str(r) for r in strategies.parse_list(text) if r.lossy)]
+
+
+def perplexity_view(rows: Sequence[PerplexityRow]) -> table.View:
+    """What people see of rows of `eval perplexity` or `frontier`, each group after its `original`."""
+    first = rows[0]
+    one_budget, one_eviction = len({r.budget for r in rows}) == 1, len({r.eviction for r in rows}) == 1
+    budget = f", {first.budget_experts} experts of each layer ({first.budget})" if one_budget else ""
+    eviction = f", {first.eviction}" if one_eviction else ""
+    head = [*([] if one_budget else ["budget"]), "routing", "ppl", "change % [95%]", "miss %", "swap %", "MiB missed"]
+    cells = [head]
+    for r in rows:
+        change = "baseline" if r.routing == "original" else _change(r)
+        name = r.routing if one_eviction else f"{r.routing}, {r.eviction}"
+        swapped = f"{100 * (r.swap_rate + r.drop_rate):.1f}"
+        figures = [f"{r.ppl:.2f}", change, f"{100 * r.miss_rate:.1f}", swapped, f"{r.missed_mib_per_token:.2f}"]
+        cells.append([*([] if one_budget else [r.budget]), name, *figures])
+    above = f"{first.model}, {first.text}: {first.n_tokens} scored tokens{budget}{eviction}; MiB per token"
+    return table.View(cells, perplexity_cells(rows), above=[above], below=list(_conclusions(rows)))
+
+
+def _change(r: PerplexityRow) -> str:
+    """Without spaces inside the interval: it has to fit a line."""
+    return f"{r.ppl_increase:+.2f} [{table.signed(r.ppl_increase_low)},{table.signed(r.ppl_increase_high)}]"
+
+
+def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
+    """At each budget the routing that missed least, and its price."""
+    for budget in dict.fromkeys(r.budget for r in rows):
+        own = [r for r in rows if r.budget == budget]
+        lossy = [r for r in own if r.routing != "original"]
+        if not lossy:
+            continue
+        best = min(lossy, key=lambda r: r.missed_mib_per_token)
+        base = next(r for r in own if r.routing == "original" and r.eviction == best.eviction)
+        if best.missed_mib_per_token >= base.missed_mib_per_token:
+            yield f"Nothing missed less than original at {budget}"
+            continue
+        missed = f"misses {best.missed_mib_per_token:.2f} of {base.missed_mib_per_token:.2f} MiB a token"
+        yield f"Fewest misses at {budget}: {best.routing} (lossy), {missed}, for {_change(best)} % of perplexity"
 
 
 def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
@@ -201,16 +241,22 @@ def task(
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=16, help="Context in tokens.")] = 4096,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
+    wide: options.WideOption = False,
     output: Annotated[
-        str, typer.Option("-o", "--output", help="md, jsonl (a row per figure) or json (with lm-evaluation-harness's results).")
-    ] = "md",
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            help="text, md, csv, jsonl or sql (a row per figure), or json (with lm-evaluation-harness's results).",
+        ),
+    ] = "text",
 ) -> None:
     """Run any task of lm-evaluation-harness. `cacheroute eval gsm8k` is short for `cacheroute eval task gsm8k`.
 
     The examples before a question are a prompt, routed by `original`; question and answers are decoded one token at
     a time, so that the routing acts on them. Where an answer is generated, the whole prompt is routed by `original`.
     """
-    table.check(output)
+    table.check(output, wide=wide)
     parsed = [str(r) for r in strategies.parse_list(routing)]
     from cacheroute.evals import harness, loading
     from cacheroute.model import catalogue
@@ -230,7 +276,7 @@ def task(
     if output == "json":
         print(json.dumps(whole, indent=2, default=str))
     else:
-        table.write(rows, output, _task_cells(rows))
+        table.write(rows, output, table.View(_brief_tasks(rows), _task_cells(rows)), wide=wide, name="tasks")
 
 
 def _task_rows(
@@ -272,6 +318,16 @@ def _task_rows(
         for m in harness.metrics(results)
     ]
     return rows, results
+
+
+def _brief_tasks(rows: list[TaskRow]) -> list[list[str]]:
+    one_eviction = len({r.eviction for r in rows}) == 1
+    cells = [["task", "metric", "value", "budget", "routing", "miss %", "swap %"]]
+    for r in rows:
+        value = f"{r.value:.3f}" + ("" if r.stderr is None else f" ± {r.stderr:.3f}")
+        name = r.routing if one_eviction else f"{r.routing}, {r.eviction}"
+        cells.append([r.task, r.metric, value, r.budget, name, f"{100 * r.miss_rate:.1f}", f"{100 * r.swap_rate:.1f}"])
+    return cells
 
 
 def _task_cells(rows: list[TaskRow]) -> list[list[str]]:

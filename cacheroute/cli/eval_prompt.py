@@ -48,14 +48,15 @@ def prompt(
     seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Seed of the resampling.")] = 0,
     threads: options.ThreadsOption = None,
     io: PromptIoOption = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="md, json or jsonl.")] = "md",
+    wide: options.WideOption = False,
+    output: options.OutputOption = "text",
 ) -> None:
     """Measure what a prompt routing changes in the tokens after the prompt, and what it saves in reads.
 
     At each place of the text the tokens after a lossy prompt are decoded one by one by `original`, and compared with the same
     tokens after a lossless prompt; intervals are from resampled places. Scores are stored in the cache folder.
     """
-    table.check(output)
+    table.check(output, wide=wide)
     from cacheroute.evals import prompts as evaluation
     from cacheroute.model import catalogue, experts, gguf_file
     from cacheroute.routing import budget as budgets
@@ -95,15 +96,15 @@ def prompt(
                     **vars(found),
                 )
             )
-    table.write(rows, output, _cells(rows))
+    table.write(rows, output, _view(rows), wide=wide, name="prompt")
 
 
 def say_few(n_places: int, wanted: int) -> None:
     """One line on stderr where a text has fewer places than were asked for, or few."""
     if n_places < wanted:
-        say(f"the text has {n_places} places of that length")
+        say(f"the text has {n_places} place{'' if n_places == 1 else 's'} of that length")
     if n_places < paired.FEW_BLOCKS:
-        say(f"{n_places} places are few; the intervals are rough")
+        say(f"few places ({n_places}): the intervals are rough")
 
 
 @contextmanager
@@ -115,6 +116,40 @@ def scoring(scorer: PromptScorer, requests: Sequence[Request]) -> Iterator[None]
     with progress.bar("scoring", max(missing, 1)) as advance:
         scorer.after = lambda score: advance(1, f"{score.routing} {score.budget} experts")
         yield
+
+
+def _view(rows: Sequence[PromptRow]) -> table.View:
+    first = rows[0]
+    one = len({(r.budget, r.eviction) for r in rows}) == 1
+    history = f"{first.n_history} tokens before, " if first.n_history else ""
+    tokens = f"{history}prompts of {first.n_prompt}, {first.n_tokens} tokens after {first.n_places} of them"
+    common = f", {first.budget_experts} experts of each layer ({first.budget}), {first.eviction}" if one else ""
+    cells = [[*([] if one else ["budget"]), *BRIEF]]
+    for r in rows:
+        name = r.prompt_routing if one else f"{r.prompt_routing}, {r.eviction}"
+        cells.append([*([] if one else [r.budget]), name, *brief_figures(r)])
+    return table.View(cells, _cells(rows), above=[f"{first.model}, {first.text}: {tokens}{common}"], below=_conclusion(rows))
+
+
+def _conclusion(rows: Sequence[PromptRow]) -> list[str]:
+    """The prompt routing that saved most, and its price."""
+    best = max(rows, key=lambda r: r.saved)
+    if best.prompt_routing == "original" or best.saved <= 0:
+        return []
+    return [
+        f"Fewest reads: {best.prompt_routing} (lossy) at {best.budget} reads {100 * best.saved:.0f}% less for a prompt; "
+        f"the tokens after it change by a KL of {1000 * best.kl:.1f} millinats"
+    ]
+
+
+BRIEF = ("prompt routing", "read MiB", "saved %", "swapped %", "KL millinats [95%]", "same top-1 %")
+
+
+def brief_figures(r: Summary) -> list[str]:
+    """The cells of BRIEF after the first."""
+    low, high = (None if end is None else 1000 * end for end in (r.kl_low, r.kl_high))
+    kl = f"{1000 * r.kl:.1f} [{table.number(low, digits=1)},{table.number(high, digits=1)}]"
+    return [f"{r.read_mib:.1f}", f"{100 * r.saved:.0f}", f"{100 * r.swap_rate:.1f}", kl, f"{100 * r.top1:.1f}"]
 
 
 def _cells(rows: Sequence[PromptRow]) -> list[list[str]]:

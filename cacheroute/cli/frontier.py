@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cacheroute.cli import options, progress, table
-from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, StrideOption, TextOption, perplexity_cells
+from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, StrideOption, TextOption, perplexity_view
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.routing.eviction import DEFAULT
@@ -43,7 +43,8 @@ def frontier(
     threads: options.ThreadsOption = None,
     io: IoOption = None,
     flash_mbps: options.FlashOption = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="Format of the table on stdout: md, json or jsonl.")] = "md",
+    wide: options.WideOption = False,
+    output: options.OutputOption = "text",
 ) -> None:
     """Score many routings at several budgets, for `plot`.
 
@@ -53,7 +54,7 @@ def frontier(
     Speed (ts) is measured only with one worker and an --io that reads; otherwise ts is null. When it is measured, stored
     scores without a speed, or with the speed of another io, pace or number of threads, are computed again.
     """
-    table.check(output)
+    table.check(output, wide=wide)
     if scheduler and workers > 1:
         raise UsageError("Give --workers or --scheduler; a cluster has its own workers.")
     from cacheroute.evals import frontier as frontiers
@@ -90,4 +91,4 @@ def frontier(
         ):
             frontiers.run(session, source, arms, rows, lambda row: kept.append(asdict(row)))
     found = [rows[arm] for arm in arms]
-    table.write(found, output, perplexity_cells(found))
+    table.write(found, output, perplexity_view(found), wide=wide, name="frontier")

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from cacheroute.cli import table
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import GIB, printable
@@ -157,7 +158,7 @@ def _shown(plan: MemoryPlan) -> tuple[str, str | None]:
 
 
 def _print(rows: list[Row]) -> None:
-    """Aligned columns; a styled table on a terminal."""
+    """In a pipe each model on one line, however long its name is."""
     head = ("NAME", "GiB", "HERE", "E/K", "FITS", "BUDGET")
     cells = [
         (
@@ -170,19 +171,7 @@ def _print(rows: list[Row]) -> None:
         )
         for r in rows
     ]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*head, box=None, header_style="bold")
-        for row in cells:
-            table.add_row(*map(Text, row), style="" if row[2] == "yes" else "dim")
-        Console().print(table)
-        return
-    widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
-    for row in (head, *cells):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    table.show(table.as_text([head, *cells], table.columns() if sys.stdout.isatty() else None).splitlines())
 
 
 def free_disk(folder: Path | None) -> int | None:

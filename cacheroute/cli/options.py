@@ -103,6 +103,11 @@ TopPOption = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample
 MinPOption = Annotated[float, typer.Option("--min-p", min=0, max=1, help="Least probability, over the likeliest token's.")]
 RepeatOption = Annotated[float, typer.Option("--repeat-penalty", min=0, help="Penalty for repeated tokens; 1: none.")]
 CtxOption = Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Context in tokens; 0: as the model was trained.")]
+OutputOption = Annotated[
+    str, typer.Option("-o", "--output", help="text (a table at 80 columns), md, csv, json, jsonl or sql, with all columns.")
+]
+WideOption = Annotated[bool, typer.Option("--wide", help="All columns, however wide.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No statistics, and no line at the start but what is lossy.")]
 FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
 
 

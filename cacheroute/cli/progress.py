@@ -1,10 +1,11 @@
-"""Progress of long commands on stderr: a bar or a line that is rewritten on a terminal, else a line now and then."""
+"""Progress of what takes more than two seconds, with the time left, on stderr where it is a terminal; nothing in a pipe."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,11 @@ from typing import TYPE_CHECKING
 
 from cacheroute import interrupts
 from cacheroute.cli.terminal import say
+from cacheroute.engine import load_progress
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn, Task
+
     from cacheroute.engine.progress import PromptProgress
     from cacheroute.evals.runner import Cell, Request
     from cacheroute.evals.scorer import Scorer
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 Advance = Callable[[float, str], None]
 """Called with the units done since the last call and what happens now."""
 
-_SECONDS_BEFORE_THE_FIRST, _SECONDS_BETWEEN_LINES = 5.0, 30.0
+SECONDS_BEFORE_THE_FIRST = 2.0
 _CLEAR, _SHOW_CURSOR = "\r\x1b[K", "\x1b[?25h"
 
 
@@ -29,37 +33,124 @@ _CLEAR, _SHOW_CURSOR = "\r\x1b[K", "\x1b[?25h"
 def bar(what: str, total: float) -> Iterator[Advance]:
     """Shows `total` units of work with an estimate of the time left."""
     if not sys.stderr.isatty():
-        yield _lines(what, total)
+        yield lambda units, text: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    drawn = Progress(*columns, console=Console(stderr=True), transient=True)
-    with interrupts.repaired(_CLEAR + _SHOW_CURSOR), drawn as shown:
-        task = shown.add_task(what, total=total)
-        yield lambda units, text: shown.update(task, advance=units, description=text or what)
-
-
-def _lines(what: str, total: float) -> Advance:
-    start = last = time.monotonic()
-    done = 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(), time_left())
+    # seldom: what is shown takes its time from what is measured
+    drawn = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2)
+    task = drawn.add_task(what, total=total)
+    begin = threading.Timer(SECONDS_BEFORE_THE_FIRST, drawn.start)
+    begin.daemon = True
 
     def advance(units: float, text: str) -> None:
-        nonlocal last, done
-        done += units
-        now = time.monotonic()
-        if now - last >= (_SECONDS_BETWEEN_LINES if last > start else _SECONDS_BEFORE_THE_FIRST) and done:
-            last = now
-            left = (now - start) * max(total - done, 0) / done
-            say(f"{what}: {min(done / total, 1):.0%}, about {left / 60:.0f} min left; {text}")
+        drawn.update(task, advance=units, description=text or what, at=time.monotonic())
 
-    return advance
+    with interrupts.repaired(_CLEAR + _SHOW_CURSOR):
+        begin.start()
+        try:
+            yield advance
+        finally:
+            begin.cancel()
+            begin.join()
+            drawn.stop()
+
+
+@contextmanager
+def steps(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """As bar(), for steps of which each says that it begins."""
+    begun = 0
+
+    def begin(text: str) -> None:
+        nonlocal begun
+        advance(min(begun, 1), text)
+        begun += 1
+
+    with bar(what, total) as advance:
+        yield begin
+
+
+def time_left() -> ProgressColumn:
+    """A column with the time left in words, by the whole time so far: steps may take longer than rich remembers."""
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class TimeLeft(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            left = seconds_left(task.completed, task.total or 0.0, task.start_time, task.fields.get("at"), time.monotonic())
+            return Text("" if left is None else f"about {_duration(left)} left")
+
+    return TimeLeft()
+
+
+def seconds_left(done: float, total: float, start: float | None, at: float | None, now: float) -> float | None:
+    """Of `total` units, `done` of which were done from `start` until `at`; None before the first."""
+    if not done or not total or start is None or at is None:
+        return None
+    return max((at - start) * max(total - done, 0) / done - (now - at), 0)
+
+
+def show_loads() -> None:
+    """From now on a model that takes long to load shows how far it has come, on a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        load_progress.report_to(LoadLine())
+
+
+class LoadLine:
+    """How much of a model has been read, as a line that is rewritten in place; for engine/load_progress.py.
+
+    It is written to a copy of stderr: llama-cpp-python turns stderr away while it loads a model.
+    """
+
+    def __init__(self) -> None:
+        stderr = os.dup(sys.stderr.fileno())
+        self._line = _Line(lambda text: os.write(stderr, text.encode()))
+        self._start: float | None = None
+
+    def __call__(self, share: float) -> None:
+        """Shows it; 1 clears it."""
+        now = time.monotonic()
+        start = self._start = now if self._start is None else self._start
+        if share >= 1:
+            self._line.clear()
+            self._start = None
+        elif now - start >= SECONDS_BEFORE_THE_FIRST:
+            self._line.draw(load_text(share, now - start))
+
+
+def load_text(share: float, seconds: float) -> str:
+    """What LoadLine shows after so many seconds."""
+    left = f", about {_duration(seconds * (1 - share) / share)} left" if share else ""
+    return f"loading the model: {int(100 * share)}%{left}"
+
+
+class _Line:
+    """A line of a terminal that is rewritten in place."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write_to = write
+        self._shown = contextlib.ExitStack()  # clears what is
+        self._text = ""
+
+    def draw(self, text: str) -> None:
+        """Writes a text that is not there already."""
+        if text == self._text:
+            return
+        if not self._text:
+            self._shown.enter_context(interrupts.repaired(_CLEAR))
+            self._shown.callback(self._write, _CLEAR)
+        self._text = text
+        self._write("\r" + text[: _columns() - 1] + "\x1b[K")
+
+    def clear(self) -> None:
+        self._text = ""
+        self._shown.close()
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._write_to(text)
 
 
 def label(key: str) -> str:
@@ -90,42 +181,38 @@ class PromptLine:
     On a terminal a line that is rewritten in place. Elsewhere nothing or, with `verbose`, a line every five seconds.
     """
 
-    SECONDS_BEFORE_THE_FIRST, SECONDS_BETWEEN_LINES = 2.0, 5.0
+    SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(self, *, verbose: bool) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._line = _Line(_to_stderr) if sys.stderr.isatty() else None
         self._verbose = verbose
-        self._next = self.SECONDS_BEFORE_THE_FIRST
-        self._drawn = contextlib.ExitStack()  # clears what is
+        self._next = SECONDS_BEFORE_THE_FIRST
 
     def __enter__(self) -> PromptLine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._drawn.close()
+        if self._line:
+            self._line.clear()
 
     def __call__(self, progress: PromptProgress) -> None:
         """Shows it. Called from another thread."""
         if progress.tokens_done == progress.tokens:
-            self._drawn.close()
-            self._next = self.SECONDS_BEFORE_THE_FIRST
+            self.__exit__()
+            self._next = SECONDS_BEFORE_THE_FIRST
         elif progress.seconds < self._next:
             return
-        elif self._terminal:
-            if self._next:
-                self._drawn.enter_context(interrupts.repaired(_CLEAR))
-                self._drawn.callback(self._write, _CLEAR)
+        elif self._line:
             self._next = 0.0
-            self._write("\r" + prompt_text(progress)[: _columns() - 1] + "\x1b[K")
+            self._line.draw(prompt_text(progress))
         elif self._verbose:
             self._next = progress.seconds + self.SECONDS_BETWEEN_LINES
             say(prompt_text(progress))
 
-    @staticmethod
-    def _write(text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def prompt_text(progress: PromptProgress) -> str:
@@ -139,8 +226,10 @@ def prompt_text(progress: PromptProgress) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """As in "7 s" and "3 min 20 s"."""
+    """As in "7 s", "3 min 20 s" and "2 h 5 min"."""
     minutes, rest = divmod(max(round(seconds), 1), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 

@@ -29,22 +29,17 @@ class Settings:
     prompt_routing: str
 
 
-def say_start(llm: Llama, asked: Settings) -> None:
-    """What is in memory, how the rest is read, and what is lossy; from now on that the budget follows the free memory."""
-    say(
-        first_line(
-            llm.header,
-            llm.layout,
-            llm.budget.capacity,
-            llm.io,
-            routing=str(llm.routing),
-            eviction=llm.eviction,
-            n_threads=llm.n_threads,
-            flash_mbps=llm.flash_mbps,
-        )
-    )
-    if asked.routing == tuned.NAME and llm.routing and not llm.routing.lossy and llm.budget.capacity == llm.layout.n_expert:
-        say("all experts are in memory: nothing is read, so a tuned routing has nothing to save")
+def say_start(llm: Llama, asked: Settings, *, quiet: bool = False) -> None:
+    """What is in memory, how the rest is read, and what is lossy; from now on that the budget follows the free memory.
+
+    `quiet`: only what costs quality, and that memory is short.
+    """
+    if not quiet:
+        own = {"routing": str(llm.routing), "eviction": llm.eviction, "n_threads": llm.n_threads, "flash_mbps": llm.flash_mbps}
+        say(first_line(llm.header, llm.layout, llm.budget.capacity, llm.io, **own))
+        nothing_read = llm.routing and not llm.routing.lossy and llm.budget.capacity == llm.layout.n_expert
+        if asked.routing == tuned.NAME and nothing_read:
+            say("all experts are in memory: nothing is read, so a tuned routing has nothing to save")
     options.say_lossy(llm)
     llm.budget_changed = said_changes(llm.layout, llm.budget)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cacheroute.cli.progress import time_left
 from cacheroute.cli.terminal import say
 from cacheroute.install import engine_build
 from cacheroute.install.tools import PlainProgress, Progress
@@ -19,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class TerminalProgress:
-    """A spinner with the current step, and a bar where the step can be counted."""
+    """A spinner with the current step, and a bar with the time left where the step can be counted."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
         self._task = bar.add_task("starting", total=None)
 
     def step(self, text: str) -> None:
-        self._bar.reset(self._task, total=None, description=text)
+        self._bar.reset(self._task, total=None, description=text, at=None)
 
     def fraction(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
+        self._bar.update(self._task, completed=done, total=total, at=time.monotonic())
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def shown_progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), time_left())
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         yield TerminalProgress(bar)
 

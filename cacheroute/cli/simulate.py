@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import sys
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -41,15 +39,15 @@ def simulate(
         bool, typer.Option("--shuffle", help="Replay the tokens in random order: the same experts without locality.")
     ] = False,
     seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Seed of --shuffle.")] = 0,
-    output: Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")] = "md",
+    wide: options.WideOption = False,
+    output: options.OutputOption = "text",
 ) -> None:
     """Replay a trace with other budgets and routings.
 
     It goes through the same router as a live run. Nothing is read: misses are counted, and MiB are misses x bytes of an
     expert.
     """
-    if output != "csv":
-        table.check(output)
+    table.check(output, wide=wide)
     of_prompts = prompts.parse_list(prompt_routing)
     arms = simulator.arms(options.names(budget), strategies.parse_list(routing), options.names(eviction), of_prompts)
     if not arms:
@@ -71,12 +69,51 @@ def simulate(
         say(
             "belady is shown with `original` only: it needs the future choices, and those of other routings depend on the cache.",
         )
-    if output == "csv":
-        writer = csv.DictWriter(sys.stdout, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    else:
-        table.write(rows, output, _cells(rows))
+    table.write(rows, output, _view(rows), wide=wide, name="simulate")
+
+
+def _view(rows: list[Row]) -> table.View:
+    first = rows[0]
+    shuffled = ", in random order" if first.shuffled else ""
+    above = f"{first.model or 'a trace'}: {first.tokens} decoded tokens{shuffled}"
+    return table.View(_brief(rows), _cells(rows), above=[above], below=list(_conclusions(rows)))
+
+
+def _brief(rows: list[Row]) -> list[list[str]]:
+    layered, rerouted = any(row.layer is not None for row in rows), len({row.prompt_routing for row in rows}) > 1
+    head = ["budget", "routing", "eviction", *(["layer"] if layered else []), "miss %", "missed MiB/token"]
+    cells = [[*head, "prompt MiB" if rerouted else "swapped %"]]
+    for r in rows:
+        cells.append(
+            [
+                r.budget,
+                _name(r) if rerouted else r.routing,
+                r.eviction,
+                *(["all" if r.layer is None else str(r.layer)] if layered else []),
+                f"{100 * r.miss_rate:.1f}",
+                f"{r.missed_mib_per_token:.2f}",
+                table.number(r.prompt_read_mib) if rerouted else f"{100 * (r.swap_rate + r.drop_rate):.1f}",
+            ]
+        )
+    return cells
+
+
+def _name(row: Row) -> str:
+    return row.routing + ("" if row.prompt_routing == prompts.ORIGINAL else f", {row.prompt_routing}")
+
+
+def _conclusions(rows: Sequence[Row]) -> Iterator[str]:
+    """At each budget the online choice that missed least, against `original` with lru."""
+    for budget in dict.fromkeys(row.budget for row in rows):
+        own = [row for row in rows if row.budget == budget and row.layer is None and row.eviction != BELADY]
+        if len(own) < 2:
+            continue
+        base = next((row for row in own if (row.routing, row.eviction) == ("original", "lru")), None)
+        best = min(own, key=lambda row: row.missed_mib_per_token)
+        lossy = "" if best.routing == "original" else " (lossy)"
+        of = f" of {base.missed_mib_per_token:.2f}" if base and base is not best else ""
+        missed = f"misses {best.missed_mib_per_token:.2f}{of} MiB a token"
+        yield f"Fewest misses at {budget}: {best.routing}{lossy} with {best.eviction}, {missed}"
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,7 +112,8 @@ def tune(
     workers: options.WorkersOption = 1,
     threads: options.ThreadsOption = None,
     io: IoOption = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="md or json.")] = "md",
+    wide: options.WideOption = False,
+    output: Annotated[str, typer.Option("-o", "--output", help="text (a table at 80 columns), md or json.")] = "text",
 ) -> None:
     """Find the routing that misses least within a limit on loss.
 
@@ -131,14 +132,13 @@ def tune(
         if given and given.name == "COMMANDLINE":
             option = "--places" if name == "n_places" else "--" + name.replace("_", "-")
             raise UsageError(f"{option} is not an option {'with' if prompt else 'without'} --prompt; leave it out.")
-    if output not in ("md", "json"):
-        raise UsageError(f"There is no output {output!r}; there are md and json.")
+    table.check(output, ("text", "md", "json"), wide=wide)
     if prompt:
         from cacheroute.evals.prompts import Lengths
 
         lengths = Lengths(history, prompt_tokens, after)
         with _resumable():
-            tune_prompt.run(model, file, column, budget, eviction, max_kl, lengths, n_places, seed, threads, io, output)
+            tune_prompt.run(model, file, column, budget, eviction, max_kl, lengths, n_places, seed, threads, io, output, wide)
         return
     if strategy != "cache-prior" and not uniform:
         raise UsageError(f"{strategy} is fitted with --uniform only; per layer there is cache-prior.")
@@ -158,7 +158,7 @@ def tune(
     with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=[eviction]) as session:
         fit, held_out = tuning.split(len(session.chunks), seed)
         if len(held_out) < paired.FEW_BLOCKS:
-            say(f"{len(session.chunks)} chunks are few: intervals will be wide, and little may fit")
+            say(f"few chunks ({len(session.chunks)}): intervals will be wide, and little may fit")
         search = tuning.Search(session, goal, fit, held_out, report=_print_trial)
         with progress.bar("tuning", search.expected_work()) as advance, _resumable():
             session.after = lambda cell: advance(tuning.work(session.chunks[cell.chunk]), progress.label(cell.routing))
@@ -175,7 +175,7 @@ def tune(
             "n_chunks": len(session.chunks),
         }
         _save(tuning.tuned_routing(outcome, goal, layout, made_from), saved)
-    _print(_report(layout, source.name, budget, goal, outcome, saved), output)
+    _print(_report(layout, source.name, budget, goal, outcome, saved), output, wide=wide)
     if not outcome.chosen:
         raise CacherouteError(_why_not(outcome, allowed))
     say(f"use it with --routing tuned --budget {budget}; it is in {saved}")
@@ -251,21 +251,54 @@ def _trial_row(trial: Trial) -> TrialRow:
     )
 
 
-def _print(report: Report, output: str) -> None:
+def _print(report: Report, output: str, *, wide: bool) -> None:
     if output == "json":
         print(json.dumps(asdict(report), indent=2))
         return
+    table.write([], output, table.View(_brief(report), _whole(report), [_what_was_tuned(report)], _conclusion(report)), wide=wide)
+    if report.parameters and len(report.parameters) > 1 and (wide or output == "md"):
+        print("\n" + "\n".join(_by_layer(report.parameters)))
+
+
+def _what_was_tuned(report: Report) -> str:
+    where = f"{report.budget_experts} experts of each layer ({report.budget}), {report.eviction}"
+    return (
+        f"{report.model}, {report.text}: {where}; a change of at most {report.max_ppl_increase:g}% of perplexity; MiB per token"
+    )
+
+
+def _brief(report: Report) -> list[list[str]]:
+    cells = [["routing", "text", "tokens", "change % [95%]", "MiB missed", "saved %", "fits"]]
+    for t in report.trials:
+        change = f"{t.ppl_increase:+.2f} [{table.signed(t.ppl_increase_low)},{table.signed(t.ppl_increase_high)}]"
+        missed = [f"{t.missed_mib_per_token:.2f}", f"{100 * t.saved:.0f}"]
+        cells.append([t.routing, t.part, str(t.n_tokens), change, *missed, "yes" if t.passed else "no"])
+    return cells
+
+
+def _conclusion(report: Report) -> list[str]:
+    """What the chosen routing does on text that it was not fitted to."""
+    last = next((t for t in reversed(report.trials) if t.part == "held out" and t.routing == report.routing), None)
+    if last is None:
+        return []
+    missed = f"misses {last.missed_mib_per_token:.2f} of {last.original_missed_mib_per_token:.2f} MiB a token"
+    return [f"Chosen: {report.routing} (lossy), {missed}, for {last.ppl_increase:+.2f}% of perplexity on unseen text"]
+
+
+def _whole(report: Report) -> list[list[str]]:
     limit = f"within {report.max_ppl_increase:g}%"
     cells = [["routing", "text", "tokens", "ppl change % [95%]", "missed MiB/token", "saved", "miss", limit]]
     for t in report.trials:
         missed = (f"{t.missed_mib_per_token:.2f}", f"{100 * t.saved:.0f}%", f"{100 * t.miss_rate:.1f}%")
         cells.append([t.routing, t.part, str(t.n_tokens), _change(t), *missed, "yes" if t.passed else "no"])
-    print(table.as_markdown(cells))
-    if report.parameters and len(report.parameters) > 1:
-        values = " ".join(f"{p['lambda']:g}" for p in report.parameters)
-        print(f"\nlambda by layer: {values}")
-        if all(EXPERTS in p for p in report.parameters):
-            print(f"experts in memory by layer: {' '.join(f'{p[EXPERTS]:g}' for p in report.parameters)}")
+    return cells
+
+
+def _by_layer(parameters: Sequence[dict[str, float]]) -> Iterator[str]:
+    values = " ".join(f"{p['lambda']:g}" for p in parameters)
+    yield f"lambda by layer: {values}"
+    if all(EXPERTS in p for p in parameters):
+        yield f"experts in memory by layer: {' '.join(f'{p[EXPERTS]:g}' for p in parameters)}"
 
 
 def _why_not(outcome: Outcome, allowed: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cacheroute.cli import progress, table
-from cacheroute.cli.eval_prompt import figures, millinats, say_few
+from cacheroute.cli.eval_prompt import BRIEF, brief_figures, figures, millinats, say_few
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.routing import budget as budgets
@@ -60,6 +60,7 @@ def run(
     threads: int | None,
     io: str | None,
     output: str,
+    wide: bool,
 ) -> None:
     """Prints the trials, writes the file and says how it is used. Raises CacherouteError when nothing fits."""
     from cacheroute.evals import prompt_tune
@@ -105,7 +106,7 @@ def run(
         profile=str(saved) if saved else None,
         trials=[_row(t) for t in sorted(outcome.trials, key=lambda t: t.validates)],
     )
-    _print(report, output)
+    _print(report, output, wide=wide)
     if not outcome.chosen or not outcome.validation:
         s = max(outcome.trials, key=lambda t: t.prompt_routing.cover).summary
         raise CacherouteError(
@@ -137,10 +138,21 @@ def _row(trial: Trial) -> TrialRow:
     return TrialRow(str(trial.prompt_routing), "held out" if trial.validates else "fit", trial.passed, trial.summary)
 
 
-def _print(report: Report, output: str) -> None:
+def _print(report: Report, output: str, *, wide: bool) -> None:
     if output == "json":
         print(json.dumps(asdict(report), indent=2))
         return
+    name, *rest = BRIEF
+    brief = [[name, "places", *rest, "fits"]]
+    brief += [[t.prompt_routing, t.part, *brief_figures(t.figures), _verdict(t, report.max_kl)] for t in report.trials]
+    history = f"{report.n_history} tokens before, " if report.n_history else ""
+    where = f"{report.budget_experts} experts of each layer ({report.budget}), {report.eviction}"
+    goal = f"a KL of at most {1000 * report.max_kl:g} millinats a token"
+    above = f"{report.model}, {report.text}: {history}prompts of {report.n_prompt}, {where}; {goal}"
+    table.write([], output, table.View(brief, _whole(report), above=[above]), wide=wide)
+
+
+def _whole(report: Report) -> list[list[str]]:
     head = [
         "prompt routing",
         "places",
@@ -153,5 +165,7 @@ def _print(report: Report, output: str) -> None:
         "first",
     ]
     cells = [[*head, "delta nll millinats [95%]", "same top-1", "tokens", f"within {1000 * report.max_kl:g} millinats"]]
-    cells += [[t.prompt_routing, t.part, *figures(t.figures), _verdict(t, report.max_kl)] for t in report.trials]
-    print(table.as_markdown(cells))
+    return [
+        *cells,
+        *([t.prompt_routing, t.part, *figures(t.figures), _verdict(t, report.max_kl)] for t in report.trials),
+    ]

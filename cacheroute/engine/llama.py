@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from cacheroute.engine import arguments, callbacks, choice, log, progress, stores, templates
+from cacheroute.engine import arguments, callbacks, choice, load_progress, log, progress, stores, templates
 from cacheroute.engine.compute_threads import ComputeThreads
 from cacheroute.engine.embeddings import MappedEmbeddings
 from cacheroute.engine.hook import Hook, Interrupt, Settings
@@ -108,6 +108,7 @@ class Llama(SequenceLlama):
     ) -> None:
         self.prompt_progress, self.budget_changed = prompt_progress, budget_changed
         self.template_error = ""  # why the file's chat template cannot be parsed; the setter of `metadata` sets it
+        self._loading: load_progress.Loading | None = None  # the setter of `model_params` sets it
         self._hook: Hook | None = None
         self._watch: MemoryWatch | None = None
         self.computing = False
@@ -170,6 +171,9 @@ class Llama(SequenceLlama):
                 super().__init__(str(model_path), use_mmap=False, **kwargs)
         except ValueError as e:
             raise CacherouteError(f"llama.cpp cannot load {model_path}: {log.reason(refused) or e}.") from e
+        finally:
+            if self._loading:
+                self._loading.end()
         self._embeddings = MappedEmbeddings(self.layout, self._model.model, loaded=self._loaded)
         self._has_chat_format = bool(kwargs.get("chat_format") or kwargs.get("chat_handler"))
         # llama.cpp rounds the context up; ids and scores have room for what was asked for
@@ -182,6 +186,15 @@ class Llama(SequenceLlama):
         this = weakref.ref(self)  # a circle would keep a model that is dropped
         self._ctx.decode = lambda batch: this()._decode(batch)  # type: ignore[union-attr]
         self._apply(settings, plan)
+
+    @property
+    def model_params(self) -> Any:
+        """llama.cpp's parameters of the model; upstream's constructor sets them before it loads it."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, value: Any) -> None:
+        self._model_params, self._loading = value, load_progress.Loading(value)
 
     @property
     def metadata(self) -> Any:

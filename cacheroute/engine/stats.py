@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cacheroute.native.counters import Counters
+from cacheroute.native.counters import Counters as Counters  # a part of Stats, for those who print it
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama

@@ -10,10 +10,10 @@ from pathlib import Path
 
 def cores() -> int:
     """Cores that this process may use."""
-    return len(_own_cores())
+    return len(own_cores())
 
 
-def _own_cores() -> list[int]:
+def own_cores() -> list[int]:
     """Their numbers, where the system limits a process to some; else as many as there are."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
@@ -23,7 +23,7 @@ def big_cores(root: Path = Path("/")) -> int:
 
     As Linux ranks them (cpu_capacity, or the highest frequency); all of them where it does not. `root`: where sys is, for tests.
     """
-    own = _own_cores()
+    own = own_cores()
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
         with contextlib.suppress(OSError, ValueError):
             speeds = [int((root / f"sys/devices/system/cpu/cpu{i}" / name).read_text("ascii")) for i in own]
@@ -57,8 +57,18 @@ def _limits(root: Path) -> Iterator[int]:
     yield from ulimit_room(root)
 
 
-def _groups(root: Path) -> Iterator[Path]:
-    """The folders of the memory cgroups of this process, v1 and v2, each with all that enclose it."""
+def held_seconds(root: Path = Path("/")) -> float:
+    """Seconds for which a limit on processor time, of any cgroup that this process is in, has made threads wait."""
+    held = 0.0
+    for group in _groups(root, "cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            stat = dict(line.split() for line in (group / "cpu.stat").read_text("ascii").splitlines())
+            held = max(held, int(stat.get("throttled_usec", 0)) / 1e6, int(stat.get("throttled_time", 0)) / 1e9)
+    return held
+
+
+def _groups(root: Path, controller: str = "memory") -> Iterator[Path]:
+    """The folders of the cgroups of this process, v1 (of that controller) and v2, each with all that enclose it."""
     try:
         mounts = (root / "proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
         own = (root / "proc/self/cgroup").read_text("utf-8", "replace").splitlines()
@@ -73,11 +83,11 @@ def _groups(root: Path) -> Iterator[Path]:
         fields, kind = before.split(), after.split()
         if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
             continue
-        controller = "memory" if kind[0] == "cgroup" else ""
-        if controller not in paths or (controller and controller not in kind[2].split(",")):
+        name = controller if kind[0] == "cgroup" else ""
+        if name not in paths or (name and name not in kind[2].split(",")):
             continue
         top = root / _unescaped(fields[4]).lstrip("/")
-        group = top / _below(paths[controller], _unescaped(fields[3]))
+        group = top / _below(paths[name], _unescaped(fields[3]))
         while group != top:
             yield group
             group = group.parent

@@ -131,7 +131,7 @@ def _fetch(hub: ModuleType, repository: str, file: HubFile, revision: str) -> Pa
     except Exception as e:
         raise _failure(e, repository) from None
     if by_xet and file.sha256:
-        _check(path.resolve(), file)
+        _check(hub, path.resolve(), file)
     return path
 
 
@@ -153,7 +153,7 @@ def _transfer(hub: ModuleType, repository: str, file: HubFile, revision: str, bl
                 if _is_answer(e) or out.seek(0, os.SEEK_END) == have:  # else it broke off, and what came is here
                     raise
         out.flush()
-        _check(partial, file)
+        _check(hub, partial, file)
         os.replace(partial, blobs / str(file.sha256))
 
 
@@ -181,15 +181,17 @@ def _need_space(folder: Path, file: HubFile, have: int) -> None:
         )
 
 
-def _check(path: Path, file: HubFile) -> None:
-    """Raises CacherouteError when size or sha256 differ from the hub's; deletes nothing."""
+def _check(hub: ModuleType, path: Path, file: HubFile) -> None:
+    """Raises CacherouteError when size or sha256 differ from the hub's; deletes nothing. Shows its progress, as a transfer."""
     size = path.stat().st_size
     if file.nbytes > GB:
         print(f"{file.name}: checking its sha256", file=sys.stderr, flush=True)
     digest = hashlib.sha256()
-    with path.open("rb") as f:
+    shown = {"total": size, "unit": "B", "unit_scale": True, "desc": "sha256", "delay": 2, "leave": False, "disable": None}
+    with path.open("rb") as f, hub.utils.tqdm(**shown) as bar:  # None: not where stderr is no terminal
         while block := f.read(1 << 20):
             digest.update(block)
+            bar.update(len(block))
     if size != file.nbytes or digest.hexdigest() != file.sha256:
         raise CacherouteError(
             f"{file.name} arrived damaged: {size} of {file.nbytes} bytes, and not the sha256 that the hub names; "
