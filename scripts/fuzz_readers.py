@@ -100,7 +100,8 @@ _READERS = (
     *("cacheroute.files", "cacheroute.model.catalogue", "cacheroute.model.checks", "cacheroute.model.experts"),
     *("cacheroute.model.gguf_file", "cacheroute.model.report", "cacheroute.routing.strategies", "cacheroute.routing.tuned"),
     *("cacheroute.trace.simulate", "cacheroute.trace.task_profile", "cacheroute.trace.trace_file", "cacheroute.plot.figures"),
-    *("cacheroute.plot.bench_bars", "cacheroute.evals.frontier", "cacheroute.evals.results"),
+    *("cacheroute.plot.rows", "cacheroute.plot.curves", "cacheroute.plot.misses", "cacheroute.plot.bench_bars"),
+    *("cacheroute.evals.frontier", "cacheroute.evals.results"),
 )
 
 

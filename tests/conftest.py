@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +14,8 @@ from support import tiny_models
 
 # A shell that starts the tests in the background ignores SIGINT, and so would the commands with a tested Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+os.environ["CACHEROUTE_CONFIG"] = os.devnull  # a person's own defaults are not for the tests
 
 
 @pytest.fixture(scope="session")

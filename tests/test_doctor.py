@@ -72,7 +72,7 @@ def test_an_engine_that_is_missing_or_stock_fails(monkeypatch: pytest.MonkeyPatc
     for state in (engine_build.EngineState("missing"), engine_build.EngineState("stock", "0.3.36")):
         monkeypatch.setattr(engine_build, "installed_state", lambda state=state: state)
         [check] = checkup._engine(Path("/"))
-        assert check.state == "fail" and check.advice == "run `cacheroute setup`"
+        assert check.state == "fail" and check.advice.startswith("run `cacheroute setup")
 
 
 def test_a_cache_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +84,8 @@ def test_a_cache_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch) -
 def test_packages_that_are_missing_are_named() -> None:
     assert checkup._extras(lambda _: None).found.startswith("not installed: huggingface_hub (for pull), ")
     assert checkup._extras(lambda _: True).advice == ""
+    assert "pip install NAME" in checkup._extras(lambda name: name == "pip").advice
+    assert checkup._extras(lambda _: None).advice.startswith("uv pip install NAME"), "without pip"
 
 
 def test_storage_is_measured_without_a_model_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

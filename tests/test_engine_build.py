@@ -345,6 +345,9 @@ def test_download_that_fails(output: str, reason: str, bench: Bench, monkeypatch
 
 def test_no_pip(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name, which=shutil.which: None if name[:2] in ("uv", "pi") else which(name))
+    monkeypatch.delenv("UV", raising=False)
     assert "has no pip" in fails(bench)
 
 

@@ -14,7 +14,7 @@ from cacheroute.errors import UsageError
 from cacheroute.evals import frontier, scorer
 from cacheroute.evals.results import ResultsFile
 from cacheroute.model import experts, gguf_file
-from cacheroute.plot import figures
+from cacheroute.plot import rows as plot_rows
 from cacheroute.routing import strategies
 from support import tiny_models
 
@@ -58,7 +58,7 @@ def test_rows_are_those_of_eval_perplexity(tiny: Path, prose: Path, tmp_path: Pa
     assert stable([rows[-1]])[0].items() >= {**one[-1], "seconds": 0}.items()
     header, *cells = lines(tmp_path / "f.jsonl")
     assert header["format"] == frontier.FORMAT and len(header["model"]) == 16 and stable(cells) == stable(rows)
-    assert len(figures.read_rows(tmp_path / "f.jsonl")) == 6
+    assert len(plot_rows.of(tmp_path, plot_rows.read(tmp_path / "f.jsonl"))) == 6
 
 
 def test_it_resumes_and_never_mixes(tiny: Path, prose: Path, tmp_path: Path) -> None:

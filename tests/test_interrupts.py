@@ -82,7 +82,7 @@ def test_in_a_policy(tmp_path: Path, demo_model: Path) -> None:
 def test_in_a_prompt(tmp_path: Path, demo_model: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 3000)
     lines, seconds = interrupted(tmp_path, "generate", "-f", "long.txt", "-n", 2, "-c", 8192, "-t", 1, after=3)
-    assert lines == ["cacheroute: Stopped."]
+    assert lines[-1] == "cacheroute: Stopped." and len(lines) == 2  # after what is in memory
     assert seconds < 5 * interrupts.GRACE
 
 
@@ -92,7 +92,7 @@ def test_in_a_prompt_that_waits_for_reads(tmp_path: Path, demo_model: Path) -> N
     for _ in range(3):
         after = moments.uniform(1, 7)
         lines, seconds = interrupted(tmp_path, "generate", "-f", "long.txt", "-c", 4096, "--flash-mbps", 0.5, after=after)
-        assert lines == ["cacheroute: Stopped."], after
+        assert lines[-1] == "cacheroute: Stopped.", after
         assert seconds < 5, after
 
 
@@ -155,7 +155,7 @@ def test_the_terminal_is_repaired_when_the_program_ends_at_once(tmp_path: Path) 
 def test_twice(tmp_path: Path, demo_model: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 3000)
     lines, _ = interrupted(tmp_path, "generate", "-f", "long.txt", "-n", 2, "-c", 8192, "-t", 1, after=3, times=2)
-    assert lines == ["cacheroute: Stopped."]
+    assert lines[-1] == "cacheroute: Stopped."
 
 
 def test_with_workers(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

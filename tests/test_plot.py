@@ -6,15 +6,18 @@ import csv
 import importlib.util
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
-from cacheroute.plot import figures
+from cacheroute.plot import figures, misses, style, traces, words
+from cacheroute.plot import rows as plot_rows
+from cacheroute.plot.chart import Chart
 from cacheroute.routing.strategies import parse_list
 from cacheroute.trace import simulate, trace_file
 from support.traces import fed
@@ -49,7 +52,8 @@ def run(*arguments: object) -> Result:
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv"])
 def test_every_format_is_read_alike(rows: list[simulate.Row], tmp_path: Path, ending: str) -> None:
-    found = figures.read_rows(write(rows, tmp_path / f"r{ending}"))
+    path = write(rows, tmp_path / f"r{ending}")
+    found = plot_rows.of(path, plot_rows.read(path))
     total = [row for row in rows if row.layer is None]
     assert [(r.routing, r.eviction, r.budget_experts, r.miss_rate, r.lost_mass) for r in found] == [
         (r.routing, r.eviction, r.budget_experts, r.miss_rate, r.lost_mass) for r in total
@@ -131,7 +135,7 @@ def test_states_by_hand() -> None:
     own["resident"][:] = 0b1010, 0, 0  # 1 and 3
     own["ids"][:] = [3, 5, 3, 3]
     own["n_run"] = 2
-    state = figures._states(own, 24, 4)[0].tolist()
+    state = traces.states(own, 24, 4)[0].tolist()
     assert (state[1], state[3], state[5]) == (1, 2, 3) and sum(state) == 6
 
 
@@ -153,12 +157,142 @@ def test_figures_are_drawn_and_never_overwritten(rows: list[simulate.Row], tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, out.name] + ["r.json"] * (source.name == "t"))
 
 
-def test_without_matplotlib_there_is_a_table(rows: list[simulate.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_a_figure_is_refused_and_a_table_is_not(
+    rows: list[simulate.Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
-    result = run(write(rows, tmp_path / "r.csv"), "-o", tmp_path / "f.png")
-    assert result.exit_code == 0 and "| budget" in result.stdout and "python -m pip install matplotlib" in result.stderr
-    assert not (tmp_path / "f.png").exists()
+    source = write(rows, tmp_path / "r.csv")
+    result = run(source, "-o", tmp_path / "f.png")
+    assert result.exit_code == 1 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert "python -m pip install matplotlib" in result.stderr and not (tmp_path / "f.png").exists()
+    assert run(source).exit_code == 0
+
+
+def figure_of(chart: Chart) -> Any:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(style.WIDTH, chart.height), layout="constrained")
+    chart.draw(figure)
+    figure.canvas.draw()
+    return figure
+
+
+def legend_of(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def result_rows(strategies: list[str], losses: list[float], **more: object) -> list[dict[str, object]]:
+    base = {"model": "m", "eviction": "lru", "budget": "50%", "budget_experts": 8, "miss_rate": 0.1}
+    return [
+        {**base, "routing": r, "missed_mib_per_token": 5.0 - 0.1 * i, "delta_nll": d, **more}
+        for i, (r, d) in enumerate(zip(strategies, losses, strict=True))
+    ]
+
+
+def drawn(found: list[dict[str, object]], folder: Path, kind: str = "") -> Any:
+    (folder / "r.json").write_text(json.dumps(found))
+    return figure_of(figures.chart([folder / "r.json"], kind))
+
+
+def test_series_differ_without_colour_and_have_words(rows: list[simulate.Row], tmp_path: Path) -> None:
+    figure = figure_of(figures.chart([write(rows, tmp_path / "r.json")], "misses"))
+    lines = [line for line in figure.axes[0].get_lines() if not line.get_label().startswith("_")]
+    looks = {(str(line.get_linestyle()), line.get_marker()) for line in lines}
+    assert len(lines) == len(looks) == 5
+    assert {"original (lossless), LRU", "cache prior λ 0.1, LRU", "original (lossless), optimum (Belady)"} <= {*legend_of(figure)}
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["6\n(25%)", "12\n(50%)", "18\n(75%)"]
+
+
+def test_a_legend_has_at_most_eight_entries(tmp_path: Path) -> None:
+    many = [f"own{i}:a={i}" for i in range(12)]
+    for kind in ("frontier", "misses"):
+        figure = drawn(result_rows(["original", *many], [0.0, *(0.01 + i / 1000 for i in range(12))]), tmp_path, kind)
+        assert len(legend_of(figure)) == style.MOST and any(text.endswith(" others") for text in legend_of(figure))
+    found = result_rows(["original", *many], [0.0] * 13)
+    for i, row in enumerate(found):
+        row["miss_rate"] = 0.5 - 0.01 * i
+    named = legend_of(drawn(found, tmp_path, "misses"))
+    assert named[0] == "original (lossless), LRU" and "own11 a 11, LRU" in named and "own0 a 0, LRU" not in named
+    few = drawn(result_rows(["original", *many[:6]], [0.0] * 7), tmp_path, "frontier")
+    assert len(legend_of(few)) == 7 and not any("others" in text for text in legend_of(few))
+
+
+def test_a_value_far_above_the_others_is_cut_with_a_mark(tmp_path: Path) -> None:
+    usual = [0.0, 0.01, 0.012, 0.014, 0.016, 0.02]
+    names = ["original", *(f"pruning:k={i}" for i in range(2, 7))]
+    axes = drawn(result_rows([*names, "pruning:k=1"], [*usual, 1.5]), tmp_path).axes[0]
+    assert axes.get_ylim()[1] < 10 and "348" in [t.get_text() for t in axes.texts]
+    many = drawn(result_rows([*names, *names, *["pruning:k=1"] * 4], [*usual, *usual, 1, 1.5, 2, 3]), tmp_path).axes[0]
+    assert "▲ 4 points above, up to 1.91e+03" in [t.get_text() for t in many.texts]
+    whole = drawn(result_rows(names, usual), tmp_path).axes[0]
+    assert not any(line.get_marker() == "^" and line.get_color() == "k" for line in whole.get_lines())
+
+
+def test_several_evictions_are_told_apart_by_their_marks(rows: list[simulate.Row], tmp_path: Path) -> None:
+    arms = simulate.arms(["50%"], parse_list("original,cache-prior:lambda=0.1"), ["lfu"])
+    more = simulate.run(fed(False), arms, per_layer=False)
+    figure = figure_of(figures.chart([write([*rows, *more], tmp_path / "r.json")]))
+    assert {*legend_of(figure)} == {"cache prior", "max rank", "LRU", "LFU", "original (lossless)"}
+    fills = {line.get_fillstyle() for line in figure.axes[0].get_lines() if line.get_label() in ("LRU", "LFU")}
+    assert fills == {"full", "none"}
+    assert {"25%", "50%", "75%"} <= {t.get_text() for t in figure.axes[0].texts}
+
+
+def test_intervals_are_drawn_where_the_rows_have_them(tmp_path: Path) -> None:
+    routings = ["original", "cache-prior:lambda=0.1"]
+    plain = drawn(result_rows(routings, [0.0, 0.01]), tmp_path).axes[0]
+    spread = drawn(result_rows(routings, [0.0, 0.01], delta_nll_low=-0.01, delta_nll_high=0.03), tmp_path).axes[0]
+    assert len(plain.collections) == 0 and len(spread.collections) == 1
+    (segment,) = spread.collections[0].get_segments()
+    assert segment[:, 1] == pytest.approx([100 * math.expm1(-0.01), 100 * math.expm1(0.03)])
+
+
+def test_what_the_paper_has_for_the_model_is_beside_it(rows: list[simulate.Row], tmp_path: Path) -> None:
+    for model, n in (("Qwen1.5-MoE-A2.7B-Chat", 2), ("qwen1.5-moe-a2.7b (random weights)", 0), ("another", 0)):
+        own = [replace(row, model=model) for row in rows]
+        figure = figure_of(figures.chart([write(own, tmp_path / "r.json")], "misses"))
+        assert sum("the paper" in text for text in legend_of(figure)) == n
+    points = {line.get_label(): line.get_xydata()[0].tolist() for line in figure_of(misses.chart(
+        [plot_rows.Row("Mixtral-8x7B", "original", "lru", "50%", 4, 0.3, 1.0, "missed")]
+    )).axes[0].get_lines()}  # fmt: skip
+    assert points["the paper: original, LRU"] == [4, 40] and points["the paper: cache prior"] == [4, 21]
+
+
+def test_a_figure_says_in_words_what_it_shows(rows: list[simulate.Row], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    trace_file.write(tmp_path / "t", fed(False).header, fed(False).records)
+    source = write(rows, tmp_path / "r.json")
+    for n, words_ in enumerate(
+        ((source,), (source, "--kind", "misses"), (tmp_path / "t",), (tmp_path / "t", "--kind", "layers"))
+    ):
+        result = run(*words_, "-o", tmp_path / f"{n}.png")
+        _, _, alt = result.stderr.strip().partition("In words: ")
+        assert (
+            len(alt) > 60 and alt.endswith(".") and alt.encode("latin-1", "replace")[:40] in (tmp_path / f"{n}.png").read_bytes()
+        )
+
+
+def test_the_words_have_the_gain_for_a_small_loss(tmp_path: Path) -> None:
+    def alt(found: list[dict[str, object]], kind: str = "") -> str:
+        (tmp_path / "r.json").write_text(json.dumps(found))
+        return figures.chart([tmp_path / "r.json"], kind).alt
+
+    found = result_rows(["original", "pruning:k=6", "cache-prior:lambda=0.1", "pruning:k=1"], [0.0, 0.004, 0.008, 0.9])
+    assert alt(found).endswith("For 0.8%, cache prior λ 0.1 at 50% has 4.8 in place of 5.")
+    timed = [{**row, "ts": ts} for row, ts in zip(found, (10, 30, 20, 90), strict=True)]
+    assert alt(timed, "speed").endswith("For 0.4%, pruning k 6 at 50% has 30 in place of 10.")
+    assert alt(found[:1]).endswith("in memory: original (lossless).")
+
+
+def test_words_of_routings() -> None:
+    assert words.routing("original") == "original (lossless)"
+    assert words.routing("cache-prior:lambda=0.2:j=2") == "cache prior λ 0.2, j 2"
+    assert words.routing("tuned:/home/a/b.json") == "tuned b.json" and words.routing("tuned") == "tuned"
+    assert words.routing("python:my.module:Policy") == "own policy Policy" and words.routing("new:a=1") == "new a 1"
+    assert (words.eviction("belady"), words.eviction("own"), words.budget("16")) == ("optimum (Belady)", "own", "16 experts")
+    assert (words.listed([]), words.listed(["a"]), words.listed(["a", "b", "c"])) == ("", "a", "a, b and c")
 
 
 def test_a_trace_has_a_table_too(tmp_path: Path) -> None:

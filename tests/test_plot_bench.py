@@ -67,21 +67,48 @@ def test_prompts_alone_are_drawn(tmp_path: Path) -> None:
     assert figures.chart([write(ROWS[:1], tmp_path / "b.jsonl")]).cells[1][3] == "99.00 ± 1.00"
 
 
-def test_the_figure_has_all_bars(tmp_path: Path) -> None:
+def drawn(rows: list[dict[str, Any]], folder: Path) -> Any:
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     from matplotlib.figure import Figure
 
     figure = Figure()
-    figures.chart([write([*ROWS, row(model="other")], tmp_path / "b.jsonl")]).draw(figure)
+    figures.chart([write(rows, folder / "b.jsonl")]).draw(figure)
+    return figure
+
+
+def test_the_figure_has_all_bars(tmp_path: Path) -> None:
+    figure = drawn([*ROWS, row(model="other")], tmp_path)
     first, second = figure.axes
     assert sorted(bar.get_width() for bar in first.patches) == [10, 10, 10, 20] and len(second.patches) == 1
-    assert [t.get_text() for t in first.get_yticklabels()] == ["50% buffered unpaced", "25% direct 500 MB/s"]
+    assert [t.get_text() for t in first.get_yticklabels()] == ["50%, buffered reads", "25%, direct reads, 500 MB/s"]
     labels = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert len(labels) == len(set(labels)) == 4 and "floor" in labels
-    drawn = [tmp_path / "1.svg", tmp_path / "2.svg"]
-    for path in drawn:
+    assert len(labels) == len(set(labels)) == 4 and labels[-1].startswith("floor")
+    assert "cache prior λ 0.2, soft LFU, prefetch 2" in labels
+    assert len({(bar.get_hatch(), bar.get_facecolor()) for bar in first.patches}) == 3, "arms differ without colour"
+    paths = [tmp_path / "1.svg", tmp_path / "2.svg"]
+    for path in paths:
         assert CliRunner().invoke(app, ["plot", str(tmp_path / "b.jsonl"), "-o", str(path)]).exit_code == 0
-    assert drawn[0].read_bytes() == drawn[1].read_bytes()
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_more_arms_than_a_legend_holds_are_named_beside_their_bars(tmp_path: Path) -> None:
+    figure = drawn([row(routing=f"pruning:k={k}") for k in range(1, 10)], tmp_path)
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [f"pruning k {k}, LRU" for k in range(1, 10)]
+    assert not figure.legends
+
+
+def test_two_models_with_the_same_groups_stand_side_by_side(tmp_path: Path) -> None:
+    one, two = (figures.chart([write([row(model=m) for m in names], tmp_path / "b.jsonl")]) for names in ("ab", "abc"))
+    assert one.height < two.height
+    left, right = drawn([row(model="a"), row(model="b")], tmp_path).axes
+    assert left.get_position().y0 == right.get_position().y0 and left.get_position().x1 < right.get_position().x0
+    assert left.yaxis_inverted() and right.yaxis_inverted()
+
+
+def test_the_words_have_the_greatest_gain(tmp_path: Path) -> None:
+    alt = figures.chart([write(ROWS, tmp_path / "b.jsonl")]).alt
+    assert "at most 2.0 times" in alt and "cache prior λ 0.2" in alt
+    assert figures.chart([write([row(vs_lru=None)], tmp_path / "b.jsonl")]).alt.endswith("tiny: 10.0 to 10.0.")
 
 
 def test_other_rows_are_a_sentence(tmp_path: Path) -> None:

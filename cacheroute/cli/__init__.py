@@ -11,8 +11,8 @@ import typer
 import typer.core
 
 from cacheroute import files, interrupts
+from cacheroute.cli import completion, defaults, eval_prompt, groups, habits, options, progress
 from cacheroute.cli import eval as evaluation
-from cacheroute.cli import eval_prompt, habits, options, progress
 from cacheroute.cli.bench import bench
 from cacheroute.cli.chat import chat
 from cacheroute.cli.doctor import doctor
@@ -27,15 +27,20 @@ from cacheroute.cli.routing import routing
 from cacheroute.cli.serve import serve
 from cacheroute.cli.setup import setup
 from cacheroute.cli.simulate import simulate
+from cacheroute.cli.terminal import say
 from cacheroute.cli.trace import trace
 from cacheroute.cli.tune import tune
 from cacheroute.errors import CacherouteError
 
 # typer's own errors, whether it brings click along or imports it
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 _BAD_COMMAND_LINE: Any = typer.BadParameter.__mro__[2]
 
+_DEFAULTS = """Defaults of options: CACHEROUTE_GENERATE_TEMP=0 in the environment, or for all commands CACHEROUTE_BUDGET=2GiB; or
+[generate] temp = 0 and [common] budget = "2GiB" in a TOML file. `cacheroute doctor` shows which file, and what is set."""
 
-class _Commands(typer.core.TyperGroup):
+
+class _Commands(groups.Grouped):
     """The commands, and those of other tools that do the same."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -45,6 +50,7 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     name="cacheroute",
     cls=_Commands,
+    epilog=_DEFAULTS,
     help="Run mixture-of-experts models that are larger than your RAM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -54,7 +60,28 @@ app = typer.Typer(
 
 
 class _Command(typer.core.TyperCommand):
-    """A command that fails with one sentence and an exit code, ends silently at a closed pipe, and with a line at Ctrl-C."""
+    """A command that fails with one sentence and an exit code, ends silently at a closed pipe, and with a line at Ctrl-C.
+
+    What is not typed of its options may be set in the environment or in the user's file (defaults.py).
+    """
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        try:
+            found = defaults.of(parent, info_name, self)
+        except CacherouteError as e:
+            if not (extra.get("resilient_parsing") or info_name == "doctor" or {"-h", "--help"} & {*args}):
+                raise _USAGE_ERROR(str(e)) from None
+            found = {}  # a shell completes, help is shown, and doctor tells it
+        try:
+            values = {name: setting.value for name, setting in found.items()}
+            ctx = super().make_context(info_name, args, parent, **{"default_map": values, **extra})
+        except typer.BadParameter as e:
+            said = defaults.refused(e, found)
+            if said:
+                raise _USAGE_ERROR(said, e.ctx) from None
+            raise
+        ctx.meta[defaults.META] = found
+        return ctx
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words = args if ctx.resilient_parsing else habits.arguments(ctx.command_path, args, habits.options_of(self))
@@ -66,10 +93,12 @@ class _Command(typer.core.TyperCommand):
             progress.show_loads()
             for parameter in self.params:
                 options.check_number(max(parameter.opts, key=len), ctx.params.get(parameter.name))
+            for sentence in defaults.lossy(ctx):
+                say(sentence)
             super().invoke(ctx)
             sys.stdout.flush()
         except CacherouteError as e:
-            code = _said(str(e), e.exit_code)
+            code = _said(defaults.blamed(str(e), ctx), e.exit_code)
         except BrokenPipeError:
             _discard_stdout()
             code = 0
@@ -85,40 +114,28 @@ class _Command(typer.core.TyperCommand):
 
 
 for _command in (
-    generate,
-    chat,
-    serve,
-    bench,
-    tune,
-    frontier,
-    trace,
-    simulate,
-    plot,
-    models,
-    plan,
-    pull,
-    inspect,
-    routing,
-    doctor,
-    setup,
+    *(generate, chat, serve, bench, tune, frontier, trace, simulate, plot),
+    *(models, plan, pull, inspect, routing, doctor, setup),
 ):
-    app.command(cls=_Command)(_command)
+    app.command(cls=_Command)(completion.attach(_command))
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)
 for _command in (*evaluation.COMMANDS, eval_prompt.prompt):
-    _eval.command(cls=_Command)(_command)
+    _eval.command(cls=_Command)(completion.attach(_command))
 app.add_typer(_eval, name="eval")
 
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"cacheroute {files.VERSION}")
+        from cacheroute.install import versions
+
+        print("\n".join(versions.lines()))
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the versions of all parts."),
 ) -> None:
     pass
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cacheroute.cli import options
+from cacheroute.cli import defaults, options
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB, printable
 from cacheroute.install import checkup
@@ -25,6 +25,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def doctor(
+    ctx: typer.Context,
     model: options.ModelOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="text or json.")] = "text",
 ) -> None:
@@ -35,7 +36,7 @@ def doctor(
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
     found = []
-    for check in (*checkup.checks(), *_storage(model)):
+    for check in (*checkup.checks(), *_settings(ctx), *_storage(model)):
         found.append(check)
         if output == "text":
             _print(check)
@@ -43,6 +44,21 @@ def doctor(
         print(json.dumps([asdict(check) for check in found], indent=2))
     if any(check.state == "fail" for check in found):
         raise typer.Exit(1)
+
+
+def _settings(ctx: typer.Context) -> Iterator[Check]:
+    """Defaults of options that are set outside the command line, here and for other commands."""
+    known = defaults.options_of_all(ctx.find_root().command)
+    try:
+        file = defaults.read(known)
+    except CacherouteError as e:
+        yield Check("settings", "fail", str(e).rstrip("."), "correct it there")
+        return
+    where = f"{file.path}" if file.path else f"no file {defaults.default_path() or ''}".strip()
+    yield Check("settings", "ok", "; ".join([where, *defaults.in_effect(file, known)]))
+    strange = defaults.strange_variables(known)
+    if strange:
+        yield Check("variables", "warn", f"{', '.join(strange)} set nothing", "see the end of `cacheroute --help` for their form")
 
 
 def _storage(model: str | None) -> Iterator[Check]:

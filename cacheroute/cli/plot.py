@@ -10,6 +10,7 @@ import typer
 
 from cacheroute.cli import table
 from cacheroute.cli.terminal import say
+from cacheroute.errors import CacherouteError
 from cacheroute.plot import chart, figures
 
 
@@ -35,14 +36,15 @@ def plot(
     """
     if output:
         chart.check_path(output, force=force)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise CacherouteError(
+                f"{output} cannot be drawn without matplotlib: python -m pip install matplotlib. Without -o there is a table."
+            )
     figure = figures.chart(files, kind, layer)
     if figure.note:
         say(figure.note)
-    drawable = importlib.util.find_spec("matplotlib") is not None
-    if output and drawable:
-        chart.save(figure, output, force=force)
-        say(f"{output} is written.")
-        return
     if output:
-        say(f"matplotlib is missing (python -m pip install matplotlib): here is a table instead of {output}.")
-    print(table.as_markdown(figure.cells))
+        chart.save(figure, output, force=force)
+        say(f"{output} is written. In words: {figure.alt}")
+    else:
+        print(table.as_markdown(figure.cells))

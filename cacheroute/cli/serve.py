@@ -26,7 +26,8 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen at; 0: a free one.")] = 8080,
     api_key: Annotated[
-        str, typer.Option("--api-key", envvar="CACHEROUTE_API_KEY", help="Answer only those who send this key.")
+        str,
+        typer.Option("--api-key", help="Answer only those who send this key; $CACHEROUTE_SERVE_API_KEY keeps it out of `ps`."),
     ] = "",
     alias: Annotated[str, typer.Option("-a", "--alias", help="The model's name for clients. [default: that of -m]")] = "",
     queue: Annotated[int, typer.Option("--queue", min=0, max=10_000, help="Requests that may wait; more are refused.")] = 16,

@@ -63,12 +63,17 @@ def setup(
     ] = None,
     demo: Annotated[bool, typer.Option("--demo/--no-demo", help="Also make the demo model.")] = True,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Number of compilers that run in parallel.", show_default="one per core")
+        int | None,
+        typer.Option(min=1, help="Number of compilers that run in parallel. [default: one per core, fewer in little memory]"),
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace another llama-cpp-python that is installed in this environment.")
+    ] = False,
 ) -> None:
     """Build and install the engine, and make the demo model.
 
-    It takes some minutes the first time, and comes from the cache after that.
+    It takes some minutes the first time, and comes from the cache after that. It is installed into the environment that runs
+    this command, which may be one of pip, uv or pipx.
     """
     if check is not None:
         with shown_progress() as progress:
@@ -76,8 +81,11 @@ def setup(
         for result in results:
             print(result)
         raise typer.Exit(0 if all(result.applies for result in results) else 1)
+    chosen = engine_build.BuildOptions(sdist, portable, jobs, replace)
+    if what := engine_build.to_compile(chosen):
+        say(what)
     with shown_progress() as progress:
-        state = engine_build.ensure(engine_build.BuildOptions(sdist, portable, jobs), progress)
+        state = engine_build.ensure(chosen, progress)
     say(f"engine {state.version} is installed")
     if engine_build.uses_openmp() is False:
         say("it was built without OpenMP: threads that wait for each other then spin, which costs speed beside other work.")

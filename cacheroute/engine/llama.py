@@ -413,7 +413,9 @@ class Llama(SequenceLlama):
     def plan(self, n_tokens: int) -> Plan:
         """How a prompt of so many more tokens, after those evaluated, would be computed with the memory that is free now."""
         resident = self.budget.nbytes if self._loaded else self.resident_bytes
-        return self._batches.plan(max(n_tokens, 1), self.n_tokens, self.budget, resident)
+        free = available_memory() if self._watch else None
+        reserve = 0 if free is None else memory_plan.reserve(free + resident)  # with less, the watch makes the budget smaller
+        return self._batches.plan(max(n_tokens, 1), self.n_tokens, self.budget, resident, reserve)
 
     def _decode(self, batch: Any) -> None:
         """The one gate before llama_decode(): keeps the budget, sets the phase, and raises errors, for every caller."""

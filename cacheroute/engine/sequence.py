@@ -61,6 +61,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     eviction: str
     prompt_routing: PromptRouting
     _lossy: bool  # either routing is
+    automatic: bool  # the budget follows the free memory
     _configured: Budget  # before the free memory has changed it
     _loaded: bool  # all experts are in memory, as llama.cpp loads them
     _hook: Hook | None
@@ -122,17 +123,23 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Keeps the routing state, for return_to(); with `sequence` also the model's, so that it outlives this sequence."""
         self._check_usable()
         state = bytes(save_sequence(self._ctx.ctx)) if sequence else None
-        return Checkpoint(self._hook, self._tokens(), state)
+        return Checkpoint(self._hook, self._tokens(), state, self._capacity())
+
+    def _capacity(self) -> int | None:
+        """Of the caches, None without."""
+        return self.budget.capacity if self._hook else None
 
     @alone
     def return_to(self, mark: Checkpoint) -> None:
         """Continues after the tokens of a checkpoint of the same budget and eviction; the routing may be another. Counters go on.
+        A budget that follows the free memory may have changed: then the least wanted experts leave.
 
         Without its `sequence`, those tokens must still be the first ones here, and the model must not be recurrent: its state
         cannot be cut back. Not for a policy in Python, which keeps its own state. Raises CacherouteError for what does not fit.
         """
         self._check_usable()
-        if not mark.fits(self._hook):
+        same = self.automatic or mark.capacity == self._capacity()
+        if not same or not mark.fits(self._hook):
             raise CacherouteError("A checkpoint fits the budget and the eviction that it was taken with.")
         self._untouched, self._logits, self._broken_off = False, None, False
         if mark.sequence is not None:

@@ -73,7 +73,8 @@ def checks(root: Path = Path("/")) -> Iterator[Check]:
 def _engine(root: Path) -> Iterator[Check]:
     state = engine_build.installed_state()
     if state.advice:
-        yield Check("engine", "fail", state.advice.partition(":")[0], "run `cacheroute setup`")
+        found, _, advice = state.advice.partition(": ")
+        yield Check("engine", "fail", found, advice)
         return
     try:
         llama_cpp = patched_llama_cpp.module()
@@ -190,4 +191,7 @@ def _cache() -> Check:
 def _extras(find: Callable[[str], object] = importlib.util.find_spec) -> Check:
     missing = [f"{name} (for {what})" for name, what in _EXTRAS.items() if not find(name)]
     found = "all are here" if not missing else f"not installed: {', '.join(missing)}"
-    return Check("packages", "ok", found, f"{Path(sys.executable).name} -m pip install NAME, where wanted" if missing else "")
+    how = f"{Path(sys.executable).name} -m pip install NAME"
+    if not find("pip"):
+        how = "uv pip install NAME, or pipx inject cacheroute NAME"
+    return Check("packages", "ok", found, f"{how}, where wanted" if missing else "")

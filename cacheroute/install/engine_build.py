@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -21,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import cache_dir, packaged, sha256
-from cacheroute.install.machine import cores
+from cacheroute.install import compilers
+from cacheroute.install.machine import available_memory, cores
 from cacheroute.install.tools import (
     PlainProgress,
     Progress,
@@ -38,9 +40,10 @@ from cacheroute.install.tools import (
     workdir,
 )
 
-# What is built. REVISION counts changes that only the patches make; the three change nowhere else.
+# What is built. REVISION counts changes that only the patches make; the four change nowhere else.
 VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+LLAMA_CPP = "0c1e57098"  # the commit in that sdist, as its CHANGELOG has it
 REVISION = 6
 
 LOCAL_VERSION = f"{VERSION}+cacheroute.{REVISION}"
@@ -68,15 +71,20 @@ set(CMAKE_PLATFORM_NO_VERSIONED_SONAME ON)
 # Variables that compilers and CMake obey: they change the result, so they are part of the key.
 OBEYED = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_ARGS", "SKBUILD_CMAKE_ARGS")
 _RECORD = "cacheroute_engine.json"
+# Measured (scripts/LOG.md, "Time to build the engine"): processor time of all compilers together, and the largest
+# one's memory (447 MB with gcc 12).
+_CPU_MINUTES, _JOB_BYTES = 9, 500_000_000
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a person may choose. `jobs` is the number of compilers at a time, all cores by default."""
+    """What a person may choose. `jobs`: compilers at a time, None: as many as cores and free memory bear. `replace`: whether a
+    llama-cpp-python that is not ours may be replaced."""
 
     sdist: Path | None = None
     portable: bool = False
     jobs: int | None = None
+    replace: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,8 @@ class EngineState:
         """One line with the command to run, or None where nothing is needed."""
         return {
             "missing": "the engine is not installed yet: run `cacheroute setup`",
-            "stock": f"llama-cpp-python {self.version} lacks the expert hook: run `cacheroute setup`",
+            "stock": f"llama-cpp-python {self.version} lacks the expert hook: run `cacheroute setup --replace`, "
+            "or install cacheroute into an environment of its own",
             "outdated": f"the engine {self.version} is not the {LOCAL_VERSION} that this cacheroute needs: "
             "run `cacheroute setup`",
         }.get(self.kind)
@@ -161,7 +170,7 @@ def recipe(portable: bool = False) -> dict[str, Any]:
         "portable": portable,
         "settings": [_SETTINGS, _DEFINES, _CMAKE_INCLUDE],
         "environment": {name: os.environ[name] for name in OBEYED if name in os.environ},
-        "compilers": {lang: _compiler_identity(lang, portable) for lang in ("c", "c++")},
+        "compilers": {lang: compilers.identity(lang, portable) for lang in ("c", "c++")},
         "platform": [sysconfig.get_platform(), *platform.libc_ver()],
     }
 
@@ -177,44 +186,58 @@ def key_of(made_of: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def find_compiler(lang: str) -> list[str]:
-    """Command of the C or C++ compiler, `lang` as gcc's -x names it. One sentence if there is none."""
-    variable, names = ("CC", ("cc", "gcc", "clang")) if lang == "c" else ("CXX", ("c++", "g++", "clang++"))
-    chosen = shlex.split(os.environ.get(variable, ""))
-    found = next((path for path in map(shutil.which, chosen[:1] or names) if path), None)
-    if found:
-        return [found, *chosen[1:]]
-    if chosen:
-        raise CacherouteError(f"{variable} names {chosen[0]}, which is not there: install it or unset {variable}")
-    raise CacherouteError(
-        f"no {'C' if lang == 'c' else 'C++'} compiler found ({', '.join(names)}): install one "
-        "(Debian: apt install g++, macOS: xcode-select --install, Termux: pkg install clang) "
-        f"or set {variable}"
-    )
-
-
-def _compiler_identity(lang: str, portable: bool) -> str:
-    """Hash of the macros that the compiler predefines: its make, its version, the target and, for a
-    native build, every CPU feature it will use."""
-    command = find_compiler(lang)
-    for native in [[]] if portable else [["-march=native"], ["-mcpu=native"], []]:
-        call = [*command, *native, "-dM", "-E", "-x", lang, os.devnull]
-        done = subprocess.run(call, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return hashlib.sha256((shlex.join(native) + done.stdout).encode()).hexdigest()
-    raise CacherouteError(f"the compiler {shlex.join(command)} does not run: {last_line(done.stderr)}")
-
-
 # --- the whole line
 
 
 def ensure(options: BuildOptions = BuildOptions(), progress: Progress | None = None) -> EngineState:
     """Make sure that this environment has the engine of this recipe: nothing to do in well under a
     second, seconds from the cache, minutes from source. Every failure is a CacherouteError."""
+    if not options.replace:
+        _check_replaces_nothing()
     key = key_of(recipe(options.portable))
     if installed_key() != key:
         install(build(options, progress), progress)
     return installed_state()
+
+
+def _check_replaces_nothing() -> None:
+    """Raises UsageError where another llama-cpp-python than ours is installed: other programs here may need that one."""
+    state = installed_state()
+    if state.kind == "stock":
+        raise UsageError(
+            f"llama-cpp-python {state.version} is installed here, and the patched one takes its place: allow it with "
+            "`cacheroute setup --replace`, or install cacheroute into an environment of its own."
+        )
+    found = importlib.util.find_spec("llama_cpp") if state.kind == "missing" else None
+    if found and found.origin:
+        raise UsageError(
+            f"{Path(found.origin).parent} is a llama_cpp that no llama-cpp-python has installed: allow "
+            "`cacheroute setup --replace` to write over it, or install cacheroute into an environment of its own."
+        )
+
+
+def to_compile(options: BuildOptions = BuildOptions()) -> str | None:
+    """What `ensure` will have to compile, and what that takes, as one sentence; None where the cache has the wheel.
+
+    Raises UsageError where `ensure` would replace what is not ours, CacherouteError without a compiler.
+    """
+    if not options.replace:
+        _check_replaces_nothing()
+    key = key_of(recipe(options.portable))
+    if installed_key() == key or _cached(key):
+        return None
+    n = _jobs(options)
+    return (
+        f"llama.cpp will be compiled, once: {_CPU_MINUTES} minutes of a processor, so about {math.ceil(_CPU_MINUTES / n)} with "
+        f"{n} compiler{'s' * (n > 1)} at a time (--jobs), each of up to {_JOB_BYTES / 1e9:.1f} GB of memory"
+    )
+
+
+def _jobs(options: BuildOptions) -> int:
+    """Compilers at a time: as many as there are cores, and as free memory bears."""
+    free = available_memory()
+    fitting = cores() if free is None else max(free // _JOB_BYTES, 1)
+    return max(1, options.jobs or min(cores(), int(fitting)))
 
 
 def build(options: BuildOptions = BuildOptions(), progress: Progress | None = None) -> Path:
@@ -346,13 +369,13 @@ def _compile(source: Path, options: BuildOptions, work: Path, key: str, progress
         "GGML_NATIVE": "OFF" if options.portable else "ON",
         "CMAKE_PROJECT_llama_cpp_INCLUDE": str(include),
     }
-    jobs = max(1, options.jobs or cores())
+    jobs = _jobs(options)
     env = _SETTINGS | {
         "SKBUILD_CMAKE_DEFINE": ";".join(f"{name}={value}" for name, value in defines.items()),
         "SKBUILD_BUILD_DIR": str(work / "build"),
         "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
-        "CC": shlex.join(find_compiler("c")),
-        "CXX": shlex.join(find_compiler("c++")),
+        "CC": shlex.join(compilers.find("c")),
+        "CXX": shlex.join(compilers.find("c++")),
         "GIT_CEILING_DIRECTORIES": str(source.parent),  # llama.cpp asks git for its own commit
         "TMPDIR": str(work),  # a small /tmp must not end a build for which the cache has room
     }

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import threading
@@ -177,10 +178,38 @@ def unpack(sdist: Path, into: Path, only: set[str] | None = None) -> Path:
 
 
 def pip() -> list[str]:
-    """Start of a pip command for the running environment."""
-    if importlib.util.find_spec("pip") is None:
-        raise CacherouteError(f"{sys.executable} has no pip: run `{sys.executable} -m ensurepip` first")
-    return [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "2"]
+    """Start of a pip command for the running environment, which need not have pip itself: those of uv do not.
+
+    In this order: its own; the one that Python brings for new environments, run as it lies there; one that uv runs; one of
+    another environment. Nothing is installed for it here. Raises CacherouteError when there is none of them.
+    """
+    options = ["--disable-pip-version-check", "--no-input", "--retries", "2"]
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", *options]
+    bundled = _bundled_pip()
+    if bundled:
+        return [sys.executable, str(bundled / "pip"), *options]
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if uv:
+        return [uv, "tool", "run", "pip", "--python", sys.executable, *options]
+    other = shutil.which("pip") or shutil.which("pip3")
+    if other:
+        return [other, "--python", sys.executable, *options]
+    raise CacherouteError(
+        f"{sys.executable} has no pip, and neither ensurepip nor uv is there to help: install one of the three "
+        "(Debian: apt install python3-venv)"
+    )
+
+
+def _bundled_pip() -> Path | None:
+    """The wheel of pip that ensurepip would install, where this Python has it (Debian's is in a folder of its own)."""
+    spec = importlib.util.find_spec("ensurepip")
+    inside = Path(spec.origin).parent / "_bundled" if spec and spec.origin else None
+    for folder in (inside, sysconfig.get_config_var("WHEEL_PKG_DIR")):
+        found = sorted(Path(folder).glob("pip-*.whl")) if folder else []
+        if found:
+            return found[-1]
+    return None
 
 
 def pip_error(what: str, output: str) -> CacherouteError:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cacheroute.errors import UsageError
 from cacheroute.files import check_new, replaced
+from cacheroute.plot import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,12 +19,16 @@ ENDINGS = (".png", ".svg")
 
 @dataclass(frozen=True)
 class Chart:
-    """`draw` fills a figure of `inches`; `cells` are the same as a table; the first row is the head."""
+    """`draw` fills a figure of style.WIDTH and `height` inches; `cells` are the same as a table; the first row is the head.
+
+    `alt` says in a sentence or two what is to be seen, for those who do not see it; it is written into the file, too.
+    """
 
     cells: list[list[str]]
     draw: Callable[[Figure], None]
+    alt: str
     note: str = ""
-    inches: tuple[float, float] = (8, 5)
+    height: float = 5
 
 
 def save(chart: Chart, path: Path, *, force: bool = False) -> None:
@@ -33,10 +38,11 @@ def save(chart: Chart, path: Path, *, force: bool = False) -> None:
     from matplotlib.figure import Figure
 
     # no date and no random names in it: the same rows make the same bytes
-    with replaced(path) as part, rc_context({"svg.hashsalt": "cacheroute", "svg.fonttype": "none"}):
-        figure = Figure(figsize=chart.inches, layout="constrained")
+    metadata = {"Description": chart.alt} | ({"Date": None} if path.suffix == ".svg" else {})
+    with replaced(path) as part, rc_context(style.SETTINGS):
+        figure = Figure(figsize=(style.WIDTH, chart.height), layout="constrained")
         chart.draw(figure)
-        figure.savefig(part, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(part, format=path.suffix[1:], dpi=150, metadata=metadata)
 
 
 def check_path(path: Path, *, force: bool) -> None:

@@ -1,0 +1,178 @@
+"""`setup` in environments of pip, uv and pipx; what it says before it compiles; and that it replaces no other engine.
+
+A wheel of three small files plays the engine; nothing is compiled or downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import cacheroute
+from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.install import engine_build, tools
+from cacheroute.install.engine_build import BuildOptions
+from support.cli import cacheroute as run
+
+ROOT = Path(cacheroute.__file__).parent.parent
+
+
+def wheel(folder: Path, version: str, key: str = "") -> Path:
+    """A llama-cpp-python that does nothing; with a key, one of ours."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"llama_cpp_python-{version}-py3-none-any.whl"
+    info = f"llama_cpp_python-{version}.dist-info"
+    content = {
+        "llama_cpp/__init__.py": f'__version__ = "{version}"\n',
+        **({"llama_cpp/cacheroute_engine.json": json.dumps({"key": key})} if key else {}),
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    content[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in (*content, f"{info}/RECORD"))
+    with zipfile.ZipFile(path, "w") as file:
+        for name, text in content.items():
+            file.writestr(name, text)
+    return path
+
+
+def with_cacheroute(python: Path) -> Path:
+    """Puts this checkout's cacheroute into an environment, and nothing of what it needs."""
+    done = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
+    )
+    site = Path(done.stdout.strip())
+    (site / "cacheroute.pth").write_text(f"{ROOT}\n")
+    info = site / "cacheroute-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: cacheroute\nVersion: {importlib.metadata.version('cacheroute')}\n"
+    )
+    return python
+
+
+def of_python(folder: Path) -> Path:
+    venv.create(folder, with_pip=False)
+    return folder / "bin" / "python"
+
+
+def of_uv(folder: Path) -> Path:
+    uv = shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is not installed")
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
+    return folder / "bin" / "python"
+
+
+@pytest.mark.parametrize("make", [of_python, of_uv])
+def test_an_environment_without_pip_gets_the_engine(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    python = with_cacheroute(make(tmp_path / "venv"))
+    ours = wheel(tmp_path / "wheels", engine_build.LOCAL_VERSION, "k" * 20)
+    code = (
+        "import importlib.util, sys; from pathlib import Path; from cacheroute.install import engine_build as e\n"
+        "assert importlib.util.find_spec('pip') is None\n"
+        "e.install(Path(sys.argv[1])); print(e.installed_state().kind, e.installed_key())\n"
+        "assert importlib.util.find_spec('pip') is None, 'nothing else is installed for it'"
+    )
+    done = subprocess.run([python, "-c", code, ours], capture_output=True, text=True, check=False)
+    assert done.stdout == f"patched {'k' * 20}\n", done.stderr
+
+
+def test_where_pip_is_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundled = tmp_path / "ensurepip" / "_bundled"
+    bundled.mkdir(parents=True)
+    specs: dict[str, object] = {"pip": True, "ensurepip": SimpleNamespace(origin=str(tmp_path / "ensurepip" / "__init__.py"))}
+    programs: dict[str, str] = {}
+    monkeypatch.setattr(importlib.util, "find_spec", specs.get)
+    monkeypatch.setattr(shutil, "which", programs.get)
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: None)
+    monkeypatch.delenv("UV", raising=False)
+    assert tools.pip()[:3] == [sys.executable, "-m", "pip"]
+    specs["pip"] = None
+    with pytest.raises(CacherouteError, match="has no pip, and neither ensurepip nor uv"):
+        tools.pip()
+    programs["pip3"] = "/usr/bin/pip3"
+    assert tools.pip()[:3] == ["/usr/bin/pip3", "--python", sys.executable]
+    programs["uv"] = "/usr/bin/uv"
+    assert tools.pip()[:6] == ["/usr/bin/uv", "tool", "run", "pip", "--python", sys.executable]
+    (bundled / "pip-24.0-py3-none-any.whl").touch()
+    assert tools.pip()[:2] == [sys.executable, str(bundled / "pip-24.0-py3-none-any.whl" / "pip")]
+    debian = tmp_path / "python-wheels"
+    specs["ensurepip"] = None
+    debian.mkdir()
+    (debian / "pip-23.0-py3-none-any.whl").touch()
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: str(debian) if name == "WHEEL_PKG_DIR" else None)
+    assert tools.pip()[1] == str(debian / "pip-23.0-py3-none-any.whl" / "pip")
+
+
+@pytest.fixture
+def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages with somebody else's llama-cpp-python, which is all that can be imported."""
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel(tmp_path / "wheels", engine_build.VERSION)) as file:
+        file.extractall(site)
+    monkeypatch.setattr(sys, "path", [str(site)])
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    return site
+
+
+def test_another_engine_is_not_replaced_unasked(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[Path] = []
+    monkeypatch.setattr(engine_build, "recipe", lambda portable=False: {"portable": portable})
+    monkeypatch.setattr(engine_build, "build", lambda options, progress: Path("our.whl"))
+    monkeypatch.setattr(engine_build, "install", lambda path, progress: installed.append(path))
+    for ask in (engine_build.ensure, engine_build.to_compile):
+        with pytest.raises(UsageError, match=rf"llama-cpp-python {engine_build.VERSION} is installed here.*setup --replace"):
+            ask(BuildOptions())
+    assert installed == []
+    engine_build.ensure(BuildOptions(replace=True))
+    assert installed == [Path("our.whl")]
+    shutil.rmtree(next(other.glob("*.dist-info")))  # copied there by hand
+    importlib.invalidate_caches()
+    with pytest.raises(UsageError, match="no llama-cpp-python has installed"):
+        engine_build.ensure(BuildOptions())
+    shutil.rmtree(other / "llama_cpp")
+    importlib.invalidate_caches()
+    engine_build.ensure(BuildOptions())
+    assert len(installed) == 2
+
+
+def test_the_command_refuses_before_it_builds(tmp_path: Path) -> None:
+    """With another engine before ours on the path, as a person has it."""
+    with zipfile.ZipFile(wheel(tmp_path / "wheels", "0.3.1")) as file:
+        file.extractall(tmp_path / "site")
+    done = run("setup", "--no-demo", env={"PYTHONPATH": str(tmp_path / "site"), "CACHEROUTE_CACHE": str(tmp_path / "cache")})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "llama-cpp-python 0.3.1 is installed here" in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_will_be_compiled_is_said(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_build, "recipe", lambda portable=False: {"portable": portable})
+    monkeypatch.setattr(engine_build, "installed_key", lambda: None)
+    monkeypatch.setattr(engine_build, "available_memory", lambda: 100 << 30)
+    monkeypatch.setattr(engine_build, "cores", lambda: 4)
+    said = engine_build.to_compile(BuildOptions(replace=True))
+    assert said and "about 3 with 4 compilers at a time (--jobs)" in said
+    said = engine_build.to_compile(BuildOptions(replace=True, jobs=1))
+    assert said and "about 9 with 1 compiler at a time" in said
+    monkeypatch.setattr(engine_build, "available_memory", lambda: 2 * engine_build._JOB_BYTES + 1)
+    assert engine_build._jobs(BuildOptions()) == 2 and engine_build._jobs(BuildOptions(jobs=8)) == 8
+    monkeypatch.setattr(engine_build, "available_memory", lambda: 1)
+    assert engine_build._jobs(BuildOptions()) == 1
+    monkeypatch.setattr(engine_build, "available_memory", lambda: None)
+    assert engine_build._jobs(BuildOptions()) == 4
+    kept = own_cache / "engine" / engine_build.key_of({"portable": False})
+    kept.mkdir(parents=True)
+    (kept / "engine.whl").touch()
+    assert engine_build.to_compile(BuildOptions(replace=True)) is None, "it is in the cache"
+    assert engine_build.to_compile(BuildOptions(replace=True, portable=True)) is not None
