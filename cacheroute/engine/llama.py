@@ -241,7 +241,7 @@ class Llama(SequenceLlama):
         own = {"paced": self._flash_mbps is not None, "loaded": self._loaded}
         plan = None
         if budgets.is_auto(budget):
-            free = available_memory()
+            free = available_memory(ulimits=False)
             more = None if free is None else free + self.resident_bytes
             budget = "all" if self._loaded else None
             if not self._loaded and io != stores.NONE and routing is not None:
@@ -413,7 +413,7 @@ class Llama(SequenceLlama):
     def plan(self, n_tokens: int) -> Plan:
         """How a prompt of so many more tokens, after those evaluated, would be computed with the memory that is free now."""
         resident = self.budget.nbytes if self._loaded else self.resident_bytes
-        free = available_memory() if self._watch else None
+        free = available_memory(ulimits=False) if self._watch else None
         reserve = 0 if free is None else memory_plan.reserve(free + resident)  # with less, the watch makes the budget smaller
         return self._batches.plan(max(n_tokens, 1), self.n_tokens, self.budget, resident, reserve)
 

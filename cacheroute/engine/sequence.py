@@ -138,7 +138,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         cannot be cut back. Not for a policy in Python, which keeps its own state. Raises CacherouteError for what does not fit.
         """
         self._check_usable()
-        same = self.automatic or mark.capacity == self._capacity()
+        same = self.automatic or mark.capacity in (None, self._capacity())
         if not same or not mark.fits(self._hook):
             raise CacherouteError("A checkpoint fits the budget and the eviction that it was taken with.")
         self._untouched, self._logits, self._broken_off = False, None, False
