@@ -190,8 +190,9 @@ def tune(
         with progress.bar("tuning", search.expected_work()) as advance, _resumable():
             session.after = lambda cell: advance(tuning.work(session.chunks[cell.chunk]), progress.label(cell.routing))
             if session.n_kept:
-                without = f", {session.n_without_kl} of them without a KL, which are scored again" if session.n_without_kl else ""
-                say(f"{session.n_kept} scores of earlier runs are used again{without}")
+                say(f"{session.n_kept} scores of earlier runs are used again")
+            if session.n_without_kl:
+                say(f"{session.n_without_kl} of them are without a KL; those that are wanted are scored again")
             outcome = search.tune()
     saved = None
     if outcome.chosen:

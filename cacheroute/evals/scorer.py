@@ -58,9 +58,10 @@ class Scorer:
         self._cells: dict[tuple[str, int, str, int], list[Cell]] = {}  # by place: with and without a KL, and by timing
         self._pending: dict[tuple[object, ...], Future[Cell]] = {}
         kept = [_from_json(line) for line in (results.lines if results else ())]
-        self.n_kept, self.n_without_kl = len(kept), sum(cell.kl32 is None for cell in kept)
         for cell in kept:
             self._add(cell)
+        self.n_kept = len(kept)
+        self.n_without_kl = sum(_lack_kl(cells) for cells in self._cells.values())
 
     def cell(self, routing: Routing, budget: int, eviction: str, chunk: int, *, kl: bool = False) -> Cell:
         """The score of a chunk at a budget of so many experts per layer.
@@ -124,7 +125,7 @@ class Scorer:
 
     def without_kl(self, requests: Sequence[Request]) -> int:
         """Scored tokens of those requests that were scored before there was a KL, and are scored again for it."""
-        again = (r for r in requests if not self._known(r) and any(c.kl32 is None for c in self._cells.get(r.place, ())))
+        again = (r for r in requests if r.kl and _lack_kl(self._cells.get(r.place, [])))
         return sum(self.chunks[r.chunk].n_scored for r in again)
 
     def missing(self, requests: Sequence[Request]) -> int:
@@ -149,6 +150,11 @@ class Scorer:
             if (cell.kl32 is not None or not request.kl) and (cell.timing == self.job.timing or not self.job.timing):
                 return cell
         return None
+
+
+def _lack_kl(cells: Sequence[Cell]) -> bool:
+    """Whether a place has been scored, and none of its cells has a KL."""
+    return bool(cells) and all(cell.kl32 is None for cell in cells)
 
 
 def _to_json(cell: Cell) -> dict[str, Any]:
