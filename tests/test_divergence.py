@@ -21,6 +21,9 @@ from cacheroute.evals.runner import Cell, Runner
 from cacheroute.evals.text import Chunk
 from cacheroute.routing import tuned
 from cacheroute.routing.strategies import Routing, parse
+from cacheroute.trace.simulate import Replay
+from cacheroute.trace.trace_file import DECODE
+from support import traces
 
 Array = npt.NDArray[Any]
 LOSSY = "pruning:k=1"
@@ -315,3 +318,32 @@ def test_too_small_a_kl_is_one_sentence(own_cache: Path, tiny: Path, prose: Path
 def test_one_limit_at_a_time(own_cache: Path, tiny: Path, prose: Path) -> None:
     result = run("tune", *text_of(tiny, prose), "--max-kl", 0.5, "--max-ppl-increase", "1%")
     assert result.exit_code == 2 and "Give --max-ppl-increase or --max-kl, not both." in result.stderr
+
+
+# ---- how flat a router is --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mass", [False, True])
+def test_the_mass_past_k_is_of_the_tokens_that_were_decoded(mass: bool) -> None:
+    trace = traces.fed(mass)
+    own = trace.records[(trace.records["layer"] == 1) & (trace.records["flags"] & DECODE > 0)]
+    shares = []
+    for record in own:
+        z = record["z"].astype(float)
+        given = record["mass"].astype(float) if mass else np.exp(z)
+        best = np.argsort(-z, kind="stable")[: trace.header.n_used]
+        shares.append(1 - given[best].sum() / given.sum())
+    assert Replay(trace).mass_past_k()[1] == pytest.approx(np.mean(shares)) and 0 < np.mean(shares) < 1
+
+
+def test_tune_measures_how_flat_a_router_is(own_cache: Path, tiny: Path, prose: Path) -> None:
+    before = json.loads(run("inspect", tiny, "-o", "json").stdout)
+    assert before["mass_past_k"] is None and "rank" not in run("inspect", tiny).stdout
+    result = run("tune", *text_of(tiny, prose), "--price-tokens", 30, "--max-kl", 5, "-o", "json")
+    assert result.exit_code == 0, result.output
+    past = json.loads(result.stdout)["mass_past_k"]
+    mean = sum(past) / len(past)
+    assert len(past) == 2 and ("the router is flat: experts past rank 4 have" in result.stderr) == (mean > 0.5)
+    assert json.loads(run("inspect", tiny, "-o", "json").stdout)["mass_past_k"] == pytest.approx(mean)
+    tuned.path(tiny, 16).write_text("damaged")
+    assert f"router            {100 * mean:.0f}% of its mass past rank 4" in run("inspect", tiny).stdout

@@ -63,7 +63,8 @@ class TrialRow:
 @dataclass(frozen=True)
 class Report:
     """The result: `profile` is the file that `--routing tuned` takes, null when nothing fits. One of the limits is null:
-    `max_ppl_increase` in %, `max_kl` in nats per token."""
+    `max_ppl_increase` in %, `max_kl` in nats per token. `mass_past_k`: of each layer's router, the share of its mass that experts
+    past rank K have; null with --uniform, which does not look at it."""
 
     model: str
     text: str
@@ -75,6 +76,7 @@ class Report:
     routing: str | None
     parameters: list[dict[str, float]] | None
     profile: str | None
+    mass_past_k: list[float] | None
     trials: list[TrialRow]
 
 
@@ -194,6 +196,12 @@ def tune(
             if session.n_without_kl:
                 say(f"{session.n_without_kl} of them are without a KL; those that are wanted are scored again")
             outcome = search.tune()
+            past = search.mass_past_k()
+    if past is not None and (flat := sum(past) / len(past)) > 0.5:
+        say(
+            f"the router is flat: experts past rank {layout.n_used} have {100 * flat:.0f}% of its mass; "
+            "small changes of its scores swap many experts"
+        )
     saved = None
     if outcome.chosen:
         saved = tuned.path(path, capacity)
@@ -202,9 +210,10 @@ def tune(
             "text": source.name,
             "chunk": chunk,
             "n_chunks": len(session.chunks),
+            "mass_past_k": past,
         }
         _save(tuning.tuned_routing(outcome, goal, layout, made_from), saved)
-    _print(_report(layout, source.name, budget, goal, outcome, saved), output, wide=wide)
+    _print(_report(layout, source.name, budget, goal, outcome, saved, past), output, wide=wide)
     if not outcome.chosen:
         raise CacherouteError(_why_not(outcome, goal))
     _say_doubt(outcome, goal)
@@ -257,7 +266,9 @@ def _save(routing: tuned.TunedRouting, path: Path) -> None:
     tuned.save(routing, path, force=True)
 
 
-def _report(layout: ExpertLayout, text: str, budget: str, goal: Goal, outcome: Outcome, saved: Path | None) -> Report:
+def _report(
+    layout: ExpertLayout, text: str, budget: str, goal: Goal, outcome: Outcome, saved: Path | None, past: list[float] | None
+) -> Report:
     chosen = outcome.chosen.routing if outcome.chosen else None
     layers = (chosen.layers or (chosen,)) if chosen else ()
     return Report(
@@ -271,6 +282,7 @@ def _report(layout: ExpertLayout, text: str, budget: str, goal: Goal, outcome: O
         routing=str(chosen) if chosen else None,
         parameters=[r.parameters for r in layers] if chosen else None,
         profile=str(saved) if saved else None,
+        mass_past_k=past,
         trials=[_trial_row(t) for t in sorted(outcome.trials, key=lambda t: t.validates)],
     )
 

@@ -140,6 +140,10 @@ class Search:
         candidates = pricing.candidates(self.scorer, goal.budget, goal.eviction, self._priced(), goal.price_groups)
         return self.run([c.routing() for c in candidates], start_rung([c.cost for c in candidates], self.limit))
 
+    def mass_past_k(self) -> list[float] | None:
+        """How flat the router of each layer is (simulate.Replay.mass_past_k), where the prices have traced it."""
+        return None if self.goal.uniform else self.scorer.replay(self._priced()).mass_past_k()
+
     def expected_work(self) -> float:
         """In decoded tokens, about: `original` and four rungs on the fit part, two on the held-out one, the prices."""
         priced = 0 if self.goal.uniform else len(self._priced()) * pricing.n_runs(self.goal.price_groups)
