@@ -330,12 +330,13 @@ def _noted_limit(notes: dict[str, Any]) -> str:
 
 
 def _brief(report: Report) -> list[list[str]]:
+    per_layer = "cache-prior per layer, "  # in every row or in none: the last line has it
     cells = [["routing", "text", "change % [95%]", "Mean KLD [95%]", "MiB", "fits"]]
     for t in report.trials:
         change = f"{t.ppl_increase:+.2f} [{table.signed(t.ppl_increase_low)},{table.signed(t.ppl_increase_high)}]"
         cells.append(
             [
-                t.routing,
+                t.routing.removeprefix(per_layer),
                 t.part.removeprefix("fit, "),
                 change,
                 brief_kl(t.kl, t.kl_low, t.kl_high),
