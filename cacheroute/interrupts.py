@@ -97,6 +97,12 @@ def pending() -> bool:
     return _pending
 
 
+def met() -> None:
+    """What Ctrl-C waited for has been broken off, and raises KeyboardInterrupt itself."""
+    global _pending
+    _pending = False
+
+
 def check() -> None:
     """Raises KeyboardInterrupt when Ctrl-C came within shielded code."""
     global _pending
@@ -110,9 +116,11 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if _asked or not _running:
         _leave()
     _asked = True
-    if frame is not None and frame.f_code in _shielded:
-        _pending = True
-        return
+    while frame is not None:  # the shielded code may have called other code
+        if frame.f_code in _shielded:
+            _pending = True
+            return
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 

@@ -134,12 +134,12 @@ def test_names_are_free_of_other_meanings() -> None:
 
 
 def test_what_is_in_effect_is_told(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config('[common]\nbudget = "2GiB"\n[chat]\nsystem = "Be brief."\n')
+    config('[common]\nbudget = "2GiB"\n[chat]\nsystem-prompt = "Be brief."\n')
     monkeypatch.setenv("CACHEROUTE_CHAT_BUDGET", "50%")
     monkeypatch.setenv("CACHEROUTE_BUGDET", "50%")
     assert defaults.in_effect(defaults.read(COMMANDS), COMMANDS) == [
         "[common] budget = '2GiB' (overridden by CACHEROUTE_CHAT_BUDGET)",
-        "[chat] system = 'Be brief.'",
+        "[chat] system-prompt = 'Be brief.'",
         "CACHEROUTE_CHAT_BUDGET='50%'",
     ]
     assert defaults.strange_variables(COMMANDS) == ["CACHEROUTE_BUGDET"]

@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "forecast": {"native", "install", "model", "routing", "trace", "engine"},
     "bench": {"native", "install", "model", "trace", "engine"},
     "evals": {"native", "install", "model", "routing", "trace", "engine"},
+    "serve": {"native", "install", "model", "routing", "trace", "engine"},
     "plot": {"trace"},
-    "cli": {"install", "model", "routing", "trace", "engine", "forecast", "bench", "evals", "plot"},
+    "cli": {"install", "model", "routing", "trace", "engine", "forecast", "bench", "evals", "serve", "plot"},
 }
 
 

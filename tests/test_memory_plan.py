@@ -61,7 +61,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_is_missing(plan: MemoryP
 
 def free_is(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
     for module in (memory_plan, context_memory, engine):
-        monkeypatch.setattr(module, "available_memory", lambda: nbytes)
+        monkeypatch.setattr(module, "available_memory", lambda **_: nbytes)
 
 
 def open_model(path: Path, budget: str | None = "auto", **more: object) -> contextlib.closing[Llama]:
@@ -104,3 +104,13 @@ def test_none_stays_half_and_a_model_without_a_hook_asks_for_no_memory(tiny: Pat
         assert llm.budget.capacity == llm.layout.n_expert // 2 and not llm.automatic
     with open_model(tiny, routing=None) as llm:
         assert llm.io != "load"
+
+
+def test_under_a_limit_of_address_space_a_model_is_loaded_whole_or_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = gguf_file.read(tiny)
+    layout = experts.layout(header)
+    monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [528 * MIB])
+    assert memory_plan.of(header, layout, n_ctx=64).capacity == layout.n_expert
+    monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [512 * MIB])
+    with pytest.raises(UsageError, match=r"of address space, used or not, and `ulimit -v` leaves 0 MiB: raise it"):
+        open_model(tiny)

@@ -120,7 +120,7 @@ def test_another_capacity_changes_memory_and_no_logits(alone: Path, routing: str
 def test_the_watch_takes_memory_back_and_gives_it_again(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the free memory falls and rises; nothing computes meanwhile."""
     header_free = [GIB]
-    monkeypatch.setattr(memory_watch, "available_memory", lambda: header_free[0])
+    monkeypatch.setattr(memory_watch, "available_memory", lambda **_: header_free[0])
     monkeypatch.setattr(memory_watch, "_IDLE_SECONDS", 0.01)
     monkeypatch.setattr(memory_watch, "_BUSY_SECONDS", 0.01)
     monkeypatch.setattr(memory_watch, "_CALM_SECONDS", 0.05)
@@ -153,7 +153,7 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def test_a_model_that_follows_the_memory_can_be_dropped_and_pickled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_plan, "available_memory", lambda: 70 * MIB)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda **_: 70 * MIB)
     with contextlib.closing(Llama(str(tiny), budget="auto", io="direct", n_ctx=64, n_threads=1, verbose=False)) as llm:
         assert llm.automatic and llm._watch
         assert llm.__getstate__()["budget"] == "auto"

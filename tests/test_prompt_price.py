@@ -200,7 +200,7 @@ def test_eval_prompt_pairs_with_the_lossless_prompt(tiny: Path, prose: Path) -> 
 @pytest.mark.engine
 @pytest.mark.usefixtures("own_cache")
 def test_what_tune_finds_is_used(tiny: Path, prose: Path) -> None:
-    missing = run("generate", "-m", tiny, "--raw", "-p", "a", "--prompt-routing", "tuned")
+    missing = run("generate", "-m", tiny, "--raw", "-p", "a", "--prompt-routing", "tuned", "--budget", "25%")
     assert missing.exit_code == 2 and "No prompt routing is tuned for" in missing.stderr
     arguments = ("tune", "--prompt", "-m", tiny, "-f", prose, *SMALL, "--places", 6)
     result = run(*arguments, "--max-kl", 100, "-o", "json")

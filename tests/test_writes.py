@@ -40,7 +40,7 @@ def draw(figure):
     axes = figure.add_subplot()
     axes.plot(range(100))
 while True:
-    chart.save(chart.Chart([["a"]], draw), path, force=True)
+    chart.save(chart.Chart([["a"]], draw, ""), path, force=True)
 """
 _PROMPT = """
 import os

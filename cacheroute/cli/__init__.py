@@ -24,6 +24,7 @@ from cacheroute.cli.plan import plan
 from cacheroute.cli.plot import plot
 from cacheroute.cli.pull import pull
 from cacheroute.cli.routing import routing
+from cacheroute.cli.serve import serve
 from cacheroute.cli.setup import setup
 from cacheroute.cli.simulate import simulate
 from cacheroute.cli.terminal import say
@@ -113,7 +114,7 @@ class _Command(typer.core.TyperCommand):
 
 
 for _command in (
-    *(generate, chat, bench, tune, frontier, trace, simulate, plot),
+    *(generate, chat, serve, bench, tune, frontier, trace, simulate, plot),
     *(models, plan, pull, inspect, routing, doctor, setup),
 ):
     app.command(cls=_Command)(completion.attach(_command))

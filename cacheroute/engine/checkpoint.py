@@ -26,8 +26,9 @@ class Checkpoint:
     has no routing state.
     """
 
-    def __init__(self, hook: Hook | None, tokens: list[int], sequence: bytes | None) -> None:
-        self.tokens, self.sequence = tokens, sequence
+    def __init__(self, hook: Hook | None, tokens: list[int], sequence: bytes | None, capacity: int | None = None) -> None:
+        """`capacity`: of the caches, where it is known."""
+        self.tokens, self.sequence, self.capacity = tokens, sequence, capacity
         self._handle = bindings.lib.cr_hook_save(hook.handle) if hook else None
 
     def fits(self, hook: Hook | None) -> bool:

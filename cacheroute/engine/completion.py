@@ -56,10 +56,10 @@ def has_chat_template(llm: Llama) -> bool:
 def chat_prompt(llm: Llama, messages: Sequence[Message]) -> Prompt:
     """The messages, the last of them the user's, written as the model's chat template has it.
 
-    Raises CacherouteError, which names --raw, for a template that cannot be parsed, fails, or renders nothing.
+    Raises TemplateError, which names --raw, for a template that cannot be parsed, fails, or renders nothing.
     """
     if error := _template_error(llm):
-        raise _template_failed(error)
+        raise TemplateError(error)
     chat_format = _chat_format_module()
     asked: dict[str, Any] = {}
 
@@ -79,9 +79,9 @@ def chat_prompt(llm: Llama, messages: Sequence[Message]) -> Prompt:
         handler = handler or chat_format.get_chat_completion_handler(llm.chat_format)
         handler(llama=_Asked, messages=list(messages), stream=True)
     except Exception as e:  # a template may raise anything
-        raise _template_failed(f"{e}" if type(e) is ValueError else f"{type(e).__name__}: {e}") from None
+        raise TemplateError(f"{e}" if type(e) is ValueError else f"{type(e).__name__}: {e}") from None
     if not asked.get("prompt"):
-        raise _template_failed("it renders nothing")
+        raise TemplateError("it renders nothing")
     stop = [asked["stop"]] if isinstance(asked.get("stop"), str) else asked.get("stop") or []
     return Prompt(list(asked["prompt"]), tuple(s.encode() for s in stop if s), asked.get("stopping_criteria"))
 
@@ -91,9 +91,12 @@ def _template_error(llm: Llama) -> str:
     return str(getattr(llm, "template_error", ""))
 
 
-def _template_failed(reason: str) -> CacherouteError:
-    reason = " ".join(reason.split()).rstrip(".")
-    return CacherouteError(f"The model's chat template cannot be used ({reason}); --raw continues the text without it.")
+class TemplateError(CacherouteError):
+    """A chat template cannot be parsed, fails for these messages, or renders nothing; `reason` says why."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = " ".join(reason.split()).rstrip(".")
+        super().__init__(f"The model's chat template cannot be used ({self.reason}); --raw continues the text without it.")
 
 
 def _chat_format_module() -> Any:
@@ -112,6 +115,7 @@ class Completion:
     begins: called when the prompt is accepted, before it is evaluated.
     prompt_cache: a file that begins the prompt, where it is there, and keeps it as soon as it is evaluated, unless it begins with
     it already. unkept: why it could not be written. keeping: seconds that writing it took, between the first token and the next.
+    each_token: called with each token of the answer, before its text comes; what it raises ends the answer.
     """
 
     llm: Llama
@@ -121,6 +125,7 @@ class Completion:
     sampling: dict[str, Any]
     prompt_cache: Path | None = None
     begins: Callable[[], None] | None = None
+    each_token: Callable[[int], None] | None = None
     text: str = ""
     n_tokens: int = 0
     finish_reason: str = ""
@@ -180,6 +185,8 @@ class Completion:
                     self.finish_reason = "stop"
                     break
                 self.n_tokens, self.last = self.n_tokens + 1, now
+                if self.each_token:
+                    self.each_token(token)
                 yield text.add(token_bytes(llm, token))
                 if text.stopped:
                     self.finish_reason = "stop"

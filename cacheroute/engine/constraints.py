@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _BIAS = re.compile(r"\s*(\d{1,9})\s*([+-])\s*(inf|\d+(?:\.\d*)?|\.\d+)\s*")
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t"}
+# llama-cpp-python's rule of a character lets control characters into strings, where JSON has none; llama.cpp's own does not
+_CHARACTER = re.compile(r'^char ::= \[\^"\\\\\]', re.MULTILINE)
+_JSON_CHARACTER = r'char ::= [^"\\\\\\x7F\\x00-\\x1F]'
 _ONLY_ESCAPES = re.compile(r"(?:\\[nrt])+")
 
 
@@ -76,7 +79,7 @@ def from_schema(text: str) -> str:
         raise UsageError('The JSON schema has to be an object, such as {"type": "object"}.')
     converter = import_module(f"{patched_llama_cpp.module().__name__}.llama_grammar")
     try:
-        return str(converter.json_schema_to_gbnf(text))
+        return _CHARACTER.sub(_JSON_CHARACTER, str(converter.json_schema_to_gbnf(text)))
     except Exception as e:  # it raises whatever it stumbles over
         reason = "it refers to another document" if "allow-fetch" in str(e) else _line(e)
         raise UsageError(f"The JSON schema cannot be used ({reason}).") from None

@@ -266,7 +266,10 @@ class Hook:
 
 
 class Interrupt:
-    """Lets Ctrl-C end a llama_decode(), between two nodes of its graph and where one waits for an expert. `handle`: native."""
+    """Lets Ctrl-C, or another thread, end a llama_decode(), between two nodes of its graph and where one waits for an expert.
+
+    `handle`: native.
+    """
 
     def __init__(self) -> None:
         python = ("PyGILState_Ensure", "PyGILState_Release", "PyErr_CheckSignals", "PyErr_Clear")
@@ -277,6 +280,10 @@ class Interrupt:
     def attach(self, context: Any) -> None:
         set_callback = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(("llama_set_abort_callback", _api))
         set_callback(context, ctypes.cast(_lib.cr_interrupt_poll, ctypes.c_void_p), self.handle)
+
+    def ask(self) -> None:
+        """As if a signal handler had raised. Any thread may call it."""
+        _lib.cr_interrupt_raise(self.handle)
 
     def seen(self) -> bool:
         """Whether a signal handler has raised since take() was last called."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cacheroute import interrupts
 from cacheroute.engine import arguments, callbacks, choice, load_progress, log, progress, stores, templates
 from cacheroute.engine.compute_threads import ComputeThreads
 from cacheroute.engine.embeddings import MappedEmbeddings
@@ -240,7 +241,7 @@ class Llama(SequenceLlama):
         own = {"paced": self._flash_mbps is not None, "loaded": self._loaded}
         plan = None
         if budgets.is_auto(budget):
-            free = available_memory()
+            free = available_memory(ulimits=False)
             more = None if free is None else free + self.resident_bytes
             budget = "all" if self._loaded else None
             if not self._loaded and io != stores.NONE and routing is not None:
@@ -311,6 +312,15 @@ class Llama(SequenceLlama):
             yield
         finally:
             self._lock.release()
+
+    def interrupt(self, asked: bool = True) -> None:
+        """Ends what another thread computes, within a layer, or what is computed next: there KeyboardInterrupt is raised, as
+        after Ctrl-C, and no expert is left in memory. False: an interruption that has met no computation is called off.
+        """
+        if asked:
+            self._interrupt.ask()
+        else:
+            self._interrupt.take()
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -403,7 +413,9 @@ class Llama(SequenceLlama):
     def plan(self, n_tokens: int) -> Plan:
         """How a prompt of so many more tokens, after those evaluated, would be computed with the memory that is free now."""
         resident = self.budget.nbytes if self._loaded else self.resident_bytes
-        return self._batches.plan(max(n_tokens, 1), self.n_tokens, self.budget, resident)
+        free = available_memory(ulimits=False) if self._watch else None
+        reserve = 0 if free is None else memory_plan.reserve(free + resident)  # with less, the watch makes the budget smaller
+        return self._batches.plan(max(n_tokens, 1), self.n_tokens, self.budget, resident, reserve)
 
     def _decode(self, batch: Any) -> None:
         """The one gate before llama_decode(): keeps the budget, sets the phase, and raises errors, for every caller."""
@@ -434,6 +446,7 @@ class Llama(SequenceLlama):
             interrupted = self._interrupt.take()
             self.computing, self.computed_at = False, time.monotonic()
         if interrupted:
+            interrupts.met()
             raise KeyboardInterrupt
         self._embeddings.check()
         self._broken_off = broken

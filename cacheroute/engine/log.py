@@ -48,9 +48,11 @@ def errors(*, verbose: bool) -> Iterator[list[str]]:
 
 
 class Hush(Protocol):
-    """Says whether llama.cpp has been interrupted, so that its complaints of it need not be shown."""
+    """Says whether llama.cpp has been interrupted, so that its complaints of it need not be shown, and interrupts it."""
 
     def seen(self) -> bool: ...
+
+    def ask(self) -> None: ...
 
 
 _hushes: weakref.WeakSet[Hush] = weakref.WeakSet()
@@ -72,6 +74,9 @@ def _filter() -> None:
     def log(level: int, text: bytes, data: Any) -> None:
         if not any(hush.seen() for hush in _hushes):
             before(level, text, data)
+        if interrupts.pending():  # Ctrl-C came in here, where it cannot be raised
+            for hush in _hushes:
+                hush.ask()
 
     api._logger.llama_log_callback = api.llama_log_callback(log)
     api.llama_log_set(api._logger.llama_log_callback, None)

@@ -86,7 +86,7 @@ class MemoryWatch:
             del llm  # a model that nobody else holds may go
 
     def _look(self, llm: Llama) -> None:
-        free = available_memory()
+        free = available_memory(ulimits=False)
         if free is None:
             return
         before, self._swapped = self._swapped, _swapped_bytes()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cacheroute.install.machine import available_memory, ulimit_room
-from cacheroute.model import context_memory, memory_plan
+from cacheroute.model import context_memory
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 from cacheroute.routing.budget import Budget
@@ -20,6 +20,7 @@ UPSTREAM = 512
 """Tokens that llama.cpp computes together if nothing else is said."""
 LEAST = 64
 """Tokens that are computed together whatever memory is free, as llama.cpp does with its own number."""
+_MARGIN = 1 / 16  # of the free memory is left
 _UNLIMITED = 2**62
 
 
@@ -73,8 +74,9 @@ class MicroBatches:
             self._header, self._layout, n_tokens, n_kv, flash_attn=self._flash_attn, n_outputs=n_tokens if all_outputs else 0
         )
 
-    def plan(self, n_tokens: int, n_past: int, budget: Budget, resident_bytes: int) -> Plan:
-        """Of a prompt of `n_tokens` after `n_past` others. `resident_bytes`: of experts that are not counted as free memory."""
+    def plan(self, n_tokens: int, n_past: int, budget: Budget, resident_bytes: int, reserve: int = 0) -> Plan:
+        """Of a prompt of `n_tokens` after `n_past` others. `resident_bytes`: of experts that are not counted as free memory;
+        `reserve`: bytes to leave free at least."""
         free = available_memory()
         n_kv = n_past + n_tokens
         each = self._bytes(1, n_kv, all_outputs=self._all_outputs)
@@ -83,7 +85,7 @@ class MicroBatches:
             length, left = self.ceiling, _UNLIMITED
         else:
             taken = max(budget.nbytes - resident_bytes, 0) + over + context_memory.least_bytes(self._header, n_tokens)
-            left = free - memory_plan.reserve(free) - taken + self._used
+            left = free - max(int(free * _MARGIN), reserve) - taken + self._used
             length = self.fixed or max(min(left // each, self.ceiling), LEAST)
         passes = math.ceil(n_tokens / min(length, self.ceiling))
         length = min(self.fixed, self.ceiling, n_tokens) if self.fixed else math.ceil(n_tokens / passes)
@@ -101,7 +103,7 @@ def length_beside_all(header: GgufFile, layout: ExpertLayout, n_ctx: int, *, fla
     n_ctx = n_ctx or context_memory.trained_context(header)
     n_outputs = 1 if all_outputs else 0
     each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn, n_outputs=n_outputs)
-    left = free - memory_plan.reserve(free) - header.nbytes - context_memory.least_bytes(header, n_ctx)
+    left = int(free * (1 - _MARGIN)) - header.nbytes - context_memory.least_bytes(header, n_ctx)
     return max(min(left // each, UPSTREAM), LEAST)
 
 

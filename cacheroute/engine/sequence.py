@@ -16,6 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
+
 from cacheroute.engine import log, prompt_cache
 from cacheroute.engine.checkpoint import Checkpoint, Point, Points, load_sequence, n_shared, sample, save_sequence
 from cacheroute.engine.prompt_cache import Kept
@@ -58,6 +61,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     eviction: str
     prompt_routing: PromptRouting
     _lossy: bool  # either routing is
+    automatic: bool  # the budget follows the free memory
     _configured: Budget  # before the free memory has changed it
     _loaded: bool  # all experts are in memory, as llama.cpp loads them
     _hook: Hook | None
@@ -108,22 +112,34 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             logits = ctypes.string_at(row, 4 * self.n_vocab())
         return sample(self._sampler or self._init_sampler(*args, **kwargs), logits)
 
+    def next_logits(self) -> npt.NDArray[np.float32]:
+        """Those by which the token after the evaluated ones is sampled, [n_vocab], before any bias or penalty; a copy."""
+        if self._logits is not None:
+            return np.frombuffer(self._logits, np.float32)
+        return np.array(np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), (self.n_vocab(),)), np.float32)
+
     @alone
     def checkpoint(self, *, sequence: bool = False) -> Checkpoint:
         """Keeps the routing state, for return_to(); with `sequence` also the model's, so that it outlives this sequence."""
         self._check_usable()
         state = bytes(save_sequence(self._ctx.ctx)) if sequence else None
-        return Checkpoint(self._hook, self._tokens(), state)
+        return Checkpoint(self._hook, self._tokens(), state, self._capacity())
+
+    def _capacity(self) -> int | None:
+        """Of the caches, None without."""
+        return self.budget.capacity if self._hook else None
 
     @alone
     def return_to(self, mark: Checkpoint) -> None:
         """Continues after the tokens of a checkpoint of the same budget and eviction; the routing may be another. Counters go on.
+        A budget that follows the free memory may have changed: then the least wanted experts leave.
 
         Without its `sequence`, those tokens must still be the first ones here, and the model must not be recurrent: its state
         cannot be cut back. Not for a policy in Python, which keeps its own state. Raises CacherouteError for what does not fit.
         """
         self._check_usable()
-        if not mark.fits(self._hook):
+        same = self.automatic or mark.capacity in (None, self._capacity())
+        if not same or not mark.fits(self._hook):
             raise CacherouteError("A checkpoint fits the budget and the eviction that it was taken with.")
         self._untouched, self._logits, self._broken_off = False, None, False
         if mark.sequence is not None:

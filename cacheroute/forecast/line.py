@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from cacheroute.engine import stores
+from cacheroute.errors import CacherouteError
 from cacheroute.forecast import candidates, drive, misses, speed, timing, workload
 from cacheroute.forecast.drive import Drive
 from cacheroute.forecast.speed import ComputeSpeed, Types
@@ -36,8 +39,24 @@ def first_line(
     What has not been measured on this machine (`cacheroute plan` does) is left out. Takes some 50 ms.
     """
     work = workload.of_header(header, layout)
-    whole = capacity >= layout.n_expert
     text = f"{work.name}: {held(layout, capacity)} of experts in memory"
+    with contextlib.suppress(CacherouteError):  # no folder for what has been measured
+        text += _known(work, layout, capacity, io, routing, eviction, n_threads, flash_mbps)
+    return text
+
+
+def _known(
+    work: Workload,
+    layout: ExpertLayout,
+    capacity: int,
+    io: str,
+    routing: str | Routing | None,
+    eviction: str,
+    n_threads: int | None,
+    flash_mbps: float | None,
+) -> str:
+    """What has been measured on this machine, for the end of the line."""
+    text, whole = "", capacity >= layout.n_expert
     loaded = whole and io in (stores.AUTO, stores.LOAD)
     found = None if loaded else drive.known(layout, flash_mbps, io)
     if found and not whole:

@@ -49,6 +49,9 @@ _FEATURES = {
 _EXTRAS = {
     "huggingface_hub": "pull",
     "matplotlib": "plot",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
     "lm_eval": "eval TASK",
     "distributed": "--scheduler",
     "pyarrow": "Parquet files",

@@ -31,11 +31,12 @@ def big_cores(root: Path = Path("/")) -> int:
     return len(own)
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
+def available_memory(root: Path = Path("/"), *, ulimits: bool = True) -> int | None:
     """Bytes of memory that a new program may use without pushing others out; None where the system does not tell.
 
-    Linux and Android: MemAvailable, or less where a limit leaves less: one of any cgroup that this process is in, v1 or v2, or
-    of `ulimit`. macOS: all of the memory. `root`: where proc and sys are, for tests.
+    Linux and Android: MemAvailable, or less where a limit leaves less: one of any cgroup that this process is in, v1 or v2, or,
+    with `ulimits`, of `ulimit`, which counts address space, used or not. macOS: all of the memory. `root`: where proc and sys
+    are, for tests.
     """
     try:
         lines = (root / "proc/meminfo").read_text("ascii").splitlines()
@@ -45,16 +46,16 @@ def available_memory(root: Path = Path("/")) -> int | None:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, OSError, ValueError):
             return None
-    return min([free, *_limits(root)])
+    limits = [*_group_limits(root), *(ulimit_room(root) if ulimits else [])]
+    return min([free, *limits])
 
 
-def _limits(root: Path) -> Iterator[int]:
-    """What each limit on this process leaves."""
+def _group_limits(root: Path) -> Iterator[int]:
+    """What each cgroup leaves this process."""
     for group in _groups(root):
         room = _group_room(group)
         if room is not None:
             yield room
-    yield from ulimit_room(root)
 
 
 def held_seconds(root: Path = Path("/")) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cacheroute.errors import UsageError
 from cacheroute.files import GIB, MIB
-from cacheroute.install.machine import available_memory
+from cacheroute.install.machine import available_memory, ulimit_room
 from cacheroute.model import context_memory
 from cacheroute.model.catalogue import ModelEntry
 from cacheroute.model.context_memory import size
@@ -16,12 +16,15 @@ from cacheroute.model.gguf_file import GgufFile
 _PASS_LEAST, _PASS_MOST, _PASS_SHARE = 64, 512, 1 / 8  # tokens of a prompt for which compute buffers are counted, within a
 # share of the free memory; longer passes take what is free when they come (engine/micro_batch.py)
 _F16, _F32 = 2, 4
+_UNCOUNTED_SPACE = 512 * MIB  # address space of threads, libraries and buffers
 _RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST = 1 / 16, 64 * MIB, GIB  # for others, and for what is not counted
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of each part. `free`: what this process may use, None where the system does not tell.
+    """Bytes of each part. `free`: what this process may use, None where the system does not tell; `space`: what `ulimit` leaves
+    of its address space, None without a limit; mapped: of the file and of slots for all experts, used or not, unless it is
+    loaded whole.
 
     reserve: left to others. dense: always in memory, without the token embeddings, which `embedding` counts and which are in
     memory only where the model is loaded whole. context: keys and values. compute: buffers for `pass_tokens` of a prompt.
@@ -41,6 +44,8 @@ class MemoryPlan:
     file_expert_bytes: int
     n_expert: int
     n_used: int
+    space: int | None = None
+    mapped: int = 0
 
     def needed(self, capacity: int) -> int:
         """Bytes that the model takes at most with `capacity` experts of each layer in memory, the reserve not counted."""
@@ -48,6 +53,12 @@ class MemoryPlan:
         if capacity >= self.n_expert:
             return beside + self.embedding + self.n_expert * self.file_expert_bytes
         return beside + capacity * self.expert_bytes + self.prompt_reserve(capacity)
+
+    @property
+    def lacks_space(self) -> bool:
+        """Whether `ulimit` leaves too little address space to run the model at all."""
+        least = self.dense + self.context + self.compute + self.mapped
+        return self.space is not None and self.space < min(self.needed(self.n_expert), least)
 
     def prompt_reserve(self, capacity: int) -> int:
         """Bytes of experts that a prompt may have in memory above a budget: all of the layer that computes."""
@@ -57,7 +68,10 @@ class MemoryPlan:
     def capacity(self) -> int | None:
         """The most experts of each layer that fit; None where not even the K of a token do. All of them where the free memory
         is not known: the kernel then takes back what it must."""
-        if self.free is None or self.needed(self.n_expert) <= self.free - self.reserve:
+        everything = self.needed(self.n_expert)
+        if self.lacks_space:
+            return None
+        if self.free is None or (everything <= self.free - self.reserve and (self.space is None or everything <= self.space)):
             return self.n_expert
         left = self.free - self.reserve - self.dense - self.context - self.compute - self.layer_bytes * self.n_expert
         each = self.expert_bytes - self.layer_bytes
@@ -82,7 +96,9 @@ def of(
     they stay in the file, and take whole pages in memory. `free`: bytes, by default what this machine, its control groups and
     `ulimit` leave this process now.
     """
-    free = available_memory() if free is None else free
+    space = None if free is not None or loaded else min(ulimit_room(), default=None)
+    space = None if space is None else max(space - _UNCOUNTED_SPACE, 0)
+    free = available_memory(ulimits=False) if free is None else free
     n_ctx = n_ctx or context_memory.trained_context(header)
     each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn, n_outputs=0)
     n_pass = _pass_tokens(free, each, n_ctx)
@@ -99,6 +115,8 @@ def of(
         file_expert_bytes=layout.expert_bytes if whole else layout.resident_bytes,
         n_expert=layout.n_expert,
         n_used=layout.n_used,
+        space=space,
+        mapped=header.nbytes + layout.n_expert * layout.resident_bytes,
     )
 
 
@@ -137,6 +155,13 @@ def reserve(free: int | None) -> int:
 
 def refusal(plan: MemoryPlan, name: str) -> UsageError:
     """Why a model cannot run in the memory that is free, with the figures and what would fit."""
+    if plan.lacks_space:
+        beside = plan.dense + plan.context + plan.compute
+        needed = min(plan.needed(plan.n_expert), beside + plan.mapped)
+        return UsageError(
+            f"{name} needs {size(needed)} of address space, used or not, and `ulimit -v` leaves {size(plan.space or 0)}: raise "
+            "it (`ulimit -v unlimited`), or take a smaller model."
+        )
     needed, free = plan.needed(plan.n_used), plan.free or 0
     parts = (
         f"{size(plan.dense)} of dense weights, {size(plan.context)} of context, {size(plan.compute)} to compute and "

@@ -91,6 +91,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_interrupt_new": (c_void_p, [*[c_void_p] * 4, c_uint64]),
     "cr_interrupt_free": (None, [c_void_p]),
     "cr_interrupt_poll": (c_int32, [c_void_p]),
+    "cr_interrupt_raise": (None, [c_void_p]),
     "cr_interrupt_seen": (c_int32, [c_void_p]),
     "cr_interrupt_take": (c_int32, [c_void_p]),
     "cr_hook_new": (c_void_p, [POINTER(Shape), POINTER(Routing), _I32P, c_int32, c_void_p, c_char_p, c_int32]),

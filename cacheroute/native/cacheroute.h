@@ -176,6 +176,8 @@ CR_API cr_interrupt * cr_interrupt_new(const void * ensure, const void * release
 CR_API void cr_interrupt_free(cr_interrupt * interrupt);
 /* A ggml_abort_callback, data: a cr_interrupt. True from the moment on that a signal handler has raised. Any thread. */
 CR_API int32_t cr_interrupt_poll(void * interrupt);
+/* As if a signal handler had raised. Any thread. */
+CR_API void cr_interrupt_raise(cr_interrupt * interrupt);
 /* Whether it has; take: and is as if it had not. */
 CR_API int32_t cr_interrupt_seen(const cr_interrupt * interrupt);
 CR_API int32_t cr_interrupt_take(cr_interrupt * interrupt);

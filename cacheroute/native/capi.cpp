@@ -272,6 +272,8 @@ void cr_interrupt_free(cr_interrupt * interrupt) { delete interrupt; }
 
 int32_t cr_interrupt_poll(void * interrupt) { return static_cast<cr_interrupt *>(interrupt)->interrupt.poll(); }
 
+void cr_interrupt_raise(cr_interrupt * interrupt) { interrupt->interrupt.raise(); }
+
 int32_t cr_interrupt_seen(const cr_interrupt * interrupt) { return interrupt->interrupt.raised(); }
 
 int32_t cr_interrupt_take(cr_interrupt * interrupt) { return interrupt->interrupt.take(); }

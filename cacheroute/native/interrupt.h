@@ -1,4 +1,4 @@
-// Ctrl-C while llama.cpp computes. Python's signal handlers run only when Python does, in its main thread, so that thread asks it now
+// Ctrl-C, or a request of another thread, while llama.cpp computes. Python's signal handlers run only when Python does, in its main thread, so that thread asks it now
 // and then; the functions of Python's C API come as pointers, as this library is not linked to it.
 #pragma once
 
@@ -22,7 +22,7 @@ class Interrupt {
     // main_thread: threading.main_thread().ident, which is its pthread_t.
     Interrupt(const Python & python, uint64_t main_thread) : python_(python), main_thread_(main_thread) {}
 
-    // Whether a signal handler has raised since take(). In Python's main thread it lets the handlers run, twenty times a second at
+    // Whether a signal handler has raised, or raise() was called, since take(). In Python's main thread it lets the handlers run, twenty times a second at
     // most, and takes the GIL for it: no lock may be held. In others it is raised().
     bool poll() {
         if (raised()) return true;
@@ -39,6 +39,7 @@ class Interrupt {
         return raised();
     }
 
+    void raise() { raised_.store(true, std::memory_order_relaxed); } // any thread
     bool raised() const { return raised_.load(std::memory_order_relaxed); } // any thread
     bool take() { return raised_.exchange(false, std::memory_order_relaxed); }
 
