@@ -59,7 +59,7 @@ def main() -> None:
 
 def _figures(base: list[Cell], cells: list[Cell], routing: Routing) -> list[str]:
     d = paired.compare([c.nll_sum for c in base], [c.nll_sum for c in cells], [c.n for c in cells])
-    kl = 1e3 * np.array([(c.kl or 0) / c.n for c in cells])
+    kl = 1e3 * np.array([c.kl.mean() for c in cells])
     missed = np.sum([c.misses for c in cells], axis=0)
     late = missed[0] if routing.speculates else missed.sum()
     examined = sum(c.examined for c in cells)

@@ -186,7 +186,7 @@ def match(
         near = [i for i in range(len(arms)) if 0.8 < missed[1 + i].sum() / missed[-1].sum() < 1.45]
         # chunk by chunk, so that the rows of `original` are computed once for all arms
         cells = session.groups([[Request(*arms[i], chunk, kl=True) for i in near] for chunk in indices])
-        kl = np.array([[0.0, *(c.kl for c in row)] for row in cells]).T
+        kl = np.array([[0.0, *(float(c.kl.sum()) for c in row)] for row in cells]).T
         print_ratio(budget, "KL from original", kl, missed[[0, *(1 + i for i in near)]], sum(c.n for c in ours))
 
 

@@ -33,7 +33,7 @@ def run(*arguments: object) -> Any:
 
 
 def kept(cache: Path) -> set[tuple[str, int]]:
-    (file,) = (cache / "scores").iterdir()
+    (file,) = (cache / "scores").glob("*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
     cells = [(line["routing"], line["chunk"]) for line in lines]
     assert len(cells) == len(set(cells)), "computed twice"

@@ -56,7 +56,7 @@ class CurveScorer:
     def submit_next(self, requests: list[Request]) -> None:
         pass
 
-    def cell(self, routing: Routing, budget: int, eviction: str, chunk: int) -> Cell:
+    def cell(self, routing: Routing, budget: int, eviction: str, chunk: int, *, kl: bool = False) -> Cell:
         self.asked.add((str(routing), chunk))
         x = routing.parameters.get("lambda", 0.0)
         rng = np.random.default_rng([self.seed, chunk])
@@ -74,11 +74,16 @@ class CurveScorer:
             routing=str(routing),
             budget=budget,
             eviction=eviction,
+            kl32=np.full(N, max(self.slope + rng.normal(0, self.noise), 0) * x / 2, "<f4").tobytes(),
+            same_top=N,
         )
 
 
-def search(scorer: CurveScorer, limit: float, n_chunks: int = 60, seed: int = 0) -> tune.Search:
-    return tune.Search(scorer, tune.Goal(16, "lru", limit, seed=seed), *tune.split(n_chunks, seed))  # type: ignore[arg-type]
+def search(
+    scorer: CurveScorer, limit: float | None, n_chunks: int = 60, seed: int = 0, max_kl: float | None = None
+) -> tune.Search:
+    goal = tune.Goal(16, "lru", limit, seed=seed, max_kl=max_kl)
+    return tune.Search(scorer, goal, *tune.split(n_chunks, seed))  # type: ignore[arg-type]
 
 
 RUNGS = [Routing("cache-prior", {"lambda": x}) for x in (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)]
@@ -129,9 +134,9 @@ def test_the_choice_is_validated_on_the_held_out_part() -> None:
     fit, _ = tune.split(60, 0)
 
     class Kinder(CurveScorer):  # to the chunks that fit
-        def cell(self, routing: Routing, budget: int, eviction: str, chunk: int) -> Cell:
+        def cell(self, routing: Routing, budget: int, eviction: str, chunk: int, *, kl: bool = False) -> Cell:
             self.slope = 0.05 if chunk in fit else 0.1
-            return super().cell(routing, budget, eviction, chunk)
+            return super().cell(routing, budget, eviction, chunk, kl=kl)
 
     outcome = search(Kinder(slope=0, noise=0), 1.1).run(RUNGS)
     assert chosen(outcome) == 0.1
@@ -265,8 +270,11 @@ def test_measured_prices(scorer: Scorer) -> None:
 
 
 def test_kl_of_original_is_nothing(scorer: Scorer) -> None:
-    assert scorer.cell(Routing("original"), 8, "lru", 0, kl=True).kl == pytest.approx(0, abs=1e-4)
-    assert (scorer.cell(Routing("pruning", {"k": 1}), 8, "lru", 0, kl=True).kl or 0) > 0.1
+    for budget in (8, 16):  # the first is what the second is compared with
+        cell = scorer.cell(Routing("original"), budget, "lru", 0, kl=True)
+        assert not cell.kl.any() and len(cell.kl) == cell.same_top == cell.n
+    lossy = scorer.cell(Routing("pruning", {"k": 1}), 8, "lru", 0, kl=True)
+    assert lossy.kl.sum() > 0.1 and lossy.same_top is not None and lossy.same_top < lossy.n
 
 
 def test_a_pool_scores_what_one_process_scores(scorer: Scorer) -> None:
@@ -314,7 +322,7 @@ def test_a_speed_is_of_its_own_conditions(scorer: Scorer, tmp_path: Path) -> Non
         cell = session.cell(RUNGS[5], 8, "lru", 0)
         assert (cell.nll32, cell.misses) == (untimed.nll32, untimed.misses) and cell.timing == (timing or untimed.timing)
     assert computed == ["buffered, 1 threads", "buffered, 2 threads"]
-    assert session.cell(RUNGS[5], 8, "lru", 0, kl=True).kl  # still kept
+    assert session.cell(RUNGS[5], 8, "lru", 0, kl=True).kl32  # still kept
 
 
 def test_a_policy_in_python_is_not_kept(scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +331,7 @@ def test_a_policy_in_python_is_not_kept(scorer: Scorer, tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(str(tmp_path))
     routing = parse("python:own_policy:LastFour")
     cells = [scorer.cell(routing, 8, "lru", i) for i in (0, 0, 1)]
-    assert cells[0] == cells[1] and cells[0].kl is None
+    assert cells[0] == cells[1] and cells[0].kl32 is None
     fresh = Scorer(scorer.llm, scorer.chunks, scorer.job)
     assert replace(fresh.cell(routing, 8, "lru", 1), seconds=cells[2].seconds) == cells[2]
     assert ResultsFile(tmp_path / "r.jsonl", {"a": 1}).lines == []

@@ -81,6 +81,10 @@ def perplexity(
     differences from `original` are paired, with a 95% interval from resampled chunks. There is no batched mode: prompts are
     routed by `original`, so a batched perplexity would be that of `original`.
 
+    Mean KLD, 99.0% KLD and Same top p are llama-perplexity's, between `original` and each routing, token by token: the KL of
+    their distributions in millinats (nats in -o json), and the share of tokens for which both have the same likeliest one. They
+    need far fewer tokens for the same certainty than the perplexity does.
+
     Scores are stored in the cache folder and shared with `tune` and `frontier`, so nothing is computed twice.
     """
     table.check(output, wide=wide)
@@ -109,7 +113,7 @@ def perplexity(
 
 
 def _scored(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
-    groups = [arm.requests(len(session.chunks)) for arm in arms]
+    groups = [arm.requests(len(session.chunks), kl=_any_lossy(arms)) for arm in arms]
     with progress.scoring(session, [request for group in groups for request in group]):
         return list(session.groups(groups))
 
@@ -117,7 +121,11 @@ def _scored(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
 def _carried(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
     with progress.bar("scoring", len(arms) * len(session.chunks)) as advance:
         session.after = lambda cell: advance(1, progress.doing(cell))
-        return [session.carried(*arm.requests(1)[0][:3]) for arm in arms]
+        return [session.carried(*arm.requests(1)[0][:3], kl=_any_lossy(arms)) for arm in arms]
+
+
+def _any_lossy(arms: Sequence[Arm]) -> bool:
+    return any(arm.routing != "original" for arm in arms)
 
 
 def _routings(text: str) -> list[str]:
@@ -131,16 +139,33 @@ def perplexity_view(rows: Sequence[PerplexityRow]) -> table.View:
     one_budget, one_eviction = len({r.budget for r in rows}) == 1, len({r.eviction for r in rows}) == 1
     budget = f", {first.budget_experts} experts of each layer ({first.budget})" if one_budget else ""
     eviction = f", {first.eviction}" if one_eviction else ""
-    head = [*([] if one_budget else ["budget"]), "routing", "ppl", "change % [95%]", "miss %", "swap %", "MiB missed"]
-    cells = [head]
+    head = [*([] if one_budget else ["budget"]), "routing", "ppl", "change % [95%]", "Mean KLD [95%]"]
+    cells = [[*head, *(["miss %"] if one_budget else []), "MiB"]]  # at several budgets the misses would not fit a line
     for r in rows:
-        change = "baseline" if r.routing == "original" else _change(r)
+        change, kl = ("baseline", "") if r.routing == "original" else (_change(r), brief_kl(r.kl, r.kl_low, r.kl_high))
         name = r.routing if one_eviction else f"{r.routing}, {r.eviction}"
-        swapped = f"{100 * (r.swap_rate + r.drop_rate):.1f}"
-        figures = [f"{r.ppl:.2f}", change, f"{100 * r.miss_rate:.1f}", swapped, f"{r.missed_mib_per_token:.2f}"]
-        cells.append([*([] if one_budget else [r.budget]), name, *figures])
-    above = f"{first.model}, {first.text}: {first.n_tokens} scored tokens{budget}{eviction}; MiB per token"
+        missed = [*([f"{100 * r.miss_rate:.1f}"] if one_budget else []), f"{r.missed_mib_per_token:.2f}"]
+        cells.append([*([] if one_budget else [r.budget]), name, f"{r.ppl:.2f}", change, kl, *missed])
+    units = "KLD in millinats, MiB missed per token"
+    above = f"{first.model}, {first.text}: {first.n_tokens} scored tokens{budget}{eviction}; {units}"
     return table.View(cells, perplexity_cells(rows), above=[above], below=list(_conclusions(rows)))
+
+
+def brief_kl(kl: float | None, low: float | None, high: float | None) -> str:
+    """A KL in millinats, given in nats; without spaces inside the interval: it has to fit a line."""
+    mean, *ends = (table.number(value, 1000, digits=1) for value in (kl, low, high))
+    return f"{mean} [{','.join(ends)}]"
+
+
+def whole_kl(kl: float | None, low: float | None, high: float | None) -> str:
+    """The same with spaces and one more digit."""
+    mean, *ends = (table.number(value, 1000, digits=2) for value in (kl, low, high))
+    return f"{mean} [{', '.join(ends)}]"
+
+
+def same_top(top1: float | None, error: float | None) -> str:
+    """llama-perplexity's Same top p with its standard error, in %."""
+    return f"{table.number(top1, 100, digits=2)} ± {table.number(error, 100, digits=2)}"
 
 
 def _change(r: PerplexityRow) -> str:
@@ -162,6 +187,8 @@ def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
             continue
         missed = f"misses {best.missed_mib_per_token:.2f} of {base.missed_mib_per_token:.2f} MiB a token"
         yield f"Fewest misses at {budget}: {best.routing} (lossy), {missed}, for {_change(best)} % of perplexity"
+        kl, p99 = brief_kl(best.kl, best.kl_low, best.kl_high), table.number(best.kl_p99, 1000, digits=0)
+        yield f"  Mean KLD {kl} and 99.0% KLD {p99} millinats, Same top p {same_top(best.top1, best.top1_se)} %"
 
 
 def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
@@ -173,6 +200,9 @@ def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
         "ppl",
         "delta nll [95%]",
         "ppl change % [95%]",
+        "Mean KLD millinats [95%]",
+        "99.0% KLD",
+        "Same top p %",
         "miss",
         "swapped",
         "missed MiB/token",
@@ -181,6 +211,7 @@ def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
     cells = [head]
     for r in rows:
         change = "baseline" if r.routing == "original" else _interval(r.ppl_increase, r.ppl_increase_low, r.ppl_increase_high, 2)
+        kl, top = whole_kl(r.kl, r.kl_low, r.kl_high), same_top(r.top1, r.top1_se)
         cells.append(
             [
                 f"{r.budget} ({r.budget_experts})",
@@ -189,6 +220,7 @@ def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
                 f"{r.ppl:.3f} ± {r.ppl_se:.3f}",
                 "" if r.routing == "original" else _interval(r.delta_nll, r.delta_nll_low, r.delta_nll_high, 4),
                 change,
+                *(("", "", "") if r.routing == "original" else (kl, table.number(r.kl_p99, 1000, digits=1), top)),
                 f"{100 * r.miss_rate:.1f}%",
                 f"{100 * r.swap_rate:.1f}%",
                 f"{r.missed_mib_per_token:.2f}",

@@ -73,6 +73,8 @@ def frontier(
     rows = frontiers.finished(kept.lines)
     if kept.lines:
         say(f"{results} has {len(rows)} of {len(arms)} rows already")
+    if n := sum(line.get("kl") is None for line in kept.lines):
+        say(f"{n} of its rows are without a KL; those that are wanted are scored again and added")
     left = [arm for arm in arms if arm not in rows]
     if left:
         with (

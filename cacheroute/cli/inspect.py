@@ -13,6 +13,7 @@ from cacheroute.files import MIB, printable
 from cacheroute.model import catalogue
 from cacheroute.model import report as inspector
 from cacheroute.model.report import Report
+from cacheroute.routing import tuned
 
 
 def inspect(
@@ -21,18 +22,20 @@ def inspect(
 ) -> None:
     """Describe a model and the memory of each budget.
 
-    Reads only its header.
+    Reads only its header, and what `tune` has measured of its router.
     """
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
     report = inspector.inspect(catalogue.resolve(file))
+    past = tuned.mass_past_k(report.path)
     if output == "json":
-        print(json.dumps({**asdict(report), "path": str(report.path)}))
+        print(json.dumps({**asdict(report), "path": str(report.path), "mass_past_k": past}))
     else:
-        print("\n".join(_text(report)))
+        print("\n".join(_text(report, past)))
 
 
-def _text(r: Report) -> list[str]:
+def _text(r: Report, past: float | None = None) -> list[str]:
+    """`past`: the share of the router's mass past rank K, where `tune` has measured it."""
     shards = f" and {r.shards - 1} more shard{'s' if r.shards > 2 else ''}" if r.shards > 1 else ""
     prediction = f" and {r.prediction_layers} for multi-token prediction, which do not run" if r.prediction_layers else ""
     groups = f", {r.groups_used} of {r.groups} groups" if r.groups > 1 else ""
@@ -44,6 +47,7 @@ def _text(r: Report) -> list[str]:
         ("layers", f"{r.blocks}, {r.layers} with experts{prediction}"),
         ("experts", f"{r.experts} a layer, {r.used} used" + (f", shared ones as wide as {r.shared:g}" if r.shared else "")),
         ("gating", f"{r.gating}{bias}{groups}"),
+        *([] if past is None else [("router", f"{100 * past:.0f}% of its mass past rank {r.used}, as `tune` measured it")]),
         ("context", f"{r.context} tokens"),
         ("one expert", f"{_sizes(r)}, {_mib(r.expert_bytes_all_layers)} in all layers"),
         ("all experts", _mib(r.all_expert_bytes)),

@@ -170,6 +170,8 @@ def scoring(scorer: Scorer, requests: Sequence[Request]) -> Iterator[None]:
     total, missing = sum(scorer.chunks[r.chunk].n_scored for r in requests), scorer.missing(requests)
     if missing < total:
         say(f"{total - missing} of {total} scored tokens are in the cache")
+    if again := scorer.without_kl(requests):
+        say(f"{again} scored tokens are in the cache without a KL, and are scored again")
     with bar("scoring", max(missing, 1)) as advance:
         scorer.after = lambda cell: advance(cell.n, doing(cell))
         yield

@@ -26,7 +26,7 @@ from cacheroute.routing import strategies
 FORMAT = "cacheroute-frontier-2"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FrontierRow(PerplexityRow):
     """`ts`: decoded tokens per second, scoring included; null where the session does not measure it. `chunk_nll`: sums of nll
     over each chunk, which rows that are computed later are paired with."""
@@ -64,7 +64,11 @@ def header(model: Path, source: Source) -> dict[str, Any]:
 
 
 def finished(lines: Iterable[dict[str, Any]]) -> dict[Arm, FrontierRow]:
-    """The rows in the lines of a results file. Raises UsageError for a line that is none."""
+    """The rows in the lines of a results file, but those without a KL, which an earlier version has written: they are scored
+    again.
+
+    Raises UsageError for a line that is no row.
+    """
     try:
         found = [FrontierRow(**{**line, "chunk_nll": tuple(map(float, line["chunk_nll"]))}) for line in lines]
         for row in found:
@@ -72,7 +76,7 @@ def finished(lines: Iterable[dict[str, Any]]) -> dict[Arm, FrontierRow]:
                 value, text = getattr(row, field.name), "str" in str(field.type)
                 if field.name != "chunk_nll" and not isinstance(value, str if text else (int, float, type(None))):
                     raise TypeError(f"{field.name} is {value!r}")
-        return {Arm(row.routing, row.eviction, row.budget, row.budget_experts): row for row in found}
+        return {Arm(row.routing, row.eviction, row.budget, row.budget_experts): row for row in found if row.kl is not None}
     except (KeyError, TypeError, ValueError) as e:
         raise UsageError(f"The results file has a line that is no row of frontier ({e}); choose another or remove it.") from None
 

@@ -36,7 +36,7 @@ class ChunkScore:
 
     `nll32`: bytes of little-endian float32, nats of each token; logits are float32, so nothing is lost. `misses` and `swapped`
     are slots of each MoE layer, of `selected` that ran and `dropped` that did not, all layers together. `missed_bytes` = misses x
-    bytes of an expert, not what was asked of the device. `seconds` of decoding, without the prompt.
+    bytes of an expert, not what was asked of the device. `seconds` of decoding, without the prompt and without a `watch`.
     """
 
     chunk: int
@@ -121,6 +121,7 @@ def score(
 def _score(llm: Llama, chunk: Chunk, watch: Callable[[LogP], None] | None) -> ChunkScore:
     before, layers_before = llm.stats().decode, llm.decoded_by_layer()
     nll = np.empty(chunk.n_scored, "<f4")
+    watching = 0.0
     start = time.perf_counter()
     with llm.decoding():
         for i in range(chunk.n_scored):
@@ -128,8 +129,10 @@ def _score(llm: Llama, chunk: Chunk, watch: Callable[[LogP], None] | None) -> Ch
             log_p = log_probabilities(llm)
             nll[i] = -log_p[chunk.tokens[chunk.first + i + 1]]
             if watch:
+                began = time.perf_counter()
                 watch(log_p)
-    seconds = time.perf_counter() - start
+                watching += time.perf_counter() - began
+    seconds = time.perf_counter() - start - watching
     layers = [after - earlier for after, earlier in zip(llm.decoded_by_layer(), layers_before, strict=True)]
     counters = llm.stats().decode - before
     misses = tuple(c.misses for c in layers)

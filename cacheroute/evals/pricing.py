@@ -109,7 +109,7 @@ def measure(scorer: Scorer, budget: int, eviction: str, chunks: Sequence[int], n
     for chunk in chunks:
         for (g, p), routing in probes.items():
             cell = scorer.cell(routing, budget, eviction, chunk, kl=True)
-            kl[g, p] += cell.kl or 0.0
+            kl[g, p] += float(cell.kl.sum())
             swaps[g, p] += sum(cell.swapped[i] for i in parts[g])
     return Prices(
         misses=np.minimum.accumulate(misses, axis=1),  # more lambda never misses more, beyond noise

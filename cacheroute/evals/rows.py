@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cacheroute.evals import paired
+from cacheroute.evals import divergence, paired
 from cacheroute.evals.loading import Source
-from cacheroute.evals.perplexity import ChunkScore, summary
-from cacheroute.evals.runner import Request
+from cacheroute.evals.perplexity import summary
+from cacheroute.evals.runner import Cell, Request
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import strategies
@@ -24,10 +24,10 @@ class Arm:
     budget: str
     budget_experts: int
 
-    def requests(self, n_chunks: int) -> list[Request]:
+    def requests(self, n_chunks: int, *, kl: bool = True) -> list[Request]:
         """The cells that this arm is the sum of."""
         routing = strategies.parse(self.routing)
-        return [Request(routing, self.budget_experts, self.eviction, i) for i in range(n_chunks)]
+        return [Request(routing, self.budget_experts, self.eviction, i, kl) for i in range(n_chunks)]
 
 
 def arm(layout: ExpertLayout, routing: str, eviction: str, budget: str) -> Arm:
@@ -38,11 +38,12 @@ def arm(layout: ExpertLayout, routing: str, eviction: str, budget: str) -> Arm:
     return Arm(routing, eviction, budget, resolved.capacity)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PerplexityRow:
     """One routing on all chunks. `delta_nll` in nats per token against `original` on the same tokens, with its 95% interval;
     `ppl_increase` the same in % of the perplexity; null where there is nothing to compare, or one chunk only.
-    `missed_mib_per_token` = misses x bytes of an expert. `seconds` of decoding as measured when the chunks were scored."""
+    `missed_mib_per_token` = misses x bytes of an expert. `seconds` of decoding as measured when the chunks were scored. The last
+    six are those of divergence.Divergence; null where no KL was wanted, because only `original` was scored."""
 
     model: str
     text: str
@@ -69,6 +70,12 @@ class PerplexityRow:
     drop_rate: float
     missed_mib_per_token: float
     seconds: float
+    kl: float | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
+    kl_p99: float | None = None
+    top1: float | None = None
+    top1_se: float | None = None
 
 
 def perplexity_row(
@@ -76,13 +83,15 @@ def perplexity_row(
     source: Source,
     arm: Arm,
     base: Sequence[float],
-    scores: Sequence[ChunkScore],
+    scores: Sequence[Cell],
     *,
     carry: bool = False,
     seed: int = 0,
 ) -> PerplexityRow:
     """`base`: nats of `original` on each of the same chunks. Raises UsageError when nothing was scored."""
     sums = summary(scores)
+    measured = all(s.kl32 is not None for s in scores)
+    kl = divergence.summary([s.kl for s in scores], [s.same_top or 0 for s in scores], seed=seed) if measured else None
     return PerplexityRow(
         model=model,
         text=source.name,
@@ -93,6 +102,7 @@ def perplexity_row(
         **_differences(paired.compare(base, [s.nll_sum for s in scores], [s.n for s in scores], seed=seed)),
         **asdict(arm),
         **asdict(sums),
+        **(asdict(kl) if kl else {}),
     )
 
 

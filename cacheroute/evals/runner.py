@@ -5,15 +5,16 @@ A cell depends on its request and the tokens of its chunk only, so cells may be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cacheroute.evals import loading
-from cacheroute.evals.perplexity import ChunkScore, LogP, score
+from cacheroute.evals import divergence, loading, reference
+from cacheroute.evals.divergence import Position
+from cacheroute.evals.perplexity import ChunkScore, Floats, LogP, score
 from cacheroute.evals.text import Chunk
 from cacheroute.install.machine import available_memory, big_cores
 from cacheroute.routing.eviction import DEFAULT
@@ -43,15 +44,24 @@ class Request(NamedTuple):
 class Cell(ChunkScore):
     """The score of a request.
 
-    `routing` as routing_key() writes it. `kl`: nats of KL(original || routing), summed over the scored tokens, None where it was
-    not wanted. `timing`: the conditions under which `seconds` are a speed, "" where they are not (see Job).
+    `routing` as routing_key() writes it. `timing`: the conditions under which `seconds` are a speed, "" where they are not (see
+    Job). None where no KL was wanted: `kl32`, bytes of little-endian float32, nats of KL(original || routing) of each token, and
+    `same_top`, the tokens for which both have the same likeliest one.
     """
 
     routing: str
     budget: int
     eviction: str
-    kl: float | None = None
     timing: str = ""
+    kl32: bytes | None = None
+    same_top: int | None = None
+
+    @property
+    def kl(self) -> Floats:
+        """Nats of each scored token, [n]. Raises ValueError where no KL was wanted."""
+        if self.kl32 is None:
+            raise ValueError("This cell has no KL.")
+        return np.frombuffer(self.kl32, "<f4").astype(np.float64)
 
     @property
     def place(self) -> tuple[str, int, str, int]:
@@ -64,6 +74,7 @@ class Job:
 
     `text` is the fingerprint of the chunks. `n_threads` of each process, 0 for all cores of its machine. `timing` is not empty
     where one cell runs at a time and misses are read: then decoding is timed, after a prompt that was evaluated in this run.
+    `references`: the folder of what is kept of `original` (evals/reference.py), "" for none: then only that of the last chunk is.
     """
 
     model: Path
@@ -74,6 +85,25 @@ class Job:
     flash_mbps: float | None = None
     n_processes: int = 1
     timing: str = ""
+    references: str = ""
+
+
+class _Comparison:
+    """Compares each position of a chunk with what is kept of `original`."""
+
+    def __init__(self, positions: Sequence[Position]) -> None:
+        self._positions = positions
+        self._kl: list[float] = []
+        self._same = 0
+
+    def __call__(self, log_p: LogP) -> None:
+        position = self._positions[len(self._kl)]
+        self._kl.append(position.kl(log_p))
+        self._same += int(log_p.argmax()) == position.likeliest
+
+    def result(self) -> dict[str, Any]:
+        """The fields of a Cell."""
+        return {"kl32": np.array(self._kl, "<f4").tobytes(), "same_top": self._same}
 
 
 class Runner:
@@ -90,30 +120,38 @@ class Runner:
         self._prompts: dict[tuple[int, int, str, tuple[float, ...]], Checkpoint] = {}
         self._sequences: dict[int, bytes] = {}  # by chunk: the same at every budget
         self._configured: tuple[str, int, str] | None = None
-        self._reference: tuple[int, list[LogP]] | None = None  # of the last chunk only: it is many MB
+        self._reference: tuple[int, list[Position]] | None = None  # of the last chunk only: it is a MB
 
     def run(self, request: Request, chunk: Chunk) -> Cell:
-        reference = self._original(chunk) if request.kl else []
-        kl = 0.0
-        position = 0
-
-        def add_kl(log_p: LogP) -> None:
-            nonlocal kl, position
-            ref = reference[position]
-            kl += float(np.dot(np.exp(ref), ref - log_p))
-            position += 1
-
+        kept = self._kept(chunk) if request.kl else None
+        own: list[Position] = []
+        watch: Callable[[LogP], None] | None = None
+        comparison = None
+        if request.kl and not kept and not request.routing.lossy:
+            watch = _keeping(own)  # this run is what others are compared with
+        elif request.kl:
+            watch = comparison = _Comparison(kept or self._original(chunk))
         self._configure(request.routing, request.budget, request.eviction)
         # a policy in Python keeps a state that no checkpoint has
         prompt = None if self._job.timing or request.routing.policy else self._prompt
-        s = next(score(self.llm, [chunk], watch=add_kl if request.kl else None, prompt=prompt))
-        return self._cell(request, s, kl if request.kl else None)
+        s = next(score(self.llm, [chunk], watch=watch, prompt=prompt))
+        if own:
+            self._keep(chunk, own)
+        return self._cell(request, s, comparison.result() if comparison else _itself(s) if own else {})
 
     def carried(self, request: Request, chunks: Sequence[Chunk]) -> Iterator[Cell]:
         """Cells of chunks in their order, where cache and running ranges go from each to the next; request.chunk is unused."""
+        comparisons = [_Comparison(self._kept(chunk) or self._original(chunk)) for chunk in chunks] if request.kl else []
+        at = -1
+
+        def watch(log_p: LogP) -> None:
+            comparisons[at](log_p)
+
         self._configure(request.routing, request.budget, request.eviction)
-        for s in score(self.llm, chunks, carry=True):
-            yield self._cell(request, s, None)
+        scores = score(self.llm, chunks, carry=True, watch=watch if comparisons else None)
+        for at in range(len(chunks)):
+            s = next(scores)
+            yield self._cell(request, s, comparisons[at].result() if comparisons else {})
 
     def trace(self, chunks: Sequence[Chunk]) -> Trace:
         """What the routers see in those chunks, a sequence each, when `original` decodes their scored tokens one by one."""
@@ -126,20 +164,31 @@ class Runner:
         header = Header.of(layout, "original", DEFAULT, layout.n_expert)
         return Trace(header, np.frombuffer(b"".join(records), record_dtype(layout.n_expert, layout.n_used, mass=True)), True)
 
-    def _cell(self, request: Request, s: ChunkScore, kl: float | None) -> Cell:
+    def _cell(self, request: Request, s: ChunkScore, kl: dict[str, Any]) -> Cell:
         key = routing_key(request.routing)
-        timing = "" if request.kl else self._job.timing
-        return Cell(**vars(s), routing=key, budget=request.budget, eviction=request.eviction, kl=kl, timing=timing)
+        return Cell(**vars(s), **kl, routing=key, budget=request.budget, eviction=request.eviction, timing=self._job.timing)
 
-    def _original(self, chunk: Chunk) -> list[LogP]:
-        """log_probabilities() of every scored position of a chunk, routed by `original`."""
+    def _original(self, chunk: Chunk) -> list[Position]:
+        """Scores a chunk with `original`, for others to be compared with."""
+        own: list[Position] = []
+        self._configure(Routing("original"), self.llm.layout.n_expert, DEFAULT)
+        for _ in score(self.llm, [chunk], watch=_keeping(own), prompt=self._prompt):
+            pass
+        self._keep(chunk, own)
+        return own
+
+    def _kept(self, chunk: Chunk) -> list[Position] | None:
         if self._reference is None or self._reference[0] != chunk.index:
-            rows: list[LogP] = []
-            self._configure(Routing("original"), self.llm.layout.n_expert, DEFAULT)
-            for _ in score(self.llm, [chunk], watch=rows.append, prompt=self._prompt):
-                pass
-            self._reference = chunk.index, rows
+            found = reference.read(self._job.references, chunk) if self._job.references else None
+            if found is None:
+                return None
+            self._reference = chunk.index, found
         return self._reference[1]
+
+    def _keep(self, chunk: Chunk, positions: list[Position]) -> None:
+        self._reference = chunk.index, positions
+        if self._job.references:
+            reference.write(self._job.references, chunk, positions)
 
     def _prompt(self, chunk: Chunk) -> None:
         assert self._configured
@@ -164,6 +213,15 @@ class Runner:
         if settings != self._configured:
             self.llm.configure(budget=budget, routing=routing, eviction=eviction, io=self._job.io)
             self._configured = settings
+
+
+def _keeping(positions: list[Position]) -> Callable[[LogP], None]:
+    return lambda log_p: positions.append(divergence.keep(log_p))
+
+
+def _itself(s: ChunkScore) -> dict[str, Any]:
+    """The fields of a Cell that is compared with itself."""
+    return {"kl32": np.zeros(s.n, "<f4").tobytes(), "same_top": s.n}
 
 
 _loaded: dict[Job, Runner] = {}  # of this process, one at most

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.evals import loading, processes
+from cacheroute.evals import loading, processes, reference
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Cell, Job, Request, Runner, compute
 from cacheroute.evals.text import Chunk
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 class Scorer:
     """Scores chunks of one text with one model, in this process or by an `executor`.
 
-    `after` is called with each cell that is computed and not found in `results`, of which `n_kept` were there at the start.
+    `after` is called with each cell that is computed and not found in `results`, of which `n_kept` were there at the start,
+    `n_without_kl` without a KL.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class Scorer:
         self.memo: dict[tuple[object, ...], Any] = {}  # what callers derive from chunks and need again in this session
         self._results, self._executor = results, executor
         self._runner = Runner(llm, job)
-        self._cells: dict[tuple[str, int, str, int], dict[str, Cell]] = {}  # by place, then by variant
+        self._cells: dict[tuple[str, int, str, int], list[Cell]] = {}  # by place: with and without a KL, and by timing
         self._pending: dict[tuple[object, ...], Future[Cell]] = {}
-        self.n_kept = len(results.lines) if results else 0
-        for line in results.lines if results else ():
-            self._add(_from_json(line))
+        kept = [_from_json(line) for line in (results.lines if results else ())]
+        for cell in kept:
+            self._add(cell)
+        self.n_kept = len(kept)
+        self.n_without_kl = sum(_lack_kl(cells) for cells in self._cells.values())
 
     def cell(self, routing: Routing, budget: int, eviction: str, chunk: int, *, kl: bool = False) -> Cell:
         """The score of a chunk at a budget of so many experts per layer.
@@ -79,9 +82,9 @@ class Scorer:
         self.after(cell)
         return cell
 
-    def cells(self, routing: Routing, budget: int, eviction: str, chunks: Sequence[int]) -> list[Cell]:
+    def cells(self, routing: Routing, budget: int, eviction: str, chunks: Sequence[int], *, kl: bool = False) -> list[Cell]:
         """The scores of several chunks."""
-        return next(self.groups([[Request(routing, budget, eviction, i) for i in chunks]]))
+        return next(self.groups([[Request(routing, budget, eviction, i, kl) for i in chunks]]))
 
     def groups(self, groups: Sequence[Sequence[Request]]) -> Iterator[list[Cell]]:
         """The scores of each group of requests, while an executor works on the next ones."""
@@ -89,13 +92,13 @@ class Scorer:
         for group in groups:
             yield [self.cell(*request[:4], kl=request.kl) for request in group]
 
-    def carried(self, routing: Routing, budget: int, eviction: str) -> list[Cell]:
+    def carried(self, routing: Routing, budget: int, eviction: str, *, kl: bool = False) -> list[Cell]:
         """All chunks in their order, where cache and running ranges go from each to the next.
 
         Each cell depends on those before it, so they are computed in this process and neither kept nor taken from what is kept.
         """
         cells = []
-        for cell in self._runner.carried(Request(routing, budget, eviction, 0), self.chunks):
+        for cell in self._runner.carried(Request(routing, budget, eviction, 0, kl), self.chunks):
             cells.append(cell)
             self.after(cell)
         return cells
@@ -120,6 +123,11 @@ class Scorer:
             if not self._known(request) and key not in self._pending:
                 self._pending[key] = self._submit(request)
 
+    def without_kl(self, requests: Sequence[Request]) -> int:
+        """Scored tokens of those requests that were scored before there was a KL, and are scored again for it."""
+        again = (r for r in requests if r.kl and _lack_kl(self._cells.get(r.place, [])))
+        return sum(self.chunks[r.chunk].n_scored for r in again)
+
     def missing(self, requests: Sequence[Request]) -> int:
         """Scored tokens of those requests that are still to be computed."""
         return sum(self.chunks[r.chunk].n_scored for r in requests if not self._known(r))
@@ -134,22 +142,35 @@ class Scorer:
         return self._executor.submit(compute, self.job, request, self.chunks[request.chunk])
 
     def _add(self, cell: Cell) -> None:
-        self._cells.setdefault(cell.place, {})["kl" if cell.kl is not None else cell.timing] = cell
+        self._cells.setdefault(cell.place, []).append(cell)
 
     def _known(self, request: Request) -> Cell | None:
         """Nll and counts are the same in all variants of a cell; only a KL and a speed have to be measured."""
-        variants = self._cells.get(request.place, {})
-        wanted = "kl" if request.kl else self.job.timing
-        return variants.get(wanted) if wanted else next(iter(variants.values()), None)
+        for cell in self._cells.get(request.place, ()):
+            if (cell.kl32 is not None or not request.kl) and (cell.timing == self.job.timing or not self.job.timing):
+                return cell
+        return None
+
+
+def _lack_kl(cells: Sequence[Cell]) -> bool:
+    """Whether a place has been scored, and none of its cells has a KL."""
+    return bool(cells) and all(cell.kl32 is None for cell in cells)
 
 
 def _to_json(cell: Cell) -> dict[str, Any]:
-    return asdict(cell) | {"nll32": base64.b64encode(cell.nll32).decode()}
+    kl32 = None if cell.kl32 is None else base64.b64encode(cell.kl32).decode()
+    return asdict(cell) | {"nll32": base64.b64encode(cell.nll32).decode(), "kl32": kl32}
 
 
 def _from_json(line: dict[str, Any]) -> Cell:
-    own = {"nll32": base64.b64decode(line["nll32"]), "misses": tuple(line["misses"]), "swapped": tuple(line["swapped"])}
-    return Cell(**line | own)
+    kl32 = line.get("kl32")
+    own = {
+        "nll32": base64.b64decode(line["nll32"]),
+        "kl32": None if kl32 is None else base64.b64decode(kl32),
+        "misses": tuple(line["misses"]),
+        "swapped": tuple(line["swapped"]),
+    }
+    return Cell(**{name: value for name, value in line.items() if name != "kl"} | own)  # format 2 had a sum named so
 
 
 @contextmanager
@@ -200,12 +221,16 @@ def session(
             flash_mbps=flash_mbps,
             n_processes=n_workers,
             timing=f"{llm.io}, {each} threads, {f'{flash_mbps:g} MB/s' if flash_mbps else 'unpaced'}" if timed else "",
+            references=reference.folder_name(path),
         )
         yield Scorer(llm, chunks, job, _kept_cells(path, job.text), executor)
 
 
 def _kept_cells(model: Path, text: str) -> ResultsFile:
-    return kept_scores(model, text, "cacheroute-scores-2", _from_json)
+    kept = kept_scores(model, text, "cacheroute-scores-3", _from_json)
+    if _score_file(_header(model, text, "cacheroute-scores-2")).exists():  # an earlier version's: scores without a KL
+        kept.lines = [*kept_scores(model, text, "cacheroute-scores-2", _from_json).lines, *kept.lines]
+    return kept
 
 
 def kept_scores(model: Path, text: str, kind: str, parse: Callable[[dict[str, Any]], Any]) -> ResultsFile:
@@ -213,16 +238,8 @@ def kept_scores(model: Path, text: str, kind: str, parse: Callable[[dict[str, An
 
     `text` says what was scored. `parse` raises for a line that is damaged.
     """
-    header = {
-        "format": kind,
-        "version": VERSION,
-        "engine": patched_llama_cpp.module().__version__,
-        "router": sha256(Path(bindings.lib._name))[:16],
-        "model": gguf_file.fingerprint(model),
-        "text": text,
-    }
-    name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
-    file = cache_dir() / "scores" / f"{name}.jsonl"
+    header = _header(model, text, kind)
+    file = _score_file(header)
     try:
         kept = ResultsFile(file, header)
         for line in kept.lines:
@@ -235,3 +252,19 @@ def kept_scores(model: Path, text: str, kind: str, parse: Callable[[dict[str, An
     except OSError as e:
         raise CacherouteError(f"{file} is damaged and cannot be removed ({e.strerror}); remove it.") from None
     return ResultsFile(file, header)
+
+
+def _header(model: Path, text: str, kind: str) -> dict[str, Any]:
+    return {
+        "format": kind,
+        "version": VERSION,
+        "engine": patched_llama_cpp.module().__version__,
+        "router": sha256(Path(bindings.lib._name))[:16],
+        "model": gguf_file.fingerprint(model),
+        "text": text,
+    }
+
+
+def _score_file(header: dict[str, Any]) -> Path:
+    name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
+    return cache_dir() / "scores" / f"{name}.jsonl"

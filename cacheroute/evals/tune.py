@@ -1,9 +1,9 @@
 """Finds the routing with the fewest misses within a limit on the loss of quality, by stepped paired scores.
 
 A ladder is a list of routings from nearly lossless to very lossy: one parameter of a strategy (`uniform`), or cache-prior with a
-lambda for each layer (evals/pricing.py). Bisection finds the highest rung whose 95% interval of the perplexity increase ends
-within the limit; a rung that is clearly too lossy, or clearly not, is left early. The choice is then validated on text that took
-no part in it; while it fails there, the next lower rung that fits is validated.
+lambda for each layer (evals/pricing.py). Bisection finds the highest rung whose 95% interval of the loss, the perplexity
+increase or the KL, ends within the limit; a rung that is clearly too lossy, or clearly not, is left early. The choice is then
+validated on text that took no part in it; while it fails there, the next lower rung that fits is validated.
 
 Knows a Scorer; knows no command line.
 """
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from cacheroute.errors import UsageError
-from cacheroute.evals import paired, pricing
+from cacheroute.evals import divergence, paired, pricing
+from cacheroute.evals.divergence import Divergence
 from cacheroute.evals.perplexity import miss_rate, missed_mib_per_token
 from cacheroute.evals.runner import Cell, Request
 from cacheroute.evals.scorer import Scorer
@@ -58,7 +59,8 @@ def ladder(strategy: str, layout: ExpertLayout) -> list[Routing]:
 
 @dataclass(frozen=True)
 class Goal:
-    """What to tune: `budget` in experts per layer, `max_ppl_increase` in %.
+    """What to tune: `budget` in experts per layer, and one limit, the other is None: `max_ppl_increase` in %, or `max_kl` in
+    nats per token.
 
     `uniform`: one parameter of `strategy` for all layers; otherwise cache-prior with a lambda and a share of the budget for each
     layer, from prices measured on about `price_tokens` tokens in `price_groups` groups of layers. `seed` of the split and the
@@ -67,24 +69,36 @@ class Goal:
 
     budget: int
     eviction: str
-    max_ppl_increase: float
+    max_ppl_increase: float | None
     uniform: bool = False
     strategy: str = "cache-prior"
     price_tokens: int = 512
     price_groups: int = 15
     seed: int = 0
+    max_kl: float | None = None
+
+    @property
+    def limit(self) -> float:
+        """Nats per token, of nll or of KL."""
+        if self.max_kl is not None:
+            return self.max_kl
+        assert self.max_ppl_increase is not None
+        return paired.nats(self.max_ppl_increase)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One rung on some text: the paired difference to `original`, what both missed, and whether it may pass.
+    """One rung on some text: the paired difference to `original`, the KL, what both missed, and whether it may pass.
 
     `complete` is False when it was left early; then `passed` is a forecast. `validates`: on the held-out part, where the estimate
-    itself has to be within the limit, not the end of its interval.
+    itself has to be within the limit, not the end of its interval. `within`: what is known of the limit: "yes" where the interval
+    ends within it, "perhaps" where only the estimate is, "no".
     """
 
     routing: Routing
     difference: paired.Difference
+    kl: Divergence
+    within: str
     missed_mib_per_token: float
     original_missed_mib_per_token: float
     miss_rate: float
@@ -115,8 +129,8 @@ class Search:
 
     @property
     def limit(self) -> float:
-        """Nats per token."""
-        return paired.nats(self.goal.max_ppl_increase)
+        """Nats per token, of nll or of KL."""
+        return self.goal.limit
 
     def tune(self) -> Outcome:
         """Makes the ladder of the goal and searches it."""
@@ -125,6 +139,10 @@ class Search:
             return self.run(ladder(goal.strategy, self.scorer.llm.layout))
         candidates = pricing.candidates(self.scorer, goal.budget, goal.eviction, self._priced(), goal.price_groups)
         return self.run([c.routing() for c in candidates], start_rung([c.cost for c in candidates], self.limit))
+
+    def mass_past_k(self) -> list[float] | None:
+        """How flat the router of each layer is (simulate.Replay.mass_past_k), where the prices have traced it."""
+        return None if self.goal.uniform else self.scorer.replay(self._priced()).mass_past_k()
 
     def expected_work(self) -> float:
         """In decoded tokens, about: `original` and four rungs on the fit part, two on the held-out one, the prices."""
@@ -170,23 +188,29 @@ class Search:
         forecast: bool | None = None
         pair = (Routing("original"), routing)
         settings = (self.goal.budget, self.goal.eviction)
-        self.scorer.submit_next([Request(r, *settings, i) for i in chunks for r in pair])
+        self.scorer.submit_next(
+            [Request(r, *settings, i, True) for r in pair for i in chunks]
+        )  # all are compared with `original`
         for i in chunks:
             for scores, r in zip((base, cells), pair, strict=True):
-                scores.append(self.scorer.cell(r, *settings, i))
+                scores.append(self.scorer.cell(r, *settings, i, kl=True))
             forecast = self._forecast(base, cells, len(chunks)) if early else None
             if forecast is not None:
                 break
         nll = [[c.nll_sum for c in part] for part in (base, cells)]
         d = paired.compare(nll[0], nll[1], [c.n for c in cells], seed=self.goal.seed)
-        end = d.delta_nll if validates else d.high
+        kl = divergence.summary([c.kl for c in cells], [c.same_top or 0 for c in cells], seed=self.goal.seed)
+        mean, high = (d.delta_nll, d.high) if self.goal.max_kl is None else (kl.kl, kl.kl_high)
+        within = "yes" if high is not None and high <= self.limit else "perhaps" if mean <= self.limit else "no"
         trial = Trial(
             routing=routing,
             difference=d,
+            kl=kl,
+            within=within,
             missed_mib_per_token=missed_mib_per_token(cells),
             original_missed_mib_per_token=missed_mib_per_token(base),
             miss_rate=miss_rate(cells),
-            passed=forecast if forecast is not None else end is not None and end <= self.limit,
+            passed=forecast if forecast is not None else within == "yes" or (validates and within == "perhaps"),
             complete=forecast is None,
             validates=validates,
         )
@@ -199,7 +223,10 @@ class Search:
         n = len(cells)
         if n < _LEAST_CHUNKS or n == n_all:
             return None
-        per_token = np.array([(c.nll_sum - b.nll_sum) / c.n for b, c in zip(base, cells, strict=True)])
+        if self.goal.max_kl is None:
+            per_token = np.array([(c.nll_sum - b.nll_sum) / c.n for b, c in zip(base, cells, strict=True)])
+        else:
+            per_token = np.array([c.kl.mean() for c in cells])
         mean, sd = float(per_token.mean()), float(per_token.std(ddof=1))
         upper = mean + 2 * sd / math.sqrt(n_all)
         doubt = _SURE * sd * math.sqrt(1 / n - 1 / n_all)
@@ -251,8 +278,10 @@ def tuned_routing(outcome: Outcome, goal: Goal, layout: ExpertLayout, made_from:
             "eviction": goal.eviction,
             "budget": goal.budget,
             "max_ppl_increase": goal.max_ppl_increase,
+            "max_kl": goal.max_kl,
             "version": VERSION,
             "held_out": asdict(d),
+            "held_out_kl": asdict(outcome.validation.kl),
             "ppl_increase": d.ppl_increase,
         },
     )

@@ -23,11 +23,12 @@ The file is JSON:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import UsageError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import PACKAGE, cache_dir, read_json, write_json
 from cacheroute.model import experts, gguf_file
 from cacheroute.routing import budget as budgets
@@ -78,6 +79,17 @@ def load(path: Path) -> TunedRouting:
     if not tuned.layers or len(tuned.parameters) != len(tuned.layers):
         raise UsageError(f"{path} has parameters for {len(tuned.parameters)} of {len(tuned.layers)} layers; make it again.")
     return tuned
+
+
+def mass_past_k(model: Path) -> float | None:
+    """The share of the router's mass past rank K, mean of the layers, as `tune` last measured it for any budget, if it has."""
+    found = None
+    files = [path(model, n) for n in capacities(model, routing=True)]
+    for file in sorted((f for f in files if f.exists()), key=lambda f: f.stat().st_mtime):
+        with suppress(CacherouteError, TypeError, ValueError):  # a damaged one is reported where it is used
+            past = load(file).notes.get("mass_past_k")
+            found = sum(map(float, past)) / len(past) if past else found
+    return found
 
 
 @dataclass(frozen=True)

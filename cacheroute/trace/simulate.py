@@ -98,6 +98,16 @@ class LayerEvents:
         return np.bitwise_and(self.flags, DECODE, dtype=np.uint8)
 
 
+def _mass_past(events: LayerEvents, k: int) -> npt.NDArray[np.float64]:
+    """Of each decoded token, the share of the router's mass past the K-th rank."""
+    decoded = events.decode > 0
+    z = events.z[decoded].view(np.float16).astype(np.float64)  # of each token minus the largest
+    mass = np.exp(z) if events.mass is None else events.mass[decoded].view(np.float16).astype(np.float64)
+    best = np.argsort(-z, axis=1, kind="stable")[:, :k]
+    share: npt.NDArray[np.float64] = np.take_along_axis(mass, best, axis=1).sum(axis=1) / mass.sum(axis=1)
+    return 1 - share
+
+
 class Replay:
     """A trace, cut by sequence and layer once, to be replayed any number of times."""
 
@@ -137,6 +147,15 @@ class Replay:
                     reads[i] += router.replay(i, replace(events, prescribed=ids), with_next_uses=arm.eviction == BELADY)[1]
             chosen = range(len(h.layers)) if per_layer else ()
             return [self._row(router, arm, budget, i, reads) for i in (-1, *chosen)]
+
+    def mass_past_k(self) -> list[float]:
+        """How flat the router of each layer is: the share of its mass that decoded tokens give to experts that are not among
+        the best K, on average; 0 is the most peaked, 1 - K / E is flat."""
+        means = []
+        for i in range(len(self.header.layers)):
+            own = [layers[i] for layers in self.sequences]
+            means.append(float(np.concatenate([_mass_past(events, self.header.n_used) for events in own]).mean()))
+        return means
 
     def resident(self, arm: Arm, sequence: int, layer: int) -> npt.NDArray[np.bool_]:
         """[n_events, E]: the cache before each event of one layer in one sequence."""
