@@ -82,6 +82,7 @@ def speed(path: Path, arms: list[Arm], a: argparse.Namespace, reasons: list[str]
     n_threads = options.threads(None)
     llm = Llama(
         str(path),
+        budget="50%",
         n_ctx=a.n_prompt + a.n_gen,
         n_batch=a.n_prompt,
         n_threads=n_threads,

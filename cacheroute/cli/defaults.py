@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheroute import files
-from cacheroute.errors import UsageError
+from cacheroute.errors import UsageError, did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -270,6 +270,12 @@ def _shown(key: str, value: Any) -> str:
 def _variables(options: Mapping[str, Mapping[str, Any]]) -> set[str]:
     own = {variable(command, key) for command, keys in options.items() for key in keys}
     return own | {variable("", key) for key in (*_FOR_ALL, *_FOR_ANSWERS)}
+
+
+def strange(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence on each variable that looks like a setting and sets nothing."""
+    names = _variables(options) | {*_OTHER_VARIABLES}
+    return [f"{name} sets nothing; {did_you_mean(name, names, 'unset it')}" for name in strange_variables(options)]
 
 
 def strange_variables(options: Mapping[str, Mapping[str, Any]]) -> list[str]:

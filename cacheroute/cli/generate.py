@@ -163,8 +163,16 @@ def generate(
 
         def begins() -> None:
             say_start(llm, settings, quiet=quiet)
-            if verbose and not kept:  # generate() decides what of a kept prompt is evaluated again
-                say(_plan(llm.plan(len(asked.tokens)), loaded=llm.io == "load"))
+            if kept or quiet:  # generate() decides what of a kept prompt is evaluated again
+                return
+            plan = llm.plan(len(asked.tokens))
+            if verbose:
+                say(_plan(plan, loaded=llm.io == "load"))
+            elif plan.passes > 1 and llm.io != "load":
+                say(
+                    f"the prompt of {plan.n_tokens} tokens takes {plan.passes} passes, each of which reads the experts again: a "
+                    "smaller --budget leaves room for longer ones"
+                )
 
         run = completion.Completion(llm, asked, limit, seed, sampling, prompt_cache, begins)
         try:

@@ -18,6 +18,7 @@ from cacheroute.routing import tuned
 
 def inspect(
     file: Annotated[str | None, typer.Argument(metavar="PATH|NAME", help="A GGUF file or a name. [default: demo]")] = None,
+    model: Annotated[str | None, typer.Option("-m", "--model", hidden=True)] = None,
     output: Annotated[str, typer.Option("-o", "--output", help="text or json (sizes in bytes).")] = "text",
 ) -> None:
     """Describe a model and the memory of each budget.
@@ -26,7 +27,9 @@ def inspect(
     """
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
-    report = inspector.inspect(catalogue.resolve(file))
+    if file and model:
+        raise UsageError("Name one model.")
+    report = inspector.inspect(catalogue.resolve(file or model))
     past = tuned.mass_past_k(report.path)
     if output == "json":
         print(json.dumps({**asdict(report), "path": str(report.path), "mass_past_k": past}))

@@ -129,10 +129,10 @@ def _forecasts(
         types |= c.work.types(whole=True)
     known = speed.known(n_threads)
     if known is None or known.lacks(types) != speed.Types():
-        say("measuring how fast this machine computes, some seconds; this is kept")
+        say("measuring how fast this machine computes, some seconds")
     own = speed.measure(types, n_threads)
     if own.crowded:
-        say("other programs compute, too: what was measured is too slow, and is not kept")
+        say("other programs compute, too: what was measured is too slow, and is measured again next time")
     spare = _drive_without_model(candidates, flash_mbps)
     found = []
     for c in candidates:

@@ -246,9 +246,12 @@ class _Run:
         parts = [f"{self.done} prompt{'' if self.done == 1 else 's'}" + (f", {self.failed} failed" if self.failed else "")]
         rate = f", {self.steps / self.seconds:.1f} tok/s" if self.seconds > 0 else ""
         parts.append(f"{self.tokens} token{'' if self.tokens == 1 else 's'}{rate}")
-        if s.decode.hits + s.decode.misses:
-            parts.append(f"{100 * s.decode.miss_rate:.0f}% of experts read from disk")
-        parts.append(f"read {s.prefill.read_mib:.1f} MiB for prompts, {s.decode.read_mib:.1f} for answers")
+        if s.io == "load":
+            parts.append("all experts in memory")
+        else:
+            if s.decode.hits + s.decode.misses:
+                parts.append(f"{100 * s.decode.miss_rate:.0f}% of experts read from disk")
+            parts.append(f"read {s.prefill.read_mib:.1f} MiB for prompts, {s.decode.read_mib:.1f} for answers")
         if self.llm.routing and self.llm.routing.lossy:
             parts.append(f"swapped {s.decode.swapped}/{s.decode.examined}")
         if s.decode.dropped:

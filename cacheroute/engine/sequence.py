@@ -326,7 +326,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         return {
             "model": f"{self.layout.model or self.layout.paths[0].name} ({self._fingerprint})",
             "engine": engine_build.LOCAL_VERSION,
-            "repacking of": self._repacked(),  # other last bits
+            "experts": self._repacked(),  # other last bits
             "eviction": self.eviction if self.routing else "none",
             "routing": _name(self.routing),
             "prompt routing": str(self.prompt_routing),
@@ -339,10 +339,10 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         }
 
     def _repacked(self) -> str:
-        """The weights that llama.cpp may have put in the order of its kernels."""
+        """Which weights llama.cpp may have put in the order of its kernels, by what decides it."""
         if not self.model_params.use_extra_bufts:
-            return "nothing"
-        return "all weights" if self._loaded else "dense weights"
+            return "read as they are"
+        return "loaded with the model (--budget all)" if self._loaded else "left in the file (a smaller --budget)"
 
     @functools.cached_property
     def _fingerprint(self) -> str:

@@ -39,7 +39,8 @@ def first_line(
     What has not been measured on this machine (`cacheroute plan` does) is left out. Takes some 50 ms.
     """
     work = workload.of_header(header, layout)
-    text = f"{work.name}: {held(layout, capacity)} of experts in memory"
+    room = "room for " if capacity >= layout.n_expert and io != stores.LOAD else ""
+    text = f"{work.name}: {room}{held(layout, capacity)} of experts in memory"
     with contextlib.suppress(CacherouteError):  # no folder for what has been measured
         text += _known(work, layout, capacity, io, routing, eviction, n_threads, flash_mbps)
     return text
@@ -59,7 +60,7 @@ def _known(
     text, whole = "", capacity >= layout.n_expert
     loaded = whole and io in (stores.AUTO, stores.LOAD)
     found = None if loaded else drive.known(layout, flash_mbps, io)
-    if found and not whole:
+    if found:
         text += f", {found.io} reads at {_amount(found.bytes_per_s / 1e9)} GB/s"
     own = speed.known(n_threads or big_cores())
     if own is None or own.lacks(work.types(whole=loaded)) != Types() or (found is None and not loaded):
