@@ -23,6 +23,7 @@ STOPPED = "Stopped."
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _shielded: set[CodeType] = set()
+_ends: dict[int, tuple[float, int]] = {}
 _running = False
 _grace = GRACE
 _survived = 0
@@ -124,10 +125,31 @@ def _handle(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def ends(number: signal.Signals, seconds: float, code: int) -> Iterator[None]:
+    """Within it a signal that has a handler ends the program after so many seconds at most, also where C code does not return to
+    that handler."""
+    _ends[number] = (seconds, code)
+    try:
+        yield
+    finally:
+        del _ends[number]
+
+
+def _end(number: int) -> None:
+    if number in _ends:
+        os._exit(_ends[number][1])
+
+
 def _watch(wakeup: int) -> None:
     """Is woken by the signal itself, also while the main thread is in C code."""
     while True:
-        if signal.SIGINT not in os.read(wakeup, 1):
+        [number] = os.read(wakeup, 1)
+        if number in _ends:
+            timer = threading.Timer(_ends[number][0], _end, (number,))
+            timer.daemon = True
+            timer.start()
+        if number != signal.SIGINT:
             continue
         before, until = _survived, time.monotonic() + _grace
         while _running and _survived == before and time.monotonic() < until:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheroute import Llama
+from cacheroute import CacherouteError, Llama
 from cacheroute.engine import memory_watch
 from cacheroute.engine.memory_watch import fitting
 from cacheroute.files import GIB, MIB
 from cacheroute.model import memory_plan
 from cacheroute.model.memory_plan import MemoryPlan
 from cacheroute.native import bindings
+from cacheroute.routing import eviction as evictions
+from cacheroute.routing import strategies
 from cacheroute.routing.budget import Budget
+from support import hook_abi
 from support.native_hook import bare_hook
 
 PLAN = MemoryPlan(
@@ -159,3 +164,53 @@ def test_a_model_that_follows_the_memory_can_be_dropped_and_pickled(tiny: Path, 
         assert llm.__getstate__()["budget"] == "auto"
         watch = llm._watch
     assert not watch._thread.is_alive()
+
+
+def test_layers_of_unequal_shares_stay_within_a_smaller_budget() -> None:
+    layers, n_expert, n_used = 3, 16, 2
+    rng, shape = np.random.default_rng(2), bindings.Shape(3, 16, 2, 8, evictions.ONLINE["lru"])
+    per_layer = strategies.to_native(strategies.parse("original"), n_used, layers)
+    for own, experts in zip(per_layer, (14, 8, 2), strict=True):
+        own.experts = experts
+    layer_of = (ctypes.c_int32 * layers)(*range(layers))
+    handle = bindings.checked(bindings.lib.cr_hook_new, shape, per_layer, layer_of, layers, None)
+    try:
+        address = bindings.lib.cr_hook_address(handle)
+        bindings.lib.cr_hook_set_phase(handle, True)
+        for capacity in (8, 5, 3, 2, 6):
+            bindings.lib.cr_hook_set_capacity(handle, capacity)
+            for _ in range(30):
+                for layer in range(layers):
+                    hook_abi.select(address, layer, rng.normal(size=(1, n_expert)).astype(np.float32), n_used, gating=1)
+            mask, held = (ctypes.c_uint8 * n_expert)(), []
+            for layer in range(layers):
+                bindings.lib.cr_hook_resident(handle, layer, mask)
+                held.append(sum(mask))
+            assert sum(held) <= layers * capacity and min(held) >= n_used, (capacity, held)
+    finally:
+        bindings.lib.cr_hook_free(handle)
+
+
+def test_a_signal_handler_may_change_the_capacity_and_not_close(alone: Path) -> None:
+    """It runs in the thread that computes, in the middle of a token."""
+    tokens = [int(t) for t in np.random.default_rng(3).integers(5, 200, 60)]
+    refused = []
+    with opened(alone, flash_mbps=4) as llm:
+        plain = logits(llm, tokens, lambda _: None)
+        llm.rewind()
+
+        def change(*_: object) -> None:
+            llm.set_capacity(llm.layout.n_used if llm.budget.capacity > llm.layout.n_used else llm.layout.n_expert // 2)
+            if llm.computing:
+                with pytest.raises(CacherouteError, match="computes"):
+                    llm.close()
+                refused.append(1)
+
+        before = signal.signal(signal.SIGALRM, change)
+        signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+        try:
+            assert np.array_equal(logits(llm, tokens, lambda _: None), plain)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert refused

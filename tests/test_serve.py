@@ -131,6 +131,7 @@ def test_an_answer_fits_its_schema(server: Served) -> None:
         {"$ref": "https://localhost/schema.json"},
         {"$ref": "#/nowhere"},
         {"type": "string", "maxLength": 10**9},
+        {"type": "string", "pattern": "^((a{0,9}){0,9}){0,9}$"},
         {"type": "string", "minLength": "many"},
         {"type": "array", "items": {"type": "string"}, "minItems": -1},
         {"type": "string", "pattern": "^a{100000}$"},
@@ -460,5 +461,5 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delattr("cacheroute.serve.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     done = CliRunner().invoke(app, ["serve"])
-    assert done.exit_code == 2
+    assert done.exit_code == 1
     assert done.output.startswith("cacheroute: `cacheroute serve` needs uvicorn; run `python -m pip install starlette uvicorn ")

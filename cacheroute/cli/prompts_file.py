@@ -139,6 +139,10 @@ def _parsed(index: int, raw: bytes, where: str) -> Asked:
             return Asked(index, text)  # a text that begins with a brace
         return Asked(index, error=f"{where} is not valid JSON ({e}).")
     own = found.get("id")
+    try:
+        json.dumps(own, allow_nan=False)
+    except ValueError:
+        return Asked(index, error=f"{where} has an id that is no number of JSON.")
     if error := _wrong(found, where):
         return Asked(index, id=own, error=error)
     return Asked(index, found["prompt"], own, found.get("system"), found.get("n_predict"))

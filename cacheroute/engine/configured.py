@@ -43,6 +43,7 @@ class ConfiguredLlama(SequenceLlama):
     _watch: MemoryWatch | None
     _lock: threading.RLock
     _settling: bool
+    computing: bool
     _trace_sink: Callable[[bytes], None] | None
 
     @alone
@@ -85,6 +86,7 @@ class ConfiguredLlama(SequenceLlama):
         What is above leaves before the next layer chooses, or at once where nothing computes. Any thread. Raises UsageError for
         fewer than K or more than E, and for a model that is loaded with all of its experts.
         """
+        self._check_usable()
         if self._loaded:
             raise UsageError("This model was loaded with all of its experts in memory; its budget cannot change.")
         if not self.layout.n_used <= capacity <= self.layout.n_expert:
@@ -93,8 +95,8 @@ class ConfiguredLlama(SequenceLlama):
         self._settling = True
         idle = self._lock.acquire(blocking=False)
         try:
-            if self._hook:
-                self._hook.set_capacity(capacity, at_once=idle)
+            if self._hook:  # a signal handler of the thread that computes has the lock, too
+                self._hook.set_capacity(capacity, at_once=idle and not self.computing)
         finally:
             if idle:
                 self._lock.release()

@@ -87,6 +87,11 @@ def from_schema(text: str) -> str:
 
 def _line(e: Exception) -> str:
     said = " ".join(str(e).split()).rstrip(".")
+    known = {RecursionError: "it is nested too deeply", KeyError: "it refers to what it does not have"}
+    if type(e) in known:
+        return known[type(e)]
+    if isinstance(e, AttributeError | TypeError):
+        return "a part of it is no schema"
     return f"{said[:120]}" if type(e) in (AssertionError, ValueError, json.JSONDecodeError) and said else type(e).__name__
 
 

@@ -101,7 +101,7 @@ class Hook:
             raise UsageError(f"{forced.name} has no predictions for {routing} to go by; replay synthetic scores.")
         self._layout, self._model, self._owner = layout, model, os.getpid()
         self.handle: int | None = None
-        self._freeing = threading.Lock()  # progress() is asked from another thread
+        self._freeing = threading.RLock()  # progress() is asked from another thread
         policy = custom_policy.Policy(routing.policy, layout.n_expert, layout.n_used, n) if routing.policy else None
         shape = bindings.Shape(n, layout.n_expert, layout.n_used, settings.budget.capacity, evictions.ONLINE[settings.eviction])
         layer_of = (ctypes.c_int32 * (layout.layers[-1].index + 1))(*[-1] * (layout.layers[-1].index + 1))

@@ -254,6 +254,8 @@ class Llama(ConfiguredLlama):
         """
         if not self._closed and os.getpid() == self._owner:
             with self._alone():
+                if self.computing:  # a signal handler of the thread that computes
+                    raise CacherouteError("The model computes; close it when that has ended.")
                 self._closed = True
         self._closed = True
         if self._watch:
@@ -335,20 +337,22 @@ class Llama(ConfiguredLlama):
         if self._hook:
             self._hook.begin(first, decode=self._decoding)
         self._set_threads()
-        self.computing, self.computed_at = True, time.monotonic()
         try:
-            start = time.perf_counter()
-            self._compute(batch)
-            if self._decoding:
-                self._threads.took(time.perf_counter() - start)
-            complete = not self._interrupt.seen()  # what an interrupted batch has computed is of no use
-        except RuntimeError:
-            if not self._interrupt.seen():
-                raise
+            self.computing, self.computed_at = True, time.monotonic()
+            try:
+                start = time.perf_counter()
+                self._compute(batch)
+                if self._decoding:
+                    self._threads.took(time.perf_counter() - start)
+                complete = not self._interrupt.seen()  # what an interrupted batch has computed is of no use
+            except RuntimeError:
+                if not self._interrupt.seen():
+                    raise
+            finally:
+                if self._hook:
+                    self._hook.finish(complete=complete)
+                interrupted = self._interrupt.take()
         finally:
-            if self._hook:
-                self._hook.finish(complete=complete)
-            interrupted = self._interrupt.take()
             self.computing, self.computed_at = False, time.monotonic()
         if interrupted:
             interrupts.met()

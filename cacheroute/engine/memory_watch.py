@@ -9,10 +9,12 @@ import contextlib
 import math
 import threading
 import time
+import traceback
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cacheroute.errors import CacherouteError
 from cacheroute.install.machine import available_memory
 from cacheroute.model import memory_plan
 from cacheroute.model.memory_plan import MemoryPlan
@@ -105,7 +107,12 @@ class MemoryWatch:
         self._calm_since = min(self._calm_since, now) if free > reserve and wanted >= capacity else math.inf
         if wanted != capacity:
             self._calm_since = math.inf
-            llm.set_capacity(wanted)
+            try:
+                llm.set_capacity(wanted)
+            except CacherouteError:  # it has been closed
+                return
+            except Exception:  # of budget_changed: the next look comes all the same
+                traceback.print_exc()
 
 
 def _swapped_bytes() -> int:

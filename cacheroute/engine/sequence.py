@@ -335,7 +335,11 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             "adapter": f"{self.lora_path}, {self.lora_scale:g}" if self.lora_path else "none",
             "warm start": _short(self._task) if self._task else "none",
             # a state of another budget is cut to this one; where the cache changes the choice, so would that
-            **({"budget": f"{budget.capacity}" + ("" if like else f" (layers {_short(own)})")} if self._lossy else {}),
+            **(
+                {"budget": f"{budget.capacity}" + ("" if like else f" (layers {_short(own)})")}
+                if self._lossy and not self.automatic
+                else {}
+            ),
         }
 
     def _repacked(self) -> str:

@@ -39,7 +39,7 @@ def first_line(
     What has not been measured on this machine (`cacheroute plan` does) is left out. Takes some 50 ms.
     """
     work = workload.of_header(header, layout)
-    room = "room for " if capacity >= layout.n_expert and io != stores.LOAD else ""
+    room = "room for " if capacity >= layout.n_expert and io not in (stores.AUTO, stores.LOAD) else ""
     text = f"{work.name}: {room}{held(layout, capacity)} of experts in memory"
     with contextlib.suppress(CacherouteError):  # no folder for what has been measured
         text += _known(work, layout, capacity, io, routing, eviction, n_threads, flash_mbps)

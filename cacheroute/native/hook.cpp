@@ -175,12 +175,22 @@ void Hook::apply_capacity(int computing) {
     const int wanted = wanted_capacity_.load(std::memory_order_relaxed);
     if (wanted == capacity_ || holds_all_) return;
     capacity_ = wanted;
+    std::vector<int> own;
+    int64_t          over = -int64_t(wanted) * int64_t(routers_.size());
     for (size_t l = 0; l < routers_.size(); l++) {
-        CachedRouter & router   = routers_[l];
-        const int64_t  n_expert = int64_t(router.cache().resident().size());
-        const int64_t  scaled   = int64_t(capacities_[l]) * wanted / first_capacity_;
-        router.set_capacity(int(std::min(std::max<int64_t>(scaled, router.n_used()), n_expert)), phase_);
-        if (int(l) != computing) residency_.shrink(int(l), router.cache().resident());
+        const int64_t n_expert = int64_t(routers_[l].cache().resident().size());
+        const int64_t scaled   = int64_t(capacities_[l]) * wanted / first_capacity_;
+        own.push_back(int(std::min(std::max<int64_t>(scaled, routers_[l].n_used()), n_expert)));
+        over += own.back();
+    }
+    for (; over > 0; over--) { // layers that cannot have fewer than K take from the largest
+        const auto most = std::max_element(own.begin(), own.end());
+        if (*most <= routers_[size_t(most - own.begin())].n_used()) break;
+        (*most)--;
+    }
+    for (size_t l = 0; l < routers_.size(); l++) {
+        routers_[l].set_capacity(own[l], phase_);
+        if (int(l) != computing) residency_.shrink(int(l), routers_[l].cache().resident());
     }
 }
 

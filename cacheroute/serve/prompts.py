@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cacheroute.engine import constraints
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 _SAMPLING = ("top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
 _SEEDS = 2**32 - 1  # the last one stands for a random one
 # of a schema, whose grammar grows with them: llama-cpp-python writes a repetition out
+_MAX_NESTED, _OPEN = 200, 10
+_PARSER = getattr(re, "_parser", None) or import_module("sre_parse")  # its name before Python 3.11
 _MAX_SCHEMA_BYTES, _MAX_REPETITIONS, _MAX_PATTERN, _MAX_GRAMMAR_BYTES = 64 * 1024, 1000, 1000, 1024 * 1024
 _QUANTIFIER = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
@@ -88,7 +92,7 @@ def _task(llm: Llama, asked: Asked, prompt: Prompt, max_tokens: int | None, n_lo
 
 
 def _bias(llm: Llama, given: dict[str, float]) -> dict[int, float]:
-    if not all(token.isascii() and token.isdigit() and int(token) < llm.n_vocab() for token in given):
+    if not all(token.isascii() and token.isdigit() and len(token) < 10 and int(token) < llm.n_vocab() for token in given):
         raise ApiError(400, f"logit_bias names tokens by their numbers, 0 to {llm.n_vocab() - 1}.", param="logit_bias")
     return {int(token): value for token, value in given.items()}
 
@@ -128,6 +132,33 @@ def _check(schema: Any) -> None:
             numbers = [int(n) for found in _QUANTIFIER.findall(pattern) for n in found if n]
             if len(pattern) > _MAX_PATTERN or max(numbers, default=0) > _MAX_REPETITIONS:
                 raise ValueError(f"a pattern has up to {_MAX_PATTERN} characters and repeats up to {_MAX_REPETITIONS} times")
+            if _nested(pattern) > _MAX_NESTED:
+                raise ValueError(f"repetitions within repetitions of a pattern come to at most {_MAX_NESTED} together")
+
+
+def _nested(pattern: str) -> int:
+    """The largest product of repetitions that lie within each other, 0 where none do: llama.cpp follows every way to divide a
+    text among them. One without an end counts as _OPEN."""
+    try:
+        return _product(_PARSER.parse(pattern), 0)
+    except (re.error, RecursionError, OverflowError):
+        numbers = [int(n) for found in _QUANTIFIER.findall(pattern) for n in found if n]
+        return math.prod(max(n, 1) for n in numbers) if len(numbers) > 1 else 0
+
+
+def _product(node: Any, depth: int) -> int:
+    """Of a parsed pattern, `depth` repetitions deep; 0 below none that lie within each other."""
+    most = 0
+    for name, value in node:
+        if str(name) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            n = _OPEN if value[1] > _MAX_REPETITIONS else int(value[1])
+            inner = _product(value[2], depth + 1)
+            most = max(most, n * max(inner, 1) if inner or depth else 0)
+        else:
+            parts = list(value) if isinstance(value, tuple) else []
+            parts = [p for part in parts for p in (part if isinstance(part, list) else [part])]  # a list: alternatives
+            most = max([most, *(_product(p, depth) for p in parts if hasattr(p, "data"))])
+    return most
 
 
 def _nodes(value: Any) -> Iterator[dict[str, Any]]:

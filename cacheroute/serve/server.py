@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from cacheroute import interrupts
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.serve.api import Access, Api, Limits
 from cacheroute.serve.metrics import Metrics
@@ -26,6 +27,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SECONDS_TO_ASK = 30.0  # for a connection to send the head of its first request
 _SECONDS_TO_START = 10.0
 _SECONDS_TO_STOP = 2.0
+_SECONDS_TO_END = 5.0  # after SIGTERM, where an answer cannot be stopped
 
 
 def bind(host: str, port: int, seconds: float) -> socket.socket:
@@ -125,7 +127,8 @@ def _terminable(worker: Worker) -> Iterator[None]:
         return
     before = signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     try:
-        yield
+        with interrupts.ends(signal.SIGTERM, _SECONDS_TO_END, 0):
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
