@@ -194,7 +194,7 @@ def test_a_kept_prompt_belongs_to_the_repacking(repackable: Path, tmp_path: Path
         assert llm.load_prompt(file) == TOKENS[:8]
     with (
         loaded(repackable, io="direct") as llm,
-        pytest.raises(UsageError, match="repacking of all weights, and here it is dense"),
+        pytest.raises(UsageError, match=r"loaded with the model .--budget all., and here it is left in the file"),
     ):
         llm.load_prompt(file)
 

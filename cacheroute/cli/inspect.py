@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from cacheroute.errors import UsageError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB, printable
 from cacheroute.model import catalogue
 from cacheroute.model import report as inspector
@@ -18,8 +19,8 @@ from cacheroute.routing import tuned
 
 def inspect(
     file: Annotated[str | None, typer.Argument(metavar="PATH|NAME", help="A GGUF file or a name. [default: demo]")] = None,
-    model: Annotated[str | None, typer.Option("-m", "--model", hidden=True)] = None,
     output: Annotated[str, typer.Option("-o", "--output", help="text or json (sizes in bytes).")] = "text",
+    model: Annotated[str | None, typer.Option("-m", "--model", hidden=True)] = None,
 ) -> None:
     """Describe a model and the memory of each budget.
 
@@ -27,10 +28,11 @@ def inspect(
     """
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
-    if file and model:
+    if file is not None and model is not None:
         raise UsageError("Name one model.")
-    report = inspector.inspect(catalogue.resolve(file or model))
-    past = tuned.mass_past_k(report.path)
+    report, past = inspector.inspect(catalogue.resolve(model if file is None else file)), None
+    with contextlib.suppress(CacherouteError):  # no folder for what has been measured
+        past = tuned.mass_past_k(report.path)
     if output == "json":
         print(json.dumps({**asdict(report), "path": str(report.path), "mass_past_k": past}))
     else:
