@@ -170,7 +170,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch:
     header = gguf_file.read(tiny)
     layout = experts.layout(header)
     needed = header.nbytes + context_memory.least_bytes(header, SIZES["n_ctx"])
-    monkeypatch.setattr(context_memory, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(context_memory, "available_memory", lambda **_: needed - 1)
     with (
         pytest.raises(UsageError, match=r"needs .* of experts\), and .* are free: --budget (\d+) fits\.$") as refused,
         loaded(tiny),
@@ -181,7 +181,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch:
     for settings in ({"budget": fits, "io": "direct"}, {"budget": fits}):
         with loaded(tiny, **settings) as llm:
             llm.eval([5])
-    monkeypatch.setattr(context_memory, "available_memory", lambda: needed)
+    monkeypatch.setattr(context_memory, "available_memory", lambda **_: needed)
     with loaded(tiny) as llm:
         llm.eval([5])
 

@@ -33,27 +33,27 @@ def test_where_the_header_leaves_it_open_the_least_counts() -> None:
 
 def test_a_context_beyond_free_memory_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     least = context_memory.least_bytes(gguf_file.read(tiny), 1000)
-    monkeypatch.setattr(context_memory, "available_memory", lambda: least)
+    monkeypatch.setattr(context_memory, "available_memory", lambda **_: least)
     context_memory.check(tiny, 1000)
     with pytest.raises(UsageError, match=r"1001 tokens takes .* give at most 1000 tokens with -c"):
         context_memory.check(tiny, 1001)
-    monkeypatch.setattr(context_memory, "available_memory", lambda: None)
+    monkeypatch.setattr(context_memory, "available_memory", lambda **_: None)
     context_memory.check(tiny, 10**9)
-    monkeypatch.setattr(context_memory, "available_memory", lambda: 1)
+    monkeypatch.setattr(context_memory, "available_memory", lambda **_: 1)
     with pytest.raises(UsageError, match="512 tokens"):
         context_memory.check(tiny, 0)
 
 
 def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context_memory, "available_memory", lambda: 1024 * 1024)
+    monkeypatch.setattr(context_memory, "available_memory", lambda **_: 1024 * 1024)
     layout = experts.layout(gguf_file.read(tiny))
     with pytest.raises(UsageError, match=r"needs .* \(.* of dense weights, .* of context, .* of experts\), and 1 MiB are free"):
         Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
-    monkeypatch.setattr(context_memory, "available_memory", lambda: 1024)
+    monkeypatch.setattr(context_memory, "available_memory", lambda **_: 1024)
     with pytest.raises(UsageError, match=r"no budget fits; free memory, or take a smaller model\.$"):
         Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
     for routing, io in ((None, "buffered"), ("original", "none")):
-        monkeypatch.setattr(context_memory, "available_memory", lambda: 10 * layout.all_expert_bytes)
+        monkeypatch.setattr(context_memory, "available_memory", lambda **_: 10 * layout.all_expert_bytes)
         with closing(Llama(str(tiny), n_ctx=64, budget="all", io=io, routing=routing, verbose=False)) as llm:
             llm.eval([5])
 
@@ -62,7 +62,7 @@ def test_the_advice_fits(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = experts.layout(gguf_file.read(tiny))
     dense = gguf_file.read(tiny).nbytes - layout.all_expert_bytes
     free = dense + context_memory.least_bytes(gguf_file.read(tiny), 64) + 10 * layout.resident_bytes
-    monkeypatch.setattr(context_memory, "available_memory", lambda: free)
+    monkeypatch.setattr(context_memory, "available_memory", lambda **_: free)
     with pytest.raises(UsageError, match=r": --budget 10 fits\.$"):
         Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
     with closing(Llama(str(tiny), n_ctx=64, budget=10, io="direct", verbose=False)) as llm:

@@ -32,7 +32,7 @@ def batches(model: Path, n_ctx: int = 4096, **settings: Any) -> MicroBatches:
 def plan(
     monkeypatch: pytest.MonkeyPatch, model: Path, free: int | None, n_tokens: int = 4000, **settings: Any
 ) -> micro_batch.Plan:
-    monkeypatch.setattr(micro_batch, "available_memory", lambda: free)
+    monkeypatch.setattr(micro_batch, "available_memory", lambda **_: free)
     made = batches(model, **settings)
     return made.plan(n_tokens, 0, budgets.parse("25%", experts.layout(gguf_file.read(model))), 0)
 
@@ -70,9 +70,9 @@ def test_the_users_length_is_kept(monkeypatch: pytest.MonkeyPatch, model: Path) 
 def test_what_a_pass_has_taken_before_is_there_for_the_next(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     layout = experts.layout(gguf_file.read(model))
     budget, made = budgets.parse("25%", layout), batches(model)
-    monkeypatch.setattr(micro_batch, "available_memory", lambda: 2**40)
+    monkeypatch.setattr(micro_batch, "available_memory", lambda **_: 2**40)
     first = made.plan(2000, 0, budget, budget.nbytes)
-    monkeypatch.setattr(micro_batch, "available_memory", lambda: 32 * MIB)
+    monkeypatch.setattr(micro_batch, "available_memory", lambda **_: 32 * MIB)
     assert made.plan(2000, 0, budget, budget.nbytes).passes == first.passes == 1
 
 

@@ -238,7 +238,7 @@ def test_models_lists_the_catalogue_and_the_disk(
     tiny = tiny_models.write("qwen3moe", tmp_path / "tiny.gguf").read_bytes()
     in_hub(home, "me/tiny-GGUF", "tiny-F16.gguf", content=tiny)
     in_ollama(home / ".ollama" / "models", "r", "library", "dense", "latest")  # no whole GGUF: left out
-    monkeypatch.setattr(command, "available_memory", lambda: 4 * GIB)
+    monkeypatch.setattr(command, "available_memory", lambda **_: 4 * GIB)
     monkeypatch.setattr(command, "free_disk", lambda _: 20 * 1000**3)
     command.models("json")
     out, err = capsys.readouterr()
@@ -268,7 +268,7 @@ def test_models_lists_the_catalogue_and_the_disk(
 def test_a_model_that_does_not_fit_reports_what_it_needs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "available_memory", lambda: GIB)
+    monkeypatch.setattr(command, "available_memory", lambda **_: GIB)
     monkeypatch.setattr(command, "free_disk", lambda _: 100 * GIB)
     command.models("json")
     mixtral = next(m for m in json.loads(capsys.readouterr().out)["models"] if m["name"] == "mixtral-8x7b")
@@ -289,5 +289,5 @@ def test_what_fits_goes_by_the_header_where_the_model_is_here(
     assert command._fit(entry, path, GIB) == ("yes", "all")
     assert command._fit(entry, None, GIB)[0].startswith("needs ")
     assert command._fit(entry, put(home / "cut.gguf"), 64 * GIB) == ("yes", "all")  # by the catalogue
-    monkeypatch.setattr(memory_plan, "available_memory", lambda: None)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda **_: None)
     assert command._fit(entry, path, None) == ("?", None)

@@ -159,17 +159,17 @@ def test_the_command_refuses_before_it_builds(tmp_path: Path) -> None:
 def test_what_will_be_compiled_is_said(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_build, "recipe", lambda portable=False: {"portable": portable})
     monkeypatch.setattr(engine_build, "installed_key", lambda: None)
-    monkeypatch.setattr(engine_build, "available_memory", lambda: 100 << 30)
+    monkeypatch.setattr(engine_build, "available_memory", lambda **_: 100 << 30)
     monkeypatch.setattr(engine_build, "cores", lambda: 4)
     said = engine_build.to_compile(BuildOptions(replace=True))
     assert said and "about 3 with 4 compilers at a time (--jobs)" in said
     said = engine_build.to_compile(BuildOptions(replace=True, jobs=1))
     assert said and "about 9 with 1 compiler at a time" in said
-    monkeypatch.setattr(engine_build, "available_memory", lambda: 2 * engine_build._JOB_BYTES + 1)
+    monkeypatch.setattr(engine_build, "available_memory", lambda **_: 2 * engine_build._JOB_BYTES + 1)
     assert engine_build._jobs(BuildOptions()) == 2 and engine_build._jobs(BuildOptions(jobs=8)) == 8
-    monkeypatch.setattr(engine_build, "available_memory", lambda: 1)
+    monkeypatch.setattr(engine_build, "available_memory", lambda **_: 1)
     assert engine_build._jobs(BuildOptions()) == 1
-    monkeypatch.setattr(engine_build, "available_memory", lambda: None)
+    monkeypatch.setattr(engine_build, "available_memory", lambda **_: None)
     assert engine_build._jobs(BuildOptions()) == 4
     kept = own_cache / "engine" / engine_build.key_of({"portable": False})
     kept.mkdir(parents=True)
