@@ -56,7 +56,7 @@ def bars(raws: Sequence[dict[str, Any]]) -> Chart:
         raise UsageError("These are not rows of bench, which `cacheroute bench -o jsonl` writes.")
     try:
         found = [_bar(raw) for raw in own]
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise UsageError(f"These rows of bench lack something, or are of another version ({e}).") from None
     cells = [["model", "budget, reading", "arm", "tok/s", "vs original, lru", "floor tok/s", "of floor"]]
     for bar in found:
