@@ -109,8 +109,8 @@ def test_none_stays_half_and_a_model_without_a_hook_asks_for_no_memory(tiny: Pat
 def test_under_a_limit_of_address_space_a_model_is_loaded_whole_or_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = gguf_file.read(tiny)
     layout = experts.layout(header)
-    monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [528 * MIB])
+    monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [GIB + 16 * MIB])
     assert memory_plan.of(header, layout, n_ctx=64).capacity == layout.n_expert
-    monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [512 * MIB])
+    monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [GIB])
     with pytest.raises(UsageError, match=r"of address space, used or not, and `ulimit -v` leaves 0 MiB: raise it"):
         open_model(tiny)

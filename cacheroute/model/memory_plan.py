@@ -16,7 +16,7 @@ from cacheroute.model.gguf_file import GgufFile
 _PASS_LEAST, _PASS_MOST, _PASS_SHARE = 64, 512, 1 / 8  # tokens of a prompt for which compute buffers are counted, within a
 # share of the free memory; longer passes take what is free when they come (engine/micro_batch.py)
 _F16, _F32 = 2, 4
-_UNCOUNTED_SPACE = 512 * MIB  # address space of threads, libraries and buffers
+_UNCOUNTED_SPACE = GIB  # address space of threads, libraries and buffers
 _RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST = 1 / 16, 64 * MIB, GIB  # for others, and for what is not counted
 
 
@@ -24,7 +24,7 @@ _RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST = 1 / 16, 64 * MIB, GIB  # for oth
 class MemoryPlan:
     """Bytes of each part. `free`: what this process may use, None where the system does not tell; `space`: what `ulimit` leaves
     of its address space, None without a limit; mapped: of the file and of slots for all experts, used or not, unless it is
-    loaded whole.
+    loaded whole, as `whole` allows.
 
     reserve: left to others. dense: always in memory, without the token embeddings, which `embedding` counts and which are in
     memory only where the model is loaded whole. context: keys and values. compute: buffers for `pass_tokens` of a prompt.
@@ -46,6 +46,7 @@ class MemoryPlan:
     n_used: int
     space: int | None = None
     mapped: int = 0
+    whole: bool = True
 
     def needed(self, capacity: int) -> int:
         """Bytes that the model takes at most with `capacity` experts of each layer in memory, the reserve not counted."""
@@ -57,8 +58,13 @@ class MemoryPlan:
     @property
     def lacks_space(self) -> bool:
         """Whether `ulimit` leaves too little address space to run the model at all."""
-        least = self.dense + self.context + self.compute + self.mapped
-        return self.space is not None and self.space < min(self.needed(self.n_expert), least)
+        return self.space is not None and self.space < self.least_space
+
+    @property
+    def least_space(self) -> int:
+        """Bytes of address space that the model takes, used or not."""
+        mapped = self.dense + self.context + self.compute + self.mapped
+        return min(self.needed(self.n_expert), mapped) if self.whole else mapped
 
     def prompt_reserve(self, capacity: int) -> int:
         """Bytes of experts that a prompt may have in memory above a budget: all of the layer that computes."""
@@ -117,6 +123,7 @@ def of(
         n_used=layout.n_used,
         space=space,
         mapped=header.nbytes + layout.n_expert * layout.resident_bytes,
+        whole=whole,
     )
 
 
@@ -156,11 +163,9 @@ def reserve(free: int | None) -> int:
 def refusal(plan: MemoryPlan, name: str) -> UsageError:
     """Why a model cannot run in the memory that is free, with the figures and what would fit."""
     if plan.lacks_space:
-        beside = plan.dense + plan.context + plan.compute
-        needed = min(plan.needed(plan.n_expert), beside + plan.mapped)
         return UsageError(
-            f"{name} needs {size(needed)} of address space, used or not, and `ulimit -v` leaves {size(plan.space or 0)}: raise "
-            "it (`ulimit -v unlimited`), or take a smaller model."
+            f"{name} needs {size(plan.least_space)} of address space, used or not, and `ulimit -v` leaves "
+            f"{size(plan.space or 0)}: raise it (`ulimit -v unlimited`), or take a smaller model."
         )
     needed, free = plan.needed(plan.n_used), plan.free or 0
     parts = (
