@@ -102,6 +102,7 @@ def logits(llm: Llama, tokens: list[int], before: Callable[[int], None]) -> np.n
     return np.array(rows)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0"])
 def test_another_capacity_changes_memory_and_no_logits(alone: Path, routing: str) -> None:
     tokens = [int(t) for t in np.random.default_rng(1).integers(5, 200, 50)]
@@ -122,6 +123,7 @@ def test_another_capacity_changes_memory_and_no_logits(alone: Path, routing: str
         assert len(set(seen)) > 2
 
 
+@pytest.mark.engine
 def test_the_watch_takes_memory_back_and_gives_it_again(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the free memory falls and rises; nothing computes meanwhile."""
     header_free = [GIB]
@@ -157,6 +159,7 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.engine
 def test_a_model_that_follows_the_memory_can_be_dropped_and_pickled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "available_memory", lambda **_: 70 * MIB)
     with contextlib.closing(Llama(str(tiny), budget="auto", io="direct", n_ctx=64, n_threads=1, verbose=False)) as llm:
@@ -191,6 +194,7 @@ def test_layers_of_unequal_shares_stay_within_a_smaller_budget() -> None:
         bindings.lib.cr_hook_free(handle)
 
 
+@pytest.mark.engine
 def test_a_signal_handler_may_change_the_capacity_and_not_close(alone: Path) -> None:
     """It runs in the thread that computes, in the middle of a token."""
     tokens = [int(t) for t in np.random.default_rng(3).integers(5, 200, 60)]
