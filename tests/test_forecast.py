@@ -100,8 +100,9 @@ def test_the_prior_is_the_demo_models_on_its_shape() -> None:
     assert misses.expected(32, 8, 32, ORIGINAL, "soft-lfu") == misses.MissRate(0.0, 0.0, 0.0)
 
 
-def test_what_was_scored_counts_before_the_prior(own_cache: Path, tiny: Path) -> None:
-    head = {"format": "cacheroute-scores-2", "model": gguf_file.fingerprint(tiny), "text": "a"}
+@pytest.mark.parametrize("kind", ["cacheroute-scores-2", "cacheroute-scores-3"])
+def test_what_was_scored_counts_before_the_prior(own_cache: Path, tiny: Path, kind: str) -> None:
+    head = {"format": kind, "model": gguf_file.fingerprint(tiny), "text": "a"}
     cell = {"chunk": 0, "routing": "original", "budget": 16, "eviction": "soft-lfu", "selected": 4000, "misses": [300, 500]}
     other = [{**cell, "budget": 8}, {**cell, "eviction": "lru"}, {**cell, "routing": "pruning:k=2.0"}]
     scores = own_cache / "scores"

@@ -29,6 +29,7 @@ from cacheroute.model import gguf_file
 from cacheroute.native import bindings
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.routing.strategies import Routing
+from cacheroute.trace import score_files
 from cacheroute.trace.simulate import Replay
 
 if TYPE_CHECKING:
@@ -227,9 +228,9 @@ def session(
 
 
 def _kept_cells(model: Path, text: str) -> ResultsFile:
-    kept = kept_scores(model, text, "cacheroute-scores-3", _from_json)
-    if _score_file(_header(model, text, "cacheroute-scores-2")).exists():  # an earlier version's: scores without a KL
-        kept.lines = [*kept_scores(model, text, "cacheroute-scores-2", _from_json).lines, *kept.lines]
+    kept = kept_scores(model, text, score_files.FORMAT, _from_json)
+    if _score_file(_header(model, text, score_files.EARLIER)).exists():
+        kept.lines = [*kept_scores(model, text, score_files.EARLIER, _from_json).lines, *kept.lines]
     return kept
 
 

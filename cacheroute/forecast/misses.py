@@ -17,7 +17,7 @@ from cacheroute.files import cache_dir
 from cacheroute.model import gguf_file
 from cacheroute.routing import strategies
 from cacheroute.routing.strategies import Routing
-from cacheroute.trace import forced_scores, simulate
+from cacheroute.trace import forced_scores, score_files, simulate
 
 LOCALITIES: dict[str, dict[str, float]] = {
     "high": {"rho": 0.4, "skew": 0.6},
@@ -27,7 +27,6 @@ LOCALITIES: dict[str, dict[str, float]] = {
 """Parameters of synthetic scores: little is missed, as on the demo model, much. With the E and K of the four models of arXiv
 2412.00099, LRU and half of the experts, they miss 18 to 30%, 32 to 38% and 40 to 43%; the paper measured 22 to 40%."""
 _LAYERS, _SKIPPED, _TOKENS = 4, 128, 256
-_FORMAT = "cacheroute-scores-2"  # of evals/loading.py
 _LONGEST_FILE = 2**28
 _OTHER_TEXT = (
     1.15  # between kinds of text the demo model's misses differ by about so much (scripts/LOG.md, "Experts of earlier runs")
@@ -95,7 +94,7 @@ def recorded(model: Path, capacity: int, eviction: str) -> dict[str, tuple[int, 
                 continue
             with file.open(encoding="utf-8") as lines:
                 head = json.loads(next(lines))
-                if head.get("format") != _FORMAT or head.get("model") != fingerprint:
+                if head.get("format") not in (score_files.FORMAT, score_files.EARLIER) or head.get("model") != fingerprint:
                     continue
                 for line in lines:
                     cell = json.loads(line)
