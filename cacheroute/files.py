@@ -229,6 +229,25 @@ def replaced(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def recalled(file: Path) -> dict[str, Any]:
+    """What remember() has kept; {} where nothing is, or it cannot be read."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def remember(file: Path, known: dict[str, Any]) -> bool:
+    """Keeps what was measured for the next run. Whether it is written; if not, that run measures again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, known, force=True)
+    except (OSError, CacherouteError):
+        return False
+    return True
+
+
 def write_json(path: Path, content: dict[str, Any], *, force: bool) -> None:
     """Writes a JSON file whole or not at all. Raises UsageError when it exists unless `force`, CacherouteError when it cannot."""
     check_new(path, force=force)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cacheroute.install.machine import held_seconds, own_cores
+from cacheroute.install.machine import held_seconds, own_cores, processor_ticks
 
 _ROOT = Path("/")
 
@@ -64,10 +64,7 @@ def between(before: Snapshot, after: Snapshot, own_seconds: float) -> Conditions
 def _processor_seconds(root: Path) -> tuple[float | None, float]:
     """Seconds that programs have run on this process's cores, interrupts left out, as reads cause them; and stolen ones."""
     try:
-        lines = [line.split() for line in (root / "proc/stat").read_text("ascii").splitlines()]
-        tick = os.sysconf("SC_CLK_TCK")
-        own = {f"cpu{i}" for i in own_cores()}
-        counts = [[int(n) for n in line[1:]] for line in lines if line and line[0] in own]
+        tick, counts = os.sysconf("SC_CLK_TCK"), processor_ticks(root / "proc/stat")
         # user, nice, system, idle, iowait, irq, softirq, steal
         return sum(sum(n[:3]) for n in counts) / tick if counts else None, sum(n[7] for n in counts if len(n) > 7) / tick
     except (OSError, ValueError):

@@ -93,8 +93,8 @@ class _Command(typer.core.TyperCommand):
             progress.show_loads()
             for parameter in self.params:
                 options.check_number(max(parameter.opts, key=len), ctx.params.get(parameter.name))
-            if any(name.startswith("CACHEROUTE_") for name in os.environ) and ctx.info_name != "doctor":
-                for sentence in defaults.strange(defaults.options_of_all(ctx.find_root().command)):
+            if ctx.info_name != "doctor":  # which tells them itself
+                for sentence in defaults.strange(ctx.find_root().command):
                     say(sentence)
             for sentence in defaults.lossy(ctx):
                 say(sentence)

@@ -18,6 +18,7 @@ from cacheroute import interrupts
 from cacheroute.cli import options, progress, summary
 from cacheroute.cli import sampling as sampling_options
 from cacheroute.cli.settings import Settings, say_start
+from cacheroute.cli.settings import load as load_model
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import decoded, expanded, is_text
@@ -79,26 +80,15 @@ def chat(
     """
     if n_predict == 0:
         raise UsageError("An answer of no tokens is none: give -n 1 or more, or -1.")
-    if verbose and quiet:
-        raise UsageError("-v asks for more and -q for less; give one of them.")
+    options.check_verbosity(verbose=verbose, quiet=quiet)
     constraints = sampling_options.constraints(stop, grammar, grammar_file, json_schema, json_schema_file, logit_bias)
     from cacheroute.engine.conversation import Conversation, check_template
-    from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
 
     path = catalogue.resolve(model)
     settings = Settings(budget, routing, eviction, io, prefetch, prompt_routing)
     context_memory.check(path, ctx_size)
-    n_threads = options.threads(threads)
-    llm = Llama(
-        str(path),
-        **vars(settings),
-        flash_mbps=flash_mbps,
-        n_ctx=ctx_size,
-        n_threads=n_threads,
-        n_threads_batch=n_threads,
-        verbose=False,
-    )
+    llm = load_model(path, settings, n_ctx=ctx_size, n_threads=threads, flash_mbps=flash_mbps)
     with closing(llm), progress.PromptLine(verbose=False) as llm.prompt_progress:
         check_template(llm)
         conversation = Conversation(llm, system, constraints=constraints)

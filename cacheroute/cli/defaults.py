@@ -5,7 +5,6 @@ Values are read as if they were typed behind their option, so that a wrong one i
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -33,6 +32,7 @@ _FOR_ANSWERS = (
 _ANSWERS = ("generate", "chat", "serve")
 _NEVER = ("force", "replace")
 """An option that replaces what a person has is given where it happens."""
+_PREFIX = "CACHEROUTE_"
 _OTHER_VARIABLES = ("CACHEROUTE_CACHE", "CACHEROUTE_CONFIG", "CACHEROUTE_LIBRARY")
 META = "cacheroute.defaults"
 """Where a context keeps what of() has found."""
@@ -120,8 +120,8 @@ def _check(path: Path, name: str, key: str, options: Mapping[str, Mapping[str, A
 
 
 def _meant(word: str, known: Mapping[str, Any] | set[str]) -> str:
-    close = difflib.get_close_matches(word, [*known], 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    question = did_you_mean(word, known)
+    return f"; {question}" if question else ""
 
 
 def _place(name: str, key: str) -> str:
@@ -272,8 +272,11 @@ def _variables(options: Mapping[str, Mapping[str, Any]]) -> set[str]:
     return own | {variable("", key) for key in (*_FOR_ALL, *_FOR_ANSWERS)}
 
 
-def strange(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence on each variable that looks like a setting and sets nothing."""
+def strange(group: Any) -> list[str]:
+    """A sentence on each variable that looks like a setting of the group's commands and sets nothing."""
+    if not any(name.startswith(_PREFIX) and name not in _OTHER_VARIABLES for name in os.environ):
+        return []
+    options = options_of_all(group)
     names = _variables(options) | {*_OTHER_VARIABLES}
     return [f"{name} sets nothing; {did_you_mean(name, names, 'unset it')}" for name in strange_variables(options)]
 
@@ -281,4 +284,4 @@ def strange(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def strange_variables(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Variables that look like settings and set nothing."""
     known = _variables(options) | {*_OTHER_VARIABLES}
-    return sorted(name for name in os.environ if name.startswith("CACHEROUTE_") and name not in known)
+    return sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in known)

@@ -15,7 +15,7 @@ from cacheroute import interrupts
 from cacheroute.cli import options, progress, prompts_file, summary
 from cacheroute.cli import prompt as prompt_text
 from cacheroute.cli import sampling as sampling_options
-from cacheroute.cli.settings import Settings, say_start
+from cacheroute.cli.settings import Settings, load, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.files import MIB
@@ -110,8 +110,7 @@ def generate(
     output = output or ("text" if prompts is None else "jsonl")
     if output not in ("text", "json", "jsonl"):
         raise UsageError(f"There is no output {output!r}; there are text, json and jsonl.")
-    if verbose and quiet:
-        raise UsageError("-v asks for more and -q for less; give one of them.")
+    options.check_verbosity(verbose=verbose, quiet=quiet)
     if prompt and len(prompt) > 1:
         raise UsageError(f"-p is given {len(prompt)} times; write one text, or many with --prompts.")
     if raw and system:
@@ -124,7 +123,6 @@ def generate(
     task = task_profile.load(warm_start) if warm_start else None
     from cacheroute.engine import completion
     from cacheroute.engine import prompt_cache as caches
-    from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
 
     if prompt_cache:
@@ -132,17 +130,8 @@ def generate(
     path = catalogue.resolve(model)
     context_memory.check(path, ctx_size)
     settings = Settings(budget, routing, eviction, io, prefetch, prompt_routing)
-    llm = Llama(
-        str(path),
-        **vars(settings),
-        flash_mbps=flash_mbps,
-        n_ctx=ctx_size,
-        n_ubatch=ubatch_size,
-        n_threads=options.threads(threads),
-        n_threads_batch=options.threads(threads),
-        seed=seed,
-        verbose=False,
-    )
+    more = {"n_ubatch": ubatch_size, "seed": seed}
+    llm = load(path, settings, n_ctx=ctx_size, n_threads=threads, flash_mbps=flash_mbps, **more)
     if task:
         llm.warm(task)
     sampling: dict[str, Any] = dict(temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty)

@@ -113,6 +113,12 @@ QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No statistics,
 FileOption = Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")]
 
 
+def check_verbosity(*, verbose: bool, quiet: bool) -> None:
+    """Raises UsageError where both are asked for."""
+    if verbose and quiet:
+        raise UsageError("-v asks for more and -q for less; give one of them.")
+
+
 def threads(asked: int | None) -> int:
     """`asked`, or the fast cores that this process may use."""
     return asked or big_cores()

@@ -10,7 +10,7 @@ import typer
 
 from cacheroute import interrupts
 from cacheroute.cli import options
-from cacheroute.cli.settings import Settings, say_start
+from cacheroute.cli.settings import Settings, load, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB, is_text
@@ -61,23 +61,13 @@ def serve(
             raise
         raise CacherouteError(f"`cacheroute serve` needs {e.name}; run `python -m pip install {_PACKAGES}`.") from None
     from cacheroute.engine.completion import has_chat_template
-    from cacheroute.engine.llama import Llama
     from cacheroute.model import catalogue, context_memory
 
     path = catalogue.resolve(model)
     settings = Settings(budget, routing, eviction, io, 0, prompt_routing)
     context_memory.check(path, ctx_size)
-    n_threads = options.threads(threads)
     with closing(server.bind(host, port, timeout)) as bound:  # before the model is loaded, which takes long
-        llm = Llama(
-            str(path),
-            **vars(settings),
-            flash_mbps=flash_mbps,
-            n_ctx=ctx_size,
-            n_threads=n_threads,
-            n_threads_batch=n_threads,
-            verbose=False,
-        )
+        llm = load(path, settings, n_ctx=ctx_size, n_threads=threads, flash_mbps=flash_mbps)
         with closing(llm):
             say_start(llm, settings)
             if not has_chat_template(llm):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cacheroute.cli import options
 from cacheroute.cli.terminal import say
-from cacheroute.forecast.line import first_line, held
 from cacheroute.routing import tuned
 
 if TYPE_CHECKING:
@@ -29,11 +29,28 @@ class Settings:
     prompt_routing: str
 
 
+def load(path: Path, settings: Settings, *, n_ctx: int, n_threads: int | None, flash_mbps: float | None, **more: Any) -> Llama:
+    """The model of a command that answers. `n_threads` as options.threads() takes them; `more`: as Llama."""
+    from cacheroute.engine.llama import Llama
+
+    threads = options.threads(n_threads)
+    own: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        "flash_mbps": flash_mbps,
+        "verbose": False,
+    }
+    return Llama(str(path), **vars(settings), **own, **more)
+
+
 def say_start(llm: Llama, asked: Settings, *, quiet: bool = False) -> None:
     """What is in memory, how the rest is read, and what is lossy; from now on that the budget follows the free memory.
 
     `quiet`: only what costs quality, and that memory is short.
     """
+    from cacheroute.forecast.line import first_line  # not at the start of every command
+
     if not quiet:
         own = {"routing": str(llm.routing), "eviction": llm.eviction, "n_threads": llm.n_threads, "flash_mbps": llm.flash_mbps}
         say(first_line(llm.header, llm.layout, llm.budget.capacity, llm.io, **own))
@@ -46,6 +63,8 @@ def say_start(llm: Llama, asked: Settings, *, quiet: bool = False) -> None:
 
 def said_changes(layout: ExpertLayout, budget: Budget) -> Callable[[Budget], None]:
     """For Llama.budget_changed: a line on stderr when a budget has become smaller, or as large as it was at first."""
+    from cacheroute.forecast.line import held
+
     last = budget
 
     def changed(now: Budget) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cacheroute.engine import stores
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.memory_plan import MemoryPlan
 from cacheroute.routing import budget as budgets
@@ -9,6 +10,12 @@ from cacheroute.routing import prompt_routing as prompts
 from cacheroute.routing import tuned
 from cacheroute.routing.prompt_routing import PromptRouting
 from cacheroute.routing.strategies import Routing
+
+
+def follows_memory(budget: str | float | None, routing: str | Routing | None, io: str) -> bool:
+    """Whether a budget is "auto", and memory is kept at all."""
+    return budgets.is_auto(budget) and io != stores.NONE and routing is not None
+
 
 Chosen = tuple[str | float | None, str | Routing | None, str, str | PromptRouting]
 """Budget, routing, eviction and prompt routing."""
@@ -22,7 +29,7 @@ def resolve(
     eviction: str,
     prompt_routing: str | PromptRouting,
 ) -> Chosen:
-    """As given, but for "auto", by the `plan` (None: the budget is not "auto"), and "tuned".
+    """As given, but for "auto", by the `plan` (None: the budget does not follow the memory), and "tuned".
 
     A tuned routing holds for one budget: with "auto" it is the largest that fits and has been tuned for. Where all experts fit,
     nothing is read, and a tuned routing has nothing to save: then it is "original".
@@ -39,6 +46,8 @@ def resolve(
         elif any(asked):
             known = tuned.capacities(layout.paths[0], routing=asked[0])
             budget = max((c for c in known if c <= most), default=most)
+    elif budgets.is_auto(budget):
+        budget = None
     if isinstance(routing, str):
         routing, eviction = tuned.resolve(layout.paths[0], budget, routing, eviction)
     if isinstance(prompt_routing, str):

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cacheroute.install.machine import processor_ticks
+
 _STAT = Path("/proc/stat")
 _PERIOD = 0.25  # seconds between two looks: a tick of the kernel's count is 0.01
 _SMOOTH = 0.6  # the weight of the last look
@@ -34,10 +36,8 @@ class Busy:
 def busy() -> Busy | None:
     """None where the system does not tell (Android, macOS)."""
     try:
-        own = {f"cpu{i}" for i in os.sched_getaffinity(0)}
-        lines = [line.split() for line in _STAT.read_text("ascii").splitlines()]
         # user, nice, system, irq and softirq; not idle, iowait, and what another machine takes
-        ticks = sum(sum(int(words[i]) for i in (1, 2, 3, 6, 7)) for words in lines if words and words[0] in own)
+        ticks = sum(sum(counts[i] for i in (0, 1, 2, 5, 6)) for counts in processor_ticks(_STAT))
         return Busy(time.process_time(), ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, ValueError, IndexError, AttributeError):
         return None

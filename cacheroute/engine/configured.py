@@ -66,12 +66,12 @@ class ConfiguredLlama(SequenceLlama):
         self._check_usable()
         own = {"paced": self._flash_mbps is not None, "loaded": self._loaded}
         plan = None
-        if budgets.is_auto(budget):
+        if self._loaded and budgets.is_auto(budget):
+            budget = "all"
+        elif choice.follows_memory(budget, routing, io):
             free = available_memory(ulimits=False)
             more = None if free is None else free + self.resident_bytes
-            budget = "all" if self._loaded else None
-            if not self._loaded and io != stores.NONE and routing is not None:
-                plan = memory_plan.of(self.header, self.layout, n_ctx=self._n_ctx, loaded=True, whole=False, free=more)
+            plan = memory_plan.of(self.header, self.layout, n_ctx=self._n_ctx, loaded=True, whole=False, free=more)
         budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, **own)
         if settings.routing and settings.io not in ("none", "load"):

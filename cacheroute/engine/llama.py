@@ -135,12 +135,10 @@ class Llama(ConfiguredLlama):
         arguments.check_pace(flash_mbps)
         paced = flash_mbps is not None
         plan = None
-        if budgets.is_auto(budget):
-            budget = None
-            if io != stores.NONE and routing is not None:  # else no memory is kept
-                own = {"n_ctx": kwargs.get("n_ctx", 512), "flash_attn": bool(kwargs.get("flash_attn"))}
-                whole = io in (stores.AUTO, stores.LOAD) and not paced and not prefetch
-                plan = memory_plan.of(header, self.layout, whole=whole, **own)
+        if choice.follows_memory(budget, routing, io):
+            own = {"n_ctx": kwargs.get("n_ctx", 512), "flash_attn": bool(kwargs.get("flash_attn"))}
+            whole = io in (stores.AUTO, stores.LOAD) and not paced and not prefetch
+            plan = memory_plan.of(header, self.layout, whole=whole, **own)
         budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, paced=paced)
         self._loaded = settings.io == stores.LOAD

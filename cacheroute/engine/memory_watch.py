@@ -53,7 +53,7 @@ def fitting(
         fits = (budget - max(reserve - left, 0) - swapped) // plan.expert_bytes
         return min(max(fits, plan.n_used), capacity)
     # what grows is counted when it has grown: the experts that the budget has room for, and what the next prompt takes
-    beside = reserve + plan.compute + plan.layer_bytes * (plan.n_expert - capacity)
+    beside = reserve + plan.compute + plan.prompt_reserve(capacity)
     spare = (free + resident - capacity * plan.expert_bytes - beside) // plan.expert_bytes
     return min(capacity + spare, most) if calm and spare > 0 and capacity < most else capacity
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import cache_dir, write_json
+from cacheroute.files import cache_dir, recalled, remember
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.native import bindings
 
@@ -136,7 +134,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     """
     file = cache_dir() / "io.json"
     key = _place(os.stat(arguments[0][0]).st_dev, layout)
-    known = _known(file)
+    known = recalled(file)
     if known.get(key) in (DIRECT, BUFFERED):
         return str(known[key])
     stores: dict[str, int] = {}
@@ -149,7 +147,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
             bindings.lib.cr_store_free(store)
     best = faster(seconds)
     times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
-    kept = _remember(file, known | {key: best})
+    kept = remember(file, known | {key: best})
     remember_speeds(layout, {io: layout.layers[0].expert_bytes / s / 1e6 for io, s in seconds.items()})
     if best == BUFFERED:
         _say(f"reads buffered ({times} an expert); " + (f"this is kept in {file}." if kept else f"{file} cannot be written."))
@@ -169,7 +167,7 @@ def _place(device: int, layout: ExpertLayout) -> str:
 def speeds(layout: ExpertLayout, rounds: int = 1) -> dict[str, float]:
     """10^6 bytes a second by io, as they were measured on this filesystem with experts of about this size, in so many rounds at
     least; {}: they were not."""
-    found = _known(cache_dir() / _SPEEDS).get(_place(layout.paths[0].stat().st_dev, layout))
+    found = recalled(cache_dir() / _SPEEDS).get(_place(layout.paths[0].stat().st_dev, layout))
     if not isinstance(found, dict) or found.get(_ROUNDS_KEPT, 0) < rounds:
         return {}
     return {io: float(found[io]) for io in (DIRECT, BUFFERED) if found.get(io, 0) > 0}
@@ -181,7 +179,7 @@ def remember_speeds(layout: ExpertLayout, measured: dict[str, float], rounds: in
         if rounds > 1 or not speeds(layout):
             file = cache_dir() / _SPEEDS
             kept = {**measured, _ROUNDS_KEPT: rounds}
-            _remember(file, _known(file) | {_place(layout.paths[0].stat().st_dev, layout): kept})
+            remember(file, recalled(file) | {_place(layout.paths[0].stat().st_dev, layout): kept})
 
 
 def measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:
@@ -202,21 +200,3 @@ def measure(stores: dict[str, int], layout: ExpertLayout) -> dict[str, float]:
             spent[name] += time.perf_counter() - start
         done += 1
     return {name: s / (done * n) for name, s in spent.items()}
-
-
-def _known(file: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _remember(file: Path, known: dict[str, Any]) -> bool:
-    """Whether it is written; if not, the next run measures again."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, known, force=True)
-    except (OSError, CacherouteError):
-        return False
-    return True

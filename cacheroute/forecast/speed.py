@@ -5,16 +5,13 @@ What was measured while other programs took the processors is used once, and not
 
 from __future__ import annotations
 
-import contextlib
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import CacherouteError
-from cacheroute.files import cache_dir, write_json
+from cacheroute.files import cache_dir, recalled, remember
 from cacheroute.forecast import kernels
 from cacheroute.forecast.crowd import Look
 from cacheroute.forecast.kernels import TypeSpeed
@@ -128,11 +125,8 @@ def _processor(root: Path = Path("/")) -> str:
 
 
 def _kept() -> dict[str, Any]:
-    try:
-        content = json.loads(_file().read_text(encoding="utf-8"))
-        machines = content["machines"] if (content["format"], content["version"]) == (FORMAT, VERSION) else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+    content = recalled(_file())
+    machines = content.get("machines") if (content.get("format"), content.get("version")) == (FORMAT, VERSION) else {}
     return machines if isinstance(machines, dict) else {}
 
 
@@ -157,6 +151,4 @@ def _keep(found: ComputeSpeed) -> None:
     """Where the cache folder can be written; if not, the next run measures again."""
     kept = {name: value for name, value in asdict(found).items() if name not in ("n_threads", "crowded")}
     machines = _kept() | {_key(found.n_threads): kept}
-    with contextlib.suppress(OSError, CacherouteError):
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_file(), {"format": FORMAT, "version": VERSION, "machines": machines}, force=True)
+    remember(_file(), {"format": FORMAT, "version": VERSION, "machines": machines})

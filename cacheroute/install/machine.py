@@ -18,6 +18,14 @@ def own_cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+def processor_ticks(stat: Path = Path("/proc/stat")) -> list[list[int]]:
+    """What the kernel has counted for each core that this process may use, in ticks (SC_CLK_TCK): user, nice, system, idle,
+    iowait, irq, softirq, steal, and what newer kernels add. Raises OSError or ValueError where it does not tell."""
+    own = {f"cpu{i}" for i in own_cores()}
+    lines = [line.split() for line in stat.read_text("ascii").splitlines()]
+    return [[int(n) for n in words[1:]] for words in lines if words and words[0] in own]
+
+
 def big_cores(root: Path = Path("/")) -> int:
     """Cores that this process may use and that are at least half as fast as the fastest: a thread on a slow one holds up others.
 

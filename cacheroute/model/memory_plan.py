@@ -50,10 +50,14 @@ class MemoryPlan:
 
     def needed(self, capacity: int) -> int:
         """Bytes that the model takes at most with `capacity` experts of each layer in memory, the reserve not counted."""
-        beside = self.dense + self.context + self.compute
         if capacity >= self.n_expert:
-            return beside + self.embedding + self.n_expert * self.file_expert_bytes
-        return beside + capacity * self.expert_bytes + self.prompt_reserve(capacity)
+            return self._beside + self.embedding + self.n_expert * self.file_expert_bytes
+        return self._beside + capacity * self.expert_bytes + self.prompt_reserve(capacity)
+
+    @property
+    def _beside(self) -> int:
+        """Bytes beside the experts."""
+        return self.dense + self.context + self.compute
 
     @property
     def lacks_space(self) -> bool:
@@ -63,7 +67,7 @@ class MemoryPlan:
     @property
     def least_space(self) -> int:
         """Bytes of address space that the model takes, used or not."""
-        mapped = self.dense + self.context + self.compute + self.mapped
+        mapped = self._beside + self.mapped
         return min(self.needed(self.n_expert), mapped) if self.whole else mapped
 
     def prompt_reserve(self, capacity: int) -> int:
@@ -79,7 +83,7 @@ class MemoryPlan:
             return None
         if self.free is None or (everything <= self.free - self.reserve and (self.space is None or everything <= self.space)):
             return self.n_expert
-        left = self.free - self.reserve - self.dense - self.context - self.compute - self.layer_bytes * self.n_expert
+        left = self.free - self.reserve - self._beside - self.layer_bytes * self.n_expert
         each = self.expert_bytes - self.layer_bytes
         most = left // each if each else (self.n_expert - 1 if left >= 0 else 0)
         most = min(most, self.n_expert - 1)

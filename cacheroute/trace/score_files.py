@@ -1,5 +1,5 @@
-"""The names of the formats of the files of scores in the user's cache: `eval`, `tune` and `frontier` write them (evals/scorer.py),
-and what they say of misses goes into a forecast (forecast/misses.py)."""
+"""The formats of the files of scores in the user's cache: evals/scorer.py writes them, and what they say of misses goes into a
+forecast (forecast/misses.py)."""
 
 from __future__ import annotations
 
