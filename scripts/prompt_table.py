@@ -2,7 +2,8 @@
 
 `python scripts/prompt_table.py model.gguf --tokens 32,128,512 --flash-mbps 500,1000,2000,0` evaluates random tokens, each prompt
 from an empty cache, the arms of a repetition in turns. The floor of a prompt is max(compute, distinct MiB / speed of the flash):
-compute is the same prompt with all experts in memory, distinct MiB are the experts that it uses, each once. With --turns a
+compute is the same prompt with all experts in memory, distinct MiB are the experts that it uses, each once. With --control
+llama.cpp's own mmap evaluates it, too, in a process limited to the same memory, as fast as the disk. With --turns a
 conversation is measured instead: so many turns of --tokens tokens after each other, each with 20 decoded tokens after it.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cacheroute import Llama
+from cacheroute.bench import control
 from cacheroute.engine import micro_batch
 from cacheroute.errors import CacherouteError
 from cacheroute.files import MIB
@@ -30,7 +32,7 @@ from cacheroute.install.machine import cores
 ARMS = {"ahead": True, "not ahead": False}  # read_ahead
 COLUMNS = (
     "tokens", "flash", "compute s", "distinct MiB", "floor s", "first token s", "share of the floor", "without reading ahead",
-    "read/distinct", "over budget",
+    "read/distinct", "over budget", "llama.cpp's own mmap s",
 )  # fmt: skip
 DECODED = 20  # tokens after each turn
 MB = 1e6
@@ -80,6 +82,17 @@ def own_speed(llm: Llama, io: str) -> float:
     return read / MB / (time.perf_counter() - start)
 
 
+def control_seconds(llm: Llama, budget: str, tokens: list[int], repetitions: int) -> list[float]:
+    """Of the prompt in llama.cpp's own process, limited to what it needs beside the experts, and the budget."""
+    limit = control.limit_for(llm, budget, tokens, len(tokens))
+    seconds = []
+    for _ in range(repetitions):
+        limit, (run, _) = control.run(llm, limit, tokens, len(tokens), 0, repack=False)
+        assert run
+        seconds.append(run.seconds)
+    return seconds
+
+
 def table(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
     yield "| " + " | ".join(COLUMNS) + " |"
     yield "|---" * len(COLUMNS) + "|"
@@ -101,6 +114,7 @@ def table(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
                     shares.setdefault((flash, name), []).append(floor / got.seconds)
                     if name == "ahead":
                         rows.setdefault(flash, []).append((compute, floor, got))
+        beside = control_seconds(llm, args.budget, tokens, args.repetitions) if args.control else []
         for flash, seen in rows.items():
             last = seen[-1][2]
             cells = (
@@ -114,6 +128,7 @@ def table(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
                 spread(shares.get((flash, "not ahead"), [])),
                 f"{last.read / last.distinct:.3f}",
                 f"{last.over / MIB:.0f} MiB",
+                spread(beside),
             )
             yield "| " + " | ".join(map(str, cells)) + " |"
 
@@ -172,6 +187,7 @@ def main() -> int:
     )
     parser.add_argument("--io", default="direct")
     parser.add_argument("--arms", type=several(str), default=list(ARMS), help="ahead, not ahead")
+    parser.add_argument("--control", action="store_true")
     parser.add_argument("--turns", type=int, default=0)
     parser.add_argument("--prompt-routing", type=several(str), default=["keep:cover=0.7"])
     parser.add_argument("-r", "--repetitions", type=int, default=3)
