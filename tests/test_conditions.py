@@ -108,3 +108,18 @@ def test_misses_that_no_device_has_answered_are_a_reason() -> None:
     (said,) = reasons(run(device_bytes=MIB))
     assert said.startswith("the device delivered 1.0 of 8.0 MiB: ")
     assert reasons(run(device_bytes=None)) == () and reasons(run(device_bytes=0, counters=Counters())) == ()
+
+
+def test_a_kernel_that_reads_far_ahead_is_a_reason_against_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model.gguf"
+    model.touch()
+    setting = conditions.read_ahead_setting(model, tmp_path)
+    monkeypatch.setattr(doubts, "read_ahead_setting", lambda _: setting)
+    monkeypatch.setattr(doubts, "read_ahead_kib", lambda path: conditions.read_ahead_kib(path, tmp_path))
+    assert doubts.of_mapping(model) == (), "the kernel does not tell"
+    setting.parent.mkdir(parents=True)
+    setting.write_text("8192\n")
+    (said,) = doubts.of_mapping(model)
+    assert said.startswith("the kernel fetches 8192 KiB around a missing page here") and f"echo 128 >{setting}" in said
+    setting.write_text("128\n")
+    assert doubts.of_mapping(model) == ()

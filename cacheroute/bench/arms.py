@@ -295,6 +295,7 @@ def _row(
     foreign = [run.foreign_bytes for run in runs if run.foreign_bytes is not None]
     device = [run.device_bytes for run in runs if run.device_bytes is not None]
     hooked = not arm.control
+    against = () if hooked else doubts.of_mapping(llm.layout.paths[0])
     return Row(
         model=llm.metadata.get("general.name", llm.model_path),
         test=f"pp{n_prompt}" if prompt else f"tg{n_gen}" + (f" @ d{n_prompt}" if n_prompt else ""),
@@ -337,7 +338,7 @@ def _row(
         ttft_s=ttft,
         lossy=settings.lossy and hooked,
         other_cores=doubts.other_cores(runs),
-        doubts=doubts.of(runs, llm.n_threads, cores(), hooked=hooked),
+        doubts=doubts.of(runs, llm.n_threads, cores(), hooked=hooked) + against,
     )
 
 

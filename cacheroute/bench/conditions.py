@@ -61,6 +61,20 @@ def between(before: Snapshot, after: Snapshot, own_seconds: float) -> Conditions
     )
 
 
+def read_ahead_kib(path: Path, root: Path = _ROOT) -> int | None:
+    """How much the kernel reads around a missing page of a mapped file, in KiB; None where it does not tell."""
+    try:
+        return int(read_ahead_setting(path, root).read_text("ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_ahead_setting(path: Path, root: Path = _ROOT) -> Path:
+    """The kernel's file with that number, for the device that holds `path`. Raises OSError."""
+    device = path.stat().st_dev
+    return root / f"sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+
+
 def _processor_seconds(root: Path) -> tuple[float | None, float]:
     """Seconds that programs have run on this process's cores, interrupts left out, as reads cause them; and stolen ones."""
     try:
