@@ -169,7 +169,8 @@ class Llama(ConfiguredLlama):
         self._files = OpenFiles(self.layout.paths)
         refused: list[str] = []
         try:
-            with log.errors(verbose=kwargs.get("verbose", True)) as refused:
+            dense = () if self._loaded else self.layout.dense_ranges
+            with log.errors(verbose=kwargs.get("verbose", True)) as refused, self._files.fetched(dense):
                 super().__init__(str(path), use_mmap=False, **kwargs)
         except ValueError as e:
             raise CacherouteError(f"llama.cpp cannot load {path}: {log.reason(refused) or e}.") from e

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cacheroute.errors import CacherouteError
@@ -38,6 +40,29 @@ class OpenFiles:
         for name, fd, seen in zip(self._names, self._fds, self._seen, strict=True):
             if self._look(fd) != seen:
                 raise CacherouteError(f"{name} was changed after it was loaded; load the model again.")
+
+    @contextlib.contextmanager
+    def fetched(self, ranges: Sequence[tuple[int, int, int]]) -> Iterator[None]:
+        """Within it, the kernel is asked for these ranges, in their order and many at a time, before they are used: a load that
+        waits for each of its pages leaves a flash idle. `ranges`: file, offset, bytes. Changes nothing but the time."""
+        over = threading.Event()
+
+        def ask() -> None:
+            for file, offset, nbytes in ranges:
+                if over.is_set():
+                    return
+                with contextlib.suppress(OSError):  # a filesystem that takes no advice
+                    os.posix_fadvise(self._fds[file], offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+        thread = threading.Thread(target=ask, daemon=True) if hasattr(os, "posix_fadvise") else None
+        if thread:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            if thread:
+                thread.join()
 
     def close(self) -> None:
         while self._fds:

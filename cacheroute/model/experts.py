@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,8 @@ class ExpertLayout:
     """The experts of a model: E `n_expert` and K `n_used` per layer, of `layers`; `model` is its name, "" if it has none.
 
     `dense_bytes` are always in memory. `embedding_bytes` are those of the token embeddings where these stay in the file
-    (patches/0002): a token reads its row of them.
+    (patches/0002): a token reads its row of them. `dense_ranges`: file, offset and bytes of the other tensors, in the order of
+    the file; what follows each other is one range.
     """
 
     paths: tuple[Path, ...]
@@ -90,6 +92,7 @@ class ExpertLayout:
     model: str = ""
     dense_bytes: int = 0
     embedding_bytes: int = 0
+    dense_ranges: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -143,7 +146,21 @@ def layout(gguf: GgufFile) -> ExpertLayout:
     embedding = sizes.get(EMBEDDING, 0) if "output.weight" in sizes else 0  # else it is the output, too, and read whole
     dense = gguf.nbytes - n_expert * sum(layer.expert_bytes for layer in layers) - embedding
     name = str(gguf.metadata.get("general.name", ""))
-    return ExpertLayout(gguf.paths, arch, n_expert, n_used, layers, name, dense, embedding)
+    mapped = {t.name for layer in layers for t in layer.tensors} | ({EMBEDDING} if embedding else set())
+    ranges = _joined((t.file, t.offset, t.nbytes) for t in gguf.tensors if t.name not in mapped)
+    return ExpertLayout(gguf.paths, arch, n_expert, n_used, layers, name, dense, embedding, ranges)
+
+
+def _joined(ranges: Iterable[tuple[int, int, int]]) -> tuple[tuple[int, int, int], ...]:
+    """Ranges of files in order; those with less than a page between them as one."""
+    joined: list[tuple[int, int, int]] = []
+    for file, offset, nbytes in sorted(ranges):
+        if joined and joined[-1][0] == file and offset - sum(joined[-1][1:]) < mmap.PAGESIZE:
+            start = joined.pop()[1]
+            joined.append((file, start, offset + nbytes - start))
+        else:
+            joined.append((file, offset, nbytes))
+    return tuple(joined)
 
 
 def _blocks_that_run(gguf: GgufFile) -> int:
