@@ -20,8 +20,8 @@ from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.evals import harness, loading
-from cacheroute.evals.perplexity import log_probabilities, score
 from cacheroute.evals.answers import TEXT, Question, Respondent
+from cacheroute.evals.perplexity import log_probabilities, score
 from cacheroute.evals.tasks import Heads, TaskScorer
 from cacheroute.evals.text import Chunk
 
