@@ -315,9 +315,7 @@ def test_an_interrupted_run_is_resumed_and_workers_find_the_same(
     assert lossy["value"] - original["value"] == pytest.approx((lossy["gained"] - lossy["lost"]) / lossy["n"])
     monkeypatch.setenv("CACHEROUTE_CACHE", str(own_cache / "other"))
     parallel = run(*settings, "--workers", 2, "-o", "jsonl")
-    timeless = [
-        [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in r.stdout.splitlines()] for r in (again, parallel)
-    ]
+    timeless = [[json.loads(line) | {"seconds": 0} for line in r.stdout.splitlines()] for r in (again, parallel)]
     assert timeless[0] == timeless[1], parallel.output
 
 
@@ -335,9 +333,8 @@ def test_mmlu_and_gsm8k_come_from_files(tiny: Path, tmp_path: Path) -> None:
 
     def ask(questions: Any) -> list[list[Any]]:
         asked.extend(questions)
-        return [
-            [[-float(i), False] for i, _ in enumerate(q.parts)] if q.kind != TEXT else ["The answer is 2."] for q in questions
-        ]
+        first_is_best = [[-float(i), False] for i in range(4)]
+        return [["The answer is 2."] if q.kind == TEXT else first_is_best for q in questions]
 
     tasks = replace(tasks, shots=2)
     results = harness.evaluate(tasks, ask)
@@ -347,12 +344,9 @@ def test_mmlu_and_gsm8k_come_from_files(tiny: Path, tmp_path: Path) -> None:
     assert {i for _, i in right} == {*harness._drawn("mmlu_anatomy", 4, 3, 5)}
     assert metrics["mmlu_anatomy", "acc"] == sum(i % 4 == 0 for _, i in right) / 3
     mmlu = [q for q in asked if q.kind != TEXT]
-    begins = (
-        "The following are multiple choice questions (with answers) about anatomy.\n\ndev question 0 and the cat?\nA. a hat\n"
-    )
-    assert all(
-        q.context.startswith(begins) and q.context.endswith("Answer:") and q.parts == (" A", " B", " C", " D") for q in mmlu
-    )
+    begins = "The following are multiple choice questions (with answers) about anatomy.\n\ndev question 0 and the cat?\nA. a"
+    assert all(q.context.startswith(begins) and q.context.endswith("Answer:") for q in mmlu)
+    assert all(q.parts == (" A", " B", " C", " D") for q in mmlu)
     assert len(mmlu) == 3 and mmlu[0].context.count("Answer:") == 3
     none = run("gsm8k", *settings)
     assert none.exit_code == 2 and "takes its 5 examples from the split 'train'" in none.stderr, none.output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,7 @@ def test_a_visible_difference_is_seen_four_times_of_five(n: int, share: float) -
 
 def test_more_questions_see_more_and_few_see_nothing() -> None:
     seen = [mcnemar.visible(n, n // 10) for n in (10, 100, 1000, 10000)]
-    assert all(a is not None and b is not None and a > b for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a is not None and b is not None and a > b for a, b in itertools.pairwise(seen))
     assert mcnemar.visible(3, 0) is None
     none_differ = mcnemar.visible(100, 0)
     assert none_differ is not None and none_differ > 0.05

@@ -59,8 +59,8 @@ def long(
     arms = rows.arms(path, layout, options.names(budget), options.names(eviction), options.names(routing))
     decodings = [evaluation.Decoding(), *([evaluation.Decoding(temp, min_p, seed)] if temp else [])]
     source = loading.Source(file, column, prompt_tokens)
-    own = {"threads": threads, "n_workers": workers, "io": io}
-    with evaluation.session(path, source, n_places, n_predict, arms, **own) as session:
+    asked = (path, source, n_places, n_predict, arms)
+    with evaluation.session(*asked, threads=threads, n_workers=workers, io=io) as session:
         if n_places < paired.FEW_BLOCKS:
             say(f"few prompts ({n_places}): the interval is rough")
         groups = [
