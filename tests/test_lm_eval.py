@@ -320,7 +320,14 @@ def test_an_interrupted_run_is_resumed_and_workers_find_the_same(
 
 
 @pytest.mark.usefixtures("installed")
-def test_mmlu_and_gsm8k_come_from_files(tiny: Path, tmp_path: Path) -> None:
+def test_mmlu_and_gsm8k_come_from_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.tasks
+
+    # lm-evaluation-harness reads thousands of task files to know its own; two folders of them will do
+    own = [str(Path(lm_eval.tasks.__file__).parent / name) for name in ("mmlu/default", "gsm8k")]
+    manager = lm_eval.tasks.TaskManager(include_path=own, include_defaults=False)
+    known = {*manager.all_tasks, *manager.all_groups, *manager.all_tags}
+    monkeypatch.setattr(harness, "_manager", lambda folder, defaults: (manager, known))
     for split, n in (("test", 4), ("dev", 2)):
         lines = [f"{split} question {i} and the cat?,a hat,the mat,it,that,{i % 4}" for i in range(n)]
         file = tmp_path / "data" / "mmlu" / split / f"anatomy_{split}.csv"

@@ -120,4 +120,4 @@ def test_the_command_resumes_and_workers_write_the_same(tiny: Path, prose: Path,
 def test_too_little_text_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("the cat was on the mat " * 4)
     result = CliRunner().invoke(app, ["eval", "long", "-m", str(tiny), "-f", str(tmp_path / "short.txt"), "--prompt-tokens", "8"])
-    assert result.exit_code == 2 and "prompts are wanted; give more text" in result.stderr, result.output
+    assert result.exit_code == 2 and "8 are wanted; give more text" in result.stderr, result.output

@@ -47,8 +47,8 @@ def compare(base: Sequence[bool], other: Sequence[bool]) -> Comparison:
 def p_value(gained: int, lost: int) -> float:
     """Of McNemar's exact two-sided test."""
     n = gained + lost
-    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n
-    return min(2 * tail, 1.0)
+    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1))
+    return min(2 * tail / (1 << n), 1.0)
 
 
 def visible(n: int, n_different: int) -> float | None:
