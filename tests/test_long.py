@@ -108,6 +108,8 @@ def test_the_command_resumes_and_workers_write_the_same(tiny: Path, prose: Path,
     monkeypatch.setattr(long.Writer, "write", lambda *_: pytest.fail("written again"))
     again = CliRunner().invoke(app, command)
     assert again.stdout == first.stdout and "8 of 8 texts are in the cache" in again.stderr
+    table = CliRunner().invoke(app, [*command[:-1], "md"]).stdout.splitlines()
+    assert len(table) == 6 and len({line.count("|") for line in table}) == 1 and "same first" in table[0]
     monkeypatch.undo()
     monkeypatch.setenv("CACHEROUTE_CACHE", str(own_cache / "other"))
     parallel = CliRunner().invoke(app, [*command, "--workers", "2"])

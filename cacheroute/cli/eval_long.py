@@ -123,18 +123,7 @@ def _conclusion(r: LongRow) -> str:
 
 
 def _cells(found: Sequence[LongRow]) -> list[list[str]]:
-    head = [
-        "decoding",
-        "budget",
-        "routing",
-        "eviction",
-        "distinct-1",
-        "-2",
-        "-4",
-        "longest repeat",
-        "of all",
-        "same tokens first",
-    ]
+    head = ["decoding", "budget", "routing", "eviction", "distinct-1", "-2", "-4", "longest repeat", "of all"]
     head += ["same first", "ppl", "cold", "warm", "change of nll [95%]", "miss cold", "warm", "texts", "tokens"]
     cells = [head]
     for r in found:
