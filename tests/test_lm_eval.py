@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from cacheroute import Llama
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.evals import harness, loading
+from cacheroute.evals.answers import TEXT, Question, Respondent
 from cacheroute.evals.perplexity import log_probabilities, score
-from cacheroute.evals.tasks import TaskScorer, truncation_note
+from cacheroute.evals.tasks import Heads, TaskScorer
 from cacheroute.evals.text import Chunk
 
 TASKS = Path(__file__).resolve().parent / "tasks"
@@ -81,6 +82,35 @@ def test_answers_of_one_token_share_the_question(llm: Llama) -> None:
     assert llm.stats().decode.tokens == decoded
 
 
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("io", ["none", "buffered"])
+def test_a_question_is_decoded_once_for_all_of_its_answers(llm: Llama, routing: str, io: str) -> None:
+    answers = (" it was that hat", " the cat", " it was that mat")
+    alone = [scorer(llm, routing, io=io).loglikelihood(HEAD + QUESTION, a) for a in answers]
+    s = scorer(llm, routing, io=io)
+    assert [s.loglikelihood(HEAD + QUESTION, a) for a in answers] == alone
+    before = len(s.encode(HEAD + QUESTION, bos=True))
+    question = before - len(s.encode(HEAD, bos=True))
+    parts = sum(len(s.encode(HEAD + QUESTION + a, bos=True)) - before - 1 for a in answers)
+    assert llm.stats().decode.tokens == question + parts
+
+
+def test_scorers_share_a_head(llm: Llama) -> None:
+    heads, asked = Heads(), [(HEAD + QUESTION, " a hat"), (HEAD + QUESTION, " the mat")]
+    alone = [[scorer(llm, routing).loglikelihood(*x) for x in asked] for routing in ROUTINGS]
+    prompts, found = [], []
+    for routing in ROUTINGS * 2:
+        llm.configure(budget="25%", routing=routing, eviction="score", io="none")
+        s = TaskScorer(llm, heads)
+        found.append([s.loglikelihood(*x) for x in asked])
+        prompts.append(llm.stats().prefill.tokens)
+    assert found == alone * 2
+    assert prompts[0] > 0 and prompts[1:] == [0, 0, 0]
+    llm.configure(budget=16, routing="original", eviction="score", io="none")
+    TaskScorer(llm, heads).loglikelihood(*asked[0])
+    assert llm.stats().prefill.tokens == prompts[0], "another budget has another state after the same head"
+
+
 def test_the_state_comes_back_exactly(llm: Llama) -> None:
     """checkpoint() and return_to(): cache and running means, and with them every bit that follows."""
     llm.configure(budget="25%", routing="cache-prior:lambda=0.6", eviction="score", io="buffered")
@@ -126,7 +156,6 @@ def test_a_context_that_is_too_long_loses_its_beginning(llm: Llama) -> None:
     long = "the cat was on the mat and " * 40
     log_p, _ = s.loglikelihood(long, " that hat")
     assert np.isfinite(log_p) and s.truncated == 1
-    assert "1 contexts were longer than the window of 256 tokens" in truncation_note(s)
     assert isinstance(s.generate_until(long, [], 8), str) and s.truncated == 2
     with pytest.raises(UsageError, match="does not fit the context of 256"):
         s.loglikelihood("the", long)
@@ -164,26 +193,43 @@ def test_prompts_of_generated_answers_run_by_original(llm: Llama) -> None:
 # ---- lm-evaluation-harness's side, with stand-ins ---------------------------------------------------
 
 
-@dataclass
-class Instance:
-    """What the adapter uses of lm_eval.api.instance.Instance."""
+def test_choices_of_one_context_are_one_question() -> None:
+    asked: list[Question] = []
 
-    args: tuple[Any, ...]
+    def ask(questions: Any) -> list[list[Any]]:
+        asked.extend(questions)
+        return [[[float(len(part)), part == "b"] for part in q.parts] for q in questions]
 
-
-def test_answers_come_in_the_order_of_the_requests() -> None:
-    seen: list[int] = []
-    requests = [Instance((text,)) for text in ("b", "c", "a")]
-    answers = harness._answers(requests, lambda args: args[0].upper(), lambda done, total: seen.append(done * 10 + total))
-    assert answers == ["B", "C", "A"] and seen == [13, 23, 33]
+    requests = [("x", "bbb"), ("y", "b"), ("x", "b"), ("", "free"), ("x", "bbb"), ("", "other")]
+    assert harness.choices(requests, ask) == [(3, False), (1, True), (1, True), (4, False), (3, False), (5, False)]
+    assert [(q.context, q.parts) for q in asked] == [("x", ("bbb", "b")), ("y", ("b",)), ("", ("free",)), ("", ("other",))]
 
 
-def test_sampled_answers_are_refused(llm: Llama) -> None:
+def test_sampled_answers_are_refused() -> None:
     with pytest.raises(UsageError, match="only greedy"):
-        harness._generate(scorer(llm), "a", {"do_sample": True, "temperature": 0.7})
-    assert (
-        harness._generate(scorer(llm), "a", {"do_sample": True, "temperature": 0.0, "until": "x", "max_gen_toks": 1}) is not None
-    )
+        harness.text_question("a", {"do_sample": True, "temperature": 0.7})
+    settings = {"do_sample": True, "temperature": 0.0, "until": "x", "max_gen_toks": 1}
+    assert harness.text_question("a", settings) == Question(TEXT, "a", ("x",), 1)
+
+
+def test_questions_are_drawn_by_the_seed() -> None:
+    drawn = [harness._drawn("anatomy", 100, 10, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len({*drawn[0]}) == 10 and drawn[0] == sorted(drawn[0])
+    assert harness._drawn("anatomy", 5, 10, 0) == [0, 1, 2, 3, 4]
+
+
+def test_what_is_right_is_found_by_its_metric() -> None:
+    samples = {
+        "a": [
+            {"doc_id": 3, "filter": "none", "metrics": ["acc", "brier"], "acc": 1.0, "brier": 0.3},
+            {"doc_id": 4, "filter": "strict", "metrics": ["acc"], "acc": 1.0},
+            {"doc_id": 5, "filter": "none", "metrics": ["acc"], "acc": 0.0},
+        ],
+        "b": [{"doc_id": 3, "filter": "none", "metrics": ["acc"], "acc": 1.0}],
+    }
+    assert harness.right({"samples": samples}, ["a", "b"], "acc") == {("a", 3): True, ("a", 5): False, ("b", 3): True}
+    assert harness.right({"samples": samples}, ["a"], "acc,strict") == {("a", 4): True}
+    assert harness.right({"samples": samples}, ["a"], "brier") == {}
 
 
 def test_metrics_have_the_names_of_lm_eval() -> None:
@@ -236,6 +282,83 @@ def test_tasks_of_all_kinds(tiny: Path) -> None:
     few = run("cacheroute_own_choice", *settings, "--limit", 1, "--shots", 0, "--routing", "original", "-o", "md")
     assert few.exit_code == 0, few.output
     assert "| cacheroute_own_choice | acc" in few.stdout
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_interrupted_run_is_resumed_and_workers_find_the_same(
+    tiny: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("cacheroute_own_choice,cacheroute_own_text", "-m", tiny, "--tasks", TASKS, "-c", 256, "-t", 2)
+    settings = (*settings, "--budget", "25%", "--routing", "cache-prior:lambda=0.5")
+    answer, asked = Respondent.answer, []
+
+    def interrupted(self: Respondent, *arguments: Any) -> Any:
+        asked.append(arguments)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return answer(self, *arguments)
+
+    monkeypatch.setattr(Respondent, "answer", interrupted)
+    assert run(*settings, "-o", "json").exit_code == 130
+    asked.clear()
+    monkeypatch.setattr(Respondent, "answer", lambda self, *a: (asked.append(a), answer(self, *a))[1])
+    resumed = run(*settings, "-o", "jsonl")
+    assert resumed.exit_code == 0 and "3 of " in resumed.stderr and "answers are in the cache" in resumed.stderr, resumed.output
+    assert len(asked) > 4
+    asked.clear()
+    again = run(*settings, "-o", "jsonl")
+    assert again.stdout == resumed.stdout and not asked
+    rows = [json.loads(line) for line in again.stdout.splitlines()]
+    original, lossy = (r for r in rows if (r["task"], r["metric"]) == ("cacheroute_own_choice", "acc"))
+    assert original["routing"] == "original" and original["gained"] is None and original["swap_rate"] == 0
+    assert lossy["n"] == original["n"] > 0 and 0 <= lossy["p"] <= 1
+    assert lossy["value"] - original["value"] == pytest.approx((lossy["gained"] - lossy["lost"]) / lossy["n"])
+    monkeypatch.setenv("CACHEROUTE_CACHE", str(own_cache / "other"))
+    parallel = run(*settings, "--workers", 2, "-o", "jsonl")
+    timeless = [[json.loads(line) | {"seconds": 0} for line in r.stdout.splitlines()] for r in (again, parallel)]
+    assert timeless[0] == timeless[1], parallel.output
+
+
+@pytest.mark.usefixtures("installed")
+def test_mmlu_and_gsm8k_come_from_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.tasks
+
+    # lm-evaluation-harness reads thousands of task files to know its own; two folders of them will do
+    own = [str(Path(lm_eval.tasks.__file__).parent / name) for name in ("mmlu/default", "gsm8k")]
+    manager = lm_eval.tasks.TaskManager(include_path=own, include_defaults=False)
+    known = {*manager.all_tasks, *manager.all_groups, *manager.all_tags}
+    monkeypatch.setattr(harness, "_manager", lambda folder, defaults: (manager, known))
+    for split, n in (("test", 4), ("dev", 2)):
+        lines = [f"{split} question {i} and the cat?,a hat,the mat,it,that,{i % 4}" for i in range(n)]
+        file = tmp_path / "data" / "mmlu" / split / f"anatomy_{split}.csv"
+        file.parent.mkdir(parents=True)
+        file.write_text("\n".join(["question,choice0,choice1,choice2,choice3,answer", *lines]))
+    (tmp_path / "data" / "gsm8k-test.jsonl").write_text('{"question": "How many hats?", "answer": "The cat has 2. #### 2"}\n')
+    settings = ("-m", tiny, "--data", tmp_path / "data", "-c", 256, "-t", 1, "--budget", "25%", "--routing", "original")
+    asked: list[Question] = []
+    tasks = harness.load_tasks(["mmlu_anatomy", "gsm8k_cot"], data=tmp_path / "data", limit=3, seed=5)
+
+    def ask(questions: Any) -> list[list[Any]]:
+        asked.extend(questions)
+        first_is_best = [[-float(i), False] for i in range(4)]
+        return [["The answer is 2."] if q.kind == TEXT else first_is_best for q in questions]
+
+    tasks = replace(tasks, shots=2)
+    results = harness.evaluate(tasks, ask)
+    metrics = {(m.task, m.metric): m.value for m in harness.metrics(results)}
+    assert metrics["gsm8k_cot", "exact_match,strict-match"] == 1.0
+    right = harness.right(results, ["mmlu_anatomy"], "acc")
+    assert {i for _, i in right} == {*harness._drawn("mmlu_anatomy", 4, 3, 5)}
+    assert metrics["mmlu_anatomy", "acc"] == sum(i % 4 == 0 for _, i in right) / 3
+    mmlu = [q for q in asked if q.kind != TEXT]
+    begins = "The following are multiple choice questions (with answers) about anatomy.\n\ndev question 0 and the cat?\nA. a"
+    assert all(q.context.startswith(begins) and q.context.endswith("Answer:") for q in mmlu)
+    assert all(q.parts == (" A", " B", " C", " D") for q in mmlu)
+    assert len(mmlu) == 3 and mmlu[0].context.count("Answer:") == 3
+    none = run("gsm8k", *settings)
+    assert none.exit_code == 2 and "takes its 5 examples from the split 'train'" in none.stderr, none.output
+    lost = run("mmlu_virology", *settings)
+    assert lost.exit_code == 2 and "no test split of virology (cais/mmlu); looked for test/virology_test.csv" in lost.stderr
 
 
 @pytest.mark.usefixtures("installed")

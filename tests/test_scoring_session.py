@@ -93,6 +93,46 @@ def test_each_process_gets_the_threads_of_the_job(own_cache: Path, tiny: Path, p
             assert (session.job.n_threads, session.job.n_processes) == (each, workers)
 
 
+def test_a_run_of_more_tokens_begins_with_those_of_fewer(own_cache: Path, tiny: Path, prose: Path) -> None:
+    command = ("eval", "perplexity", "-m", tiny, "-f", prose, "--chunk", 32, "--budget", "25%", "--routing", ROUTING, "-t", 1)
+    few = run(*command, "--chunks", 2, "-o", "json")
+    assert few.exit_code == 0 and [row["n_chunks"] for row in json.loads(few.stdout)] == [2, 2]
+    more = run(*command, "--chunks", 10, "-o", "json")
+    assert f"{4 * 15} of {20 * 15} scored tokens are in the cache" in more.stderr
+    again = run(*command, "--limit", 20, "-o", "json")  # two chunks of 15 tokens
+    assert again.stdout == few.stdout and f"{4 * 15} of {4 * 15} scored tokens" in again.stderr
+    both = run(*command, "--limit", 20, "--chunks", 2)
+    assert both.exit_code == 2 and "give one of them" in both.stderr
+
+
+def test_all_routings_score_some_chunks_before_the_next(
+    own_cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[tuple[str, int]] = []
+    score = Runner.run
+
+    def noted(self: Runner, request: Any, chunk: Any) -> Any:
+        order.append((request.routing.name, chunk.index))
+        return score(self, request, chunk)
+
+    monkeypatch.setattr(Runner, "run", noted)
+    command = ("eval", "perplexity", "-m", tiny, "-f", prose, "--chunk", 32, "--budget", "25%", "--routing", ROUTING, "-t", 1)
+    result = run(*command, "--chunks", 10, "-o", "json")
+    names = ("original", "cache-prior")
+    assert order == [(name, i) for part in (range(8), range(8, 10)) for name in names for i in part]
+    assert [row["n_chunks"] for row in json.loads(result.stdout)] == [10, 10]
+
+
+def test_tuned_alone_is_the_routing_of_the_budget(own_cache: Path, demo_model: Path, prose: Path) -> None:
+    command = ("eval", "perplexity", "-m", demo_model, "-f", prose, "--chunk", 16, "--chunks", 1, "--eviction", "lru")
+    result = run(*command, "--budget", "50%", "--routing", "tuned", "-o", "json")
+    assert result.exit_code == 0, result.output
+    original, tuned = json.loads(result.stdout)
+    assert original["eviction"] == "lru" and tuned["routing"].startswith("tuned:") and tuned["eviction"] == "soft-lfu"
+    none = run(*command, "--budget", "60%", "--routing", "tuned")
+    assert none.exit_code == 2 and "Nothing is tuned for" in none.stderr
+
+
 def test_carried_chunks_are_computed_anew(own_cache: Path, tiny: Path, prose: Path, tmp_path: Path) -> None:
     arguments = (*commands(tiny, prose, tmp_path / "f.jsonl")["eval"], "-t", 1)
     fresh = json.loads(run(*arguments).stdout)

@@ -11,7 +11,7 @@ import typer
 import typer.core
 
 from cacheroute import files, interrupts
-from cacheroute.cli import completion, defaults, eval_prompt, groups, habits, options, progress
+from cacheroute.cli import completion, defaults, eval_long, eval_prompt, eval_task, groups, habits, options, progress
 from cacheroute.cli import eval as evaluation
 from cacheroute.cli.bench import bench
 from cacheroute.cli.chat import chat
@@ -123,7 +123,7 @@ for _command in (
     app.command(cls=_Command)(completion.attach(_command))
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)
-for _command in (*evaluation.COMMANDS, eval_prompt.prompt):
+for _command in (evaluation.perplexity, eval_task.task, eval_prompt.prompt, eval_long.long):
     _eval.command(cls=_Command)(completion.attach(_command))
 app.add_typer(_eval, name="eval")
 

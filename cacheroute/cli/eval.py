@@ -1,13 +1,8 @@
-"""`cacheroute eval`: measures the quality of a routing, by perplexity and by tasks."""
+"""`cacheroute eval`: measures the quality of a routing; `eval perplexity` is here, the others in eval_*.py."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,16 +13,15 @@ from cacheroute.cli import options, progress, table
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.evals import paired
-from cacheroute.evals.perplexity import missed_bytes
-from cacheroute.evals.rows import Arm, PerplexityRow, arm, perplexity_row
-from cacheroute.files import MIB
-from cacheroute.routing import strategies
+from cacheroute.evals import rows as rows_of
+from cacheroute.evals.rows import Arm, PerplexityRow, perplexity_row
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
-    from cacheroute.engine.llama import Llama
     from cacheroute.evals.runner import Cell
     from cacheroute.evals.scorer import Scorer
+
+_TOGETHER = 8  # chunks that all arms score before the next ones
 
 TextOption = Annotated[
     Path | None,
@@ -62,6 +56,7 @@ def perplexity(
     chunk: ChunkOption = 1024,
     stride: StrideOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score about that many tokens. [default: all]")] = None,
+    n_chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Score so many chunks. [default: all]")] = None,
     carry: Annotated[
         bool,
         typer.Option(
@@ -90,17 +85,19 @@ def perplexity(
     table.check(output, wide=wide)
     if carry and workers > 1:
         raise UsageError("--carry scores the chunks one after the other; leave --workers out.")
-    from cacheroute.evals import loading, scorer
+    from cacheroute.evals import loading, scorer, text
     from cacheroute.model import catalogue, experts, gguf_file
 
     path = catalogue.resolve(model)
     layout = experts.layout(gguf_file.read(path))
+    if n_chunks is not None:
+        if limit is not None:
+            raise UsageError("--chunks and --limit both say how much is scored; give one of them.")
+        limit = n_chunks * text.n_scored(chunk, stride)
     source = loading.Source(file, column, chunk, stride, limit)
-    names = (options.names(budget), options.names(eviction), _routings(routing))
-    arms = [arm(layout, r, e, b) for b, e, r in itertools.product(*names)]
-    if not arms:
-        raise UsageError("There is nothing to score; give at least one budget and eviction.")
-    with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=names[1]) as session:
+    evictions = options.names(eviction)
+    arms = rows_of.arms(path, layout, options.names(budget), evictions, options.names(routing))
+    with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=evictions) as session:
         if len(session.chunks) < paired.FEW_BLOCKS:
             say(f"few chunks ({len(session.chunks)}): the interval is rough")
         cells = _carried(session, arms) if carry else _scored(session, arms)
@@ -113,9 +110,14 @@ def perplexity(
 
 
 def _scored(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
-    groups = [arm.requests(len(session.chunks), kl=_any_lossy(arms)) for arm in arms]
+    """All arms on some chunks, then on the next: what an interrupted run leaves behind is paired. `original` comes first among
+    the arms, and several chunks of it before the others: these are compared with what it leaves behind."""
+    n, kl = len(session.chunks), _any_lossy(arms)
+    requests = [arm.requests(n, kl=kl) for arm in arms]
+    groups = [own[i : i + _TOGETHER] for i in range(0, n, _TOGETHER) for own in requests]
     with progress.scoring(session, [request for group in groups for request in group]):
-        return list(session.groups(groups))
+        cells = list(session.groups(groups))
+    return [[cell for part in cells[i :: len(arms)] for cell in part] for i in range(len(arms))]
 
 
 def _carried(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
@@ -128,11 +130,6 @@ def _any_lossy(arms: Sequence[Arm]) -> bool:
     return any(arm.routing != "original" for arm in arms)
 
 
-def _routings(text: str) -> list[str]:
-    """`original` first: the others are compared with it."""
-    return ["original", *(str(r) for r in strategies.parse_list(text) if r.lossy)]
-
-
 def perplexity_view(rows: Sequence[PerplexityRow]) -> table.View:
     """What people see of rows of `eval perplexity` or `frontier`, each group after its `original`."""
     first = rows[0]
@@ -143,7 +140,7 @@ def perplexity_view(rows: Sequence[PerplexityRow]) -> table.View:
     cells = [[*head, *(["miss %"] if one_budget else []), "MiB"]]  # at several budgets the misses would not fit a line
     for r in rows:
         change, kl = ("baseline", "") if r.routing == "original" else (_change(r), brief_kl(r.kl, r.kl_low, r.kl_high))
-        name = r.routing if one_eviction else f"{r.routing}, {r.eviction}"
+        name = rows_of.short(r.routing) if one_eviction else f"{rows_of.short(r.routing)}, {r.eviction}"
         missed = [*([f"{100 * r.miss_rate:.1f}"] if one_budget else []), f"{r.missed_mib_per_token:.2f}"]
         cells.append([*([] if one_budget else [r.budget]), name, f"{r.ppl:.2f}", change, kl, *missed])
     units = "KLD in millinats, MiB missed per token"
@@ -181,12 +178,12 @@ def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
         if not lossy:
             continue
         best = min(lossy, key=lambda r: r.missed_mib_per_token)
-        base = next(r for r in own if r.routing == "original" and r.eviction == best.eviction)
+        base = min((r for r in own if r.routing == "original"), key=lambda r: r.eviction != best.eviction)
         if best.missed_mib_per_token >= base.missed_mib_per_token:
             yield f"Nothing missed less than original at {budget}"
             continue
         missed = f"misses {best.missed_mib_per_token:.2f} of {base.missed_mib_per_token:.2f} MiB a token"
-        yield f"Fewest misses at {budget}: {best.routing} (lossy), {missed}, for {_change(best)} % of perplexity"
+        yield f"Fewest misses at {budget}: {rows_of.short(best.routing)} (lossy), {missed}, for {_change(best)} % of perplexity"
         kl, p99 = brief_kl(best.kl, best.kl_low, best.kl_high), table.number(best.kl_p99, 1000, digits=0)
         yield f"  Mean KLD {kl} and 99.0% KLD {p99} millinats, Same top p {same_top(best.top1, best.top1_se)} %"
 
@@ -234,143 +231,6 @@ def _interval(value: float, low: float | None, high: float | None, digits: int) 
     return f"{value:+.{digits}f} [{table.signed(low, digits)}, {table.signed(high, digits)}]"
 
 
-@dataclass(frozen=True)
-class TaskRow:
-    """One figure of one task with one routing; `stderr` null where lm-evaluation-harness has none.
-
-    `missed_mib_per_token` = misses x bytes of an expert, per decoded token.
-    """
-
-    model: str
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    routing: str
-    eviction: str
-    budget: str
-    budget_experts: int
-    miss_rate: float
-    swap_rate: float
-    missed_mib_per_token: float
-    truncated: int
-    seconds: float
-
-
-def task(
-    name: Annotated[str, typer.Argument(metavar="TASK", help="mmlu, gsm8k, arc, hellaswag, ...; several separated by commas.")],
-    model: options.ModelOption = None,
-    budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "50%",
-    routing: Annotated[
-        str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
-    ] = "original,cache-prior:lambda=0.1",
-    eviction: options.EvictionsOption = DEFAULT,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Number of questions of each task. [default: all]")] = None,
-    shots: Annotated[
-        int | None, typer.Option("--shots", min=0, help="Examples before each question. [default: the task's own number]")
-    ] = None,
-    tasks: Annotated[Path | None, typer.Option("--tasks", help="A folder with your own task files (yaml).")] = None,
-    ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=16, help="Context in tokens.")] = 4096,
-    threads: options.ThreadsOption = None,
-    io: IoOption = None,
-    wide: options.WideOption = False,
-    output: Annotated[
-        str,
-        typer.Option(
-            "-o",
-            "--output",
-            help="text, md, csv, jsonl or sql (a row per figure), or json (with lm-evaluation-harness's results).",
-        ),
-    ] = "text",
-) -> None:
-    """Run any task of lm-evaluation-harness. `cacheroute eval gsm8k` is short for `cacheroute eval task gsm8k`.
-
-    The examples before a question are a prompt, routed by `original`; question and answers are decoded one token at
-    a time, so that the routing acts on them. Where an answer is generated, the whole prompt is routed by `original`.
-    """
-    table.check(output, wide=wide)
-    parsed = [str(r) for r in strategies.parse_list(routing)]
-    from cacheroute.evals import harness, loading
-    from cacheroute.model import catalogue
-
-    names = options.names(name)
-    path = catalogue.resolve(model)
-    manager, _ = harness.load_tasks(names, tasks)
-    rows: list[TaskRow] = []
-    whole: list[dict[str, Any]] = []
-    with closing(loading.load(path, ctx_size, options.threads(threads))) as llm:
-        io = io or loading.default_io(llm.layout)
-        for b, r, e in itertools.product(options.names(budget), parsed, options.names(eviction)):
-            llm.configure(budget=b, routing=r, eviction=e, io=io)
-            added, results = _task_rows(llm, manager, names, shots, limit, (b, r, e), path.name)
-            rows += added
-            whole.append(results | {"cacheroute": [asdict(row) for row in added]})
-    if output == "json":
-        print(json.dumps(whole, indent=2, default=str))
-    else:
-        table.write(rows, output, table.View(_brief_tasks(rows), _task_cells(rows)), wide=wide, name="tasks")
-
-
-def _task_rows(
-    llm: Llama, manager: Any, names: list[str], shots: int | None, limit: int | None, arm: tuple[str, str, str], file: str
-) -> tuple[list[TaskRow], dict[str, Any]]:
-    from cacheroute.evals import harness
-    from cacheroute.evals.tasks import TaskScorer, truncation_note
-
-    scorer, start, shown = TaskScorer(llm), time.monotonic(), 0.0
-    with progress.bar(f"{arm[1]} {arm[0]}", 1) as advance:
-
-        def show(done: int, total: int) -> None:
-            nonlocal shown
-            advance(done / total - shown, f"{arm[1]} {arm[0]}: {done} of {total}")
-            shown = done / total % 1
-
-        results = harness.evaluate(scorer, manager, names, shots, limit, show)
-    if note := truncation_note(scorer):
-        say(note)
-    c = llm.stats().decode
-    missed = missed_bytes((x.misses for x in llm.decoded_by_layer()), llm.layout)
-    rows = [
-        TaskRow(
-            model=llm.layout.model or file,
-            task=m.task,
-            metric=m.metric,
-            value=m.value,
-            stderr=m.stderr,
-            routing=arm[1],
-            eviction=arm[2],
-            budget=arm[0],
-            budget_experts=llm.budget.capacity,
-            miss_rate=c.miss_rate,
-            swap_rate=c.swap_rate,
-            missed_mib_per_token=missed / MIB / max(c.tokens, 1),
-            truncated=scorer.truncated,
-            seconds=time.monotonic() - start,
-        )
-        for m in harness.metrics(results)
-    ]
-    return rows, results
-
-
-def _brief_tasks(rows: list[TaskRow]) -> list[list[str]]:
-    one_eviction = len({r.eviction for r in rows}) == 1
-    cells = [["task", "metric", "value", "budget", "routing", "miss %", "swap %"]]
-    for r in rows:
-        value = f"{r.value:.3f}" + ("" if r.stderr is None else f" ± {r.stderr:.3f}")
-        name = r.routing if one_eviction else f"{r.routing}, {r.eviction}"
-        cells.append([r.task, r.metric, value, r.budget, name, f"{100 * r.miss_rate:.1f}", f"{100 * r.swap_rate:.1f}"])
-    return cells
-
-
-def _task_cells(rows: list[TaskRow]) -> list[list[str]]:
-    cells = [["task", "metric", "value", "budget", "routing", "eviction", "miss", "swapped", "missed MiB/token"]]
-    for r in rows:
-        value = f"{r.value:.4f}" + ("" if r.stderr is None else f" ± {r.stderr:.4f}")
-        shares = [f"{100 * r.miss_rate:.1f}%", f"{100 * r.swap_rate:.1f}%", f"{r.missed_mib_per_token:.2f}"]
-        cells.append([r.task, r.metric, value, f"{r.budget} ({r.budget_experts})", r.routing, r.eviction, *shares])
-    return cells
-
-
 class AnyTask(typer.core.TyperGroup):
     """Makes `eval NAME` mean `eval task NAME` if NAME is not a command."""
 
@@ -381,4 +241,3 @@ class AnyTask(typer.core.TyperGroup):
 
 
 HELP = "Measure the quality of a routing.\n\n`eval perplexity`, or `eval TASK` for any task of lm-evaluation-harness."
-COMMANDS = (perplexity, task)

@@ -125,6 +125,10 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         state = bytes(save_sequence(self._ctx.ctx)) if sequence else None
         return Checkpoint(self._hook, self._tokens(), state, self._capacity())
 
+    def state_bytes(self) -> int:
+        """Of what checkpoint(sequence=True) keeps of the model now, without the routing state."""
+        return int(_llama_cpp.llama_cpp.llama_state_seq_get_size(self._ctx.ctx, 0))
+
     def _capacity(self) -> int | None:
         """Of the caches, None without."""
         return self.budget.capacity if self._hook else None

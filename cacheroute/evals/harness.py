@@ -6,16 +6,22 @@ Only this file imports it, and late: the import takes seconds, and the extra is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError, did_you_mean
-from cacheroute.evals.tasks import TaskScorer
+from cacheroute.evals import task_data
+from cacheroute.evals.answers import CHOICES, ROLLING, TEXT, Question
 
-SHORT_NAMES = {"arc": "arc_challenge"}
+SHORT_NAMES = {"arc": "arc_challenge", "mmlu_cloze": "mmlu_continuation"}
 _MOST_TOKENS = 256  # of an answer, where a task has no limit
+
+Ask = Callable[[Sequence[Question]], list[list[Any]]]
+"""Given questions, returns the values of the answers (evals/answers.py)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,23 @@ class Metric:
     stderr: float | None
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that can be run any number of times.
+
+    `names` as lm-evaluation-harness has them; `members`: the tasks of each that is a group; `samples`: the questions of each task
+    that are asked, None for all; `shots`: examples before each question, None for each task's own number; `data`: files in place
+    of the hub.
+    """
+
+    manager: Any
+    names: list[str]
+    members: dict[str, list[str]]
+    samples: dict[str, list[int]] | None
+    shots: int | None
+    data: Path | None
+
+
 def require() -> None:
     """Raises UsageError when the extra is missing."""
     try:
@@ -36,32 +59,117 @@ def require() -> None:
         raise UsageError("Tasks need lm-evaluation-harness; run `python -m pip install lm-eval`.") from None
 
 
-def load_tasks(names: Sequence[str], folder: Path | None) -> Any:
-    """(task manager, task objects). `folder` has task files (yaml) of your own; data files are relative to the current folder.
+def load_tasks(
+    names: Sequence[str],
+    folder: Path | None = None,
+    *,
+    data: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Tasks:
+    """`folder` has task files (yaml) of your own; the files that these name are relative to the current folder. `data` has the
+    data of all tasks, in place of the hub (evals/task_data.py). `limit`: so many questions of each task, drawn by `seed`.
 
-    Raises UsageError for a task that does not exist, CacherouteError for one with data that cannot be loaded.
+    Raises UsageError for a task that does not exist or files that do not fit, CacherouteError for data that cannot be loaded.
     """
     require()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder} is not a folder with task files.")
-    names = [SHORT_NAMES.get(n, n) for n in names]
+    names = list(dict.fromkeys(SHORT_NAMES.get(n, n) for n in names))
     manager, known = _manager(folder, defaults=folder is None)
     if folder and not known.issuperset(names):
         manager, known = _manager(folder, defaults=True)
     for name in names:
         if name not in known:
             where = f" nor in {folder}" if folder else ""
-            meant = did_you_mean(name, ["perplexity", "prompt", *SHORT_NAMES, *known], "`lm-eval ls tasks` lists them.")
+            commands = ["perplexity", "prompt", "long", *SHORT_NAMES]
+            meant = did_you_mean(name, [*commands, *known], "`lm-eval ls tasks` lists them.")
             raise UsageError(f"There is no task {name!r} in lm-evaluation-harness{where}; {meant}")
+    with _local(data) if data else nullcontext():
+        try:
+            loaded = manager.load(names)
+        except CacherouteError:
+            raise
+        except Exception as e:  # any error of a data reader: no network, a missing file, another format
+            raise _not_loaded(names, data, e) from None
+    for task in loaded["tasks"].values():
+        _check_examples(task, shots)
+    samples = None
+    if limit is not None:
+        samples = {name: _drawn(name, len(task.eval_docs), limit, seed) for name, task in loaded["tasks"].items()}
+    children = loaded.get("group_map", {})
+    return Tasks(manager, names, {name: list(_leaves(name, children)) for name in children}, samples, shots, data)
+
+
+def _not_loaded(names: Sequence[str], data: Path | None, error: Exception) -> CacherouteError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
+    if data and type(error).__name__ == "UndefinedError":
+        return UsageError(f"The rows in {data} lack a column that {', '.join(names)} needs ({reason}).")
+    return CacherouteError(
+        f"The data of {', '.join(names)} cannot be loaded ({reason}); the hub needs the network once, and --data takes files "
+        "instead."
+    )
+
+
+def _leaves(name: str, children: dict[str, list[str]]) -> Iterator[str]:
+    for child in children.get(name, ()):
+        if child in children:
+            yield from _leaves(child, children)
+        else:
+            yield child
+
+
+def _drawn(task: str, n: int, limit: int, seed: int) -> list[int]:
+    """Which of n questions are asked: the same for each run with that seed."""
+    return sorted(random.Random(f"{seed} {task}").sample(range(n), min(limit, n)))
+
+
+def _check_examples(task: Any, shots: int | None) -> None:
+    """Raises UsageError where a task takes examples from a split that the user's files do not have."""
+    splits, own = getattr(task, "dataset", None), task.get_config("num_fewshot")
+    wanted = own if own == 0 or shots is None else shots
+    split = task.fewshot_cfg.split if hasattr(task, "fewshot_cfg") else None
+    if wanted and split and isinstance(splits, _Splits) and split in splits.absent:
+        other = ", or run gsm8k_cot, whose examples are its own" if task.task_name == "gsm8k" else ""
+        raise UsageError(
+            f"{task.task_name} takes its {wanted} examples from the split {split!r}, which {splits.source} does not have; "
+            f"add it, or give --shots 0{other}."
+        )
+
+
+class _Splits(dict[str, Any]):
+    """The splits of a data set; one that is not there is empty, as a task looks at all of its splits when it is loaded."""
+
+    def __init__(self, found: task_data.Found, source: Path) -> None:
+        from datasets import Dataset
+
+        super().__init__({split: Dataset.from_list(rows) for split, rows in found.rows.items()})
+        self.source = source
+        self.absent = {*task_data.SPLITS} - found.rows.keys()
+
+    def __missing__(self, split: str) -> Any:
+        if split in self.absent and split not in ("test", "validation"):
+            return next(iter(self.values())).select([])
+        raise UsageError(f"{self.source} has no split {split!r}.")
+
+
+@contextmanager
+def _local(data: Path) -> Iterator[None]:
+    """Within it tasks get their data from files."""
+    import datasets
+
+    before = datasets.load_dataset
+
+    def load_dataset(path: str, name: str | None = None, **_: Any) -> Any:
+        return _Splits(task_data.find(data, path, name), data)
+
+    datasets.load_dataset = load_dataset
     try:
-        return manager, manager.load(names)
-    except Exception as e:  # any error of a data reader: no network, a missing file, another format
-        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise CacherouteError(
-            f"The data of {', '.join(names)} cannot be loaded ({reason.rstrip('.')}); the hub needs the network once, and files "
-            "of your own a path in data_files."
-        ) from None
+        yield
+    finally:
+        datasets.load_dataset = before
 
 
 def _manager(folder: Path | None, *, defaults: bool) -> tuple[Any, set[str]]:
@@ -72,27 +180,34 @@ def _manager(folder: Path | None, *, defaults: bool) -> tuple[Any, set[str]]:
     return manager, {*manager.all_tasks, *manager.all_groups, *manager.all_tags}
 
 
-def evaluate(
-    scorer: TaskScorer,
-    manager: Any,
-    names: Sequence[str],
-    shots: int | None,
-    limit: int | None,
-    advance: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """lm-evaluation-harness's own results. `advance` is called with (requests answered, requests of this kind)."""
+def evaluate(tasks: Tasks, ask: Ask) -> dict[str, Any]:
+    """lm-evaluation-harness's own results, with `samples`: what came of each question."""
     from lm_eval import simple_evaluate
 
-    results = simple_evaluate(
-        model=adapter(scorer, advance),
-        tasks=[SHORT_NAMES.get(n, n) for n in names],
-        num_fewshot=shots,
-        limit=limit,
-        task_manager=manager,
-        log_samples=False,
-    )
+    with _local(tasks.data) if tasks.data else nullcontext(), _no_bars():
+        results = simple_evaluate(
+            model=adapter(ask),
+            tasks=list(tasks.names),
+            num_fewshot=tasks.shots,
+            samples=tasks.samples,
+            task_manager=tasks.manager,
+            log_samples=True,
+        )
     assert results is not None
     return dict(results)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """lm-evaluation-harness draws a bar for each task, in a pipe as well."""
+    from lm_eval.api import task
+
+    before = task.tqdm
+    task.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        task.tqdm = before
 
 
 def metrics(results: dict[str, Any]) -> list[Metric]:
@@ -104,45 +219,65 @@ def metrics(results: dict[str, Any]) -> list[Metric]:
             if not kind or name.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = values.get(f"{name}_stderr,{kind}")
-            found.append(
-                Metric(task, name if kind == "none" else key, float(value), stderr if isinstance(stderr, float) else None)
-            )
+            found.append(Metric(task, _metric(name, kind), float(value), stderr if isinstance(stderr, float) else None))
     return found
 
 
-def adapter(scorer: TaskScorer, advance: Callable[[int, int], None] = lambda done, total: None) -> Any:
-    """An lm_eval.api.model.LM that calls `scorer`."""
+def _metric(name: str, kind: str) -> str:
+    return name if kind == "none" else f"{name},{kind}"
+
+
+def right(results: dict[str, Any], tasks: Sequence[str], metric: str) -> dict[tuple[str, int], bool]:
+    """By (task, number of the question), whether it was answered right by a metric; {} for one that is not 0 or 1."""
+    found = {}
+    for task in tasks:
+        for sample in results["samples"].get(task, ()):
+            for name in sample["metrics"]:
+                if _metric(name, sample["filter"]) == metric:
+                    if sample[name] not in (0, 1):
+                        return {}
+                    found[task, int(sample["doc_id"])] = bool(sample[name])
+    return found
+
+
+def adapter(ask: Ask) -> Any:
+    """An lm_eval.api.model.LM that asks."""
     from lm_eval.api.model import LM
 
     class CacherouteLM(LM):  # type: ignore[misc, unused-ignore]
         """Instances in, what lm-evaluation-harness expects of each kind out."""
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return _answers(requests, lambda args: scorer.loglikelihood(*args), advance)
+            return choices([r.args for r in requests], ask)
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            return _answers(requests, lambda args: scorer.loglikelihood_rolling(*args), advance)
+            return [values[0] for values in ask([Question(ROLLING, r.args[0]) for r in requests])]
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            return _answers(requests, lambda args: _generate(scorer, *args), advance)
+            return [values[0] for values in ask([text_question(*r.args) for r in requests])]
 
     return CacherouteLM()
 
 
-def _answers(requests: list[Any], answer: Callable[[tuple[Any, ...]], Any], advance: Callable[[int, int], None]) -> list[Any]:
-    """Answers in the order of the texts, so that equal heads follow each other; returns in the order of the requests."""
-    order = sorted(range(len(requests)), key=lambda i: str(requests[i].args[0]))
-    answers: list[Any] = [None] * len(requests)
-    for done, i in enumerate(order, 1):
-        answers[i] = answer(requests[i].args)
-        advance(done, len(requests))
-    return answers
+def choices(requests: Sequence[tuple[str, str]], ask: Ask) -> list[tuple[float, bool]]:
+    """(log p, greedy) of each (context, continuation), in their order. A context with all of its continuations is one question;
+    without a context each continuation is one."""
+    groups: dict[tuple[str, str], dict[str, None]] = {}
+    for context, part in requests:
+        groups.setdefault((context, "" if context else part), {})[part] = None
+    questions = [Question(CHOICES, context, tuple(parts)) for (context, _), parts in groups.items()]
+    found = {
+        (question.context, part): (float(log_p), bool(greedy))
+        for question, values in zip(questions, ask(questions), strict=True)
+        for part, (log_p, greedy) in zip(question.parts, values, strict=True)
+    }
+    return [found[request] for request in requests]
 
 
-def _generate(scorer: TaskScorer, context: str, settings: dict[str, Any]) -> str:
+def text_question(context: str, settings: dict[str, Any]) -> Question:
     """Raises UsageError for sampling, as its figures would change from run to run."""
     if settings.get("do_sample") and settings.get("temperature", 1.0):
         raise UsageError("This task samples its answers; only greedy ones are scored (do_sample: false).")
     until = settings.get("until") or []
     most = settings.get("max_gen_toks", _MOST_TOKENS)
-    return scorer.generate_until(context, [until] if isinstance(until, str) else list(until), int(most))
+    return Question(TEXT, context, tuple([until] if isinstance(until, str) else until), int(most))

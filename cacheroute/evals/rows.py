@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from cacheroute.errors import UsageError
 from cacheroute.evals import divergence, paired
 from cacheroute.evals.loading import Source
 from cacheroute.evals.perplexity import summary
 from cacheroute.evals.runner import Cell, Request
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.routing import budget as budgets
-from cacheroute.routing import strategies
+from cacheroute.routing import strategies, tuned
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,28 @@ def arm(layout: ExpertLayout, routing: str, eviction: str, budget: str) -> Arm:
     parsed.check(layout.n_expert, layout.n_used, layout.indices, layout.model)
     strategies.capacities(parsed, resolved, layout)
     return Arm(routing, eviction, budget, resolved.capacity)
+
+
+def arms(model: Path, layout: ExpertLayout, budget: Sequence[str], eviction: Sequence[str], routing: Sequence[str]) -> list[Arm]:
+    """All combinations, at each budget and eviction `original` first, with which the others are compared. `tuned` is the routing
+    that was tuned for the budget, with the eviction that it was tuned with.
+
+    Raises UsageError for what does not fit the model, and when there is no combination.
+    """
+    names = [name if name == tuned.NAME else str(strategies.parse(name)) for name in routing]
+    found = [
+        arm(layout, *tuned.resolve(model, b, r, e), b)
+        for b, e, r in itertools.product(budget, eviction, dict.fromkeys(["original", *names]))
+    ]
+    if not found:
+        raise UsageError("There is nothing to score; give at least one budget and eviction.")
+    return list(dict.fromkeys(found))
+
+
+def short(routing: str) -> str:
+    """A routing for a table: of a tuned one the name of its file without its folder."""
+    name, _, file = routing.partition(":")
+    return f"{name}:{Path(file).name}" if name == tuned.NAME else routing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import loading, processes, reference
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Cell, Job, Request, Runner, compute
-from cacheroute.evals.text import Chunk
+from cacheroute.evals.text import Chunk, first_ones
 from cacheroute.files import VERSION, cache_dir, sha256
 from cacheroute.install import patched_llama_cpp
 from cacheroute.install.machine import big_cores
@@ -58,7 +58,7 @@ class Scorer:
         self._runner = Runner(llm, job)
         self._cells: dict[tuple[str, int, str, int], list[Cell]] = {}  # by place: with and without a KL, and by timing
         self._pending: dict[tuple[object, ...], Future[Cell]] = {}
-        kept = [_from_json(line) for line in (results.lines if results else ())]
+        kept = [cell for cell in map(_from_json, results.lines if results else ()) if cell.chunk < len(chunks)]
         for cell in kept:
             self._add(cell)
         self.n_kept = len(kept)
@@ -206,7 +206,8 @@ def session(
         io = io or loading.default_io(llm.layout)
         for eviction in evictions:
             llm.configure(budget=llm.layout.n_expert, eviction=eviction, io=io)
-        chunks = loading.chunks(llm, source)
+        whole = loading.chunks(llm, replace(source, limit=None))
+        chunks = first_ones(whole, source.limit)
         executor: Executor | None = None
         if scheduler:
             executor, size = stack.enter_context(processes.cluster(scheduler))
@@ -215,7 +216,7 @@ def session(
             executor = stack.enter_context(processes.pool(n_workers))
         job = Job(
             model=path.resolve(),
-            text=loading.text_fingerprint(chunks),
+            text=loading.text_fingerprint(whole),  # with any limit: what few tokens have given serves a run of more
             n_ctx=source.chunk,
             n_threads=each,
             io=io if scheduler else llm.io,

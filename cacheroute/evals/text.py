@@ -54,7 +54,7 @@ def read(path: Path | None, column: str = "text") -> str:
 
 def _jsonl(path: Path, column: str) -> list[str]:
     rows = []
-    for number, line in enumerate(read_text(path).decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).decode("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -107,13 +107,21 @@ def cut(
         raise UsageError(
             f"The text has {len(tokens)} tokens, fewer than one chunk of {length}; give more text or a smaller --chunk."
         )
-    first = length - 1 - min(stride, length - 1 - length // 2)
+    first = length - 1 - n_scored(length, stride)
     chunks: list[Chunk] = []
     for start in range(0, len(tokens) - length + 1, stride):
-        if limit is not None and chunks and len(chunks) * chunks[0].n_scored >= limit:
-            break
         part = list(tokens[start : start + length])
         if bos is not None:
             part[0] = bos
         chunks.append(Chunk(len(chunks), tuple(part), first))
-    return chunks
+    return first_ones(chunks, limit)
+
+
+def n_scored(length: int, stride: int | None = None) -> int:
+    """Scored tokens of a chunk that is cut so."""
+    return min(stride or length, length - 1 - length // 2)
+
+
+def first_ones(chunks: list[Chunk], limit: int | None) -> list[Chunk]:
+    """The first chunks with `limit` scored tokens, rounded up to whole chunks, at least one; None: all."""
+    return chunks if limit is None else chunks[: max(-(-limit // chunks[0].n_scored), 1)]

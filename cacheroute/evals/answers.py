@@ -1,0 +1,270 @@
+"""Answers of a model to the requests of tasks, with several settings: each is computed once and kept in the user's cache.
+
+All settings answer a question before the next one comes, so that an interrupted run has answers of all settings to the same
+questions, and the head of a question (its few-shot examples) is evaluated once for the settings that share its state. They are
+computed in this process or in several of this machine.
+
+Knows a loaded model; knows nothing of lm-evaluation-harness (evals/harness.py does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Executor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cacheroute.errors import CacherouteError
+from cacheroute.evals import loading, processes
+from cacheroute.evals.perplexity import missed_bytes
+from cacheroute.evals.results import ResultsFile
+from cacheroute.evals.runner import Job
+from cacheroute.evals.scorer import kept_scores
+from cacheroute.evals.tasks import Heads, TaskScorer
+from cacheroute.files import MIB
+from cacheroute.install.machine import big_cores
+from cacheroute.routing.strategies import Routing, routing_key
+
+if TYPE_CHECKING:
+    from cacheroute.engine.llama import Llama
+
+_FORMAT = "cacheroute-answers-1"
+CHOICES, ROLLING, TEXT = "choices", "rolling", "text"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked.
+
+    `kind` CHOICES: log p of each of `parts` after `context`, and whether greedy decoding gives it. ROLLING: log p of all of
+    `context`. TEXT: the greedy text after `context`, at most `max_tokens`, up to the first of `parts`.
+    """
+
+    kind: str
+    context: str
+    parts: tuple[str, ...] = ()
+    max_tokens: int = 0
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 of all of it, 16 hex digits."""
+        content = json.dumps([self.kind, self.context, self.parts, self.max_tokens])
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+class Setting(NamedTuple):
+    """`budget` in experts per layer."""
+
+    routing: Routing
+    budget: int
+    eviction: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """To the question with that key, with a setting (`routing` as routing_key() writes it).
+
+    `values`: of CHOICES a [log p in nats, greedy] for each part, of ROLLING and TEXT one value. The counts are of the `decoded`
+    tokens: slots that were `selected`, `examined`, `swapped` and missed, and misses x bytes of an expert. `truncated`: contexts
+    that lost their beginning to the window.
+    """
+
+    question: str
+    routing: str
+    budget: int
+    eviction: str
+    values: list[Any]
+    truncated: int
+    decoded: int
+    selected: int
+    examined: int
+    swapped: int
+    misses: int
+    missed_bytes: int
+    seconds: float
+
+    @property
+    def place(self) -> tuple[str, str, int, str]:
+        return self.question, self.routing, self.budget, self.eviction
+
+
+def _place(setting: Setting, question: Question) -> tuple[str, str, int, str]:
+    return question.key, routing_key(setting.routing), setting.budget, setting.eviction
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the tokens that were decoded for some answers."""
+
+    miss_rate: float
+    swap_rate: float
+    missed_mib_per_token: float
+    truncated: int
+    seconds: float
+
+
+def counts(answers: Sequence[Answer]) -> Counts:
+    """Sums and shares; 0 where nothing was decoded."""
+    return Counts(
+        miss_rate=sum(a.misses for a in answers) / max(sum(a.selected for a in answers), 1),
+        swap_rate=sum(a.swapped for a in answers) / max(sum(a.examined for a in answers), 1),
+        missed_mib_per_token=sum(a.missed_bytes for a in answers) / MIB / max(sum(a.decoded for a in answers), 1),
+        truncated=sum(a.truncated for a in answers),
+        seconds=sum(a.seconds for a in answers),
+    )
+
+
+class Respondent:
+    """A loaded model that answers one question after the other, and whose settings it changes."""
+
+    def __init__(self, llm: Llama, io: str) -> None:
+        self.llm, self._io, self._heads = llm, io, Heads()
+        self._scorer: tuple[Setting, TaskScorer] | None = None
+
+    def answer(self, setting: Setting, question: Question) -> Answer:
+        """Raises UsageError for what does not fit the context."""
+        llm, scorer = self.llm, self._with(setting)
+        start, decode, layers = time.perf_counter(), llm.stats().decode, llm.decoded_by_layer()
+        scorer.truncated = 0
+        values: list[Any]
+        if question.kind == CHOICES:
+            values = [[*scorer.loglikelihood(question.context, part)] for part in question.parts]
+        elif question.kind == ROLLING:
+            values = [scorer.loglikelihood_rolling(question.context)]
+        else:
+            values = [scorer.generate_until(question.context, question.parts, question.max_tokens)]
+        c = llm.stats().decode - decode
+        misses = [after.misses - before.misses for after, before in zip(llm.decoded_by_layer(), layers, strict=True)]
+        key, routing, budget, eviction = _place(setting, question)
+        return Answer(
+            question=key,
+            routing=routing,
+            budget=budget,
+            eviction=eviction,
+            values=values,
+            truncated=scorer.truncated,
+            decoded=c.tokens,
+            selected=c.hits + c.misses,
+            examined=c.examined,
+            swapped=c.swapped,
+            misses=c.misses,
+            missed_bytes=missed_bytes(misses, llm.layout),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _with(self, setting: Setting) -> TaskScorer:
+        if self._scorer is None or self._scorer[0] != setting:
+            routing, budget, eviction = setting
+            self.llm.configure(budget=budget, routing=routing, eviction=eviction, io=self._io)
+            self._scorer = setting, TaskScorer(self.llm, self._heads)
+        return self._scorer[1]
+
+
+class Answers:
+    """The answers of one model with `settings`. `after` is called with each that is computed and not found in `results`."""
+
+    def __init__(
+        self,
+        llm: Llama,
+        job: Job,
+        settings: Sequence[Setting],
+        results: ResultsFile | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        self.llm = llm
+        self.settings = list({(routing_key(s.routing), s.budget, s.eviction): s for s in settings}.values())
+        self.after: Callable[[Answer], None] = lambda answer: None
+        self._job, self._results, self._executor = job, results, executor
+        self._respondent = Respondent(llm, job.io)
+        self._known = {a.place: a for a in map(_from_json, results.lines if results else ())}
+
+    def ask(self, setting: Setting, questions: Sequence[Question]) -> list[Answer]:
+        """The answers of one setting; those of the others are computed beside them, question by question.
+
+        Raises CacherouteError when a process that answers has ended.
+        """
+        order = sorted(dict.fromkeys(questions), key=lambda q: q.context)  # equal heads follow each other
+        asked = [(question, missing) for question in order if (missing := self._missing(question))]
+        try:
+            for found in self._computed(asked):
+                for answer in found:
+                    self._add(answer)
+        except BrokenExecutor:
+            raise CacherouteError("A process that answers has ended, perhaps for lack of memory; give fewer --workers.") from None
+        return [self._known[_place(setting, question)] for question in questions]
+
+    def missing(self, questions: Sequence[Question]) -> int:
+        """Answers to those questions, of all settings, that are still to be computed."""
+        return sum(len(self._missing(question)) for question in dict.fromkeys(questions))
+
+    def _missing(self, question: Question) -> list[Setting]:
+        return [setting for setting in self.settings if _place(setting, question) not in self._known]
+
+    def _computed(self, asked: Sequence[tuple[Question, list[Setting]]]) -> Iterator[list[Answer]]:
+        if self._executor is None:
+            for question, settings in asked:
+                for setting in settings:
+                    yield [self._respondent.answer(setting, question)]
+            return
+        futures = [self._executor.submit(compute, self._job, settings, question) for question, settings in asked]
+        for future in futures:
+            yield future.result()
+
+    def _add(self, answer: Answer) -> None:
+        self._known[answer.place] = answer
+        policies = {routing_key(s.routing) for s in self.settings if s.routing.policy}
+        if self._results and answer.routing not in policies:  # the code of a policy may change under the same name
+            self._results.append(asdict(answer))
+        self.after(answer)
+
+
+_loaded: dict[Job, Respondent] = {}  # of this process, one at most
+
+
+def compute(job: Job, settings: Sequence[Setting], question: Question) -> list[Answer]:
+    """The answers of some settings, in a process of its own: it loads the model of `job` and keeps it for the next question."""
+    if job not in _loaded:
+        while _loaded:
+            _loaded.popitem()[1].llm.close()
+        _loaded[job] = Respondent(loading.load(job.model, job.n_ctx, job.n_threads), job.io)
+    return [_loaded[job].answer(setting, question) for setting in settings]
+
+
+def _from_json(line: dict[str, Any]) -> Answer:
+    answer = Answer(**line)
+    if not isinstance(answer.values, list):
+        raise TypeError("no values")
+    return answer
+
+
+@contextmanager
+def session(
+    path: Path,
+    n_ctx: int,
+    settings: Sequence[Setting],
+    *,
+    threads: int | None = None,
+    n_workers: int = 1,
+    io: str | None = None,
+) -> Iterator[Answers]:
+    """A model that answers, with all answers that this build has ever computed in a context of `n_ctx`, in the user's cache.
+
+    `threads`: in total, None for all cores. `n_workers`: processes of this machine that answer, each with the model loaded.
+    Raises UsageError for settings that do not fit, CacherouteError when the model cannot be loaded.
+    """
+    with ExitStack() as stack:
+        each = max((threads or big_cores()) // n_workers, 1)
+        llm = stack.enter_context(closing(loading.load(path, n_ctx, each)))
+        io = io or loading.default_io(llm.layout)
+        for setting in settings:
+            llm.configure(budget=setting.budget, routing=setting.routing, eviction=setting.eviction, io=io)
+        executor = stack.enter_context(processes.pool(n_workers)) if n_workers > 1 else None
+        job = Job(model=path.resolve(), text="", n_ctx=n_ctx, n_threads=each, io=llm.io, n_processes=n_workers)
+        kept = kept_scores(path, f"requests in a context of {n_ctx} tokens", _FORMAT, _from_json)
+        yield Answers(llm, job, settings, kept, executor)
