@@ -37,7 +37,7 @@ Open = Callable[[Copy], AbstractContextManager[Scorer]]
 @dataclass(frozen=True)
 class Found:
     """What was found for one file. `capacity`: experts of each layer in the memory, None where those of one token do not fit.
-    `outcome` None: not searched, as an earlier file misses nothing, or for lack of memory. `past`: mass_past_k() of the router."""
+    `outcome` None: not searched, as an earlier file misses nothing, or for lack of memory. `past`: mass_past_k() of a trace."""
 
     copy: Copy
     capacity: int | None

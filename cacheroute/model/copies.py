@@ -18,7 +18,7 @@ from cacheroute.model.gguf_file import GgufFile
 _TOKENIZER = ("model", "pre", "bos_token_id", "add_bos_token", "add_space_prefix")  # scalars that change how a text is cut
 _SAME_FUNCTION = ("context_length",)  # keys of an architecture that change nothing of a short text
 _OPTIONAL = re.compile(r"^(output\.weight|rope_.*)$")  # tensors that some converters leave out where others write them
-_SEPARATORS = "-_. "
+_SEPARATORS = "-. "  # a type has _ within itself
 
 
 @dataclass(frozen=True)
