@@ -30,8 +30,12 @@ pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.engine]
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model of 8 experts, 2 used, in F16 and, twice as large, in F32."""
     folder = tmp_path_factory.mktemp("files")
-    whole = {"quant": "F32", "dense_quant": "F32"}
-    return tiny_models.write("llama", folder / "m-F16.gguf"), tiny_models.write("llama", folder / "m-F32.gguf", **whole)
+    wide: dict[str, Any] = {"n_ff": 256}  # so that whole pages take little more than the experts
+    large = wide | {"quant": "F32", "dense_quant": "F32"}
+    return (
+        tiny_models.write("llama", folder / "m-F16.gguf", **wide),
+        tiny_models.write("llama", folder / "m-F32.gguf", **large),
+    )
 
 
 def run(*arguments: object) -> Any:
@@ -49,7 +53,7 @@ def settings(files: tuple[Path, ...], prose: Path, results: Path, *more: object)
         prose,
         *few,
         "--budget",
-        "50%,all",
+        "50%,1536KiB",
         "-o",
         "json",
         *more,
@@ -75,7 +79,7 @@ def test_rows_at_equal_memory(files: tuple[Path, Path], prose: Path, tmp_path: P
     found = [(r["file"], r["budget"], r["whole"], r["budget_experts"], r["routing"], r["eviction"]) for r in rows]
     each = [(r, e) for r in ("original", "cache-prior:lambda=0.5") for e in ("lru", "soft-lfu")]
     assert [f[4:] for f in found if f[:2] == ("F16", "50%")] == each and found[0][3] == 4
-    assert ("F16", "all", True, 8, "original", DEFAULT) in found and len(found) == 4 + 1 + 4 + 4
+    assert ("F16", "1536KiB", True, 8, "original", DEFAULT) in found and len(found) == 4 + 1 + 4 + 4
     assert {r["reference"] for r in rows} == {"F32"}
     large = [r for r in rows if r["file"] == "F32"]
     assert all(r["memory_mib"] == rows[0]["memory_mib"] for r in large if r["budget"] == "50%")

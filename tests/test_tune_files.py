@@ -33,8 +33,12 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model of 32 experts, 4 used, in F16 and, twice as large, in F32."""
     folder = tmp_path_factory.mktemp("files")
-    whole = {"quant": "F32", "dense_quant": "F32"}
-    return tiny_models.write("qwen3moe", folder / "m-F16.gguf"), tiny_models.write("qwen3moe", folder / "m-F32.gguf", **whole)
+    wide: dict[str, Any] = {"n_ff": 256}  # so that whole pages take little more than the experts
+    large = wide | {"quant": "F32", "dense_quant": "F32"}
+    return (
+        tiny_models.write("qwen3moe", folder / "m-F16.gguf", **wide),
+        tiny_models.write("qwen3moe", folder / "m-F32.gguf", **large),
+    )
 
 
 # ---- the choice ------------------------------------------------------------------------------------
@@ -154,7 +158,7 @@ def test_the_choice_is_used_and_quoted(files: tuple[Path, Path], prose: Path, tm
     best = report["chosen"]
     assert best["file"] == "F16" and best["budget_experts"] == 16 and report["reference"] == "F32"
     assert best["kl"] <= 0.2 and best["within"] in ("yes", "perhaps") and (best["within"] == "yes") == (best["kl_high"] <= 0.2)
-    assert report["answer"].startswith("In 0.") and " take F16 with cache-prior per layer" in report["answer"]
+    assert report["answer"].startswith("In 3.4 MiB") and " take F16 with cache-prior per layer" in report["answer"]
     assert "3 steps: F32 as the reference, then in " in result.stderr and "to decode, " in result.stderr
     assert report["profile"] == str(tuned.path(files[0], 16))
     saved = tuned.load(Path(report["profile"]))
