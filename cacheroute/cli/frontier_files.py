@@ -166,7 +166,7 @@ def run(
 
     @contextmanager
     def begin(session: Scorer, copy: Copy, arms: Sequence[Arm]) -> Iterator[None]:
-        say(f"{copy.name}: {len(arms)} settings on {len(session.chunks)} chunks")
+        say(f"{copy.name}: {len(arms)} setting{'s' * (len(arms) > 1)}, {len(session.chunks)} chunks each")
         with progress.scoring(session, [r for arm in arms for r in arm.requests(len(session.chunks))]):
             yield
 
