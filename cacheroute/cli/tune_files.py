@@ -23,6 +23,7 @@ from cacheroute.routing import tuned
 if TYPE_CHECKING:
     from cacheroute.evals.choose import Chooser, Found
     from cacheroute.evals.loading import Source
+    from cacheroute.evals.prompt_tune import Outcome as PromptOutcome
     from cacheroute.evals.prompts import Lengths
     from cacheroute.evals.scorer import Scorer
     from cacheroute.evals.tune import Goal, Trial
@@ -111,15 +112,10 @@ def run(
     best = choose.best(found)
     own = machine(chosen, settings.threads, settings.flash_mbps) if best else None
     rows = {f.copy.fingerprint: _row(f, own) for f in found}
-    saved = _saved(best, goal, chosen, source, nbytes, len(chooser.chunks)) if best else None
-    of_prompt = None
-    if prompt and best and not best.whole:
-        of_prompt = tune_prompt.search(
-            str(best.copy.path), source.path, source.column, str(best.capacity), goal.eviction, prompt.max_kl, prompt.lengths,
-            prompt.n_places, goal.seed, settings.threads, settings.io,
-        )  # fmt: skip
     row = rows[best.copy.fingerprint] if best else None
-    result = FilesReport(
+    saved = _saved(best, goal, chosen, source, nbytes, len(chooser.chunks)) if best else None
+    of_prompt = _search_prompt(prompt, best, goal, source, settings) if prompt and best and not best.whole else None
+    report = FilesReport(
         model=chosen.copies[0].layout.model,
         text=source.name,
         reference=chosen.reference.name,
@@ -133,12 +129,12 @@ def run(
         chosen=row,
         profile=str(saved) if saved else None,
         flash_mbps=settings.flash_mbps,
-        answer=_answer(row, best, chosen.reference, goal, nbytes, settings.flash_mbps) if row and best else "Nothing fits.",
+        answer=_answer(row, chosen.reference, goal, nbytes, settings.flash_mbps) if row else "Nothing fits.",
         prompt=of_prompt[0] if of_prompt else None,
         trials=[FileTrial(**_of_whole(trial_row(t), copy, rows), file=copy.name) for copy, t in trials],
     )
-    _print(result, output, wide=wide)
-    if row is None or best is None:
+    _print(report, output, wide=wide)
+    if best is None:
         raise CacherouteError(_why_not(trials, goal))
     if best.whole and prompt:
         say("all its experts are in memory, so a prompt reads nothing either, and no prompt routing is needed")
@@ -146,6 +142,15 @@ def run(
         tune_prompt.say_result(*of_prompt)
     how = "--budget all" if best.whole else f"--routing tuned --budget {best.capacity}"
     say(f"use it with -m {best.copy.path} {how}" + (f"; it is in {saved}" if saved else ""))
+
+
+def _search_prompt(
+    prompt: PromptGoal, best: Found, goal: Goal, source: Source, settings: Settings
+) -> tuple[tune_prompt.Report, PromptOutcome]:
+    """A prompt routing for the file that was chosen."""
+    where = (str(best.copy.path), source.path, source.column, str(best.capacity), goal.eviction)
+    how = (prompt.max_kl, prompt.lengths, prompt.n_places, goal.seed, settings.threads, settings.io)
+    return tune_prompt.search(*where, *how)
 
 
 def _search(
@@ -274,7 +279,7 @@ def _saved(best: Found, goal: Goal, chosen: Chosen, source: Source, nbytes: int,
     return path
 
 
-def _answer(row: FileRow, best: Found, reference: Copy, goal: Goal, nbytes: int, flash_mbps: float | None) -> str:
+def _answer(row: FileRow, reference: Copy, goal: Goal, nbytes: int, flash_mbps: float | None) -> str:
     """One sentence."""
     what = "as it is, all its experts in memory" if row.whole else f"with {row.routing}"
     kl = f"a KL of {brief_kl(row.kl, row.kl_low, row.kl_high)} millinats against {reference.name} on unseen text"
