@@ -220,8 +220,8 @@ def test_a_prompt_routing_beside_it(files: tuple[Path, Path], prose: Path) -> No
 @pytest.mark.engine
 @pytest.mark.usefixtures("no_speed")
 def test_nothing_fits_is_one_sentence(files: tuple[Path, Path], prose: Path) -> None:
-    result = run(*settings(files[:1], prose, "--max-kl", 0.000001, "--reference", files[1]))
-    assert result.exit_code == 1 and "Nothing fits 0.001 millinats of KL: the mildest, F16 with original, loses" in result.stderr
+    result = run(*settings(files[:1], prose, "--max-kl", 0, "--reference", files[1]))
+    assert result.exit_code == 1 and "Nothing fits 0 millinats of KL: the mildest, F16 with original, loses" in result.stderr
     assert json.loads(result.stdout)["chosen"] is None and json.loads(result.stdout)["profile"] is None
 
 

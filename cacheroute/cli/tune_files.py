@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cacheroute.cli import progress, table, tune_prompt
 from cacheroute.cli.eval import brief_kl, whole_kl
@@ -148,9 +148,19 @@ def _search_prompt(
     prompt: PromptGoal, best: Found, goal: Goal, source: Source, settings: Settings
 ) -> tuple[tune_prompt.Report, PromptOutcome]:
     """A prompt routing for the file that was chosen."""
-    where = (str(best.copy.path), source.path, source.column, str(best.capacity), goal.eviction)
-    how = (prompt.max_kl, prompt.lengths, prompt.n_places, goal.seed, settings.threads, settings.io)
-    return tune_prompt.search(*where, *how)
+    return tune_prompt.search(
+        model=str(best.copy.path),
+        file=source.path,
+        column=source.column,
+        budget=str(best.capacity),
+        eviction=goal.eviction,
+        max_kl=prompt.max_kl,
+        lengths=prompt.lengths,
+        n_places=prompt.n_places,
+        seed=goal.seed,
+        threads=settings.threads,
+        io=settings.io,
+    )
 
 
 def _search(
@@ -249,7 +259,7 @@ def _row(f: Found, own: Machine | None) -> FileRow:
     )
 
 
-def _of_whole(row: TrialRow, copy: Copy, rows: dict[str, FileRow]) -> dict[str, object]:
+def _of_whole(row: TrialRow, copy: Copy, rows: dict[str, FileRow]) -> dict[str, Any]:
     """The fields of a row; loaded whole a file misses nothing, and the first use of an expert is no miss."""
     nothing = {"missed_mib_per_token": 0.0, "original_missed_mib_per_token": 0.0, "miss_rate": 0.0}
     return asdict(row) | (nothing if rows[copy.fingerprint].whole else {})
