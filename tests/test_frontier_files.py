@@ -178,6 +178,14 @@ def test_bad_input_is_one_sentence(
     assert not (tmp_path / "f.jsonl").exists()
 
 
+def test_a_results_file_with_another_row_is_refused() -> None:
+    good = vars(made_up("Q8", "original", 0.0, 9.0))
+    assert len(across.finished([good])) == 1
+    for line in ({}, good | {"chunk_kl": 7}, good | {"file": []}, good | {"kl": "x"}, {**good, "more": 1}):
+        with pytest.raises(UsageError, match="no row of frontier"):
+            across.finished([line])
+
+
 def test_one_file_alone_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     for arguments, message in (
         (("--files", files[0]), "names two or more files"),

@@ -31,8 +31,8 @@ def frontier(
         str | None,
         typer.Option(
             "--routing",
-            help="Routings, separated by commas; with --files also `tuned`. [default: a grid over all strategies, with --files "
-            "over cache-prior]",
+            help="Routings, separated by commas; with --files `tuned`, too, and by default cache-prior only. [default: a grid "
+            "over all strategies]",
         ),
     ] = None,
     points: Annotated[int, typer.Option("--points", min=1, help="Number of values of each strategy in the grid.")] = 5,
