@@ -221,7 +221,8 @@ def view(rows: Sequence[FilesRow]) -> table.View:
     pace = f" behind {first.flash_mbps:g} MB/s" if first.flash_mbps else ""
     above = [
         f"{first.model}, {first.text}: {first.n_tokens} scored tokens against original of {first.reference}",
-        f"KLD in millinats, MiB missed and tok/s forecast{pace}; *: nothing as fast has less KL in the same memory",
+        f"KLD in millinats, MiB missed a token, tok/s forecast{pace}",
+        "*: nothing as fast has less KL in the same memory",
     ]
     return table.View(brief, whole, above=above, below=below)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -219,7 +220,7 @@ def _say_steps(chooser: Chooser, session: Scorer, total: float, seconds: float) 
     files = [f.copy.name + (" whole" if f.whole else "") for f in chooser.files() if f.capacity]
     say(
         f"{1 + len(files)} steps: {chooser.reference.name} as the reference, then in {size(chooser.nbytes)} {', '.join(files)}; "
-        f"about {total:.0f} tokens to decode, {progress.duration(seconds)}, less what earlier runs have scored"
+        f"about {total:.0f} tokens to decode, {progress.duration(seconds)} as fast as now, less what earlier runs have scored"
     )
     say("Ctrl-C stops it, and the same command resumes")
 
@@ -310,7 +311,8 @@ def _print(report: FilesReport, output: str, *, wide: bool) -> None:
         f"{report.model}, {report.text}: {report.n_tokens} tokens against original of {report.reference}",
         f"{report.memory_mib:.1f} MiB for experts ({report.budget}), {report.eviction}; at most {limit}",
     ]
-    table.write([], output, table.View(_brief(report), _whole(report), above, [report.answer]), wide=wide)
+    answer = textwrap.wrap(report.answer, table.WIDTH, break_long_words=False, break_on_hyphens=False)
+    table.write([], output, table.View(_brief(report), _whole(report), above, answer), wide=wide)
     if report.prompt:
         print()
         tune_prompt.show(report.prompt, output, wide=wide)

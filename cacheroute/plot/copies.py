@@ -1,7 +1,7 @@
 """Several quantisations of one model at equal memory: KL against speed, a panel for each memory, with its Pareto front.
 
-The colour and mark of a point are its file's; a file that is whole in memory is a star. Every point has its name in the table,
-and in the figure as far as there is room: those on the front and those of files as they are always.
+The colour and mark of a point are its file's; a file that is whole in memory is a star. Points are numbered, and beside the panel
+stands what each number is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 _NEEDED = ("file", "reference", "memory_mib", "kl", "missed_mib_per_token", "whole")
 _PANEL = 3.4  # inches
 _FILLS = ("full", "none", "bottom", "left")  # of marks, by eviction
-_ROOM = (0.16, 0.055)  # shares of an axis that a name covers
+_LINE = 0.15  # inches of a name beside the panel
+_SPREAD = 5.0  # largest over smallest speed from which on the axis is logarithmic
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def chart(raws: Sequence[Mapping[str, Any]]) -> Chart:
         cells.append([p.budget, f"{p.memory:.1f}", _name(p), "" if p.whole else p.eviction, f"{p.x:.2f}", f"{p.y:.2f}", mark])
     title = str(own[0].get("model", ""))
     draw = _drawing(points, fronts, x, y, title)
-    return Chart(cells, draw, _alt(points, fronts, x, y, title), height=_PANEL * len(memories) + 1)
+    return Chart(cells, draw, _alt(points, fronts, x, y, title), height=_panel_height(points) * len(memories) + 1)
 
 
 def _point(raw: Mapping[str, Any], predicted: bool) -> _Point:
@@ -115,11 +116,21 @@ def _alt(points: Sequence[_Point], fronts: Mapping[tuple[float, str], Sequence[_
     said = [f"{y} against {x}, {title or 'one model'}: {files} in equal memory, a panel for each."]
     for (memory, budget), front in fronts.items():
         first, last = front[0], front[-1]
-        ends = f"from {_name(first)} ({first.x:.3g}; {first.y:.3g} millinats)"
+        ends = f"from {_name(first)} ({_short(first.x)}; {_short(first.y)} millinats)"
         if first is not last:
-            ends += f" to {_name(last)} ({last.x:.3g}; {last.y:.3g})"
+            ends += f" to {_name(last)} ({_short(last.x)}; {_short(last.y)})"
         said.append(f"In {memory:.1f} MiB ({budget}) the front goes {ends}.")
     return " ".join(said)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _panel_height(points: Sequence[_Point]) -> float:
+    """Inches: enough for the names of the fullest panel."""
+    most = max(sum(q.memory == p.memory and q.budget == p.budget for q in points) for p in points)
+    return max(_PANEL, _LINE * most + 0.6)
 
 
 def _drawing(
@@ -134,7 +145,8 @@ def _drawing(
         evictions = list(dict.fromkeys(p.eviction for p in points if not p.whole))
         fills = {e: _FILLS[min(i, len(_FILLS) - 1)] for i, e in enumerate(evictions)}
         for axes, ((memory, budget), front) in zip(panels, fronts.items(), strict=True):
-            _panel(axes, [p for p in points if (p.memory, p.budget) == (memory, budget)], front, looks, fills)
+            own = [p for p in points if (p.memory, p.budget) == (memory, budget)]
+            _panel(axes, sorted(own, key=lambda p: (p.x, p.y)), front, looks, fills)
             axes.set_title(f"{budget}: {memory:.1f} MiB for experts", fontsize=10)
             axes.set_ylabel(y.replace(", millinats", ",\nmillinats"))
             axes.grid(alpha=0.3)
@@ -161,34 +173,35 @@ def _panel(
         axes.plot([p.x], [p.y], color=colour, marker="*" if p.whole else marker, markersize=11 if p.whole else 6, fillstyle=fill)
         if p.low is not None and p.high is not None:
             axes.vlines(p.x, p.low, p.high, color=colour, linewidth=1, alpha=0.7)
-    if min(p.y for p in points) > 0 and max(p.y for p in points) > 20 * min(p.y for p in points):
-        axes.set_yscale("log")
+    _scale(axes, points)
+    _names(axes, points, front, several=len(fills) > 1)
+
+
+def _names(axes: Axes, points: Sequence[_Point], front: Sequence[_Point], *, several: bool) -> None:
+    """A number at each point, and beside the axes what each number is, from left to right; * for those on the front."""
+    lines = []
+    for n, p in enumerate(points, 1):
+        axes.annotate(str(n), (p.x, p.y), xytext=(4, 4), textcoords="offset points", fontsize=style.SMALL)
+        eviction = f", {words.eviction(p.eviction)}" if several and not p.whole else ""
+        lines.append(f"{n} {_name(p)}{eviction}" + " *" * (p in front))
+    axes.text(1.02, 1.0, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=style.SMALL, linespacing=1.25)
+
+
+def _scale(axes: Axes, points: Sequence[_Point]) -> None:
+    """Logarithmic axes where a few values far above the others would flatten them; near zero the KL's stays linear."""
+    from matplotlib.ticker import LogLocator
+
+    xs, ys = [p.x for p in points], [p.y for p in points]
+    if min(xs) > 0 and max(xs) > _SPREAD * min(xs):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="x", which="minor", labelsize=style.SMALL - 1)
+    if style.limit(ys) is not None:
+        axes.set_yscale("symlog", linthresh=max(min((y for y in ys if y > 0), default=1.0), 1.0))
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.margins(0.1)
-    _names(axes, points, front)
-
-
-def _names(axes: Axes, points: Sequence[_Point], front: Sequence[_Point]) -> None:
-    """Names points where their names cover no other name, the front and files as they are first."""
-    to_axes = axes.transData.transform, axes.transAxes.inverted().transform
-    taken: list[tuple[float, float]] = []
-    first = [p for p in points if p in front or p.whole]
-    for p in [*first, *(p for p in points if p not in first)]:
-        x, y = (float(v) for v in to_axes[1](to_axes[0]((p.x, p.y))))
-        covered = any(abs(x - a) < _ROOM[0] and abs(y - b) < _ROOM[1] for a, b in taken)
-        if covered and p not in first:
-            continue
-        below = covered
-        text = p.file if p.whole else f"{p.file} {p.name}"
-        right = x < 0.75
-        axes.annotate(
-            text,
-            (p.x, p.y),
-            xytext=(6 if right else -6, -10 if below else 4),
-            textcoords="offset points",
-            ha="left" if right else "right",
-            fontsize=style.SMALL,
-        )
-        taken.append((x, y))
 
 
 def _legend(
