@@ -45,12 +45,16 @@ TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K",
 NEED_IMPORTANCE, IGNORE_IMPORTANCE = ("IQ2_XS",), "Q8_0"
 WHOLE = ("f32", "f16", "bf16")
 
+_NO_EXPERTS = rb"^(?!.*_exps\.)"  # names of all matrices but experts, in C++'s regular expressions
 _BUFFER = 512 * MIB  # rows of a tensor in memory at once; llama.cpp's default is 8 GiB
 _TYPE_AT_END = re.compile(r"[-._](F32|F16|BF16|MXFP4|I?Q\d\w*)$", re.IGNORECASE)
 
 
-def copy(source: Path, out: Path, kind: str, importance: Importance | None, n_threads: int) -> None:
-    """Writes `source` in the types of the mix `kind` to `out`. Raises CacherouteError, with what llama.cpp said."""
+def copy(source: Path, out: Path, kind: str, importance: Importance | None, n_threads: int, experts_only: bool = False) -> None:
+    """Writes `source` in the types of the mix `kind` to `out`. Raises CacherouteError, with what llama.cpp said.
+
+    experts_only: all other matrices are Q8_0.
+    """
     api = patched_llama_cpp.module().llama_cpp
     params = api.llama_model_quantize_default_params()
     params.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{kind}")
@@ -66,6 +70,11 @@ def copy(source: Path, out: Path, kind: str, importance: Importance | None, n_th
         params.imatrix = ctypes.cast(entries, ctypes.POINTER(api.llama_model_imatrix_data))
         params.kv_overrides = ctypes.cast(keys, ctypes.POINTER(api.llama_model_kv_override))
         kept += [means, entries, keys]
+    if experts_only:
+        others = (api.llama_model_tensor_override * 2)()  # the last one, without a pattern, ends them
+        others[0].pattern, others[0].type = _NO_EXPERTS, int(GGMLQuantizationType.Q8_0)
+        params.tt_overrides = ctypes.cast(others, ctypes.POINTER(api.llama_model_tensor_override))
+        kept.append(others)
     api.llama_backend_init()
     with log.errors(verbose=False) as said:
         failed = api.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
@@ -210,7 +219,7 @@ def run(args: argparse.Namespace) -> str:
             importance = _importance(source, kinds, args, executor)
             for kind, out in outs.items():
                 part = Path(folder) / out.name
-                executor.submit(copy, source, part, kind, importance, args.threads).result()
+                executor.submit(copy, source, part, kind, importance, args.threads, args.experts_only).result()
                 _check_new([out])
                 part.replace(out)
                 say(f"{out}: {out.stat().st_size / MIB:.1f} MiB")
@@ -244,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of text for it (default: 8192)")
     parser.add_argument("--no-importance", action="store_true", help="no importance matrix; iq2_xs needs one")
+    parser.add_argument("--experts-only", action="store_true", help="the experts in these types, all other matrices in q8_0")
     parser.add_argument("--wheel", type=Path, help="the wheel of the demo model's parent, to build it in F16 as the source")
     parser.add_argument("-t", "--threads", type=int, default=cores(), help="(default: all cores)")
     args = parser.parse_args(arguments)

@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 
+from cacheroute.cli.plan import _text as plan_text
 from cacheroute.engine import compute_threads, storage, stores
 from cacheroute.engine.compute_threads import Busy
 from cacheroute.errors import UsageError
@@ -214,6 +215,11 @@ def test_a_tuned_routing_comes_with_its_price() -> None:
     f = forecast.of(c.work, c.plan, entry_machine(SLOW_DRIVE), n_ctx=4096, tuned=tuned)
     assert f.routings[-1].loss == 1.0
     assert "(at 1% of perplexity)" in next(d.reason for d in f.decisions if d.setting == "routing")
+    tuned = dataclasses.replace(tuned, loss=None, kl=(0.0179, 0.0168, None), reference="Q8_0")
+    f = forecast.of(c.work, c.plan, entry_machine(SLOW_DRIVE), n_ctx=4096, tuned=tuned)
+    said = "17.9 [16.8, ?] millinats of KL against Q8_0"
+    assert f.routings[-1].price == said and f"(at {said})" in next(d.reason for d in f.decisions if d.setting == "routing")
+    assert any(text.strip().startswith(said) for text in plan_text(f, "qwen3-30b-a3b"))
 
 
 # ---- what is measured ----
@@ -301,6 +307,9 @@ def test_the_first_line_says_what_is_known_and_no_more(own_cache: Path, tiny: Pa
     monkeypatch.setattr(candidates, "tuned_for", lambda *_: tuned)
     assert line.first_line(header, layout, 16, n_threads=2).endswith(" at 1% loss with --routing tuned")
     assert "loss" not in line.first_line(header, layout, 16, routing="cache-prior:lambda=0.3", n_threads=2)
+    by_kl = dataclasses.replace(tuned, loss=None, kl=(0.0179, None, None))
+    monkeypatch.setattr(candidates, "tuned_for", lambda *_: by_kl)
+    assert line.first_line(header, layout, 16, n_threads=2).endswith(" at a KL of 17.9 millinats with --routing tuned")
     whole = line.first_line(header, layout, 32, n_threads=2)
     assert ": all " in whole and "reads" not in whole and "about" in whole
     assert "tok/s" not in line.first_line(header, layout, 16, routing="speculate", n_threads=2)

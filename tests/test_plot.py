@@ -308,7 +308,10 @@ def test_a_trace_has_a_table_too(tmp_path: Path) -> None:
         (["prose"], "does not hold rows of bench, simulate or eval"),
         (["broken.json"], "does not hold rows of bench, simulate or eval"),
         (["other.json"], "does not hold rows of bench, simulate or eval"),
-        (["r.json", "--kind", "pie"], "There is no plot 'pie'; there are frontier, speed, bench, misses, residency, layers"),
+        (
+            ["r.json", "--kind", "pie"],
+            "There is no plot 'pie'; there are frontier, speed, files, bench, misses",
+        ),
         (["r.json", "--kind", "layers"], "is not a trace"),
         (["r.json", "-o", "f.pdf"], "is neither a .png nor a .svg"),
         (["t", "--kind", "misses"], "A trace has no misses of its own"),

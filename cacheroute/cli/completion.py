@@ -78,6 +78,9 @@ def _plots() -> Words:
 
 WORDS: dict[str, Callable[[], Words]] = {
     "model": _models,
+    "frontier files": _models,
+    "tune files": _models,
+    "reference": _models,
     "routing": _routings,
     "prompt_routing": _prompt_routings,
     "eviction": _evictions,

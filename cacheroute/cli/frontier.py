@@ -8,23 +8,32 @@ from typing import Annotated
 
 import typer
 
-from cacheroute.cli import options, progress, table
+from cacheroute.cli import frontier_files, options, progress, table
 from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, StrideOption, TextOption, perplexity_view
+from cacheroute.cli.frontier_files import FilesOption, ReferenceOption
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.routing.eviction import DEFAULT
 
 
 def frontier(
+    ctx: typer.Context,
     results: Annotated[
         Path, typer.Argument(metavar="FILE", help="The file of results (JSON lines); an unfinished one is resumed.")
     ],
     model: options.ModelOption = None,
+    files: FilesOption = None,
+    reference: ReferenceOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
     budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "25%,50%,75%",
     routing: Annotated[
-        str | None, typer.Option("--routing", help="Routings, separated by commas. [default: a grid over all strategies]")
+        str | None,
+        typer.Option(
+            "--routing",
+            help="Routings, separated by commas; with --files `tuned`, too, and by default cache-prior only. [default: a grid "
+            "over all strategies]",
+        ),
     ] = None,
     points: Annotated[int, typer.Option("--points", min=1, help="Number of values of each strategy in the grid.")] = 5,
     eviction: options.EvictionsOption = DEFAULT,
@@ -53,8 +62,13 @@ def frontier(
 
     Speed (ts) is measured only with one worker and an --io that reads; otherwise ts is null. When it is measured, stored
     scores without a speed, or with the speed of another io, pace or number of threads, are computed again.
+
+    With --files several quantisations of one model are scored, each with as many experts as fit the same bytes, and compared
+    with `original` of one of them; a file that fits whole is scored as it is. The speed of each is forecast, behind
+    --flash-mbps if that is given. `plot` shows which file, routing and eviction lose least at which speed.
     """
     table.check(output, wide=wide)
+    frontier_files.check_options(ctx, files, reference)
     if scheduler and workers > 1:
         raise UsageError("Give --workers or --scheduler; a cluster has its own workers.")
     from cacheroute.evals import frontier as frontiers
@@ -62,13 +76,22 @@ def frontier(
     from cacheroute.evals.results import ResultsFile
     from cacheroute.model import catalogue, experts, gguf_file
 
+    source = loading.Source(file, column, chunk, stride, limit)
+    timed = io not in (None, "none") and workers == 1 and not scheduler
+    evictions, budgets = options.names(eviction), options.names(budget)
+    if files is not None:
+        chosen = frontier_files.choose(files, reference)
+        settings = frontier_files.Settings(threads, workers, scheduler, io, flash_mbps, evictions)
+        grid = [r for r in frontiers.grid(chosen.copies[0].layout, points) if r.startswith("cache-prior")]
+        names = options.names(routing) if routing else grid
+        frontier_files.run(results, chosen, source, names, evictions, budgets, settings, output, timed=timed, wide=wide)
+        return
     path = catalogue.resolve(model)
     layout = experts.layout(gguf_file.read(path))
     names = options.names(routing) if routing else frontiers.grid(layout, points)
-    arms = frontiers.arms(layout, names, options.names(eviction), options.names(budget))
+    arms = frontiers.arms(layout, names, evictions, budgets)
     if not arms:
         raise UsageError("There is nothing to score; give at least one budget and eviction.")
-    source = loading.Source(file, column, chunk, stride, limit)
     kept = ResultsFile(results, frontiers.header(path, source))
     rows = frontiers.finished(kept.lines)
     if kept.lines:
@@ -86,8 +109,8 @@ def frontier(
                 scheduler=scheduler,
                 io=io,
                 flash_mbps=flash_mbps,
-                timed=io not in (None, "none") and workers == 1 and not scheduler,
-                evictions=options.names(eviction),
+                timed=timed,
+                evictions=evictions,
             ) as session,
             progress.scoring(session, [r for arm in left for r in arm.requests(len(session.chunks))]),
         ):

@@ -247,9 +247,11 @@ def _text(f: Forecast, model: str) -> list[str]:
         note = (
             ("none" if f.capacity == f.n_expert else r.miss_from)
             + (", lossy" if r.lossy else "")
-            + (f": {r.loss:g}%" if r.loss is not None else "")
+            + (f": {r.loss:g}%" if r.loss is not None and r.kl is None else "")
         )
         lines.append(f"{r.routing:{width}} {100 * r.miss_rate:5.1f}% {r.mib_per_token:10.1f} {_range(r):>10}  {note}")
+        if r.kl is not None:
+            lines.append(f"{'':{width}} {r.price}, as `tune` measured")
     if f.prompts:
         lines += ["", f"{'prompt':12} {'first token':>12} {'MiB read':>9} {'passes':>7}"]
     for p in f.prompts:

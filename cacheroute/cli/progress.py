@@ -80,7 +80,7 @@ def time_left() -> ProgressColumn:
     class TimeLeft(ProgressColumn):
         def render(self, task: Task) -> Text:
             left = seconds_left(task.completed, task.total or 0.0, task.start_time, task.fields.get("at"), time.monotonic())
-            return Text("" if left is None else f"about {_duration(left)} left")
+            return Text("" if left is None else f"about {duration(left)} left")
 
     return TimeLeft()
 
@@ -122,7 +122,7 @@ class LoadLine:
 
 def load_text(share: float, seconds: float) -> str:
     """What LoadLine shows after so many seconds."""
-    left = f", about {_duration(seconds * (1 - share) / share)} left" if share else ""
+    left = f", about {duration(seconds * (1 - share) / share)} left" if share else ""
     return f"loading the model: {int(100 * share)}%{left}"
 
 
@@ -223,11 +223,11 @@ def prompt_text(progress: PromptProgress) -> str:
     if progress.needed_mib:
         parts.append(f"read {progress.read_mib:.1f} of about {progress.needed_mib:.1f} MiB")
     if progress.seconds_left is not None:
-        parts.append(f"about {_duration(progress.seconds_left)} left")
+        parts.append(f"about {duration(progress.seconds_left)} left")
     return ", ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """As in "7 s", "3 min 20 s" and "2 h 5 min"."""
     minutes, rest = divmod(max(round(seconds), 1), 60)
     if minutes >= 60:

@@ -15,7 +15,7 @@ from cacheroute.routing import budget as budgets
 from cacheroute.routing import prompt_routing as prompts
 
 if TYPE_CHECKING:
-    from cacheroute.evals.prompt_tune import Trial
+    from cacheroute.evals.prompt_tune import Outcome, Trial
     from cacheroute.evals.prompts import Lengths, Summary
 
 
@@ -63,6 +63,25 @@ def run(
     wide: bool,
 ) -> None:
     """Prints the trials, writes the file and says how it is used. Raises CacherouteError when nothing fits."""
+    report, outcome = search(model, file, column, budget, eviction, max_kl, lengths, n_places, seed, threads, io)
+    show(report, output, wide=wide)
+    say_result(report, outcome)
+
+
+def search(
+    model: str | None,
+    file: Path | None,
+    column: str,
+    budget: str | None,
+    eviction: str,
+    max_kl: float,
+    lengths: Lengths,
+    n_places: int,
+    seed: int,
+    threads: int | None,
+    io: str | None,
+) -> tuple[Report, Outcome]:
+    """Finds the prompt routing and writes its file, where something fits."""
     from cacheroute.evals import prompt_tune
     from cacheroute.evals import prompts as evaluation
     from cacheroute.evals import tune as tuning
@@ -106,7 +125,12 @@ def run(
         profile=str(saved) if saved else None,
         trials=[_row(t) for t in sorted(outcome.trials, key=lambda t: t.validates)],
     )
-    _print(report, output, wide=wide)
+    return report, outcome
+
+
+def say_result(report: Report, outcome: Outcome) -> None:
+    """What was found and how it is used. Raises CacherouteError when nothing fits."""
+    max_kl = report.max_kl
     if not outcome.chosen or not outcome.validation:
         s = max(outcome.trials, key=lambda t: t.prompt_routing.cover).summary
         raise CacherouteError(
@@ -118,7 +142,7 @@ def run(
         say(f"The held-out places are too few to be sure of the limit: the interval reaches {1000 * s.kl_high:.1f} millinats.")
     say(
         f"{outcome.chosen} reads {100 * s.saved:.0f}% less for a prompt and changes the answer by {1000 * s.kl:.1f} millinats "
-        f"of KL a token on unseen text; use it with --prompt-routing tuned --budget {budget}; it is in {saved}"
+        f"of KL a token on unseen text; use it with --prompt-routing tuned --budget {report.budget}; it is in {report.profile}"
     )
 
 
@@ -138,7 +162,8 @@ def _row(trial: Trial) -> TrialRow:
     return TrialRow(str(trial.prompt_routing), "held out" if trial.validates else "fit", trial.passed, trial.summary)
 
 
-def _print(report: Report, output: str, *, wide: bool) -> None:
+def show(report: Report, output: str, *, wide: bool) -> None:
+    """Prints the trials."""
     if output == "json":
         print(json.dumps(asdict(report), indent=2))
         return

@@ -6,12 +6,13 @@ A cell depends on its request and the tokens of its chunk only, so cells may be 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cacheroute.errors import CacherouteError
 from cacheroute.evals import divergence, loading, reference
 from cacheroute.evals.divergence import Position
 from cacheroute.evals.perplexity import ChunkScore, Floats, LogP, score
@@ -75,6 +76,7 @@ class Job:
     `text` is the fingerprint of the chunks. `n_threads` of each process, 0 for all cores of its machine. `timing` is not empty
     where one cell runs at a time and misses are read: then decoding is timed, after a prompt that was evaluated in this run.
     `references`: the folder of what is kept of `original` (evals/reference.py), "" for none: then only that of the last chunk is.
+    `reference`: the file whose `original` all is compared with, where that is another one than `model`.
     """
 
     model: Path
@@ -86,6 +88,7 @@ class Job:
     n_processes: int = 1
     timing: str = ""
     references: str = ""
+    reference: Path | None = None
 
 
 class _Comparison:
@@ -127,7 +130,7 @@ class Runner:
         own: list[Position] = []
         watch: Callable[[LogP], None] | None = None
         comparison = None
-        if request.kl and not kept and not request.routing.lossy:
+        if request.kl and not kept and not request.routing.lossy and not self._job.reference:
             watch = _keeping(own)  # this run is what others are compared with
         elif request.kl:
             watch = comparison = _Comparison(kept or self._original(chunk))
@@ -168,8 +171,16 @@ class Runner:
         key = routing_key(request.routing)
         return Cell(**vars(s), **kl, routing=key, budget=request.budget, eviction=request.eviction, timing=self._job.timing)
 
+    def keep_reference(self, chunk: Chunk) -> None:
+        """Has what others are compared with kept for a chunk, where it is not. Only of the model that is the reference."""
+        if not self._kept(chunk):
+            self._original(chunk)
+
     def _original(self, chunk: Chunk) -> list[Position]:
         """Scores a chunk with `original`, for others to be compared with."""
+        if self._job.reference:
+            gone = f"What was kept of {self._job.reference.name} for chunk {chunk.index} is gone from the cache folder"
+            raise CacherouteError(f"{gone}; run the same command again.")
         own: list[Position] = []
         self._configure(Routing("original"), self.llm.layout.n_expert, DEFAULT)
         for _ in score(self.llm, [chunk], watch=_keeping(own), prompt=self._prompt):
@@ -228,9 +239,19 @@ _loaded: dict[Job, Runner] = {}  # of this process, one at most
 
 
 def compute(job: Job, request: Request, chunk: Chunk) -> Cell:
-    """A cell, in a process of its own or of a cluster: it loads the model of `job` and keeps it for the next request."""
+    """A cell, in a process of its own or of a cluster: it loads the model of `job` and keeps it for the next request.
+
+    What another file has to be known for it, and is not kept on this machine, is computed first.
+    """
+    if request.kl and job.reference and reference.read(job.references, chunk) is None:
+        own = replace(job, model=job.reference, reference=None, timing="")
+        _runner(own).keep_reference(chunk)
+    return _runner(job).run(request, chunk)
+
+
+def _runner(job: Job) -> Runner:
     if job not in _loaded:
         while _loaded:
             _loaded.popitem()[1].llm.close()
         _loaded[job] = Runner(loading.load(job.model, job.n_ctx, job.n_threads or big_cores()), job)
-    return _loaded[job].run(request, chunk)
+    return _loaded[job]

@@ -104,6 +104,12 @@ class Scorer:
             self.after(cell)
         return cells
 
+    def keep_references(self) -> None:
+        """Has what other files are compared with kept for all chunks. An executor's processes do that as they need it."""
+        if self._executor is None:
+            for chunk in self.chunks:
+                self._runner.keep_reference(chunk)
+
     def replay(self, chunks: Sequence[int]) -> Replay:
         """A replay of what the routers see in those chunks; traced once in a session, in this process."""
         key = ("replay", *chunks)
@@ -186,6 +192,7 @@ def session(
     flash_mbps: float | None = None,
     timed: bool = False,
     evictions: Sequence[str] = (DEFAULT,),
+    reference_model: Path | None = None,
 ) -> Iterator[Scorer]:
     """A scorer of a model and a text, with all cells that this build has ever computed for them, in the user's cache.
 
@@ -197,6 +204,8 @@ def session(
         timed: measure the speed of decoding, with one worker and an io that reads: cells that were kept without a speed, or
             with that of another io, pace or number of threads, are computed again.
         evictions: checked, as `io` is, before the text is read.
+        reference_model: a file of the same model, with whose `original` everything is compared; that file's own session has
+            kept its log-probabilities before (keep_references). None: `path` itself.
 
     Raises UsageError for settings or text that do not fit, CacherouteError when the model or the scheduler cannot be reached.
     """
@@ -223,24 +232,30 @@ def session(
             flash_mbps=flash_mbps,
             n_processes=n_workers,
             timing=f"{llm.io}, {each} threads, {f'{flash_mbps:g} MB/s' if flash_mbps else 'unpaced'}" if timed else "",
-            references=reference.folder_name(path),
+            references=reference.folder_name(reference_model or path),
+            reference=reference_model.resolve() if reference_model else None,
         )
-        yield Scorer(llm, chunks, job, _kept_cells(path, job.text), executor)
+        yield Scorer(llm, chunks, job, _kept_cells(path, job.text, reference_model), executor)
 
 
-def _kept_cells(model: Path, text: str) -> ResultsFile:
-    kept = kept_scores(model, text, score_files.FORMAT, _from_json)
-    if _score_file(_header(model, text, score_files.EARLIER)).exists():
+def _kept_cells(model: Path, text: str, reference_model: Path | None = None) -> ResultsFile:
+    kept = kept_scores(model, text, score_files.FORMAT, _from_json, reference_model)
+    if reference_model is None and _score_file(_header(model, text, score_files.EARLIER)).exists():
         kept.lines = [*kept_scores(model, text, score_files.EARLIER, _from_json).lines, *kept.lines]
     return kept
 
 
-def kept_scores(model: Path, text: str, kind: str, parse: Callable[[dict[str, Any]], Any]) -> ResultsFile:
+def kept_scores(
+    model: Path, text: str, kind: str, parse: Callable[[dict[str, Any]], Any], reference_model: Path | None = None
+) -> ResultsFile:
     """The scores of that kind that this build has computed: another router or engine may choose and round differently.
 
-    `text` says what was scored. `parse` raises for a line that is damaged.
+    `text` says what was scored. `parse` raises for a line that is damaged. `reference_model`: what they are compared with, where
+    that is another file.
     """
     header = _header(model, text, kind)
+    if reference_model:
+        header["reference"] = gguf_file.fingerprint(reference_model)
     file = _score_file(header)
     try:
         kept = ResultsFile(file, header)

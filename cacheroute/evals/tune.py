@@ -118,7 +118,10 @@ class Outcome:
 
 @dataclass
 class Search:
-    """A search for one goal. `fit` and `held_out` are indices of chunks; prices are measured on the first of `fit`."""
+    """A search for one goal. `fit` and `held_out` are indices of chunks; prices are measured on the first of `fit`.
+
+    `base_nll`: nats of each chunk that the perplexity is compared with, where it is not that of the scorer's own `original`.
+    """
 
     scorer: Scorer
     goal: Goal
@@ -126,6 +129,7 @@ class Search:
     held_out: Sequence[int]
     report: Callable[[Trial], None] = lambda trial: None
     trials: list[Trial] = field(default_factory=list)
+    base_nll: Sequence[float] | None = None
 
     @property
     def limit(self) -> float:
@@ -197,8 +201,7 @@ class Search:
             forecast = self._forecast(base, cells, len(chunks)) if early else None
             if forecast is not None:
                 break
-        nll = [[c.nll_sum for c in part] for part in (base, cells)]
-        d = paired.compare(nll[0], nll[1], [c.n for c in cells], seed=self.goal.seed)
+        d = paired.compare(self._base(base), [c.nll_sum for c in cells], [c.n for c in cells], seed=self.goal.seed)
         kl = divergence.summary([c.kl for c in cells], [c.same_top or 0 for c in cells], seed=self.goal.seed)
         mean, high = (d.delta_nll, d.high) if self.goal.max_kl is None else (kl.kl, kl.kl_high)
         within = "yes" if high is not None and high <= self.limit else "perhaps" if mean <= self.limit else "no"
@@ -218,13 +221,17 @@ class Search:
         self.report(trial)
         return trial
 
+    def _base(self, own: Sequence[Cell]) -> list[float]:
+        """What the perplexity of those chunks is compared with."""
+        return [c.nll_sum if self.base_nll is None else self.base_nll[c.chunk] for c in own]
+
     def _forecast(self, base: Sequence[Cell], cells: Sequence[Cell], n_all: int) -> bool | None:
         """Where the upper end will lie once all chunks are scored, if that is clear by now."""
         n = len(cells)
         if n < _LEAST_CHUNKS or n == n_all:
             return None
         if self.goal.max_kl is None:
-            per_token = np.array([(c.nll_sum - b.nll_sum) / c.n for b, c in zip(base, cells, strict=True)])
+            per_token = np.array([(c.nll_sum - b) / c.n for b, c in zip(self._base(base), cells, strict=True)])
         else:
             per_token = np.array([c.kl.mean() for c in cells])
         mean, sd = float(per_token.mean()), float(per_token.std(ddof=1))

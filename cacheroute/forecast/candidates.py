@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cacheroute.errors import CacherouteError
 from cacheroute.files import cache_dir
@@ -86,5 +87,20 @@ def tuned_for(path: Path, capacity: int) -> Tuned | None:
     except (CacherouteError, OSError):
         return None
     notes = routing.tuned.notes if routing.tuned else {}
-    loss = notes.get("max_ppl_increase")
-    return Tuned(routing, found.eviction, float(loss) if isinstance(loss, int | float) else None)
+    loss, kl = notes.get("max_ppl_increase"), notes.get("held_out_kl")
+    return Tuned(
+        routing,
+        found.eviction,
+        float(loss) if isinstance(loss, int | float) else None,
+        _kl(kl) if notes.get("max_kl") is not None else None,
+        str(notes.get("reference", "")),
+    )
+
+
+def _kl(notes: Any) -> tuple[float, float | None, float | None] | None:
+    """(mean, low, high) of what `tune` has measured on text that took no part."""
+    try:
+        low, high = (None if notes[end] is None else float(notes[end]) for end in ("kl_low", "kl_high"))
+        return float(notes["kl"]), low, high
+    except (KeyError, TypeError, ValueError):
+        return None

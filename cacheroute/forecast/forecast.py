@@ -42,11 +42,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A routing that `tune` has found for a budget. `loss`: the increase of perplexity in % that it was allowed."""
+    """A routing that `tune` has found for a budget. `loss`: the increase of perplexity in % that it was allowed; where a limit on
+    the KL was, `kl`: nats per token of it on unseen text, with the ends of its interval, against `reference`, the name of
+    another file, "" for the model itself."""
 
     routing: Routing
     eviction: str
     loss: float | None
+    kl: tuple[float, float | None, float | None] | None = None
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class BudgetForecast:
 class RoutingForecast:
     """At the suggested budget. Tokens per second with the miss rates of other models or texts: `low` to `high`.
 
-    `miss_from`: "measured" on `miss_tokens` of this model, "assumed", or "read" where all experts are in memory.
+    `miss_from`: "measured" on `miss_tokens` of this model, "assumed", or "read" where all experts are in memory. `loss`, `kl` and
+    `reference` as of Tuned.
     """
 
     routing: str
@@ -92,6 +97,16 @@ class RoutingForecast:
     miss_from: str
     miss_tokens: int
     loss: float | None = None
+    kl: tuple[float, float | None, float | None] | None = None
+    reference: str = ""
+
+    @property
+    def price(self) -> str:
+        """What was measured of the loss, as in "17.9 [16.8, 19.0] millinats of KL against Q8_0"; "" where nothing was."""
+        if self.kl is None:
+            return "" if self.loss is None else f"{self.loss:g}% of perplexity"
+        mean, *ends = (f"{1000 * value:.1f}" if value is not None else "?" for value in self.kl)
+        return f"{mean} [{', '.join(ends)}] millinats of KL" + (f" against {self.reference}" if self.reference else "")
 
 
 @dataclass(frozen=True)
@@ -252,6 +267,8 @@ class _One:
             miss_from=READ if capacity == self.plan.n_expert else MEASURED if rate.tokens else ASSUMED,
             miss_tokens=rate.tokens,
             loss=t.loss,
+            kl=t.kl,
+            reference=t.reference,
         )
 
     def prompt(self, n_tokens: int, capacity: int) -> PromptForecast:
@@ -325,14 +342,14 @@ def _routing_decision(routings: Sequence[RoutingForecast]) -> Decision:
     reason = "lossless"
     if len(routings) == 1:
         return Decision("routing", original.routing, f"{reason}, and nothing is missed")
-    tuned = next((r for r in others if r.loss is not None), None)
+    tuned = next((r for r in others if r.price), None)
     if not original.tokens_per_s or not others:
         return Decision("routing", original.routing, reason)
     best = tuned or max(others, key=lambda r: r.tokens_per_s or 0)
     gain = (best.tokens_per_s or 0) / original.tokens_per_s
     if gain < _GAIN:
         return Decision("routing", original.routing, f"{reason}, and others would gain little here")
-    price = f"at {best.loss:g}% of perplexity" if best.loss is not None else "lossy; `cacheroute tune` finds the price"
+    price = f"at {best.price}" if best.price else "lossy; `cacheroute tune` finds the price"
     return Decision("routing", original.routing, f"{reason}; {best.routing} would be {gain:.1f} x as fast ({price})")
 
 

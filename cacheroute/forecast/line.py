@@ -69,9 +69,10 @@ def _known(
     if not (parsed.policy or parsed.speculates):
         text += f"; about {_amount(_tokens_per_s(work, own, found, capacity, parsed, eviction, layout))} tok/s"
     tuned = None if whole or parsed.lossy else candidates.tuned_for(layout.paths[0], capacity)
-    if tuned and tuned.loss is not None:
+    if tuned and (tuned.loss is not None or tuned.kl is not None):
+        price = f"at {tuned.loss:g}% loss" if tuned.kl is None else f"at a KL of {1000 * tuned.kl[0]:.1f} millinats"
         faster = _tokens_per_s(work, own, found, capacity, tuned.routing, tuned.eviction, layout)
-        text += f"; {_amount(faster)} at {tuned.loss:g}% loss with --routing tuned"
+        text += f"; {_amount(faster)} {price} with --routing tuned"
     return text
 
 

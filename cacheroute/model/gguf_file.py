@@ -69,6 +69,7 @@ class GgufFile:
     lengths: of the arrays.
     lists: the arrays of numbers that are no longer than a number for each layer.
     duplicate_token: one that the vocabulary has twice; None without such.
+    texts: sha256 of each array of texts, such as the vocabulary, 16 hex digits.
     """
 
     paths: tuple[Path, ...]
@@ -78,6 +79,7 @@ class GgufFile:
     lengths: dict[str, int] = field(default_factory=dict)
     lists: dict[str, tuple[int | float, ...]] = field(default_factory=dict)
     duplicate_token: str | None = None
+    texts: dict[str, str] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -238,7 +240,7 @@ def _shards(first: Path, number: int, count: int) -> list[Path]:
 def _read_one(path: Path, file: int) -> GgufFile:
     """The header of one file, which is shard `file`."""
     _check_start(path)
-    duplicate = _scan(path)
+    duplicate, texts = _scan(path)
     lib = _library()
     with _silence(lib):
         handle = lib.gguf_init_from_file(os.fsencode(path), _InitParams(True, None))
@@ -251,7 +253,7 @@ def _read_one(path: Path, file: int) -> GgufFile:
     size, needed = path.stat().st_size, max((t.offset + t.nbytes for t in head.tensors), default=0)
     if needed > size:
         raise CacherouteError(f"{path} is cut short: {needed} bytes are needed and {size} are there; download it again.")
-    return dataclasses.replace(head, duplicate_token=duplicate)
+    return dataclasses.replace(head, duplicate_token=duplicate, texts=texts)
 
 
 def _header(lib: ctypes.CDLL, handle: int, path: Path, file: int) -> GgufFile:
@@ -296,8 +298,8 @@ def _text(value: bytes) -> str:
     return value.decode("utf-8", "replace")
 
 
-def _scan(path: Path) -> str | None:
-    """Walks over the keys of a file; returns a token that its vocabulary has twice, None without such.
+def _scan(path: Path) -> tuple[str | None, dict[str, str]]:
+    """Walks over the keys of a file; returns a token that its vocabulary has twice, None without such, and hashes of its texts.
 
     llama.cpp's reader takes minutes for an array that claims 2^30 entries, which a damaged count does in any large model; that
     is refused here. What else is wrong with the keys is left to the reader. Empty tokens do not count as twice: llama.cpp gives
@@ -307,11 +309,12 @@ def _scan(path: Path) -> str | None:
         try:
             return _walk(data, path)
         except (struct.error, KeyError):  # the end of the file, a type that does not exist: the reader says so
-            return None
+            return None, {}
 
 
-def _walk(data: mmap.mmap, path: Path) -> str | None:
+def _walk(data: mmap.mmap, path: Path) -> tuple[str | None, dict[str, str]]:
     at = 24
+    hashes: dict[str, str] = {}
 
     def text() -> bytes:
         nonlocal at
@@ -335,7 +338,9 @@ def _walk(data: mmap.mmap, path: Path) -> str | None:
                     f"The header of {path} is damaged: its key {_text(key)} claims {n} entries; download the file again."
                 )
             if kind == _STRING:
+                start = at
                 entries = [text() for _ in range(n)]
+                hashes[_text(key)] = hashlib.sha256(data[start:at]).hexdigest()[:16]
                 if key == _TOKENS:
                     duplicate = _duplicate(entries)
             else:
@@ -344,7 +349,7 @@ def _walk(data: mmap.mmap, path: Path) -> str | None:
             text()
         else:
             at += ctypes.sizeof(_SCALARS[kind][1])
-    return duplicate
+    return duplicate, hashes
 
 
 def _duplicate(tokens: list[bytes]) -> str | None:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from cacheroute.errors import UsageError
 from cacheroute.files import check_regular
-from cacheroute.plot import bench_bars, curves, misses, rows, traces
+from cacheroute.plot import bench_bars, copies, curves, misses, rows, traces
 from cacheroute.plot.chart import Chart
 from cacheroute.trace import trace_file
 
 KINDS = {
     "frontier": "quality, or lost router mass, against MiB missed or read per token",
     "speed": "quality against tok/s, and what each strategy loses at the same speed (of `frontier --io auto`)",
+    "files": "KL against forecast speed, several files in equal memory, with the Pareto front (of `frontier --files`)",
     "bench": "tok/s of every arm with its spread and its floor, in groups of the same model, budget and reading (of bench)",
     "misses": "miss rate against the budget",
     "residency": "which experts of one layer are in the cache, token by token (of a trace)",
@@ -46,6 +47,8 @@ def chart(files: Sequence[Path], kind: str = "", layer: int | None = None) -> Ch
     raws = [raw for content in contents for raw in content]
     if kind == "bench" or (not kind and raws and all(bench_bars.is_row(raw) for raw in raws)):
         return bench_bars.bars(raws)
+    if kind == "files" or (not kind and raws and any(copies.is_row(raw) for raw in raws)):
+        return copies.chart(raws)
     found = [row for path, content in zip(files, contents, strict=True) for row in rows.of(path, content)]
     if kind == "misses" or (not kind and not curves.have_quality(found)):
         return misses.chart(found)

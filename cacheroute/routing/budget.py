@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB, UNITS
+from cacheroute.files import MIB, UNITS, parse_size
 from cacheroute.model import memory_plan
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.memory_plan import MemoryPlan
@@ -38,6 +38,25 @@ def parse(text: str | float | None, layout: ExpertLayout) -> Budget:
             f"give at least {layout.n_used}, {share}% or {mib}MiB."
         )
     return Budget(capacity, capacity * layout.resident_bytes)
+
+
+def in_bytes(text: str | float | None, layout: ExpertLayout) -> int:
+    """Bytes of experts that a budget comes to: as many as it names, or those of so many experts of each layer of `layout`.
+
+    Raises UsageError as parse() does, but not for bytes that are fewer than `layout` needs.
+    """
+    if isinstance(text, str) and re.fullmatch(r"\s*\d+(?:\.\d+)?\s*[kmg]i?b?\s*", text.lower()):
+        return parse_size(text)
+    return parse(text, layout).nbytes
+
+
+def of_bytes(nbytes: int, layout: ExpertLayout) -> int | None:
+    """The most experts of each layer that take `nbytes` in memory; all where the whole file's do, which are then loaded as they
+    lie in it; None where not even the K that a token needs do."""
+    if layout.all_expert_bytes <= nbytes:
+        return layout.n_expert
+    capacity = min(nbytes // layout.resident_bytes, layout.n_expert)
+    return capacity if capacity >= layout.n_used else None
 
 
 def is_auto(text: str | float | None) -> bool:
