@@ -15,7 +15,7 @@ from cacheroute.cli import defaults, options
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB, printable
 from cacheroute.install import checkup
-from cacheroute.install.checkup import Check
+from cacheroute.install.check import Check
 
 if TYPE_CHECKING:
     from cacheroute.engine.storage import Reading
