@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import cache_dir, packaged, sha256
-from cacheroute.install import compilers
+from cacheroute.install import compilers, variants
 from cacheroute.install.machine import available_memory, cores
 from cacheroute.install.tools import (
     PlainProgress,
@@ -44,7 +44,7 @@ from cacheroute.install.tools import (
 VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 LLAMA_CPP = "0c1e57098"  # the commit in that sdist, as its CHANGELOG has it
-REVISION = 6
+REVISION = 7
 
 LOCAL_VERSION = f"{VERSION}+cacheroute.{REVISION}"
 
@@ -60,13 +60,19 @@ _SETTINGS = {
 }
 _DEFINES = {"LLAVA_BUILD": "OFF", "LLAMA_OPENSSL": "OFF"}
 # Upstream forces LLAMA_BUILD_COMMON on in CMake's cache, which -D cannot undo; a plain variable set
-# before hides it. Without versioned names a wheel, which has no symlinks, holds each library once.
+# before hides it. Without versioned names a wheel, which has no symlinks, holds each library once. Where a build happened is
+# nowhere in its bytes.
 _CMAKE_INCLUDE = """\
 set(LLAMA_BUILD_COMMON OFF)
 foreach(part TESTS EXAMPLES TOOLS SERVER APP)
     set(LLAMA_BUILD_${part} OFF)
 endforeach()
 set(CMAKE_PLATFORM_NO_VERSIONED_SONAME ON)
+include(CheckCCompilerFlag)
+check_c_compiler_flag(-ffile-prefix-map=a=b CACHEROUTE_HAS_PREFIX_MAP)
+if(CACHEROUTE_HAS_PREFIX_MAP)
+    add_compile_options("-ffile-prefix-map=${CMAKE_SOURCE_DIR}=." "-ffile-prefix-map=${CMAKE_BINARY_DIR}=build")
+endif()
 """
 # Variables that compilers and CMake obey: they change the result, so they are part of the key.
 OBEYED = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_ARGS", "SKBUILD_CMAKE_ARGS")
@@ -134,7 +140,7 @@ def uses_openmp() -> bool | None:
     try:
         dist = importlib.metadata.distribution("llama-cpp-python")
         folder = Path(str(dist.locate_file("llama_cpp"))) / "lib"
-        found = [path.read_bytes() for path in folder.glob("libggml-cpu.*")]
+        found = [path.read_bytes() for path in folder.glob("libggml-cpu[.-]*")]
     except (importlib.metadata.PackageNotFoundError, OSError):
         return None
     return any(b"omp_get_thread_num" in library for library in found) if found else None
@@ -163,12 +169,13 @@ def patch_files() -> list[Path]:
 
 def recipe(portable: bool = False) -> dict[str, Any]:
     """Everything that determines the wheel, as JSON values. Raises if there is no compiler."""
+    one_for_many = [variants.defines(), variants.cmake_include()] if portable else []
     return {
         "engine": LOCAL_VERSION,
         "sdist": SDIST_SHA256,
         "patches": {p.name: hashlib.sha256(_diff(p).encode()).hexdigest() for p in patch_files()},
         "portable": portable,
-        "settings": [_SETTINGS, _DEFINES, _CMAKE_INCLUDE],
+        "settings": [_SETTINGS, _DEFINES, _CMAKE_INCLUDE, *one_for_many],
         "environment": {name: os.environ[name] for name in OBEYED if name in os.environ},
         "compilers": {lang: compilers.identity(lang, portable) for lang in ("c", "c++")},
         "platform": [sysconfig.get_platform(), *platform.libc_ver()],
@@ -364,11 +371,10 @@ def _sign(source: Path, key: str, made_of: Mapping[str, Any]) -> None:
 def _compile(source: Path, options: BuildOptions, work: Path, key: str, progress: Progress) -> Path:
     """The wheel of `source`, alone in a folder of `work`; a failure leaves the log in the cache."""
     include = work / "include.cmake"
-    include.write_text(_CMAKE_INCLUDE, encoding="utf-8")
-    defines = _DEFINES | {
-        "GGML_NATIVE": "OFF" if options.portable else "ON",
-        "CMAKE_PROJECT_llama_cpp_INCLUDE": str(include),
-    }
+    include.write_text(_CMAKE_INCLUDE + (variants.cmake_include() if options.portable else ""), encoding="utf-8")
+    own = variants.defines() if options.portable else {"GGML_NATIVE": "ON"}
+    # in upstream's project, which overrides some of it, and again in llama.cpp's
+    defines = _DEFINES | own | {f"CMAKE_PROJECT_{name}_INCLUDE": str(include) for name in ("llama_cpp", "llama.cpp")}
     jobs = _jobs(options)
     env = _SETTINGS | {
         "SKBUILD_CMAKE_DEFINE": ";".join(f"{name}={value}" for name, value in defines.items()),
