@@ -26,6 +26,7 @@ from cacheroute import files
 from cacheroute.errors import CacherouteError
 from cacheroute.install import engine_build, tools
 from cacheroute.install.engine_build import BuildOptions
+from support.systems import LINUX
 
 REAL_SDIST = files.cache_dir() / "sdist" / f"llama_cpp_python-{engine_build.VERSION}.tar.gz"
 REAL_PATCHES = engine_build.patch_files()
@@ -210,7 +211,7 @@ def test_leftovers_of_a_killed_build_are_removed(bench: Bench) -> None:
     assert bench.left_behind() == [bench.key()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(not LINUX, reason="looks into /proc")
 def test_child_processes_end_with_the_build(tmp_path: Path) -> None:
     def interrupt(line: str) -> None:
         (tmp_path / "pid").write_text(line)

@@ -43,7 +43,7 @@ def defines(platform: str | None = None) -> dict[str, str]:
 
 
 def cmake_include(platform: str | None = None) -> str:
-    """What the build of a portable engine sets before upstream does: its libraries lie in one folder, and find each other there."""
+    """What the build of a portable engine sets before upstream does: its libraries lie in one folder and find each other."""
     names = of(platform)
     if not names:
         return ""
