@@ -25,6 +25,7 @@ from cacheroute.errors import CacherouteError
 from cacheroute.install import engine_build, engine_source, tools
 from cacheroute.install.engine_build import BuildOptions
 from support.fake_build import PATCH, Bench
+from support.systems import LINUX
 
 REAL_SDIST = files.cache_dir() / "sdist" / f"llama_cpp_python-{engine_source.VERSION}.tar.gz"
 REAL_PATCHES = engine_source.patch_files()
@@ -132,7 +133,7 @@ def test_leftovers_of_a_killed_build_are_removed(bench: Bench) -> None:
     assert bench.left_behind() == [bench.key()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(not LINUX, reason="looks into /proc")
 def test_child_processes_end_with_the_build(tmp_path: Path) -> None:
     def interrupt(line: str) -> None:
         (tmp_path / "pid").write_text(line)

@@ -45,11 +45,11 @@ def test_without_the_engine_it_says_what_is_needed(state: EngineState, said: str
 
 
 def test_an_engine_that_cannot_be_loaded_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> None:
+    def broken() -> None:
         raise CacherouteError("libggml-cpu is missing.")
 
     monkeypatch.setattr(engine_build, "installed_state", lambda: EngineState("patched", engine_build.LOCAL_VERSION))
-    monkeypatch.setattr(patched_llama_cpp, "shared_library", broken)
+    monkeypatch.setattr(patched_llama_cpp, "cpu_library", broken)
     assert versions.lines()[-1].endswith("compiled for unknown (libggml-cpu is missing)")
 
 

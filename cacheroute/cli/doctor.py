@@ -76,12 +76,14 @@ def _storage(model: str | None) -> Iterator[Check]:
         return
     yield _memory(path, layout)
     try:
-        from cacheroute.engine import storage
+        from cacheroute.engine import storage, stores
 
         readings = storage.measure(layout)
     except (CacherouteError, OSError) as e:
         yield Check("storage", "fail", str(e).rstrip("."), "")
         return
+    if not stores.drops_cached():
+        yield Check("eviction", "warn", stores.NOT_DROPPED, "--io direct reads past it; speeds of buffered reads are the cache's")
     for reading in readings:
         yield _reading(reading, layout)
 

@@ -56,7 +56,7 @@ def setup(
         typer.Option(help="Use this llama-cpp-python sdist instead of downloading it.", exists=True, dir_okay=False),
     ] = None,
     portable: Annotated[
-        bool, typer.Option("--portable", help="Build without this machine's CPU flags, for use on other machines.")
+        bool, typer.Option("--portable", help="Build for several kinds of processors, for use on other machines.")
     ] = False,
     check: Annotated[
         str | None,

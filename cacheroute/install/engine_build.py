@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import cache_dir
-from cacheroute.install import compilers, engine_source, machine, processor
+from cacheroute.install import compilers, engine_source, machine, processor, variants
 from cacheroute.install.engine_source import VERSION
 from cacheroute.install.machine import available_memory, cores
 from cacheroute.install.tools import (
@@ -40,7 +40,7 @@ from cacheroute.install.tools import (
     workdir,
 )
 
-REVISION = 6  # counts changes that only the patches make
+REVISION = 7  # counts changes that only the patches make
 LOCAL_VERSION = f"{VERSION}+cacheroute.{REVISION}"
 
 # Read by upstream's build, scikit-build-core, with any version of pip (`--config-settings` needs a recent one).
@@ -55,13 +55,19 @@ _SETTINGS = {
 }
 _DEFINES = {"LLAVA_BUILD": "OFF", "LLAMA_OPENSSL": "OFF"}
 # Upstream forces LLAMA_BUILD_COMMON on in CMake's cache, which -D cannot undo; a plain variable set
-# before hides it. Without versioned names a wheel, which has no symlinks, holds each library once.
+# before hides it. Without versioned names a wheel, which has no symlinks, holds each library once. Where a build happened is
+# nowhere in its bytes.
 _CMAKE_INCLUDE = """\
 set(LLAMA_BUILD_COMMON OFF)
 foreach(part TESTS EXAMPLES TOOLS SERVER APP)
     set(LLAMA_BUILD_${part} OFF)
 endforeach()
 set(CMAKE_PLATFORM_NO_VERSIONED_SONAME ON)
+include(CheckCCompilerFlag)
+check_c_compiler_flag(-ffile-prefix-map=a=b CACHEROUTE_HAS_PREFIX_MAP)
+if(CACHEROUTE_HAS_PREFIX_MAP)
+    add_compile_options("-ffile-prefix-map=${CMAKE_SOURCE_DIR}=." "-ffile-prefix-map=${CMAKE_BINARY_DIR}=build")
+endif()
 """
 # Variables that compilers and CMake obey: they change the result, so they are part of the key.
 OBEYED = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_ARGS", "SKBUILD_CMAKE_ARGS")
@@ -119,7 +125,7 @@ def uses_openmp() -> bool | None:
     try:
         dist = importlib.metadata.distribution("llama-cpp-python")
         folder = Path(str(dist.locate_file("llama_cpp"))) / "lib"
-        found = [path.read_bytes() for path in folder.glob("libggml-cpu.*")]
+        found = [path.read_bytes() for path in folder.glob("libggml-cpu[.-]*")]
     except (importlib.metadata.PackageNotFoundError, OSError):
         return None
     return any(b"omp_get_thread_num" in library for library in found) if found else None
@@ -146,12 +152,14 @@ def installed_record() -> dict[str, Any]:
 
 def recipe(portable: bool = False) -> dict[str, Any]:
     """Everything that determines the wheel, as JSON values. Raises if there is no compiler."""
+    one_for_many = [variants.defines(), variants.cmake_include()] if portable else []
+    native = [] if portable or processor.native_defines() == processor.NATIVE else [processor.native_defines()]
     return {
         "engine": LOCAL_VERSION,
         "sdist": engine_source.SDIST_SHA256,
         "patches": engine_source.patches(),
         "portable": portable,
-        "settings": [_SETTINGS, _DEFINES, _CMAKE_INCLUDE],
+        "settings": [_SETTINGS, _DEFINES, _CMAKE_INCLUDE, *one_for_many, *native],
         "environment": {name: os.environ[name] for name in OBEYED if name in os.environ},
         "compilers": {lang: compilers.identity(lang, portable) for lang in ("c", "c++")},
         "platform": [sysconfig.get_platform(), *platform.libc_ver()],
@@ -308,11 +316,10 @@ def _sign(source: Path, key: str, made_of: Mapping[str, Any]) -> None:
 def _compile(source: Path, options: BuildOptions, work: Path, key: str, progress: Progress) -> Path:
     """The wheel of `source`, alone in a folder of `work`; a failure leaves the log in the cache."""
     include = work / "include.cmake"
-    include.write_text(_CMAKE_INCLUDE, encoding="utf-8")
-    defines = _DEFINES | {
-        "GGML_NATIVE": "OFF" if options.portable else "ON",
-        "CMAKE_PROJECT_llama_cpp_INCLUDE": str(include),
-    }
+    include.write_text(_CMAKE_INCLUDE + (variants.cmake_include() if options.portable else ""), encoding="utf-8")
+    own = variants.defines() if options.portable else processor.native_defines()
+    # in upstream's project, which overrides some of it, and again in llama.cpp's
+    defines = _DEFINES | own | {f"CMAKE_PROJECT_{name}_INCLUDE": str(include) for name in ("llama_cpp", "llama.cpp")}
     jobs = _jobs(options)
     env = _SETTINGS | {
         "SKBUILD_CMAKE_DEFINE": ";".join(f"{name}={value}" for name, value in defines.items()),

@@ -21,6 +21,7 @@ NAMES = {
     "sve": "SVE",
     "asimdhp": "FP16_VA",
 }
+NATIVE = {"GGML_NATIVE": "ON"}  # CMake's definition for "as the compiler finds it"
 # What armv8.2-a means beside armv8-a: atomics and rounding doubling multiplies, in cpuinfo's words.
 _V8_2 = {"atomics", "asimdrdm"}
 _TAGS = {"asimddp": "dotprod", "asimdhp": "fp16", "i8mm": "i8mm"}
@@ -57,4 +58,4 @@ def native_defines(root: Path = Path("/")) -> dict[str, str]:
     """CMake's definitions for a build of ggml that serves this machine only."""
     if is_android(root) and platform.machine() in ("aarch64", "arm64"):
         return {"GGML_NATIVE": "OFF", "GGML_CPU_ARM_ARCH": arm_arch(root)}
-    return {"GGML_NATIVE": "ON"}
+    return NATIVE

@@ -55,7 +55,7 @@ def lines() -> list[str]:
 
 def _compiled_for() -> str:
     try:
-        library = patched_llama_cpp.shared_library("ggml-cpu")
+        library = patched_llama_cpp.cpu_library()
     except CacherouteError as e:
         return f"unknown ({str(e).rstrip('.')})"
     return ", ".join(compiled_features(library)) or "any of its kind"
