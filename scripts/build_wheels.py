@@ -20,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -148,16 +149,15 @@ def _digest(data: bytes) -> str:
 
 def same_again(wheels: list[Path], arch: str) -> bool:
     """Whether a second build, from a copy of the sources in a folder of another name, has the same bytes; says where not."""
-    with tempfile.TemporaryDirectory(prefix="again, elsewhere-", dir=files.cache_dir()) as folder:
+    with tempfile.TemporaryDirectory(prefix="elsewhere-", dir=files.cache_dir()) as folder:
         again = Path(folder)
         sdist = files.cache_dir() / "sdist"
         shutil.copytree(sdist, again / "cache" / "sdist")
         checkout = again / "checkout"
         shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist", ".pytest-tmp"))
-        call = [sys.executable, str(checkout / "scripts" / "build_wheels.py"), "--out", str(again / "out"), "--arch", arch]
-        paths = os.pathsep.join([str(checkout), str(checkout / "scripts")])
-        env = {**os.environ, "CACHEROUTE_CACHE": str(again / "cache"), "PYTHONPATH": paths}
-        done = subprocess.run(call, env=env, stdout=subprocess.DEVNULL, check=False)
+        call = [sys.executable, "-S", str(checkout / "scripts" / "build_wheels.py"), "--out", str(again / "out"), "--arch", arch]
+        env = {"CACHEROUTE_CACHE": str(again / "cache"), **_first(checkout, checkout / "scripts")}
+        done = subprocess.run(call, env=os.environ | env, stdout=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
             raise CacherouteError("the second build failed")
         same = True
@@ -171,6 +171,12 @@ def same_again(wheels: list[Path], arch: str) -> bool:
         return same
 
 
+def _first(*folders: Path) -> dict[str, str]:
+    """For a Python with -S: packages of these folders, then those of this environment without what its .pth files add (an
+    editable cacheroute would come first)."""
+    return {"PYTHONPATH": os.pathsep.join(map(str, [*folders, sysconfig.get_path("purelib")]))}
+
+
 def _differing(a: Path, b: Path) -> list[str]:
     with zipfile.ZipFile(a) as one, zipfile.ZipFile(b) as two:
         sums = [{i.filename: i.CRC for i in file.infolist()} for file in (one, two)]
@@ -178,7 +184,7 @@ def _differing(a: Path, b: Path) -> list[str]:
 
 
 def answer_on(cpu: str, wheels: list[Path]) -> str:
-    """What the wheels answer on a processor that qemu-x86_64 plays, and what the kernels were compiled for that were taken there."""
+    """What the wheels answer on a processor that qemu-x86_64 plays, and for what the kernels that it took were compiled."""
     qemu = shutil.which("qemu-x86_64")
     if qemu is None:
         raise CacherouteError("qemu-x86_64 is missing: apt-get install qemu-user")
@@ -186,18 +192,11 @@ def answer_on(cpu: str, wheels: list[Path]) -> str:
         for wheel in wheels:
             with zipfile.ZipFile(wheel) as file:
                 file.extractall(folder)
-        call = [qemu, "-cpu", cpu, sys.executable, "-m", "cacheroute"]
+        call, env = [qemu, "-cpu", cpu, sys.executable, "-S", "-m", "cacheroute"], os.environ | _first(Path(folder))
         words = ["generate", "-p", _PROMPT, "-n", "8", "--temp", "0", "--raw", "--budget", "50%", "--no-stdin", "-q"]
         said = []
         for arguments in (["--version"], words):
-            done = subprocess.run(
-                [*call, *arguments],
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": folder},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            done = subprocess.run([*call, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise CacherouteError(f"on {cpu} {arguments[0]} ended with {done.returncode}: {last_line(done.stderr)}")
             said.append(done.stdout.strip().splitlines()[-1])
