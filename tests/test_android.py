@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cacheroute.install import android, checkup, engine_build, machine, processor
+from cacheroute.errors import CacherouteError
+from cacheroute.install import android, checkup, engine_build, machine, patched_llama_cpp, processor
 from cacheroute.install.engine_build import EngineState
 
 BIG = "fp asimd evtstrm aes crc32 atomics fphp asimdhp cpuid asimdrdm asimddp sve i8mm bf16"
@@ -152,6 +153,11 @@ def test_an_engine_of_another_processor_is_not_loaded(tmp_path: Path, monkeypatc
     [check] = checkup._engine(phone(tmp_path, LITTLE))
     assert check.state == "fail" and "compiled for a processor with MATMUL_INT8, which this one lacks" in check.found
     assert "cacheroute setup" in check.advice
+    monkeypatch.undo()
+    monkeypatch.setattr(engine_build, "installed_record", lambda: {"portable": False, "processor": ["of_next_year"]})
+    patched_llama_cpp.module.cache_clear()
+    with pytest.raises(CacherouteError, match=r"^The engine was compiled for a processor with of_next_year, "):
+        patched_llama_cpp.module()
 
 
 def test_an_engine_without_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_the_width_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_inspect_and_models(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    for command in (["inspect", str(tiny)], ["models"]):
+    for command in (["inspect", str(tiny)], ["models"], ["routing"]):
         wide = in_process(command).stdout
         narrow = phone.on_a_terminal(*command)
         phone.check(narrow)
