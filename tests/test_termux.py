@@ -41,6 +41,7 @@ def phone(tmp_path: Path) -> Path:
     program(bins / "dpkg", f'grep -qx "$2" {tmp_path}/packages 2>/dev/null\n')
     program(bins / "uname", "echo aarch64\n")
     program(tmp_path / "cacheroute", logs)
+    (bins / "sh").symlink_to("/bin/sh")
     return tmp_path
 
 
@@ -55,7 +56,7 @@ def script(phone: Path, *words: str, **env: str) -> subprocess.CompletedProcess[
 
 
 def log(phone: Path) -> list[str]:
-    return (phone / "log").read_text().splitlines() if (phone / "log").exists() else []
+    return [line.strip() for line in (phone / "log").read_text().splitlines()] if (phone / "log").exists() else []
 
 
 def test_what_it_would_do(phone: Path) -> None:

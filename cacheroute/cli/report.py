@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cacheroute.cli import options, table
 from cacheroute.cli.terminal import folded
@@ -52,7 +53,7 @@ def bench(model: str | None) -> Iterator[str]:
     with contextlib.suppress(CacherouteError):  # nobody has tuned it
         arms.append(Arm(_BUDGET, *tuned.resolve(path, _BUDGET, tuned.NAME, DEFAULT), "auto"))
     n_threads = options.threads(None)
-    own = {"n_ctx": _N_PROMPT + _N_GEN, "n_threads": n_threads, "n_threads_batch": n_threads, "verbose": False}
+    own: dict[str, Any] = {"n_ctx": _N_PROMPT + _N_GEN, "n_threads": n_threads, "n_threads_batch": n_threads, "verbose": False}
     with closing(Llama(str(path), budget=None, routing=None, **own)) as llm:
         tokens = llm.tokenize(options.text(None).encode(), add_bos=True)
         rows = run_arms(llm, arms, tokens, _N_PROMPT, _N_GEN, _RUNS)
