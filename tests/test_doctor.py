@@ -11,7 +11,7 @@ import pytest
 from cacheroute.engine import storage, stores
 from cacheroute.errors import CacherouteError
 from cacheroute.install import checkup, engine_build
-from cacheroute.install.checkup import Check
+from cacheroute.install.check import Check
 from cacheroute.model import experts, gguf_file
 from support import tiny_models
 from support.cli import cacheroute

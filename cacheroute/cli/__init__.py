@@ -198,7 +198,7 @@ def _said(sentence: str, code: int) -> int:
         _discard_stdout()
     if sentence:
         with contextlib.suppress(OSError), interrupts.last_words():
-            print(f"cacheroute: {files.printable(sentence)}", file=sys.stderr, flush=True)
+            say(f"cacheroute: {sentence}")
     return code
 
 

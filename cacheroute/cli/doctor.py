@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cacheroute.cli import defaults, options
+from cacheroute.cli.terminal import columns, folded
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB, printable
 from cacheroute.install import checkup
-from cacheroute.install.checkup import Check
+from cacheroute.install.check import Check
 
 if TYPE_CHECKING:
     from cacheroute.engine.storage import Reading
@@ -118,4 +119,6 @@ def _print(check: Check) -> None:
     if sys.stdout.isatty():
         state = typer.style(state, fg=_COLOURS[check.state])
     line = f"{check.name}: {check.found}" + (f" -> {check.advice}" if check.advice else "")
-    print(f"{state}  {printable(line)}", flush=True)
+    width = columns(sys.stdout)
+    first, *rest = folded(printable(line), width and width - 6)
+    print("\n".join([f"{state}  {first}", *(f"      {more}" for more in rest)]), flush=True)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cacheroute.engine import direct_reads
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import cache_dir, recalled, remember
 from cacheroute.model.experts import ExpertLayout
@@ -100,8 +101,10 @@ def drops_cached() -> bool:
 
 def new_store(io: str, arguments: Arguments, names: Sequence[str]) -> int:
     """A cr_store that reads directly or buffered. Raises CacherouteError with the `names` of the files, by whatever paths they
-    were opened."""
+    were opened; of direct reads also where these give other bytes than are in a file."""
     try:
+        if io == DIRECT:
+            direct_reads.check([os.fsdecode(path) for path in arguments[0]])
         return bindings.checked(bindings.lib.cr_store_new, *arguments, int(io == DIRECT))
     except CacherouteError as e:
         text = str(e)
