@@ -1,8 +1,8 @@
-"""Cross-builds for aarch64 and runs the tests there, emulated (qemu-user). Everything lies in <cache>/aarch64, each part under a key
+"""Cross-builds for aarch64 and runs tests there, emulated (qemu-user). Everything lies in <cache>/aarch64, each part under a key
 of what it is made of, so that a run that was broken off goes on where it stopped.
 
-The userland is made of Debian's packages for arm64, unpacked, never installed: no code of theirs runs while it is made, and nothing
-of this machine's own apt changes. Commands are shell scripts that start the emulator, as the kernel here need not know how.
+The userland is made of Debian's packages for arm64, unpacked, never installed: none of their code runs while it is made, and
+this machine's own apt stays as it is. Commands are shell scripts that start the emulator: the kernel here need not know how.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ import aarch64_tests  # noqa: E402
 import cross  # noqa: E402
 
 from cacheroute.errors import CacherouteError  # noqa: E402
-from cacheroute.files import cache_dir  # noqa: E402
+from cacheroute.files import cache_dir, sha256  # noqa: E402
 from cacheroute.install import compilers, engine_build  # noqa: E402
+from cacheroute.install.machine import cores  # noqa: E402
 from cacheroute.install.tools import last_line, pip  # noqa: E402
 
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 USERLAND = ("python3", "libpython3-stdlib", "libstdc++6", "libgomp1", "ca-certificates")
 # Of the engine, of cacheroute, and of the tests that are run; no others, so that all have wheels for aarch64.
-PYTHON_PACKAGES = ("diskcache", "gguf", "hypothesis", "jinja2", "numpy", "platformdirs", "prompt_toolkit", "pytest", "pytest-xdist", "rich", "tomli",
-                   "typer", "typing-extensions")  # fmt: skip
+PYTHON_PACKAGES = (
+    *("diskcache", "gguf", "jinja2", "numpy", "platformdirs", "prompt_toolkit", "rich", "tomli", "typer", "typing-extensions"),
+    *("hypothesis", "pytest", "pytest-xdist"),
+)
 # Emulated processors, oldest first, and the kernels that a portable engine must take on each.
 PROCESSORS = {
     "cortex-a53": {"NEON"},
@@ -52,12 +55,12 @@ def key_of(made_of: object) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run(call: list[str], **more: object) -> str:
+def run(call: list[str], env: dict[str, str] | None = None) -> str:
     """Output of a command. Raises CacherouteError with the reason when it fails."""
-    done = subprocess.run(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False, **more)  # type: ignore[call-overload]
+    done = subprocess.run(call, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CacherouteError(f"{shlex.join(call[:3])} ... failed: {last_line(done.stderr or done.stdout)}")
-    return str(done.stdout)
+    return done.stdout
 
 
 def kept(name: str, make: Callable[[Path], None]) -> Path:
@@ -127,16 +130,17 @@ def packages(python: str) -> Path:
         say("fetching Python packages of aarch64")
         tags = [f"--platform=manylinux_2_{n}_aarch64" for n in (34, 28, 27, 17)] + ["--platform=manylinux2014_aarch64"]
         abis = [f"--abi=cp{python.replace('.', '')}", "--abi=abi3", "--abi=none"]
-        run([*pip(), "install", "--quiet", "--no-compile", "--only-binary=:all:", "--implementation=cp", f"--python-version={python}", *abis, *tags,
-             "--target", str(folder), *PYTHON_PACKAGES])  # fmt: skip
+        wanted = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}", *abis, *tags]
+        run([*pip(), "install", "--quiet", "--no-compile", *wanted, "--target", str(folder), *PYTHON_PACKAGES])
 
     return kept(f"packages-{key_of([PYTHON_PACKAGES, python])}", make)
 
 
 def wheel_of_cacheroute() -> Path:
     """The folder with this checkout's wheel, whose library is for aarch64. Its key is of what is compiled."""
-    sources = [ROOT / "pyproject.toml", *sorted((ROOT / "cacheroute/native").glob("*.*"))]
-    made_of = [[(path.name, path.read_bytes().hex()) for path in sources if path.suffix != ".py"], compilers.identity("c++", True)]
+    native = sorted(path for path in (ROOT / "cacheroute/native").iterdir() if path.suffix in (".cpp", ".h", ".txt"))
+    sources = {path.name: sha256(path) for path in (ROOT / "pyproject.toml", *native)}
+    made_of = [sources, compilers.identity("c++", portable=True)]
 
     def make(folder: Path) -> None:
         say("compiling the core")
@@ -158,8 +162,8 @@ def environment(root: Path, parts: list[Path], wheels: list[Path]) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
     (site / "parts.pth").write_text("".join(f"{part}\n" for part in parts))
-    # QEMU_CPU: the processor. -L: where the guest's libraries are. -0: what Python takes for its own name.
-    start = f"exec {shlex.quote(emulator())} -L {shlex.quote(str(root))} -0 {shlex.quote(str(folder / 'bin/python'))} {shlex.quote(str(python))}"
+    # -L: where the libraries are. -0: what Python takes for its own name, to find pyvenv.cfg. The processor is in QEMU_CPU.
+    start = "exec " + shlex.join([emulator(), "-L", str(root), "-0", str(folder / "bin/python"), str(python)])
     for name, arguments in (("python", ""), ("python3", ""), ("cacheroute", "-m cacheroute ")):
         script = folder / "bin" / name
         script.write_text(f'#!/bin/sh\n{start} {arguments}"$@"\n')
@@ -168,7 +172,7 @@ def environment(root: Path, parts: list[Path], wheels: list[Path]) -> Path:
 
 
 def own_cache() -> Path:
-    """The cache of the emulated commands, so that no speed measured there is taken for this machine's: with the models of this one."""
+    """The cache of the emulated commands, with this machine's models: no speed measured there may be taken for one of here."""
     folder = cache_dir() / "aarch64" / "cache"
     folder.mkdir(parents=True, exist_ok=True)
     models = folder / "models"
@@ -180,7 +184,7 @@ def own_cache() -> Path:
 def check_processors(venv: Path, env: dict[str, str]) -> None:
     """On each emulated processor the engine must take the kernels that use all of it."""
     for cpu, wanted in PROCESSORS.items():
-        said = run([str(venv / "bin/cacheroute"), "--version"], env={**env, "QEMU_CPU": cpu}, cwd=str(venv))
+        said = run([str(venv / "bin/cacheroute"), "--version"], {**env, "QEMU_CPU": cpu})
         line = next((line for line in said.splitlines() if line.startswith("processor:")), "")
         _, _, features = line.partition("compiled for ")
         if {*features.split(", ")} != wanted:
@@ -189,14 +193,17 @@ def check_processors(venv: Path, env: dict[str, str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, prog="scripts/aarch64", formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, prog="scripts/aarch64", formatter_class=plain)
     parser.add_argument("--install", action="store_true", help="install the Debian packages that are missing (root)")
     parser.add_argument("--build-only", action="store_true", help="build, look at the kernels, and run no test")
     parser.add_argument("--cpu", action="append", choices=PROCESSORS, help="emulate this processor alone (may be repeated)")
     options, rest = parser.parse_known_args()
     needed = cross.missing(cross.PACKAGES) + ([] if any(map(shutil.which, EMULATORS)) else ["qemu-user"])
     if needed and options.install:
-        run(["apt-get", "-qq", "install", "-y", "--no-install-recommends", *needed], env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        run(["apt-get", "-qq", "update"], quiet)
+        run(["apt-get", "-qq", "install", "-y", "--no-install-recommends", *needed], quiet)
     elif needed:
         raise CacherouteError(f"packages are missing: apt-get install {' '.join(needed)} (--install does it)")
 
@@ -211,16 +218,17 @@ def main() -> int:
         os.environ.update(before)
     parts = [packages(interpreter(root).name.removeprefix("python"))]
     venv = environment(root, parts, [engine, next(core.glob("*.whl"))])
-    env = {**os.environ, "CACHEROUTE_CACHE": str(own_cache()), "PATH": f"{venv / 'bin'}:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "CACHEROUTE_CACHE": str(own_cache()), "PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
     check_processors(venv, env)
     if options.build_only:
         return 0
     for cpu in options.cpu or PROCESSORS:
-        # the newest runs everything, the others what depends on the kernels
-        arguments = aarch64_tests.ALL if cpu == list(PROCESSORS)[-1] else aarch64_tests.KERNELS
+        # the last runs all of them, the others what depends on the kernels
+        tests = aarch64_tests.ALL if cpu == [*PROCESSORS][-1] else aarch64_tests.KERNELS
+        left_out = [f"--deselect={test}" for test in aarch64_tests.DESELECT]
         say(f"tests on {cpu}")
-        call = [str(venv / "bin/python"), "-m", "pytest", "-p", "no:cacheprovider", "-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
-        call += ["--basetemp", str(ROOT / ".pytest-tmp"), *(rest or arguments)]
+        call = [str(venv / "bin/python"), "-m", "pytest", "-p", "no:cacheprovider", "-n", str(cores()), "--dist=loadscope"]
+        call += ["--basetemp", str(ROOT / ".pytest-tmp"), *left_out, *(rest or tests)]
         code = subprocess.run(call, env={**env, "QEMU_CPU": cpu}, cwd=ROOT, check=False).returncode
         if code:
             return code

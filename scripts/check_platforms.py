@@ -2,9 +2,9 @@
 
 macOS: for both processors, against Apple's headers and the list of symbols of its system library, down to a linked library.
 Android: no package has the headers of its libc (bionic), so the declarations are those of musl, a small libc without glibc's
-extensions, as bionic is; and each function of libc that the core calls must be in bionic from API level 24 on (Android 7), as its own
-list of symbols says (libc/libc.map.txt and libm/libm.map.txt in the sources of Android). What that cannot see: a declaration of
-bionic's that differs from musl's.
+extensions, as bionic is; and each function of libc that the core calls must be in bionic from API level 24 on (Android 7), as
+its own list of symbols says (libc/libc.map.txt and libm/libm.map.txt in the sources of Android). What that cannot see: a
+declaration of bionic's that differs from musl's.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def android(folder: Path) -> str:
     late = sorted(name for name in calls if BIONIC.get(name, 10**6) > ANDROID_API)
     if late:
         raise CacherouteError(f"Android's libc has not at API level {ANDROID_API}: {', '.join(late)}")
-    return f"compiles against musl, and its {len(calls)} calls of libc are in Android's from API level {max(BIONIC[c] for c in calls)} on"
+    first = max(BIONIC[name] for name in calls)
+    return f"compiles against musl, and the {len(calls)} functions of libc that it calls are in Android's from API level {first} on"
 
 
 def main() -> int:
