@@ -95,7 +95,7 @@ def android(folder: Path) -> str:
     if late:
         raise CacherouteError(f"Android's libc has not at API level {ANDROID_API}: {', '.join(late)}")
     first = max(BIONIC[name] for name in calls)
-    return f"compiles against musl, and the {len(calls)} functions of libc that it calls are in Android's from API level {first} on"
+    return f"compiles against musl; the {len(calls)} functions of libc that it calls are in Android's from API level {first} on"
 
 
 def main() -> int:
