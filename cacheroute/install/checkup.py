@@ -15,7 +15,7 @@ from pathlib import Path
 from cacheroute import files
 from cacheroute.errors import CacherouteError
 from cacheroute.files import GIB
-from cacheroute.install import android, engine_build, engine_source, engine_wheel, machine, patched_llama_cpp, processor
+from cacheroute.install import android, engine_build, engine_source, machine, patched_llama_cpp, processor
 from cacheroute.install.check import Check
 
 _EXTRAS = {
@@ -55,7 +55,7 @@ def _engine(root: Path) -> Iterator[Check]:
         if memory:
             yield memory
         return
-    lacking = engine_wheel.missing_features(engine_build.installed_record(), root)
+    lacking = processor.missing(engine_build.installed_record(), root)
     if lacking:  # loading it could end this process
         other = f"it was compiled for a processor with {', '.join(lacking)}, which this one lacks: it ends with SIGILL"
         yield Check("engine", "fail", other, "run `cacheroute setup` here")

@@ -199,19 +199,9 @@ def _check(wheel: Wheel, source: str) -> None:
     platforms = [tag.split("-")[2] for tag in wheel.tags]
     if not any(runs_here(p) for p in platforms):
         raise UsageError(f"{source} is for {', '.join(platforms)}, and this is {_here()}.")
-    lacking = missing_features(wheel.record)
+    lacking = processor.missing(wheel.record)
     if lacking:
         raise UsageError(f"{source} was compiled for a processor with {', '.join(lacking)}, which this one lacks.")
-
-
-def missing_features(record: dict[str, Any], root: Path = Path("/")) -> list[str]:
-    """What an engine may use that this processor lacks: running it would end with SIGILL. Empty for one that looks first, and
-    where it is not known what it was compiled for. `root`: where proc is, for tests."""
-    built_on = record.get("processor")
-    here = processor.features(root)
-    if record.get("portable") or not isinstance(built_on, list) or not here:
-        return []
-    return [processor.NAMES.get(str(word), str(word)) for word in built_on if word not in here]
 
 
 def runs_here(tag: str) -> bool:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from cacheroute.errors import CacherouteError
-from cacheroute.install import engine_build
+from cacheroute.install import engine_build, processor
 
 _SETUP = "run `cacheroute setup` to build and install the patched one"
 
@@ -24,6 +24,11 @@ def module() -> ModuleType:
     advice = engine_build.installed_state().advice
     if advice:
         raise CacherouteError(f"{advice[0].upper()}{advice[1:]}.")
+    lacking = processor.missing(engine_build.installed_record())
+    if lacking:  # an environment that was copied here: the first kernel would end the process with SIGILL
+        raise CacherouteError(
+            f"The engine was compiled for a processor with {', '.join(lacking)}, which this one lacks; {_SETUP}."
+        )
     try:
         import llama_cpp
     except (RuntimeError, OSError) as e:

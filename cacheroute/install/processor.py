@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 from cacheroute.install.machine import is_android
 
@@ -59,3 +60,16 @@ def native_defines(root: Path = Path("/")) -> dict[str, str]:
     if is_android(root) and platform.machine() in ("aarch64", "arm64"):
         return {"GGML_NATIVE": "OFF", "GGML_CPU_ARM_ARCH": arm_arch(root)}
     return NATIVE
+
+
+def missing(record: dict[str, Any], root: Path = Path("/")) -> list[str]:
+    """What an engine may use that this processor lacks: running it would end with SIGILL.
+
+    `record`: as its build wrote it (engine_build.installed_record). Empty for a portable one, which looks first, and where it is
+    not known what it was compiled for. `root`: where proc is, for tests.
+    """
+    built_on = record.get("processor")
+    if record.get("portable") or not isinstance(built_on, list) or not built_on:
+        return []
+    here = features(root)
+    return [NAMES.get(str(word), str(word)) for word in built_on if word not in here] if here else []
