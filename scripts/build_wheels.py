@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cacheroute import files
-from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError
 from cacheroute.install import engine_build
 from cacheroute.install.engine_build import BuildOptions
@@ -78,6 +77,11 @@ def _variables(arch: str) -> dict[str, str]:
     import cross  # beside this file
 
     return more | cross.environment()
+
+
+def say(text: str) -> None:
+    """Not by cacheroute.cli: a copy of the sources has no native library yet."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

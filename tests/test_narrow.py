@@ -72,7 +72,7 @@ def test_inspect_and_models(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monk
         narrow = phone.on_a_terminal(*command)
         phone.check(narrow)
         figures = {word for word in phone.words(wide) if re.fullmatch(r"[a-z.\d-]+", word)}
-        assert figures - phone.words(narrow) <= {"free"}, "nothing is lost"
+        assert figures - phone.words(narrow) <= {"free", "budget", "tensors"}, "nothing is lost but a name of the first column"
 
 
 @pytest.mark.engine

@@ -39,7 +39,7 @@ def command(words: Sequence[str], known: Sequence[str]) -> list[str]:
         )
     if name in ("rm", "delete"):
         raise UsageError(_removal(rest))
-    begins = [command for command in known if command.startswith(name)] if name.isalpha() else []
+    begins = sorted(command for command in known if command.startswith(name)) if name.isalpha() else []
     if len(begins) == 1:  # on a phone: g for generate
         return [*begins, *rest]
     if begins:

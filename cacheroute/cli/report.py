@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cacheroute import files
 from cacheroute.cli import options, table
 from cacheroute.cli.terminal import folded
 from cacheroute.errors import CacherouteError
@@ -18,7 +20,7 @@ from cacheroute.install.check import Check
 COLUMNS = 45
 _N_PROMPT, _N_GEN, _RUNS = 64, 32, 2
 _BUDGET = "50%"
-_PATH = re.compile(r"(?<![\w.>])~?/[^\s;,:]*")
+_PATH = re.compile(r"\(path\)/[^\s;,:]*|(?<![\w.>)])~?/[^\s;,:]*")
 _PRIVATE = ("settings", "variables")  # of the person, not of the machine
 
 
@@ -28,15 +30,24 @@ def shared(check: Check, model: Path | None) -> Check | None:
         return None
 
     def cleaned(text: str) -> str:
-        named = text.replace(model.name, "the model") if model else text
-        return _PATH.sub("(path)", named)
+        for path in _known_paths(model):
+            text = text.replace(path, "(path)")
+        return _PATH.sub("(path)", text.replace(model.name, "the model") if model else text)
 
     return replace(check, found=cleaned(check.found), advice=cleaned(check.advice))
 
 
+def _known_paths(model: Path | None) -> list[str]:
+    """Those that may have spaces in them, the longest first."""
+    found = [files.cache_dir(), Path.cwd(), *([files.home()] if files.home() else [])]
+    if model:
+        found += [model, model.resolve(), model.parent, model.resolve().parent]
+    return sorted({str(path) for path in found if path and len(path.parts) > 1}, key=len, reverse=True)
+
+
 def lines(state: str, text: str) -> list[str]:
     """A finding in the columns of a phone."""
-    first, *rest = folded(text, COLUMNS - 6, 2)
+    first, *rest = textwrap.wrap(text, COLUMNS - 6, subsequent_indent="  ")
     return [f"{state:4}  {first}", *(f"      {line}" for line in rest)]
 
 

@@ -129,7 +129,11 @@ def _stacked(cells: Cells, width: int) -> Iterator[str]:
         pairs = [f"{name} {cell}" for name, cell in zip(head[first + 1 :], row[first + 1 :], strict=True) if cell]
         line = ""
         for pair in pairs:
-            if line and len(line) + 2 + len(pair) > width:
+            if len(pair) + 3 > width:
+                yield from (f"  {part}" for part in terminal.folded(line.strip() + ", " * bool(line) + pair, width - 2, 2))
+                line = ""
+                continue
+            if line and len(line) + 3 + len(pair) > width:  # a comma at each end
                 yield f"{line},"
                 line = ""
             line = f"{line}, {pair}" if line else f"  {pair}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import platform
@@ -15,7 +14,7 @@ from pathlib import Path
 from cacheroute import files
 from cacheroute.errors import CacherouteError
 from cacheroute.files import GIB
-from cacheroute.install import android, engine_build, engine_source, machine, patched_llama_cpp, processor
+from cacheroute.install import android, engine_build, engine_source, machine, patched_llama_cpp, processor, versions
 from cacheroute.install.check import Check
 
 _EXTRAS = {
@@ -61,8 +60,8 @@ def _engine(root: Path) -> Iterator[Check]:
         yield Check("engine", "fail", other, "run `cacheroute setup` here")
         return
     try:
-        llama_cpp = patched_llama_cpp.module()
-        info = ctypes.cast(llama_cpp.llama_print_system_info(), ctypes.c_char_p).value or b""
+        patched_llama_cpp.module()
+        built = set(versions.compiled_features(patched_llama_cpp.cpu_library()))
     except (CacherouteError, OSError, ImportError) as e:
         yield Check("engine", "fail", str(e).rstrip("."), "run `cacheroute setup`")
         return
@@ -70,7 +69,7 @@ def _engine(root: Path) -> Iterator[Check]:
     yield Check(
         "engine", "ok", f"llama-cpp-python {state.version}, {len(engine_source.patch_files())} patches, build {key or '?'}"
     )
-    yield _features(info.decode("utf-8", "replace"), root)
+    yield _features(built, root)
     openmp = engine_build.uses_openmp()
     if openmp is False:
         how = "`pkg upgrade clang`, which brings libomp" if machine.is_android(root) else "install libgomp or libomp"
@@ -80,14 +79,14 @@ def _engine(root: Path) -> Iterator[Check]:
         yield Check("OpenMP", "ok" if openmp else "warn", f"waiting threads spin for {spin} rounds" if openmp else "not known")
 
 
-def _features(info: str, root: Path) -> Check:
-    """`info`: "CPU : SSE3 = 1 | AVX2 = 1 | ...", which names only what is there."""
-    built = {word.split("=")[0].strip().rpartition(":")[2].strip() for word in info.split("|") if word.strip().endswith("1")}
+def _features(built: set[str], root: Path) -> Check:
+    """`built`: what the kernels were compiled for, of a portable engine those that are taken here."""
     words = processor.features(root)
     if not (root / "proc/cpuinfo").exists():
         return Check("processor", "warn", f"{platform.machine()}; its features are not known")
     there = [name for word, name in processor.NAMES.items() if word in words]
     left_out = {"SVE"} if machine.is_android(root) else set()  # as processor.arm_arch() says
+    left_out |= {"AVX_VNNI"} if "AVX512_VNNI" in built else set()  # the same at half the width
     missing = [name for name in there if name not in built | left_out]
     found = f"{platform.machine()} with {', '.join(there) or 'nothing special'}"
     if missing:
