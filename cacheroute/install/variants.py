@@ -43,7 +43,10 @@ def defines(platform: str | None = None) -> dict[str, str]:
 
 
 def cmake_include(platform: str | None = None) -> str:
-    """What the build of a portable engine sets before upstream does: its libraries lie in one folder and find each other."""
+    """What the build of a portable engine sets before upstream does: its libraries lie in one folder and find each other.
+
+    They are linked with the path that they keep: the room for a longer one, of the build's folder, would stay in the bytes.
+    """
     names = of(platform)
     if not names:
         return ""
@@ -52,4 +55,5 @@ set(GGML_CPU_VARIANTS "{";".join(names)}")
 set(CMAKE_INSTALL_BINDIR llama_cpp/lib)
 set(CMAKE_INSTALL_RPATH "$ORIGIN")
 set(CMAKE_INSTALL_RPATH_USE_LINK_PATH FALSE)
+set(CMAKE_BUILD_WITH_INSTALL_RPATH TRUE)
 """
