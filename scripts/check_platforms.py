@@ -30,9 +30,9 @@ MACOS = ("aarch64-macos.11.0", "x86_64-macos.11.0")
 MUSL = "aarch64-linux-musl"
 ANDROID_API = 24
 _ALWAYS = """
-__errno close exp expf free fstat fsync geteuid log log2 madvise memcmp memcpy memmove memset mincore mmap munmap open posix_fadvise
-posix_memalign pread pthread_create pthread_self pthread_setspecific sched_yield sigaction sigemptyset signal snprintf strerror strlen
-sysconf wmemchr
+__errno close exp expf free fstat fsync geteuid log log2 madvise memcmp memcpy memmove memset mincore mmap munmap open
+posix_fadvise posix_memalign pread pthread_create pthread_self pthread_setspecific sched_yield sigaction sigemptyset signal
+snprintf strerror strlen sysconf wmemchr
 """
 # The API level from which bionic has a function; 21 is the first for 64-bit processors. Only what the core calls.
 BIONIC = {**dict.fromkeys(_ALWAYS.split(), 21), "posix_madvise": 23}
