@@ -150,25 +150,28 @@ def wheel_of_cacheroute() -> Path:
 
 
 def environment(root: Path, parts: list[Path], wheels: list[Path]) -> Path:
-    """A virtual environment with these folders of packages and these wheels, whose `bin/python` is emulated. Made anew."""
-    folder = cache_dir() / "aarch64" / "venv"
-    shutil.rmtree(folder, ignore_errors=True)
-    python = interpreter(root)
-    site = folder / "lib" / python.name / "site-packages"
-    site.mkdir(parents=True)
-    (folder / "bin").mkdir()
-    (folder / "pyvenv.cfg").write_text(f"home = {root}/usr/bin\ninclude-system-site-packages = false\n")
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(site)
-    (site / "parts.pth").write_text("".join(f"{part}\n" for part in parts))
-    # -L: where the libraries are. -0: what Python takes for its own name, to find pyvenv.cfg. The processor is in QEMU_CPU.
-    start = "exec " + shlex.join([emulator(), "-L", str(root), "-0", str(folder / "bin/python"), str(python)])
-    for name, arguments in (("python", ""), ("python3", ""), ("cacheroute", "-m cacheroute ")):
-        script = folder / "bin" / name
-        script.write_text(f'#!/bin/sh\n{start} {arguments}"$@"\n')
-        script.chmod(0o755)
-    return folder
+    """A virtual environment with these folders of packages and these wheels, whose `bin/python` is emulated."""
+    python, qemu = interpreter(root), emulator()
+    name = f"venv-{key_of([str(path) for path in (python, qemu, *parts, *wheels)])}"
+    ready = cache_dir() / "aarch64" / name
+
+    def make(folder: Path) -> None:
+        site = folder / "lib" / python.name / "site-packages"
+        site.mkdir(parents=True)
+        (folder / "bin").mkdir()
+        (folder / "pyvenv.cfg").write_text(f"home = {root}/usr/bin\ninclude-system-site-packages = false\n")
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
+        (site / "parts.pth").write_text("".join(f"{part}\n" for part in parts))
+        # -L: where the libraries are. -0: what Python takes for its own name, to find pyvenv.cfg. The processor is in QEMU_CPU.
+        start = "exec " + shlex.join([qemu, "-L", str(root), "-0", str(ready / "bin/python"), str(python)])
+        for command, arguments in (("python", ""), ("python3", ""), ("cacheroute", "-m cacheroute ")):
+            script = folder / "bin" / command
+            script.write_text(f'#!/bin/sh\n{start} {arguments}"$@"\n')
+            script.chmod(0o755)
+
+    return kept(name, make)
 
 
 def own_cache() -> Path:
@@ -228,7 +231,8 @@ def main() -> int:
         left_out = [f"--deselect={test}" for test in aarch64_tests.DESELECT]
         say(f"tests on {cpu}")
         call = [str(venv / "bin/python"), "-m", "pytest", "-p", "no:cacheprovider", "-n", str(cores()), "--dist=loadscope"]
-        call += ["--basetemp", str(ROOT / ".pytest-tmp"), *left_out, *(rest or tests)]
+        named = any(word.startswith("tests") for word in rest)
+        call += ["--basetemp", str(ROOT / ".pytest-tmp"), *left_out, *rest, *([] if named else tests)]
         code = subprocess.run(call, env={**env, "QEMU_CPU": cpu}, cwd=ROOT, check=False).returncode
         if code:
             return code

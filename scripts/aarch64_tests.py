@@ -18,7 +18,6 @@ ALL = [
     "tests/test_all_resident.py",
     "tests/test_budget.py",
     "tests/test_cache.py",
-    "tests/test_checkpoint.py",
     "tests/test_custom_policy.py",
     "tests/test_direct_store.py",
     "tests/test_inspect.py",

@@ -29,11 +29,16 @@ FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 MACOS = ("aarch64-macos.11.0", "x86_64-macos.11.0")
 MUSL = "aarch64-linux-musl"
 ANDROID_API = 24
-# The API level from which bionic has a function; 21 stands for "always", as on 64-bit processors it is the first.
-BIONIC: dict[str, int] = {}
-# musl's names for what has another in bionic
-OTHER_NAMES = {"__errno_location": "__errno"}
-CPP = ("_Z", "__cxa_", "__gxx_", "_Unwind_", "__dso_handle", "__clang_call_terminate")  # of the C++ library and the compiler
+_ALWAYS = """
+__errno close exp expf free fstat fsync geteuid log log2 madvise memcmp memcpy memmove memset mincore mmap munmap open
+posix_fadvise posix_memalign pread pthread_create pthread_self pthread_setspecific sched_yield sigaction sigemptyset signal
+snprintf strerror strlen sysconf wmemchr
+"""
+# The API level from which bionic has a function; 21 is the first for 64-bit processors. Only what the core calls.
+BIONIC = {**dict.fromkeys(_ALWAYS.split(), 21), "posix_madvise": 23}
+# What is called otherwise for Android: errno, and what clang takes for memcmp where libc has it.
+OTHER_NAMES = {"__errno_location": "__errno", "bcmp": "memcmp"}
+CPP = ("_Z", "__cxa_", "__gxx_", "_Unwind_", "__dso_handle", "__dynamic_cast")  # of the C++ library and the compiler
 
 
 def zig() -> list[str]:

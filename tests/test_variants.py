@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -90,3 +91,19 @@ def test_the_one_with_the_best_score_is_taken(folder: Path) -> None:
 def test_a_native_engine_has_one(folder: Path) -> None:
     library(folder, "ggml-cpu", 5)
     assert patched_llama_cpp.cpu_library().which() == 5
+
+
+@pytest.mark.engine
+def test_nothing_is_loaded_from_the_current_folder(tmp_path: Path) -> None:
+    """llama.cpp looks there for kernels, and anybody may have written what is there (patches/0008)."""
+    if not list(patched_llama_cpp._libraries().glob("libggml-cpu-*.so")):
+        pytest.skip("a native engine looks for none")
+    source = tmp_path / "evil.c"
+    source.write_text(
+        "#include <stdio.h>\nint ggml_backend_score(void) { return 1 << 30; }\n"
+        '__attribute__((constructor)) static void loaded(void) { fclose(fopen("loaded", "w")); }\n'
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(tmp_path / "libggml-cpu-evil.so"), str(source)], check=True)
+    code = "import llama_cpp; llama_cpp.llama_backend_init(); print(llama_cpp.llama_print_system_info())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "CPU" in done.stdout and not (tmp_path / "loaded").exists()
