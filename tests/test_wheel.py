@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ import pytest
 
 from cacheroute import files
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.install import engine_build, engine_source, engine_wheel, machine, processor
+from cacheroute.install import engine_build, engine_source, engine_wheel, machine, processor, tools
 from support.cli import cacheroute as run
 from support.cli import sentence
 from test_setup import of_python, with_cacheroute
@@ -209,6 +210,15 @@ def test_without_a_compiler_the_one_that_is_here_serves(own_cache: Path, monkeyp
         engine_build.ensure()
 
 
+def test_it_waits_for_no_build(tmp_path: Path, installed: list[str], own_cache: Path) -> None:
+    killed = own_cache / "engine" / ".wheel-killed"
+    killed.mkdir(parents=True)
+    os.utime(killed, (0, 0))
+    with tools.workdir(tools.PlainProgress()):  # as another process that compiles
+        engine_wheel.ensure(str(wheel(tmp_path)))
+    assert installed and not killed.exists()
+
+
 # --- from the web
 
 
@@ -268,7 +278,7 @@ def test_a_part_of_a_file_is_never_installed(own_cache: Path, installed: list[st
     for address in served(Server):
         with pytest.raises(CacherouteError, match=r"came only in part, 1000 of 100000 bytes|more expected"):
             engine_wheel.ensure(f"{address}/a.whl", sha256_hex="0" * 64)
-    assert installed == [] and [p.name for p in (own_cache / "engine").iterdir()] == [".lock"], "nor kept"
+    assert installed == [] and [*(own_cache / "engine").iterdir()] == [], "nor kept"
 
 
 # --- the command

@@ -13,6 +13,8 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -23,16 +25,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import MIB, check_regular, expanded, sha256
+from cacheroute.files import MIB, cache_dir, check_regular, expanded, sha256
 from cacheroute.install import engine_build, engine_source, processor
 from cacheroute.install.engine_build import LOCAL_VERSION, EngineState
 from cacheroute.install.machine import is_android
-from cacheroute.install.tools import PlainProgress, Progress, workdir
+from cacheroute.install.tools import PlainProgress, Progress
 
 _PLATFORM = r"(any|win.*|linux|musllinux_\d+_\d+|manylinux(?:_\d+_\d+|\d+)|macosx_\d+_\d+|android_\d+)(?:_(\w+))?"
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _MOST_BYTES = 512 * MIB  # of a wheel; one of ours has some 10 MB
 _SECONDS = 60  # without a byte
+_FOLDER, _STALE = ".wheel-", 24 * 3600.0
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "arm64_v8a": "aarch64"}
 
 
@@ -69,7 +72,7 @@ def ensure(
         raise UsageError(f"--sha256 is 64 hexadecimal digits, not {sha256_hex!r}.")
     if not replace:
         engine_build.check_replaces_nothing()
-    with workdir(say) as work:
+    with _folder() as work:
         part = work / "wheel.part"
         expected = _fetch(source, part, sha256_hex, say)
         found = sha256(part)
@@ -85,6 +88,21 @@ def ensure(
             part.rename(ready)
             engine_build.install(ready, say)
     return engine_build.installed_state(), compared
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """For the wheel until it is installed, in the cache: not that of a build, which may take minutes more."""
+    root = cache_dir() / "engine"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for stale in root.glob(f"{_FOLDER}*"):  # of a process that was killed
+            if time.time() - stale.stat().st_mtime > _STALE:
+                shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_FOLDER, dir=root) as folder:
+            yield Path(folder)
+    except OSError as e:
+        raise CacherouteError(f"the wheel cannot be kept in the cache {root} ({e.strerror or e}).") from None
 
 
 # --- how it gets here
