@@ -11,6 +11,7 @@ import pytest
 
 from cacheroute.model import demo_model as demo
 from support import tiny_models
+from support.fake_build import bench as bench
 
 # A shell that starts the tests in the background ignores SIGINT, and so would the commands with a tested Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,6 +22,7 @@ from cacheroute.engine.conversation import Conversation, check_template
 from cacheroute.model import demo_model
 from support import tiny_models
 from support.cli import cacheroute, sentence
+from support.systems import LINUX
 
 pytestmark = pytest.mark.engine
 
@@ -195,7 +196,7 @@ class Terminal:
         return self.process.returncode, out.decode()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="makes a terminal")
+@pytest.mark.skipif(not LINUX, reason="makes a terminal")
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on() -> None:
     terminal = Terminal("-c", 2048, "--flash-mbps", 3)
     terminal.until("/help lists the commands")

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import resource
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +25,9 @@ from support import tiny_models
 from support.cli import cacheroute
 from support.expert_file import LIB, ODD, PAGE, model, on_a_disk
 from support.native_router import native_store
+from support.systems import LINUX
 
-pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="counts pages as Linux does")
+pytestmark = pytest.mark.skipif(not LINUX, reason="counts pages as Linux does")
 
 Floats = npt.NDArray[np.float32]
 N_PROMPT, N_DECODE = 41, 16  # the prompt fills two micro-batches and part of a third

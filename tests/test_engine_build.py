@@ -1,19 +1,17 @@
 """The engine's build: its key, its patches, and one sentence for everything that can go wrong.
 
-Nothing here compiles or reaches the network: a shell script plays the compiler, a tiny archive the
-sdist, a function pip. Only the patches are tried on the real sdist, where the cache has it.
+Nothing here compiles or reaches the network (support/fake_build.py). Only the patches are tried on the real sdist, where the
+cache has it.
 """
 
 from __future__ import annotations
 
 import errno
-import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import venv
@@ -24,87 +22,13 @@ import pytest
 
 from cacheroute import files
 from cacheroute.errors import CacherouteError
-from cacheroute.install import engine_build, tools
+from cacheroute.install import engine_build, engine_source, tools
 from cacheroute.install.engine_build import BuildOptions
+from support.fake_build import PATCH, Bench
+from support.systems import LINUX
 
-REAL_SDIST = files.cache_dir() / "sdist" / f"llama_cpp_python-{engine_build.VERSION}.tar.gz"
-REAL_PATCHES = engine_build.patch_files()
-PATCH = """\
-Why:  a test.
-What: one word.
-Drop: never.
-
---- a/src/a.txt
-+++ b/src/a.txt
-@@ -1,3 +1,3 @@
- one
--two
-+TWO
- three
-"""
-
-
-class Bench:
-    """A build in which everything that can go wrong lies in a temporary folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.cache = root / "cache"
-        self.cpu = root / "cpu"  # the compiler's macros for this machine's CPU
-        self.compiler = root / "compiler"
-        self.patch = root / "patches" / "0001-a.patch"
-        self.sdist = root / "sdist.tar.gz"
-        self.builds = 0
-
-    def pip(
-        self,
-        call: list[str],
-        env: dict[str, str] | None = None,
-        on_line: Callable[[str], None] | None = None,
-    ) -> tuple[int, str]:
-        """Plays `pip wheel`."""
-        self.builds += 1
-        if on_line:
-            on_line("  [1/2] Building CXX object")
-        into = Path(call[call.index("--wheel-dir") + 1])
-        into.mkdir()
-        (into / "llama_cpp_python.whl").write_text((Path(call[-1]) / "src" / "a.txt").read_text())
-        return 0, ""
-
-    def left_behind(self) -> list[str]:
-        return sorted(p.name for p in (self.cache / "engine").iterdir() if p.name != ".lock")
-
-    def key(self, portable: bool = False) -> str:
-        return engine_build.key_of(engine_build.recipe(portable))
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    it = Bench(tmp_path)
-    it.patch.parent.mkdir()
-    it.patch.write_text(PATCH)
-    it.cpu.write_text("avx2")
-    it.compiler.write_text(
-        f'#!/bin/sh\necho "#define VERSION 12"\ncase "$*" in *-march=native*) echo "#define $(cat {it.cpu})";; esac\n'
-    )
-    it.compiler.chmod(0o755)
-    with tarfile.open(it.sdist, "w:gz") as tar:
-        for name, text in {
-            "src/a.txt": "one\ntwo\nthree\n",
-            "llama_cpp/__init__.py": '__version__ = "1"\n',
-        }.items():
-            member = tarfile.TarInfo(f"llama_cpp_python-1/{name}")
-            member.size = len(text)
-            tar.addfile(member, io.BytesIO(text.encode()))
-    for name in engine_build.OBEYED:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("CACHEROUTE_CACHE", str(it.cache))
-    monkeypatch.setenv("CC", str(it.compiler))
-    monkeypatch.setenv("CXX", str(it.compiler))
-    monkeypatch.setattr(engine_build, "SDIST_SHA256", files.sha256(it.sdist))
-    monkeypatch.setattr(engine_build, "patch_files", lambda: sorted(it.patch.parent.glob("*.patch")))
-    monkeypatch.setattr(engine_build, "run", it.pip)
-    monkeypatch.setattr(tools, "NEEDED_BYTES", 0)
-    return it
+REAL_SDIST = files.cache_dir() / "sdist" / f"llama_cpp_python-{engine_source.VERSION}.tar.gz"
+REAL_PATCHES = engine_source.patch_files()
 
 
 def fails(bench: Bench, *, leaves: list[str] | None = None) -> str:
@@ -123,7 +47,7 @@ def fails(bench: Bench, *, leaves: list[str] | None = None) -> str:
 CHANGES: dict[str, Callable[[Bench, pytest.MonkeyPatch], object]] = {
     "a patch": lambda b, m: b.patch.write_text(PATCH.replace("TWO", "2")),
     "another patch": lambda b, m: (b.patch.parent / "0002-b.patch").write_text(PATCH),
-    "the sdist": lambda b, m: m.setattr(engine_build, "SDIST_SHA256", "0" * 64),
+    "the sdist": lambda b, m: m.setattr(engine_source, "SDIST_SHA256", "0" * 64),
     "the version": lambda b, m: m.setattr(engine_build, "LOCAL_VERSION", "9+cacheroute.9"),
     "the compiler": lambda b, m: b.compiler.write_text('#!/bin/sh\necho "#define VERSION 13"\n'),
     "CPU flags": lambda b, m: b.cpu.write_text("avx512f"),
@@ -188,14 +112,13 @@ def test_ensure_does_nothing_when_the_same_key_is_installed(bench: Bench, monkey
     assert not bench.cache.exists()
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
-def test_interrupted_build_leaves_nothing(end: BaseException, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(call: list[str], **_: object) -> tuple[int, str]:
+def test_a_build_that_fails_leaves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(call: list[str], **_: object) -> tuple[int, str]:
         bench.pip(call)  # the wheel is there, but not yet published
-        raise end
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(engine_build, "run", interrupted)
-    with pytest.raises((KeyboardInterrupt, CacherouteError)):
+    monkeypatch.setattr(engine_build, "run", full)
+    with pytest.raises(CacherouteError):
         engine_build.build(BuildOptions(sdist=bench.sdist))
     assert bench.left_behind() == []
     monkeypatch.setattr(engine_build, "run", bench.pip)
@@ -210,7 +133,7 @@ def test_leftovers_of_a_killed_build_are_removed(bench: Bench) -> None:
     assert bench.left_behind() == [bench.key()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.skipif(not LINUX, reason="looks into /proc")
 def test_child_processes_end_with_the_build(tmp_path: Path) -> None:
     def interrupt(line: str) -> None:
         (tmp_path / "pid").write_text(line)
@@ -271,7 +194,7 @@ def test_no_such_sdist(bench: Bench) -> None:
 
 def test_not_an_archive(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.sdist.write_text("not a tar")
-    monkeypatch.setattr(engine_build, "SDIST_SHA256", files.sha256(bench.sdist))
+    monkeypatch.setattr(engine_source, "SDIST_SHA256", files.sha256(bench.sdist))
     assert "not an sdist that can be unpacked" in fails(bench)
 
 
@@ -337,7 +260,7 @@ def test_failed_build_names_the_reason_and_keeps_the_log(bench: Bench, monkeypat
     ],
 )
 def test_download_that_fails(output: str, reason: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_build, "run", lambda *a, **k: (1, output))
+    monkeypatch.setattr(engine_source, "run", lambda *a, **k: (1, output))
     with pytest.raises(CacherouteError, match=reason):
         engine_build.build()
     assert bench.left_behind() == []
@@ -358,8 +281,8 @@ def test_no_pip(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     ("version", "kind"),
     [
         (None, "missing"),
-        (engine_build.VERSION, "stock"),
-        (engine_build.VERSION + "+cacheroute.0", "outdated"),
+        (engine_source.VERSION, "stock"),
+        (engine_source.VERSION + "+cacheroute.0", "outdated"),
         (engine_build.LOCAL_VERSION, "patched"),
     ],
 )
@@ -392,7 +315,7 @@ def test_patches_are_numbered_without_gaps() -> None:
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 def test_patches_apply_to_the_pinned_sdist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path))
-    results = engine_build.check(engine_build.VERSION, REAL_SDIST)
+    results = engine_source.check(engine_source.VERSION, REAL_SDIST)
     assert [r.patch for r in results] == [p.name for p in REAL_PATCHES]
     assert [str(r) for r in results if not r.applies] == []
 

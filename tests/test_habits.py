@@ -72,7 +72,18 @@ def test_commands_that_do_not_exist(tiny: Path) -> None:
     assert tiny.exists()
     assert wrong("genrate") == "There is no command genrate; did you mean generate? See `cacheroute --help`."
     assert "did you mean --help?" in wrong("help")
+    assert wrong("pl") == "pl may be plan or plot; write more of it."
+    assert wrong("s").startswith("s may be ") and "no command 5" in wrong("5")
     assert wrong("xyzzy") == "There is no command xyzzy. See `cacheroute --help`."
+
+
+def test_the_beginning_of_a_command_is_enough(tiny: Path) -> None:
+    assert right("i", tiny, "-o", "json").stdout == right("inspect", tiny, "-o", "json").stdout
+    known = ["generate", "chat", "plan", "plot", "eval", "models"]
+    assert [habits.command([w, "x"], known)[0] for w in ("g", "gen", "c", "pla", "e", "m")] == [
+        "generate", "generate", "chat", "plan", "eval", "models",
+    ]  # fmt: skip
+    assert habits.command(["ls"], known) == ["models"], "a name of another tool comes first"
 
 
 # ---- options

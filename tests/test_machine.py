@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cacheroute.install import machine
+from support.systems import LINUX
 
 MIB = 1024**2
 V1 = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
@@ -104,7 +105,7 @@ def in_child(line: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/statm")
+@pytest.mark.skipif(not LINUX, reason="needs /proc/self/statm")
 def test_ulimit_counts() -> None:
     assert in_child("ulimit -v 2000000") < 2000000 * 1024
     assert in_child("ulimit -d 500000") < 500000 * 1024

@@ -17,6 +17,7 @@ from cacheroute.files import MIB
 from cacheroute.model import context_memory, experts, gguf_file
 from cacheroute.routing import budget as budgets
 from support import tiny_models
+from support.systems import LINUX
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ print(plan.compute, resident() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads /proc")
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
 @pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss", "deepseek2"])
 @pytest.mark.parametrize("flash_attn", [[], ["-fa"]])
 def test_the_estimate_is_not_below_what_a_pass_takes(tmp_path: Path, arch: str, flash_attn: list[str]) -> None:

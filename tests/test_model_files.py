@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from cacheroute.errors import UsageError
 from cacheroute.model import checks, experts, gguf_file
 from cacheroute.model.experts import NotRoutableError
 from support import gguf_bytes, tiny_models
+from support.systems import LINUX
 
 
 def parts_of(path: Path) -> list[list[str]]:
@@ -76,7 +76,7 @@ def test_a_dense_model_is_not_a_damaged_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.skipif(not LINUX, reason="forks")
 @pytest.mark.parametrize("align", [8, 16])
 def test_an_alignment_that_happens_to_fit_loads(align: int, tmp_path: Path) -> None:
     """What counts is where the first expert tensor of a file is, not the key."""

@@ -18,7 +18,7 @@ NAMES = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 USE = {
     "the package": "from cacheroute import Llama",
     "numpy first": "import numpy; numpy.ones((9, 9)) @ numpy.ones((9, 9)); from cacheroute import Llama",
-    "a library": "from cacheroute.install import patched_llama_cpp as p; p.shared_library('ggml-cpu')",
+    "a library": "from cacheroute.install import patched_llama_cpp as p; p.cpu_library()",
 }
 
 

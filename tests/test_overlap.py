@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,11 +18,12 @@ import pytest
 from cacheroute.native import bindings
 from support.expert_file import on_a_disk
 from support.live_hook import EXPERT, HEADER, LIB, N_TENSORS, PACE, SLOW, Live, hooked
+from support.systems import LINUX
 
 NEVER = 1e3  # bytes/s at which one expert takes a minute
 HANG = 30  # seconds after which something waits that should not
 
-pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
+pytestmark = pytest.mark.skipif(not LINUX, reason="reads as Linux does")
 
 
 @pytest.fixture(params=["buffered", "direct"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +36,9 @@ from support.live_hook import (
     hooked,
     settled,
 )
+from support.systems import LINUX
 
-pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
+pytestmark = pytest.mark.skipif(not LINUX, reason="reads as Linux does")
 
 
 @pytest.fixture(params=["buffered", "direct"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _multiprocessing
+import concurrent.futures.process
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cacheroute.errors import UsageError
 from cacheroute.evals import processes
 
 # A parent that waits, and prints the id of its child process.
@@ -38,6 +41,16 @@ def test_work_that_has_not_begun_is_cancelled() -> None:
         futures = [pool.submit(time.sleep, 0.5) for _ in range(20)]
         futures[0].result()
     assert futures[-1].cancelled()
+
+
+def test_a_python_without_semaphores_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of Android is built without: its libc has no sem_open."""
+    monkeypatch.delattr(_multiprocessing, "SemLock")
+    monkeypatch.delitem(sys.modules, "multiprocessing.synchronize", raising=False)
+    monkeypatch.setattr(concurrent.futures.process, "_system_limits_checked", False)
+    monkeypatch.setattr(concurrent.futures.process, "_system_limited", None)
+    with pytest.raises(UsageError, match=r"^This Python cannot share work out to processes \(.*\); leave out --workers\.$"):
+        processes.pool(2).__enter__()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

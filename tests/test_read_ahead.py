@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,9 @@ from cacheroute.native.counters import Counters
 from support import tiny_models
 from support.expert_file import on_a_disk
 from support.live_hook import LIB, N_EXPERT, N_TENSORS, PACE, PAGE, Live, hooked
+from support.systems import LINUX
 
-pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
+pytestmark = pytest.mark.skipif(not LINUX, reason="reads as Linux does")
 
 N_LAYERS = 4
 UNLIMITED = 2**62

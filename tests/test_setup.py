@@ -21,7 +21,7 @@ import pytest
 
 import cacheroute
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.install import engine_build, tools
+from cacheroute.install import engine_build, engine_source, tools
 from cacheroute.install.engine_build import BuildOptions
 from support.cli import cacheroute as run
 
@@ -119,7 +119,7 @@ def test_where_pip_is_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of packages with somebody else's llama-cpp-python, which is all that can be imported."""
     site = tmp_path / "site"
-    with zipfile.ZipFile(wheel(tmp_path / "wheels", engine_build.VERSION)) as file:
+    with zipfile.ZipFile(wheel(tmp_path / "wheels", engine_source.VERSION)) as file:
         file.extractall(site)
     monkeypatch.setattr(sys, "path", [str(site)])
     monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
@@ -132,7 +132,7 @@ def test_another_engine_is_not_replaced_unasked(other: Path, monkeypatch: pytest
     monkeypatch.setattr(engine_build, "build", lambda options, progress: Path("our.whl"))
     monkeypatch.setattr(engine_build, "install", lambda path, progress: installed.append(path))
     for ask in (engine_build.ensure, engine_build.to_compile):
-        with pytest.raises(UsageError, match=rf"llama-cpp-python {engine_build.VERSION} is installed here.*setup --replace"):
+        with pytest.raises(UsageError, match=rf"llama-cpp-python {engine_source.VERSION} is installed here.*setup --replace"):
             ask(BuildOptions())
     assert installed == []
     engine_build.ensure(BuildOptions(replace=True))

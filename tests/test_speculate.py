@@ -5,7 +5,6 @@ Its choices are compared with the oracle in test_router.py and, live, in test_bu
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from support.decoding import decoded
 from support.expert_file import on_a_disk
 from support.live_hook import LIB, Ahead, compute, counters, hooked, settled
 from support.native_hook import SIGMOID, SOFTMAX
+from support.systems import LINUX
 
-pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="reads as Linux does")
+pytestmark = pytest.mark.skipif(not LINUX, reason="reads as Linux does")
 
 
 # ---- a hook that is called as llama.cpp calls it ------------------------------------------------------

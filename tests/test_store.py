@@ -6,7 +6,6 @@ Works on real pages of a real file: pages of a tmpfs cannot be dropped, so a tem
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,10 +20,11 @@ from cacheroute.native import bindings
 from support import expert_file
 from support.expert_file import ODD, PAGE, Model, on_a_disk, pages_in_memory
 from support.native_router import native_store
+from support.systems import LINUX
 
 LIB = bindings.lib
 
-pytestmark = pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="counts pages as Linux does")
+pytestmark = pytest.mark.skipif(not LINUX, reason="counts pages as Linux does")
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pytest
 
 from cacheroute import files
 from cacheroute.errors import CacherouteError
-from cacheroute.install import engine_build, patched_llama_cpp, versions
+from cacheroute.install import engine_build, engine_source, patched_llama_cpp, versions
 from cacheroute.install.engine_build import EngineState
 
-SDIST = files.cache_dir() / "sdist" / f"llama_cpp_python-{engine_build.VERSION}.tar.gz"
+SDIST = files.cache_dir() / "sdist" / f"llama_cpp_python-{engine_source.VERSION}.tar.gz"
 
 
 @pytest.mark.engine
@@ -25,7 +25,7 @@ def test_all_parts_are_told_and_llama_cpp_is_not_loaded() -> None:
     cacheroute, engine, llama_cpp, processor = done.stdout.splitlines()
     assert cacheroute == f"cacheroute {files.VERSION}"
     assert re.fullmatch(rf"engine: llama-cpp-python {re.escape(engine_build.LOCAL_VERSION)}, build [0-9a-f]{{20}}", engine)
-    assert llama_cpp == f"llama.cpp {engine_build.LLAMA_CPP}, {len(engine_build.patch_files())} patches"
+    assert llama_cpp == f"llama.cpp {engine_source.LLAMA_CPP}, {len(engine_source.patch_files())} patches"
     assert re.fullmatch(r"processor: \w+, compiled for (\w+, )*\w+", processor)
 
 
@@ -41,15 +41,15 @@ def test_without_the_engine_it_says_what_is_needed(state: EngineState, said: str
     monkeypatch.setattr(engine_build, "installed_state", lambda: state)
     found = versions.lines()
     assert len(found) == 3 and found[1].startswith(said)
-    assert f"{engine_build.LOCAL_VERSION}, llama.cpp {engine_build.LLAMA_CPP}" in found[2]
+    assert f"{engine_build.LOCAL_VERSION}, llama.cpp {engine_source.LLAMA_CPP}" in found[2]
 
 
 def test_an_engine_that_cannot_be_loaded_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> None:
+    def broken() -> None:
         raise CacherouteError("libggml-cpu is missing.")
 
     monkeypatch.setattr(engine_build, "installed_state", lambda: EngineState("patched", engine_build.LOCAL_VERSION))
-    monkeypatch.setattr(patched_llama_cpp, "shared_library", broken)
+    monkeypatch.setattr(patched_llama_cpp, "cpu_library", broken)
     assert versions.lines()[-1].endswith("compiled for unknown (libggml-cpu is missing)")
 
 
@@ -60,5 +60,5 @@ def test_the_commit_of_llama_cpp_is_that_of_the_sdist() -> None:
             if member.name.partition("/")[2] == "CHANGELOG.md":
                 text = tar.extractfile(member).read().decode()  # type: ignore[union-attr]
                 break
-    _, _, own = text.partition(f"## [{engine_build.VERSION}]")
-    assert re.search(r"llama\.cpp@(\w+)", own)[1] == engine_build.LLAMA_CPP  # type: ignore[index]
+    _, _, own = text.partition(f"## [{engine_source.VERSION}]")
+    assert re.search(r"llama\.cpp@(\w+)", own)[1] == engine_source.LLAMA_CPP  # type: ignore[index]

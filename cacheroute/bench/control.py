@@ -9,6 +9,7 @@ It starts with what loading and ten tokens have left in memory, so its page cach
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -129,7 +130,7 @@ def run(
 def _make_room(llm: Llama, limit: MemoryLimit) -> None:
     """Beside a model that was loaded whole. Raises CacherouteError where both do not fit."""
     for path in llm.layout.paths:
-        with path.open("rb") as file:
+        with contextlib.suppress(AttributeError), path.open("rb") as file:  # macOS has no such call
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     free = available_memory()
     if free is not None and free < limit.nbytes:

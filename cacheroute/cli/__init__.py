@@ -27,7 +27,7 @@ from cacheroute.cli.routing import routing
 from cacheroute.cli.serve import serve
 from cacheroute.cli.setup import setup
 from cacheroute.cli.simulate import simulate
-from cacheroute.cli.terminal import say
+from cacheroute.cli.terminal import columns, say
 from cacheroute.cli.trace import trace
 from cacheroute.cli.tune import tune
 from cacheroute.errors import CacherouteError
@@ -47,6 +47,12 @@ class _Commands(groups.Grouped):
         return super().resolve_command(ctx, args if ctx.resilient_parsing else habits.command(args, list(self.commands)))
 
 
+def _help_width() -> int | None:
+    """Of help on a terminal that is narrower than click believes one to be; None: as click finds it."""
+    width = columns(sys.stdout)
+    return width if width and width < 52 else None
+
+
 app = typer.Typer(
     name="cacheroute",
     cls=_Commands,
@@ -55,7 +61,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its markup removes text in brackets, such as [default: all]
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "terminal_width": _help_width()},
 )
 
 
@@ -198,7 +204,7 @@ def _said(sentence: str, code: int) -> int:
         _discard_stdout()
     if sentence:
         with contextlib.suppress(OSError), interrupts.last_words():
-            print(f"cacheroute: {files.printable(sentence)}", file=sys.stderr, flush=True)
+            say(f"cacheroute: {sentence}")
     return code
 
 

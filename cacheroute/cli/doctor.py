@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cacheroute.cli import defaults, options
+from cacheroute.cli.terminal import columns, folded
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB, printable
-from cacheroute.install import checkup
-from cacheroute.install.checkup import Check
+from cacheroute.install import android, checkup
+from cacheroute.install.check import Check
 
 if TYPE_CHECKING:
     from cacheroute.engine.storage import Reading
@@ -28,6 +30,9 @@ def doctor(
     ctx: typer.Context,
     model: options.ModelOption = None,
     output: Annotated[str, typer.Option("-o", "--output", help="text or json.")] = "text",
+    report: Annotated[
+        bool, typer.Option("--report", help="What to send with a question: no paths, no settings, 45 columns, and a short bench.")
+    ] = False,
 ) -> None:
     """Look at this machine, the engine and the storage of a model: ok, warn or fail, and what to do. For bug reports, too.
 
@@ -35,13 +40,19 @@ def doctor(
     """
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
+    if report and output != "text":
+        raise UsageError("--report is a text for people; -o json has the same findings without it.")
     found = []
-    for check in (*checkup.checks(), *_settings(ctx), *_storage(model)):
+    for check in itertools.chain(checkup.checks(), _settings(ctx), _storage(model)):
         found.append(check)
-        if output == "text":
+        if report:
+            _print_shared(check, model)
+        elif output == "text":
             _print(check)
     if output == "json":
         print(json.dumps([asdict(check) for check in found], indent=2))
+    if report:
+        _print_bench(model)
     if any(check.state == "fail" for check in found):
         raise typer.Exit(1)
 
@@ -74,13 +85,18 @@ def _storage(model: str | None) -> Iterator[Check]:
         yield Check("model", "warn", str(e).rstrip("."), "run `cacheroute setup`, or name a model with -m")
         return
     yield _memory(path, layout)
+    place = android.storage(path)
+    if place:
+        yield place
     try:
-        from cacheroute.engine import storage
+        from cacheroute.engine import storage, stores
 
         readings = storage.measure(layout)
     except (CacherouteError, OSError) as e:
         yield Check("storage", "fail", str(e).rstrip("."), "")
         return
+    if not stores.drops_cached():
+        yield Check("eviction", "warn", stores.NOT_DROPPED, "--io direct reads past it; speeds of buffered reads are the cache's")
     for reading in readings:
         yield _reading(reading, layout)
 
@@ -111,9 +127,34 @@ def _reading(reading: Reading, layout: ExpertLayout) -> Check:
     return Check(name, "ok", found)
 
 
+def _print_shared(check: Check, model: str | None) -> None:
+    from cacheroute.cli import report
+
+    said = report.shared(check, Path(model) if model else None)
+    if said:
+        print("\n".join(report.lines(said.state, printable(_line(said)))), flush=True)
+
+
+def _print_bench(model: str | None) -> None:
+    from cacheroute.cli import report
+
+    try:
+        for line in report.bench(model):
+            print(printable(line), flush=True)
+    except (CacherouteError, OSError) as e:
+        no_path = report.shared(Check("bench", "fail", f"not run: {e}".rstrip(".")), Path(model) if model else None)
+        assert no_path
+        print("\n".join(report.lines("fail", printable(_line(no_path)))))
+
+
+def _line(check: Check) -> str:
+    return f"{check.name}: {check.found}" + (f" -> {check.advice}" if check.advice else "")
+
+
 def _print(check: Check) -> None:
     state = f"{check.state:4}"
     if sys.stdout.isatty():
         state = typer.style(state, fg=_COLOURS[check.state])
-    line = f"{check.name}: {check.found}" + (f" -> {check.advice}" if check.advice else "")
-    print(f"{state}  {printable(line)}", flush=True)
+    width = columns(sys.stdout)
+    first, *rest = folded(printable(_line(check)), width and width - 6, 2)
+    print("\n".join([f"{state}  {first}", *(f"      {more}" for more in rest)]), flush=True)

@@ -23,7 +23,9 @@ _ALIASES = {"list": "models", "ls": "models", "show": "inspect"}
 
 
 def command(words: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The words of a command line, beginning with a known command. Raises UsageError, which names what does it here."""
+    """The words of a command line, beginning with a known command, of which the beginning is enough.
+
+    Raises UsageError, which names what does it here."""
     name, *rest = words
     if name in known:
         return [name, *rest]
@@ -37,6 +39,11 @@ def command(words: Sequence[str], known: Sequence[str]) -> list[str]:
         )
     if name in ("rm", "delete"):
         raise UsageError(_removal(rest))
+    begins = sorted(command for command in known if command.startswith(name)) if name.isalpha() else []
+    if len(begins) == 1:  # on a phone: g for generate
+        return [*begins, *rest]
+    if begins:
+        raise UsageError(f"{name} may be {', '.join(begins[:-1])} or {begins[-1]}; write more of it.")
     meant = did_you_mean(name, [*known, *_ALIASES, "run", "--help", "--version"])
     raise UsageError(f"There is no command {name}{f'; {meant}' if meant else '.'} See `cacheroute --help`.")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
+from cacheroute.cli import table
+from cacheroute.cli.terminal import columns, folded
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB, printable
 from cacheroute.model import catalogue
@@ -36,11 +39,11 @@ def inspect(
     if output == "json":
         print(json.dumps({**asdict(report), "path": str(report.path), "mass_past_k": past}))
     else:
-        print("\n".join(_text(report, past)))
+        print("\n".join(_text(report, past, columns(sys.stdout))))
 
 
-def _text(r: Report, past: float | None = None) -> list[str]:
-    """`past`: the share of the router's mass past rank K, where `tune` has measured it."""
+def _text(r: Report, past: float | None = None, width: int | None = None) -> list[str]:
+    """`past`: the share of the router's mass past rank K, where `tune` has measured it; `width`: columns of a terminal."""
     shards = f" and {r.shards - 1} more shard{'s' if r.shards > 2 else ''}" if r.shards > 1 else ""
     prediction = f" and {r.prediction_layers} for multi-token prediction, which do not run" if r.prediction_layers else ""
     groups = f", {r.groups_used} of {r.groups} groups" if r.groups > 1 else ""
@@ -60,15 +63,15 @@ def _text(r: Report, past: float | None = None) -> list[str]:
         *([("read by row", f"{_mib(r.embedding_bytes)} of token embeddings")] if r.embedding_bytes else []),
         ("total", _mib(r.total_bytes)),
     ]
-    lines = [f"{key:17} {printable(value)}" for key, value in facts]
-    lines += ["", f"{'tensors':24} {'MiB':>10}  types"]
+    lines = [line for key, value in facts for line in folded(f"{key:17} {printable(value)}", width, 18)]
+    tensors = [["tensors", "MiB", "types"]]
     for c in r.tensors:
-        types = ", ".join(f"{kind} x{n}" for kind, n in c.types.items())
-        lines.append(f"{printable(c.name):24} {c.nbytes / MIB:10.1f}  {types}")
-    lines += ["", f"{'budget':8} {'experts':>8} {'MiB, at most':>13} {'MiB/token if all miss':>22}"]
+        tensors.append([c.name, f"{c.nbytes / MIB:.1f}", ", ".join(f"{kind} x{n}" for kind, n in c.types.items())])
+    budgets = [["budget", "experts", "MiB, at most", "MiB/token if all miss"]]
     for b in r.budgets:
-        lines.append(f"{b.budget:8} {b.experts:8} {b.resident_bytes / MIB:13.1f} {b.worst_read_bytes_per_token / MIB:22.1f}")
-    return lines
+        sizes = (b.resident_bytes, b.worst_read_bytes_per_token)
+        budgets.append([b.budget, str(b.experts), *(f"{nbytes / MIB:.1f}" for nbytes in sizes)])
+    return [*lines, "", *table.fitted(tensors, width), "", *table.fitted(budgets, width)]
 
 
 def _sizes(r: Report) -> str:

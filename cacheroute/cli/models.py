@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from cacheroute.cli import table
-from cacheroute.cli.terminal import say
+from cacheroute.cli.terminal import columns, say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import GIB, printable
 from cacheroute.install.machine import available_memory
@@ -171,7 +171,7 @@ def _print(rows: list[Row]) -> None:
         )
         for r in rows
     ]
-    table.show(table.as_text([head, *cells], table.columns() if sys.stdout.isatty() else None).splitlines())
+    table.show(table.fitted([head, *cells], columns(sys.stdout)))
 
 
 def free_disk(folder: Path | None) -> int | None:

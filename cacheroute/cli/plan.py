@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import textwrap
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cacheroute import files
-from cacheroute.cli import options
-from cacheroute.cli.terminal import say
+from cacheroute.cli import options, table
+from cacheroute.cli.terminal import columns, folded, say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import GIB, MIB, printable
 
@@ -204,6 +204,8 @@ def _table(found: Sequence[tuple[Candidate, Forecast]]) -> list[str]:
         lossy = max((r for r in f.routings if r.lossy), key=lambda r: r.tokens_per_s or 0, default=None)
         first = f.prompts[0].seconds if f.prompts else None
         cells.append((c.name, size, here, budget, _range(f.routings[0]), _range(lossy) if lossy else "", _seconds(first)))
+    if _width() < _WIDTH:
+        return table.fitted(cells, _width())
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     room = _WIDTH - sum(widths[1:]) - 2 * (len(head) - 1)
     widths[0] = min(widths[0], room)
@@ -220,8 +222,8 @@ def _table(found: Sequence[tuple[Candidate, Forecast]]) -> list[str]:
 
 
 def _text(f: Forecast, model: str) -> list[str]:
-    """Lines of at most 80 columns."""
-    m = f.memory
+    """Lines of at most 80 columns, or of those of a narrower terminal."""
+    m, width = f.memory, _width()
     free = "free memory is not known" if m.free is None else f"{_gib(m.free)} free, {_gib(m.reserve)} of it left to others"
     parts = (
         f"{_gib(m.dense)} dense weights, {_gib(m.experts)} experts, {_gib(m.context)} context of {f.n_ctx} tokens, "
@@ -232,30 +234,26 @@ def _text(f: Forecast, model: str) -> list[str]:
     lines += _wrapped("memory", f"{free}: {parts}")
     for d in f.decisions:
         lines += _wrapped(d.setting, f"{d.value}: {d.reason}")
-    lines += ["", f"{'budget':10} {'experts':>11} {'GiB':>7} {'in all':>7} {'MiB/token':>10} {'tok/s':>7}"]
+    budgets = [["budget", "experts", "GiB", "in all", "MiB/token", "tok/s", ""]]
     for b in f.budgets:
+        sizes = [f"{b.expert_bytes / GIB:.2f}", f"{b.needed / GIB:.2f}", f"{b.mib_per_token:.1f}"]
         speed = "?" if b.tokens_per_s is None else _amount(b.tokens_per_s)
-        over = "" if b.fits else "  does not fit"
-        experts = f"{b.experts} of {f.n_expert}"
-        lines.append(
-            f"{b.name:10} {experts:>11} {b.expert_bytes / GIB:7.2f} {b.needed / GIB:7.2f} {b.mib_per_token:10.1f} {speed:>7}"
-            + over
-        )
-    width = max(len(r.routing) for r in f.routings)
-    lines += ["", f"{'routing':{width}} {'miss':>6} {'MiB/token':>10} {'tok/s':>10}  misses"]
+        budgets.append([b.name, f"{b.experts} of {f.n_expert}", *sizes, speed, "" if b.fits else "does not fit"])
+    routings = [["routing", "miss", "MiB/token", "tok/s", "misses"]]
     for r in f.routings:
         note = (
             ("none" if f.capacity == f.n_expert else r.miss_from)
             + (", lossy" if r.lossy else "")
             + (f": {r.loss:g}%" if r.loss is not None and r.kl is None else "")
         )
-        lines.append(f"{r.routing:{width}} {100 * r.miss_rate:5.1f}% {r.mib_per_token:10.1f} {_range(r):>10}  {note}")
-        if r.kl is not None:
-            lines.append(f"{'':{width}} {r.price}, as `tune` measured")
-    if f.prompts:
-        lines += ["", f"{'prompt':12} {'first token':>12} {'MiB read':>9} {'passes':>7}"]
+        routings.append([r.routing, f"{100 * r.miss_rate:.1f}%", f"{r.mib_per_token:.1f}", _range(r), note])
+    prompts = [["prompt", "first token", "MiB read", "passes"]]
     for p in f.prompts:
-        lines.append(f"{f'{p.tokens} tokens':12} {_seconds(p.seconds):>12} {p.read_mib:9.0f} {p.passes:7}")
+        prompts.append([f"{p.tokens} tokens", _seconds(p.seconds), f"{p.read_mib:.0f}", str(p.passes)])
+    for cells in (budgets, routings, prompts):
+        lines += ["", *table.fitted(cells, width)] if len(cells) > 1 else []
+        if cells is routings:
+            lines += [f"{r.routing}: {r.price}, as `tune` measured" for r in f.routings if r.kl is not None]
     lines.append("")
     for i in f.inputs:
         lines += _wrapped(i.how, f"{i.name}: {i.detail}")
@@ -275,7 +273,7 @@ def _command(f: Forecast, model: str) -> list[str]:
     ]
     lines = [words[0]]
     for word in words[1:]:
-        if len(lines[-1]) + 1 + len(word) > _WIDTH - 2:
+        if len(lines[-1]) + 1 + len(word) > _width() - 2:
             lines[-1] += " \\"
             lines.append("   ")
         lines[-1] += f" {word}"
@@ -289,14 +287,11 @@ def _quoted(model: str) -> str:
 
 
 def _wrapped(name: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        printable(text),
-        _WIDTH,
-        initial_indent=f"{name:9} ",
-        subsequent_indent=" " * 10,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+    return folded(f"{name:9} {printable(text)}", _width(), 10)
+
+
+def _width() -> int:
+    return min(_WIDTH, columns(sys.stdout) or _WIDTH)
 
 
 def _range(r: RoutingForecast) -> str:

@@ -13,7 +13,8 @@ import typer
 
 from cacheroute.cli.progress import time_left
 from cacheroute.cli.terminal import say
-from cacheroute.install import engine_build
+from cacheroute.errors import UsageError
+from cacheroute.install import engine_build, engine_source, engine_wheel
 from cacheroute.install.tools import PlainProgress, Progress
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def setup(
         typer.Option(help="Use this llama-cpp-python sdist instead of downloading it.", exists=True, dir_okay=False),
     ] = None,
     portable: Annotated[
-        bool, typer.Option("--portable", help="Build without this machine's CPU flags, for use on other machines.")
+        bool, typer.Option("--portable", help="Build for several kinds of processors, for use on other machines.")
     ] = False,
     check: Annotated[
         str | None,
@@ -66,6 +67,17 @@ def setup(
         int | None,
         typer.Option(min=1, help="Number of compilers that run in parallel. [default: one per core, fewer in little memory]"),
     ] = None,
+    wheel: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|URL", help="Install this prebuilt engine (of scripts/build_wheels) instead of compiling one."),
+    ] = None,
+    sha256: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEX",
+            help="The sha256 that --wheel has to have. [default: as the file WHEEL.sha256 beside it says]",
+        ),
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace another llama-cpp-python that is installed in this environment.")
     ] = False,
@@ -73,20 +85,32 @@ def setup(
     """Build and install the engine, and make the demo model.
 
     It takes some minutes the first time, and comes from the cache after that. It is installed into the environment that runs
-    this command, which may be one of pip, uv or pipx.
+    this command, which may be one of pip, uv or pipx. A build that was interrupted goes on where it stopped.
+
+    A wheel is compared with its sha256, and with this machine and this cacheroute, before anything is changed. One from a URL
+    needs a checksum; of one on this disk without, the sha256 is shown.
     """
+    if sha256 is not None and wheel is None:
+        raise UsageError("--sha256 is the checksum of --wheel; give that, too.")
+    if wheel is not None and (sdist or portable or check is not None or jobs):
+        raise UsageError("--wheel compiles nothing; leave out --sdist, --portable, --check and --jobs.")
     if check is not None:
         with shown_progress() as progress:
-            results = engine_build.check(check, sdist, progress)
+            results = engine_source.check(check, sdist, progress)
         for result in results:
             print(result)
         raise typer.Exit(0 if all(result.applies for result in results) else 1)
-    chosen = engine_build.BuildOptions(sdist, portable, jobs, replace)
-    if what := engine_build.to_compile(chosen):
-        say(what)
-    with shown_progress() as progress:
-        state = engine_build.ensure(chosen, progress)
-    say(f"engine {state.version} is installed")
+    if wheel is not None:
+        with shown_progress() as progress:
+            state, compared = engine_wheel.ensure(wheel, sha256_hex=sha256, replace=replace, progress=progress)
+        say(f"engine {state.version} is installed, from a wheel: {compared}")
+    else:
+        chosen = engine_build.BuildOptions(sdist, portable, jobs, replace)
+        if what := engine_build.to_compile(chosen):
+            say(what)
+        with shown_progress() as progress:
+            state = engine_build.ensure(chosen, progress)
+        say(f"engine {state.version} is installed")
     if engine_build.uses_openmp() is False:
         say("it was built without OpenMP: threads that wait for each other then spin, which costs speed beside other work.")
     if demo:

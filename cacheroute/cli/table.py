@@ -6,12 +6,12 @@ import csv
 import json
 import math
 import re
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from cacheroute.cli import terminal
 from cacheroute.errors import UsageError
 from cacheroute.files import printable
 
@@ -60,12 +60,12 @@ def write(rows: Sequence[Any], output: str, view: View, *, wide: bool = False, n
     elif wide:
         show([*as_text(view.whole).splitlines()], view.above, view.below)
     else:
-        show([*as_text(view.brief, columns()).splitlines()], view.above, view.below)
+        show(fitted(view.brief, columns()), view.above, view.below)
 
 
 def columns() -> int:
     """Of the terminal; of a pipe as many as most terminals have."""
-    return max(shutil.get_terminal_size((WIDTH, 24)).columns, 40) if sys.stdout.isatty() else WIDTH
+    return terminal.columns(sys.stdout) or WIDTH
 
 
 def show(table: Sequence[str], above: Sequence[str] = (), below: Sequence[str] = ()) -> None:
@@ -112,6 +112,33 @@ def as_text(cells: Cells, width: int | None = None) -> str:
             aligned = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(of_line, widths, right, strict=True))
             lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
+
+
+def fitted(cells: Cells, width: int | None) -> list[str]:
+    """The lines of as_text(); where the columns are too many for a narrow terminal, a few lines for each row instead."""
+    lines = as_text(cells, width).splitlines()
+    return lines if width is None or max(map(len, lines)) <= width else list(_stacked(cells, width))
+
+
+def _stacked(cells: Cells, width: int) -> Iterator[str]:
+    """Of each row its first cell, then the others with the names of their columns, below it."""
+    head, *rows = [[printable(cell) for cell in row] for row in cells]
+    first = 1 if head[0] == "" else 0  # a mark has no name
+    for row in rows:
+        yield " ".join(cell for cell in row[: first + 1] if cell)
+        pairs = [f"{name} {cell}" for name, cell in zip(head[first + 1 :], row[first + 1 :], strict=True) if cell]
+        line = ""
+        for pair in pairs:
+            if len(pair) + 3 > width:
+                yield from (f"  {part}" for part in terminal.folded(line.strip() + ", " * bool(line) + pair, width - 2, 2))
+                line = ""
+                continue
+            if line and len(line) + 3 + len(pair) > width:  # a comma at each end
+                yield f"{line},"
+                line = ""
+            line = f"{line}, {pair}" if line else f"  {pair}"
+        if line:
+            yield line
 
 
 def _are_figures(cells: Sequence[str]) -> bool:

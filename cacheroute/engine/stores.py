@@ -1,6 +1,7 @@
 """How experts come into memory: chooses what `io` stands for, and opens its store.
 
-`auto` takes direct reads where they work and are not slower, which is measured once for each filesystem and size of experts.
+`auto` takes direct reads where they work and are not slower, which is measured once for each filesystem and size of experts;
+where the page cache cannot be emptied, which would be measured instead, it takes them wherever they work.
 `load` has no store: all experts are read with the model.
 """
 
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cacheroute.engine import direct_reads
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import cache_dir, recalled, remember
 from cacheroute.model.experts import ExpertLayout
@@ -75,20 +77,34 @@ def open_store(
         return None, io
     names = [str(p) for p in layout.paths]
     wanted = store_arguments(layout, address, paths)
-    if io != AUTO:
-        return new_store(io, wanted, names), io
-    try:
-        io = _choose(layout, wanted)
-        return new_store(io, wanted, names), io
-    except CacherouteError as e:
-        _say(f"reads through the page cache: {e}")
-        return new_store(BUFFERED, wanted, names), BUFFERED
+    why = ""
+    if io == AUTO:
+        try:
+            io = _choose(layout, wanted) if drops_cached() else DIRECT
+            return new_store(io, wanted, names), io
+        except CacherouteError as e:
+            io, why = BUFFERED, f"--io auto reads through the page cache: {e}"
+    store = new_store(io, wanted, names)
+    _say(why)
+    if io == BUFFERED and not drops_cached():
+        _say(f"{NOT_DROPPED}.")
+    return store, io
+
+
+NOT_DROPPED = "this system keeps what was read in its page cache, so a miss may be answered from memory"
+
+
+def drops_cached() -> bool:
+    """Whether what was read can be taken out of the page cache: on Linux and Android; macOS has no call for it."""
+    return bool(bindings.lib.cr_system() & bindings.DROPS_CACHED)
 
 
 def new_store(io: str, arguments: Arguments, names: Sequence[str]) -> int:
     """A cr_store that reads directly or buffered. Raises CacherouteError with the `names` of the files, by whatever paths they
-    were opened."""
+    were opened; of direct reads also where these give other bytes than are in a file."""
     try:
+        if io == DIRECT:
+            direct_reads.check([os.fsdecode(path) for path in arguments[0]])
         return bindings.checked(bindings.lib.cr_store_new, *arguments, int(io == DIRECT))
     except CacherouteError as e:
         text = str(e)
@@ -122,8 +138,8 @@ _said: set[str] = set()
 
 def _say(text: str) -> None:
     """Once in a process."""
-    if text not in _said:
-        print(f"cacheroute: --io auto {text}", file=sys.stderr)
+    if text and text not in _said:
+        print(f"cacheroute: {text}", file=sys.stderr)
     _said.add(text)
 
 
@@ -150,7 +166,8 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     kept = remember(file, known | {key: best})
     remember_speeds(layout, {io: layout.layers[0].expert_bytes / s / 1e6 for io, s in seconds.items()})
     if best == BUFFERED:
-        _say(f"reads buffered ({times} an expert); " + (f"this is kept in {file}." if kept else f"{file} cannot be written."))
+        where = f"this is kept in {file}." if kept else f"{file} cannot be written."
+        _say(f"--io auto reads buffered ({times} an expert); {where}")
     return best
 
 

@@ -19,9 +19,13 @@ from cacheroute.errors import CacherouteError, UsageError
 def pool(n: int) -> Iterator[Executor]:
     """`n` fresh processes of this machine. Work that has not begun at the end of the context is cancelled.
 
-    Ctrl-C goes to the parent only; the processes end when it ends, also when it is killed.
+    Ctrl-C goes to the parent only; the processes end when it ends, also when it is killed. Raises UsageError where Python has
+    nothing to share work out with: it needs semaphores, which Android's libc lacks.
     """
-    executor = ProcessPoolExecutor(n, _Spawn(), _begin)
+    try:
+        executor = ProcessPoolExecutor(n, _Spawn(), _begin)
+    except (ImportError, NotImplementedError, OSError) as e:
+        raise UsageError(f"This Python cannot share work out to processes ({e}); leave out --workers.") from None
     first = len(_Process.started)
     try:
         yield executor

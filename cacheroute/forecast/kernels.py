@@ -52,7 +52,7 @@ class _InitParams(ctypes.Structure):
 @functools.cache
 def _library() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     """(ggml-base, ggml-cpu) with typed functions."""
-    base, cpu = (patched_llama_cpp.shared_library(name) for name in ("ggml-base", "ggml-cpu"))
+    base, cpu = patched_llama_cpp.shared_library("ggml-base"), patched_llama_cpp.cpu_library()
     p = c_void_p
     for lib, symbol, result, arguments in (
         (base, "ggml_init", p, [_InitParams]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import platform
@@ -10,42 +9,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from cacheroute import files
 from cacheroute.errors import CacherouteError
 from cacheroute.files import GIB
-from cacheroute.install import engine_build, machine, patched_llama_cpp
+from cacheroute.install import android, engine_build, engine_source, machine, patched_llama_cpp, processor, versions
+from cacheroute.install.check import Check
 
-State = Literal["ok", "warn", "fail"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at. `advice`: what to do; "" where nothing is to be done."""
-
-    name: str
-    state: State
-    found: str
-    advice: str = ""
-
-
-# What /proc/cpuinfo calls a feature -> what llama.cpp calls it. Only those that make it clearly faster.
-_FEATURES = {
-    "avx2": "AVX2",
-    "fma": "FMA",
-    "f16c": "F16C",
-    "avx512f": "AVX512",
-    "avx512_vnni": "AVX512_VNNI",
-    "avx_vnni": "AVX_VNNI",
-    "amx_int8": "AMX_INT8",
-    "asimddp": "DOTPROD",
-    "i8mm": "MATMUL_INT8",
-    "sve": "SVE",
-    "asimdhp": "FP16_VA",
-}
 _EXTRAS = {
     "huggingface_hub": "pull",
     "matplotlib": "plot",
@@ -61,12 +32,16 @@ _EXTRAS = {
 def checks(root: Path = Path("/")) -> Iterator[Check]:
     """One after the other, as some take half a second. `root`: where proc and sys are, for tests."""
     yield Check("cacheroute", "ok", f"{files.VERSION}, Python {platform.python_version()}, {platform.platform(terse=True)}")
+    yield from android.checks(root)
     yield from _engine(root)
     yield _cores(root)
     yield _load(root)
     yield _scheduling(root)
     yield _memory(root)
     yield _cache()
+    place = android.storage(files.cache_dir(), root)
+    if place:
+        yield place
     yield _extras()
 
 
@@ -75,41 +50,44 @@ def _engine(root: Path) -> Iterator[Check]:
     if state.advice:
         found, _, advice = state.advice.partition(": ")
         yield Check("engine", "fail", found, advice)
+        memory = android.build_memory(root)
+        if memory:
+            yield memory
+        return
+    lacking = processor.missing(engine_build.installed_record(), root)
+    if lacking:  # loading it could end this process
+        other = f"it was compiled for a processor with {', '.join(lacking)}, which this one lacks: it ends with SIGILL"
+        yield Check("engine", "fail", other, "run `cacheroute setup` here")
         return
     try:
-        llama_cpp = patched_llama_cpp.module()
-        info = ctypes.cast(llama_cpp.llama_print_system_info(), ctypes.c_char_p).value or b""
+        patched_llama_cpp.module()
+        built = set(versions.compiled_features(patched_llama_cpp.cpu_library()))
     except (CacherouteError, OSError, ImportError) as e:
         yield Check("engine", "fail", str(e).rstrip("."), "run `cacheroute setup`")
         return
     key = engine_build.installed_key()
     yield Check(
-        "engine", "ok", f"llama-cpp-python {state.version}, {len(engine_build.patch_files())} patches, build {key or '?'}"
+        "engine", "ok", f"llama-cpp-python {state.version}, {len(engine_source.patch_files())} patches, build {key or '?'}"
     )
-    yield _features(info.decode("utf-8", "replace"), root)
+    yield _features(built, root)
     openmp = engine_build.uses_openmp()
     if openmp is False:
-        yield Check("OpenMP", "warn", "the engine was built without it", "install libgomp or libomp, and run `cacheroute setup`")
+        how = "`pkg upgrade clang`, which brings libomp" if machine.is_android(root) else "install libgomp or libomp"
+        yield Check("OpenMP", "warn", "the engine was built without it", f"{how}, and run `cacheroute setup`")
     else:
         spin = os.environ.get("GOMP_SPINCOUNT") or os.environ.get("OMP_WAIT_POLICY") or "?"
         yield Check("OpenMP", "ok" if openmp else "warn", f"waiting threads spin for {spin} rounds" if openmp else "not known")
 
 
-def _features(info: str, root: Path) -> Check:
-    """`info`: "CPU : SSE3 = 1 | AVX2 = 1 | ...", which names only what is there."""
-    built = {word.split("=")[0].strip().rpartition(":")[2].strip() for word in info.split("|") if word.strip().endswith("1")}
-    try:
-        text = (root / "proc/cpuinfo").read_text("utf-8", "replace")
-    except OSError:
+def _features(built: set[str], root: Path) -> Check:
+    """`built`: what the kernels were compiled for, of a portable engine those that are taken here."""
+    words = processor.features(root)
+    if not (root / "proc/cpuinfo").exists():
         return Check("processor", "warn", f"{platform.machine()}; its features are not known")
-    words = {
-        word
-        for line in text.splitlines()
-        if line.lower().startswith(("flags", "features"))
-        for word in line.split(":")[1].split()
-    }
-    there = [name for flag, name in _FEATURES.items() if flag in words]
-    missing = [name for name in there if name not in built]
+    there = [name for word, name in processor.NAMES.items() if word in words]
+    left_out = {"SVE"} if machine.is_android(root) else set()  # as processor.arm_arch() says
+    left_out |= {"AVX_VNNI"} if "AVX512_VNNI" in built else set()  # the same at half the width
+    missing = [name for name in there if name not in built | left_out]
     found = f"{platform.machine()} with {', '.join(there) or 'nothing special'}"
     if missing:
         return Check("processor", "warn", f"{found}; the engine does not use {', '.join(missing)}", "run `cacheroute setup` here")

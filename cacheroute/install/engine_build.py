@@ -15,7 +15,6 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +22,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import cache_dir, packaged, sha256
-from cacheroute.install import compilers
+from cacheroute.files import cache_dir
+from cacheroute.install import compilers, engine_source, machine, processor, variants
+from cacheroute.install.engine_source import VERSION
 from cacheroute.install.machine import available_memory, cores
 from cacheroute.install.tools import (
     PlainProgress,
     Progress,
+    ResumableError,
     check_space,
     is_offline,
     last_line,
@@ -36,16 +37,10 @@ from cacheroute.install.tools import (
     pip,
     pip_error,
     run,
-    unpack,
     workdir,
 )
 
-# What is built. REVISION counts changes that only the patches make; the four change nowhere else.
-VERSION = "0.3.36"
-SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-LLAMA_CPP = "0c1e57098"  # the commit in that sdist, as its CHANGELOG has it
-REVISION = 6
-
+REVISION = 7  # counts changes that only the patches make
 LOCAL_VERSION = f"{VERSION}+cacheroute.{REVISION}"
 
 # Read by upstream's build, scikit-build-core, with any version of pip (`--config-settings` needs a recent one).
@@ -60,20 +55,28 @@ _SETTINGS = {
 }
 _DEFINES = {"LLAVA_BUILD": "OFF", "LLAMA_OPENSSL": "OFF"}
 # Upstream forces LLAMA_BUILD_COMMON on in CMake's cache, which -D cannot undo; a plain variable set
-# before hides it. Without versioned names a wheel, which has no symlinks, holds each library once.
+# before hides it. Without versioned names a wheel, which has no symlinks, holds each library once. Where a build happened is
+# nowhere in its bytes.
 _CMAKE_INCLUDE = """\
 set(LLAMA_BUILD_COMMON OFF)
 foreach(part TESTS EXAMPLES TOOLS SERVER APP)
     set(LLAMA_BUILD_${part} OFF)
 endforeach()
 set(CMAKE_PLATFORM_NO_VERSIONED_SONAME ON)
+include(CheckCCompilerFlag)
+check_c_compiler_flag(-ffile-prefix-map=a=b CACHEROUTE_HAS_PREFIX_MAP)
+if(CACHEROUTE_HAS_PREFIX_MAP)
+    add_compile_options("-ffile-prefix-map=${CMAKE_SOURCE_DIR}=." "-ffile-prefix-map=${CMAKE_BINARY_DIR}=build")
+endif()
 """
 # Variables that compilers and CMake obey: they change the result, so they are part of the key.
 OBEYED = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CMAKE_ARGS", "SKBUILD_CMAKE_ARGS")
-_RECORD = "cacheroute_engine.json"
+RECORD = "cacheroute_engine.json"
 # Measured (scripts/LOG.md, "Time to build the engine"): processor time of all compilers together, and the largest
 # one's memory (447 MB with gcc 12).
 _CPU_MINUTES, _JOB_BYTES = 9, 500_000_000
+_PHONE_JOB_BYTES = 1_500_000_000  # a phone's system kills what takes the rest, and clang for ARM takes more
+_KEY = "key"  # in the folder of a build whose source is ready: what it is the source of
 
 
 @dataclass(frozen=True)
@@ -106,18 +109,6 @@ class EngineState:
         }.get(self.kind)
 
 
-@dataclass(frozen=True)
-class PatchResult:
-    """Whether one patch applies; `where` is the file (and line) of the first hunk that does not."""
-
-    patch: str
-    applies: bool
-    where: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.patch}: {'applies' if self.applies else f'does not apply at {self.where}'}"
-
-
 def installed_state() -> EngineState:
     """State of the engine in this environment, from its version alone: no library is loaded."""
     try:
@@ -134,7 +125,7 @@ def uses_openmp() -> bool | None:
     try:
         dist = importlib.metadata.distribution("llama-cpp-python")
         folder = Path(str(dist.locate_file("llama_cpp"))) / "lib"
-        found = [path.read_bytes() for path in folder.glob("libggml-cpu.*")]
+        found = [path.read_bytes() for path in folder.glob("libggml-cpu[.-]*")]
     except (importlib.metadata.PackageNotFoundError, OSError):
         return None
     return any(b"omp_get_thread_num" in library for library in found) if found else None
@@ -142,20 +133,18 @@ def uses_openmp() -> bool | None:
 
 def installed_key() -> str | None:
     """Key of the installed engine, or None if there is none or it was not made here."""
+    key = installed_record().get("key")
+    return None if key is None else str(key)
+
+
+def installed_record() -> dict[str, Any]:
+    """What the installed engine was made of, as its build wrote it; {} if there is none or it was not made by a cacheroute."""
     try:
         dist = importlib.metadata.distribution("llama-cpp-python")
-        record = Path(str(dist.locate_file("llama_cpp"))) / _RECORD
-        return str(json.loads(record.read_text(encoding="utf-8"))["key"])
-    except (importlib.metadata.PackageNotFoundError, OSError, ValueError, KeyError):
-        return None
-
-
-def patch_files() -> list[Path]:
-    """The patches in the order in which they apply."""
-    folder = packaged("patches")
-    if folder is None:
-        raise CacherouteError("the patches are missing: this copy of cacheroute is incomplete")
-    return sorted(folder.glob("*.patch"))
+        record = json.loads((Path(str(dist.locate_file("llama_cpp"))) / RECORD).read_text(encoding="utf-8"))
+    except (importlib.metadata.PackageNotFoundError, OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 # --- what determines a wheel
@@ -163,22 +152,18 @@ def patch_files() -> list[Path]:
 
 def recipe(portable: bool = False) -> dict[str, Any]:
     """Everything that determines the wheel, as JSON values. Raises if there is no compiler."""
+    one_for_many = [variants.defines(), variants.cmake_include()] if portable else []
+    native = [] if portable or processor.native_defines() == processor.NATIVE else [processor.native_defines()]
     return {
         "engine": LOCAL_VERSION,
-        "sdist": SDIST_SHA256,
-        "patches": {p.name: hashlib.sha256(_diff(p).encode()).hexdigest() for p in patch_files()},
+        "sdist": engine_source.SDIST_SHA256,
+        "patches": engine_source.patches(),
         "portable": portable,
-        "settings": [_SETTINGS, _DEFINES, _CMAKE_INCLUDE],
+        "settings": [_SETTINGS, _DEFINES, _CMAKE_INCLUDE, *one_for_many, *native],
         "environment": {name: os.environ[name] for name in OBEYED if name in os.environ},
         "compilers": {lang: compilers.identity(lang, portable) for lang in ("c", "c++")},
         "platform": [sysconfig.get_platform(), *platform.libc_ver()],
     }
-
-
-def _diff(patch: Path) -> str:
-    """A patch without its header, which explains and changes nothing: editing it needs no rebuild."""
-    head, start, diff = patch.read_text(encoding="utf-8").partition("\n--- ")
-    return start + diff if start else head
 
 
 def key_of(made_of: Mapping[str, Any]) -> str:
@@ -193,14 +178,24 @@ def ensure(options: BuildOptions = BuildOptions(), progress: Progress | None = N
     """Make sure that this environment has the engine of this recipe: nothing to do in well under a
     second, seconds from the cache, minutes from source. Every failure is a CacherouteError."""
     if not options.replace:
-        _check_replaces_nothing()
-    key = key_of(recipe(options.portable))
-    if installed_key() != key:
+        check_replaces_nothing()
+    if not _serves(options) and installed_key() != key_of(recipe(options.portable)):
         install(build(options, progress), progress)
     return installed_state()
 
 
-def _check_replaces_nothing() -> None:
+def _serves(options: BuildOptions) -> bool:
+    """Whether the engine here came as a wheel of this cacheroute's (`setup --wheel`), and nothing here could compile another."""
+    if options.portable or installed_record().get("patches") != engine_source.patches():
+        return False
+    try:
+        compilers.find("c++")
+    except CacherouteError:
+        return installed_state().kind == "patched"
+    return False
+
+
+def check_replaces_nothing() -> None:
     """Raises UsageError where another llama-cpp-python than ours is installed: other programs here may need that one."""
     state = installed_state()
     if state.kind == "stock":
@@ -222,50 +217,45 @@ def to_compile(options: BuildOptions = BuildOptions()) -> str | None:
     Raises UsageError where `ensure` would replace what is not ours, CacherouteError without a compiler.
     """
     if not options.replace:
-        _check_replaces_nothing()
+        check_replaces_nothing()
+    if _serves(options):
+        return None
     key = key_of(recipe(options.portable))
     if installed_key() == key or _cached(key):
         return None
     n = _jobs(options)
     return (
         f"llama.cpp will be compiled, once: {_CPU_MINUTES} minutes of a processor, so about {math.ceil(_CPU_MINUTES / n)} with "
-        f"{n} compiler{'s' * (n > 1)} at a time (--jobs), each of up to {_JOB_BYTES / 1e9:.1f} GB of memory"
+        f"{n} compiler{'s' * (n > 1)} at a time (--jobs), each of up to {job_bytes() / 1e9:.1f} GB of memory"
     )
+
+
+def job_bytes() -> int:
+    """Memory of one compiler, at most."""
+    return _PHONE_JOB_BYTES if machine.is_android() else _JOB_BYTES
 
 
 def _jobs(options: BuildOptions) -> int:
     """Compilers at a time: as many as there are cores, and as free memory bears."""
     free = available_memory()
-    fitting = cores() if free is None else max(free // _JOB_BYTES, 1)
+    fitting = cores() if free is None else max(free // job_bytes(), 1)
     return max(1, options.jobs or min(cores(), int(fitting)))
 
 
 def build(options: BuildOptions = BuildOptions(), progress: Progress | None = None) -> Path:
-    """The wheel of this recipe, from the cache or compiled: `<cache>/engine/<key>/*.whl`."""
+    """The wheel of this recipe, from the cache or compiled: `<cache>/engine/<key>/*.whl`. A build that was interrupted, or
+    killed, goes on where it stopped."""
     say = progress or PlainProgress()
     cached = _cached(key_of(recipe(options.portable)))
     if cached:
         return cached
-    with workdir(say) as work:
+    with workdir(say, resumable=True) as work:
         made_of = recipe(options.portable)  # anew: waiting for another build may have taken minutes
         key = key_of(made_of)
         cached = _cached(key)
         if cached:
             return cached
-        check_space(work)
-        if options.sdist:
-            _check_sha256(options.sdist)
-        sdist = options.sdist or fetch(VERSION, work, say)
-        say.step("unpacking and patching")
-        source = unpack(sdist, work / "source")
-        for patch in patch_files():
-            result = _apply(patch, source)
-            if not result.applies:
-                raise CacherouteError(
-                    f"{patch.name} does not apply to {result.where} of llama-cpp-python {VERSION}: "
-                    "the patch and the pinned version do not belong together"
-                )
-        _sign(source, key, made_of)
+        source = _source(options, work, key, made_of, say)
         wheel = _compile(source, options, work, key, say)
         ready = cache_dir() / "engine" / key
         try:
@@ -274,6 +264,22 @@ def build(options: BuildOptions = BuildOptions(), progress: Progress | None = No
             if not _cached(key):  # else a process without the lock was first, and its wheel is the same
                 raise
         return ready / wheel.name
+
+
+def _source(options: BuildOptions, work: Path, key: str, made_of: Mapping[str, Any], progress: Progress) -> Path:
+    """The patched source in `work`; where a build of this key was interrupted there, that one's, beside what it has compiled."""
+    shutil.rmtree(work / "ready", ignore_errors=True)
+    marker = work / _KEY
+    if marker.is_file() and marker.read_text(encoding="ascii") == key:
+        progress.step("resuming the build that was interrupted")
+        return next(entry for entry in (work / "source").iterdir() if entry.is_dir())
+    for old in work.iterdir():
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    check_space(work)
+    source = engine_source.patched(options.sdist, work, progress)
+    _sign(source, key, made_of)
+    marker.write_text(key, encoding="ascii")
+    return source
 
 
 def _cached(key: str) -> Path | None:
@@ -292,62 +298,7 @@ def install(wheel: Path, progress: Progress | None = None) -> None:
     importlib.invalidate_caches()
 
 
-def check(version: str, sdist: Path | None = None, progress: Progress | None = None) -> list[PatchResult]:
-    """Whether each patch applies to that version, in their order, building nothing."""
-    say = progress or PlainProgress()
-    patches = patch_files()
-    with workdir(say) as work:
-        sdist = sdist or fetch(version, work, say)
-        say.step(f"trying the patches on {version}")
-        source = unpack(sdist, work / "source", only=_touched(patches))
-        return [_apply(patch, source) for patch in patches]
-
-
 # --- the steps
-
-
-def fetch(version: str, work: Path, progress: Progress) -> Path:
-    """The sdist of a version, from the cache or from the package index; the pinned one is verified."""
-    kept = cache_dir() / "sdist" / f"llama_cpp_python-{version}.tar.gz"
-    if kept.exists():
-        if version != VERSION or sha256(kept) == SDIST_SHA256:
-            return kept
-        kept.unlink()  # damaged on disk: get it again
-    progress.step(f"downloading llama-cpp-python {version} (about 80 MB)")
-    into = work / "download"
-    # Only this one package from source: with `:all:` pip would compile CMake itself.
-    name = "llama-cpp-python"
-    call = [*pip(), "download", "--no-deps", "--no-binary", name, "--dest", str(into), f"{name}=={version}"]
-    code, output = run(call, env={"TMPDIR": str(work)})
-    found = next(into.glob("*.tar.gz"), None)
-    if code != 0 or found is None:
-        raise pip_error(f"could not download llama-cpp-python {version}", output)
-    if version == VERSION:
-        _check_sha256(found)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    return found.replace(kept)
-
-
-def _touched(patches: list[Path]) -> set[str]:
-    return {name for p in patches for name in re.findall(r"(?m)^--- a/(.+)$", p.read_text(encoding="utf-8"))}
-
-
-def _apply(patch: Path, source: Path) -> PatchResult:
-    """Apply one patch, all of it or nothing. `source` must be free of symlinks."""
-    git = shutil.which("git")
-    if git is None:
-        raise CacherouteError("git is missing, which applies the patches: install it (Debian: apt install git)")
-    # Inside another repository `git apply` takes paths as that repository's and skips them in
-    # silence, so git must find no repository, neither in a folder above nor in its environment (as in a commit hook).
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    env |= {"GIT_CEILING_DIRECTORIES": str(source.parent), "LC_ALL": "C"}
-    call = [git, "apply", "--whitespace=nowarn", str(patch)]
-    done = subprocess.run(call, cwd=source, env=env, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return PatchResult(patch.name, True)
-    hunk = re.search(r"patch failed: (.+):(\d+)", done.stderr)
-    where = f"{hunk[1]} (line {hunk[2]})" if hunk else last_line(done.stderr).removeprefix("error: ")
-    return PatchResult(patch.name, False, where)
 
 
 def _sign(source: Path, key: str, made_of: Mapping[str, Any]) -> None:
@@ -357,18 +308,18 @@ def _sign(source: Path, key: str, made_of: Mapping[str, Any]) -> None:
     if changed != 1:
         raise CacherouteError(f"llama-cpp-python {VERSION} does not have its version in the usual file")
     init.write_text(text, encoding="utf-8")
-    record = json.dumps({"key": key, **made_of}, indent=1)
-    (source / "llama_cpp" / _RECORD).write_text(record, encoding="utf-8")
+    built_on = [] if made_of["portable"] else sorted(processor.features())  # a native build needs them, and is no use without
+    record = json.dumps({"key": key, **made_of, "processor": built_on}, indent=1)
+    (source / "llama_cpp" / RECORD).write_text(record, encoding="utf-8")
 
 
 def _compile(source: Path, options: BuildOptions, work: Path, key: str, progress: Progress) -> Path:
     """The wheel of `source`, alone in a folder of `work`; a failure leaves the log in the cache."""
     include = work / "include.cmake"
-    include.write_text(_CMAKE_INCLUDE, encoding="utf-8")
-    defines = _DEFINES | {
-        "GGML_NATIVE": "OFF" if options.portable else "ON",
-        "CMAKE_PROJECT_llama_cpp_INCLUDE": str(include),
-    }
+    include.write_text(_CMAKE_INCLUDE + (variants.cmake_include() if options.portable else ""), encoding="utf-8")
+    own = variants.defines() if options.portable else processor.native_defines()
+    # in upstream's project, which overrides some of it, and again in llama.cpp's
+    defines = _DEFINES | own | {f"CMAKE_PROJECT_{name}_INCLUDE": str(include) for name in ("llama_cpp", "llama.cpp")}
     jobs = _jobs(options)
     env = _SETTINGS | {
         "SKBUILD_CMAKE_DEFINE": ";".join(f"{name}={value}" for name, value in defines.items()),
@@ -390,12 +341,21 @@ def _compile(source: Path, options: BuildOptions, work: Path, key: str, progress
             progress.fraction(int(make[1]), 100)
 
     call = [*pip(), "wheel", "-v", "--no-deps", "--wheel-dir", str(work / "ready")]
-    if options.sdist and importlib.util.find_spec("scikit_build_core"):
-        call.append("--no-build-isolation")  # who brings the sdist is offline, and brings the tools too
-    code, output = run([*call, str(source)], env=env, on_line=on_line)
+    if (options.sdist or machine.is_android()) and importlib.util.find_spec("scikit_build_core"):
+        # who brings the sdist is offline, and brings the tools too; Android's cmake and ninja are packages of Termux
+        call.append("--no-build-isolation")
+    try:
+        code, output = run([*call, str(source)], env=env, on_line=on_line)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Stopped; `cacheroute setup` goes on from there.") from None
     wheel = next((work / "ready").glob("*.whl"), None)
     if code == 0 and wheel:
         return wheel
+    if code in (-9, 137) or re.search(r"(?m)\bKilled\b|signal 9\b|Error 137\b", output):
+        raise ResumableError(
+            "the system killed a compiler, as it does where memory is short: close other programs and run "
+            "`cacheroute setup --jobs 1`, which goes on from there"
+        )
     if "No space left on device" in output:
         raise no_space(cache_dir())
     if is_offline(output):
@@ -407,12 +367,3 @@ def _compile(source: Path, options: BuildOptions, work: Path, key: str, progress
     log.write_text(output, encoding="utf-8")
     said = re.search(r"(?m)^.*(?:\berror:|CMake Error).*$", output)
     raise CacherouteError(f"the build failed, log in {log}: {said[0].strip() if said else last_line(output)}")
-
-
-def _check_sha256(sdist: Path) -> None:
-    try:
-        found = sha256(sdist)
-    except OSError as error:
-        raise CacherouteError(f"cannot read the sdist {sdist}: {error.strerror}") from error
-    if found != SDIST_SHA256:
-        raise CacherouteError(f"{sdist} is not llama-cpp-python {VERSION}: its sha256 is {found}, expected {SDIST_SHA256}")

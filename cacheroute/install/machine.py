@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def is_android(root: Path = Path("/")) -> bool:
+    """Whether this is Android, as in Termux, whose Python calls itself linux before 3.13 and android since. `root`: for tests."""
+    return sys.platform == "android" or hasattr(sys, "getandroidapilevel") or (root / "system/bin/app_process").exists()
 
 
 def cores() -> int:
@@ -95,8 +101,8 @@ def _groups(root: Path, controller: str = "memory") -> Iterator[Path]:
         name = controller if kind[0] == "cgroup" else ""
         if name not in paths or (name and name not in kind[2].split(",")):
             continue
-        top = root / _unescaped(fields[4]).lstrip("/")
-        group = top / _below(paths[name], _unescaped(fields[3]))
+        top = root / unescaped(fields[4]).lstrip("/")
+        group = top / _below(paths[name], unescaped(fields[3]))
         while group != top:
             yield group
             group = group.parent
@@ -110,7 +116,8 @@ def _below(path: str, mounted: str) -> str:
     return path[len(mounted) :].strip("/") if inside and ".." not in path.split("/") else ""
 
 
-def _unescaped(path: str) -> str:
+def unescaped(path: str) -> str:
+    """A path as mountinfo writes it, without the escapes."""
     for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         path = path.replace(code, char)
     return path

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from cacheroute.errors import CacherouteError
-from cacheroute.install import engine_build
+from cacheroute.install import engine_build, processor
 
 _SETUP = "run `cacheroute setup` to build and install the patched one"
 
@@ -24,6 +24,11 @@ def module() -> ModuleType:
     advice = engine_build.installed_state().advice
     if advice:
         raise CacherouteError(f"{advice[0].upper()}{advice[1:]}.")
+    lacking = processor.missing(engine_build.installed_record())
+    if lacking:  # an environment that was copied here: the first kernel would end the process with SIGILL
+        raise CacherouteError(
+            f"The engine was compiled for a processor with {', '.join(lacking)}, which this one lacks; {_SETUP}."
+        )
     try:
         import llama_cpp
     except (RuntimeError, OSError) as e:
@@ -80,10 +85,7 @@ def _speak_on_abort() -> Any:
 def shared_library(name: str) -> ctypes.CDLL:
     """One of the libraries that llama-cpp-python carries ("ggml-base"), without loading libllama."""
     _limit_spinning()
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or not spec.submodule_search_locations:
-        raise CacherouteError(f"llama-cpp-python is not installed; {_SETUP}.")
-    folder = Path(spec.submodule_search_locations[0]) / "lib"
+    folder = _libraries()
     for suffix in (".so", ".dylib"):
         if (folder / f"lib{name}{suffix}").exists():
             try:
@@ -91,3 +93,22 @@ def shared_library(name: str) -> ctypes.CDLL:
             except OSError as e:
                 raise CacherouteError(f"lib{name} cannot be loaded ({e}); {_SETUP}.") from None
     raise CacherouteError(f"lib{name} is missing from {folder}; {_SETUP}.")
+
+
+def cpu_library() -> ctypes.CDLL:
+    """libggml-cpu; of a portable engine's several the one that llama.cpp takes here, by the same score."""
+    names = sorted(path.stem.removeprefix("lib") for path in _libraries().glob("libggml-cpu-*.so"))
+    if not names:
+        return shared_library("ggml-cpu")
+    best = max((shared_library(name) for name in names), key=lambda library: int(library.ggml_backend_score()))
+    if not best.ggml_backend_score():
+        raise CacherouteError(f"none of {', '.join(names)} runs on this processor; {_SETUP}.")
+    return best
+
+
+def _libraries() -> Path:
+    """The folder of llama-cpp-python's libraries."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise CacherouteError(f"llama-cpp-python is not installed; {_SETUP}.")
+    return Path(spec.submodule_search_locations[0]) / "lib"

@@ -49,12 +49,17 @@ class PlainProgress:
             print(f"  {done} of {total}", file=sys.stderr, flush=True)
 
 
-@contextmanager
-def workdir(progress: Progress) -> Iterator[Path]:
-    """A folder in the cache, held under the cache's lock and removed afterwards in every case.
+class ResumableError(CacherouteError):
+    """A build ended before its time, and what it has done so far is of use to the next."""
 
-    It lies beside the finished wheels so that publishing one is a rename. OSErrors of the body
-    become one sentence."""
+
+@contextmanager
+def workdir(progress: Progress, *, resumable: bool = False) -> Iterator[Path]:
+    """A folder in the cache, held under the cache's lock and removed afterwards.
+
+    `resumable`: the same folder each time, so that it has what a killed process left there; an interruption or a ResumableError
+    leaves it, too. It lies beside the finished wheels so that publishing one is a rename. OSErrors of the body become one
+    sentence."""
     root = cache_dir() / "engine"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -63,16 +68,33 @@ def workdir(progress: Progress) -> Iterator[Path]:
         raise _disk_error(error, cannot_write=True) from error
     try:
         with lock, _signals_interrupt():
-            if _lock(lock, progress):
-                for stale in root.glob(".build-*"):  # of a build that was killed: it held the lock
+            work = root / ".build"
+            locked = _lock(lock, progress)
+            if locked:
+                for stale in root.glob(".build-*"):  # of a process that was killed: it held the lock
                     shutil.rmtree(stale, ignore_errors=True)
-            work = Path(tempfile.mkdtemp(prefix=".build-", dir=root))
-            try:
+            if locked and resumable:
+                work.mkdir(exist_ok=True)
+            else:
+                work = Path(tempfile.mkdtemp(prefix=".build-", dir=root))
+            with _removed(work, unless=(KeyboardInterrupt, ResumableError) if locked and resumable else ()):
                 yield work
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise _disk_error(error, cannot_write=isinstance(error, PermissionError)) from error
+
+
+@contextmanager
+def _removed(work: Path, unless: tuple[type[BaseException], ...]) -> Iterator[None]:
+    """Removes a folder when the context ends, `unless` it ends with one of these."""
+    kept = False
+    try:
+        yield
+    except unless:
+        kept = True
+        raise
+    finally:
+        if not kept:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _disk_error(error: OSError, cannot_write: bool) -> CacherouteError:

@@ -7,7 +7,7 @@ import platform
 
 from cacheroute import files
 from cacheroute.errors import CacherouteError
-from cacheroute.install import engine_build, patched_llama_cpp
+from cacheroute.install import engine_build, engine_source, patched_llama_cpp
 
 # What ggml-cpu.h asks for -> what llama.cpp calls it. AVX and SSE3 go without saying where AVX2 is.
 _FEATURES = {
@@ -38,10 +38,10 @@ def lines() -> list[str]:
     """
     state = engine_build.installed_state()
     try:
-        patches = f"{len(engine_build.patch_files())} patches"
+        patches = f"{len(engine_source.patch_files())} patches"
     except CacherouteError as e:
         patches = str(e)
-    llama_cpp = f"llama.cpp {engine_build.LLAMA_CPP}, {patches}"
+    llama_cpp = f"llama.cpp {engine_source.LLAMA_CPP}, {patches}"
     if state.advice:
         needed = f"needed: llama-cpp-python {engine_build.LOCAL_VERSION}, {llama_cpp}"
         return [f"cacheroute {files.VERSION}", f"engine: {state.advice}", needed]
@@ -55,7 +55,7 @@ def lines() -> list[str]:
 
 def _compiled_for() -> str:
     try:
-        library = patched_llama_cpp.shared_library("ggml-cpu")
+        library = patched_llama_cpp.cpu_library()
     except CacherouteError as e:
         return f"unknown ({str(e).rstrip('.')})"
     return ", ".join(compiled_features(library)) or "any of its kind"

@@ -58,7 +58,9 @@ class Progress(ctypes.Structure):
 
 
 ABI_VERSION = 9  # CR_ABI_VERSION
-UNKNOWN_BYTES = 2**64 - 1  # of expert_files.h
+UNKNOWN_BYTES = 2**64 - 1  # of system.h
+
+DIRECT_READS, DROPS_CACHED, MINCORE = 1, 2, 4  # bits of cr_system()
 
 _I32P, _F64P = POINTER(c_int32), POINTER(c_double)
 
@@ -67,6 +69,7 @@ POLICY = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, _F64P, _F64P, POINTER(c_ui
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "cr_abi_matches": (c_int32, [c_uint32] * 7),
+    "cr_system": (c_uint32, []),
     "cr_router_new": (c_void_p, [POINTER(Shape), POINTER(Routing), c_char_p, c_int32]),
     "cr_router_free": (None, [c_void_p]),
     "cr_router_step": (c_int32, [c_void_p, c_int32, _F64P, _F64P, c_int32, _I32P, c_int32, _F64P, *[_I32P] * 5]),

@@ -110,6 +110,11 @@ struct cr_tensor {
 CR_API int32_t cr_abi_matches(uint32_t version, uint32_t routing_bytes, uint32_t shape_bytes, uint32_t router_weights_bytes,
                               uint32_t counters_bytes, uint32_t tensor_bytes, uint32_t progress_bytes);
 
+/* What this system can do: reads past the page cache; dropping what was read from it, without which a later miss may be answered
+ * from memory; telling what is in memory. Of the system, not of a filesystem: cr_store_new() tries that. */
+enum { CR_DIRECT_READS = 1, CR_DROPS_CACHED = 2, CR_MINCORE = 4 };
+CR_API uint32_t cr_system(void); /* those bits */
+
 /* ---- a bare router with its cache, all layers: simulator and tests ---- */
 
 typedef struct cr_router cr_router;

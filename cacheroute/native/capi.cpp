@@ -6,6 +6,7 @@
 #include "interrupt.h"
 #include "progress.h"
 #include "sentence.h"
+#include "system.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -152,6 +153,10 @@ int32_t cr_abi_matches(uint32_t version, uint32_t routing_bytes, uint32_t shape_
            router_weights_bytes == sizeof(cr_router_weights) && counters_bytes == sizeof(cr_counters) &&
            tensor_bytes == sizeof(cr_tensor) && progress_bytes == sizeof(cr_progress);
 }
+
+static_assert(int(CR_DIRECT_READS) == int(os::DIRECT_READS) && int(CR_DROPS_CACHED) == int(os::DROPS_CACHED) && int(CR_MINCORE) == int(os::MINCORE),
+              "cacheroute.h and system.h count alike");
+uint32_t cr_system(void) { return os::abilities(); }
 
 cr_router * cr_router_new(const cr_shape * shape, const cr_routing * routing, char * error, int32_t error_size) {
     return guarded(error, error_size, [&] { 

@@ -6,20 +6,14 @@
 #include <stdexcept>
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-// Older libc headers (Android's among them) lack the name; a kernel without the call answers EINVAL.
-#if defined(__linux__) && !defined(MADV_PAGEOUT)
-#define MADV_PAGEOUT 21
-#endif
 
 namespace cacheroute {
 
 ExpertFiles::ExpertFiles(const std::vector<std::string> & names, int n_layers, int n_expert,
                          const std::vector<ExpertTensor> & tensors)
-    : n_expert_(n_expert), page_(uint64_t(sysconf(_SC_PAGESIZE))), names_(names), tensors_(tensors), layers_(size_t(n_layers)) {
+    : n_expert_(n_expert), page_(os::page_bytes()), names_(names), tensors_(tensors), layers_(size_t(n_layers)) {
     for (const auto & name : names) {
         const int fd = open(name.c_str(), O_RDONLY | O_CLOEXEC);
         if (fd >= 0) fds_.push_back(fd);
@@ -79,22 +73,10 @@ PageRun ExpertFiles::pages(size_t tensor, int first, int n) const {
     return {t.file, t.offset + lo - base, reinterpret_cast<uint8_t *>(lo), hi - lo};
 }
 
-void ExpertFiles::drop(const PageRun & r) const {
-#ifdef __linux__
-    // PAGEOUT alone leaves pages inside large folios, the other two alone fail inside them too.
-    madvise(r.address, r.bytes, MADV_PAGEOUT);
-    madvise(r.address, r.bytes, MADV_DONTNEED);
-    posix_fadvise(fds_[size_t(r.file)], off_t(r.offset), off_t(r.bytes), POSIX_FADV_DONTNEED);
-#else
-    madvise(r.address, r.bytes, MADV_DONTNEED);
-    msync(r.address, r.bytes, MS_INVALIDATE);
-#endif
-}
+void ExpertFiles::drop(const PageRun & r) const { os::drop_mapped(fds_[size_t(r.file)], r.offset, r.address, r.bytes); }
 
 void ExpertFiles::drop_unmapped() const {
-#ifdef __linux__
-    for (int fd : fds_) posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-#endif
+    for (int fd : fds_) os::drop_cached(fd, 0, 0);
 }
 
 bool ExpertFiles::bus_error() const {
@@ -114,21 +96,11 @@ uint64_t ExpertFiles::in_file(const PageRun & run) const {
     return std::min(run.bytes, size - std::min(size, run.offset));
 }
 
-uint64_t ExpertFiles::in_memory(const void * address, uint64_t bytes) const {
-#ifdef __linux__
-    std::vector<unsigned char> state(bytes / page_);
-#else
-    std::vector<char> state(bytes / page_);
-#endif
-    if (mincore(const_cast<void *>(address), bytes, state.data()) != 0) return UNKNOWN_BYTES;
-    return page_ * uint64_t(std::count_if(state.begin(), state.end(), [](auto s) { return (s & 1) != 0; }));
-}
-
 uint64_t ExpertFiles::mapped_in_memory() const {
     if (!mincore_reliable_) return UNKNOWN_BYTES;
     uint64_t bytes = 0;
     for (const PageRun & r : all_) {
-        const uint64_t n = in_memory(r.address, r.bytes);
+        const uint64_t n = os::in_memory(r.address, r.bytes);
         if (n == UNKNOWN_BYTES) return n;
         bytes += n;
     }

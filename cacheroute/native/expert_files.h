@@ -3,6 +3,7 @@
 
 #include "bus_guard.h"
 #include "readers.h"
+#include "system.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -20,8 +21,6 @@ struct ExpertTensor {
     uint64_t  expert_bytes;
     uint8_t * address;      // of expert 0 in memory: the mapping that llama.cpp made
 };
-
-constexpr uint64_t UNKNOWN_BYTES = UINT64_MAX;
 
 class ExpertFiles {
   public:
@@ -55,9 +54,8 @@ class ExpertFiles {
     // Of pages of a file, the bytes that it has: its last page reaches past its end.
     uint64_t in_file(const PageRun & run) const;
 
-    // Bytes of a range of memory that are there as the kernel says (mincore); UNKNOWN_BYTES where it does not.
-    uint64_t in_memory(const void * address, uint64_t bytes) const;
-    uint64_t mapped_in_memory() const; // of all_pages()
+    // Bytes of all_pages() that are in memory as the kernel says (mincore); UNKNOWN_BYTES where it does not.
+    uint64_t mapped_in_memory() const;
     bool     mincore_reliable() const { return mincore_reliable_; }
 
   private:

@@ -9,13 +9,8 @@
 #include <stdexcept>
 #include <utility>
 
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#ifndef O_DIRECT
-#define O_DIRECT 0
-#endif
 
 namespace cacheroute {
 namespace {
@@ -46,9 +41,7 @@ Slots::Slots(const ExpertFiles & files, Reading reading)
         for (const auto & name : files_.names()) {
             if (reading_ == Reading::direct) open_direct(name);
         }
-#ifdef POSIX_FADV_RANDOM
-        for (int fd : files_.descriptors()) posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM); // no read-ahead into neighbours
-#endif
+        for (int fd : files_.descriptors()) os::no_read_ahead(fd);
         for (size_t t = 0; t < files_.tensors().size(); t++) pool_of_.push_back(find_pool(t));
         for (Pool & pool : pools_) reserve(pool);
     } catch (...) {
@@ -95,9 +88,7 @@ int Slots::read(const PageRun & piece) const {
     const uint64_t wanted = files_.in_file(piece);
     if (reading_ == Reading::direct) return read_all(direct_[file], piece.address, piece.bytes, wanted, piece.offset);
     const int error = read_all(files_.descriptors()[file], piece.address, wanted, wanted, piece.offset);
-#ifdef POSIX_FADV_DONTNEED
-    posix_fadvise(files_.descriptors()[file], off_t(piece.offset), off_t(piece.bytes), POSIX_FADV_DONTNEED);
-#endif
+    os::drop_cached(files_.descriptors()[file], piece.offset, piece.bytes);
     return error;
 }
 
@@ -113,7 +104,7 @@ void Slots::clear() {
     for (const PageRun & r : files_.all_pages()) files_.drop(r); // what others have left in the page cache
     std::fill(slot_.begin(), slot_.end(), nullptr);
     for (Pool & pool : pools_) {
-        madvise(pool.base, pool.bytes(), MADV_DONTNEED);
+        os::release(pool.base, pool.bytes());
         all_empty(pool);
     }
     resident_bytes_ = 0;
@@ -123,7 +114,7 @@ uint64_t Slots::measure() const { // for anonymous memory mincore is always reli
     uint64_t bytes = files_.mapped_in_memory();
     if (bytes == UNKNOWN_BYTES) bytes = 0;
     for (const Pool & pool : pools_) {
-        const uint64_t n = files_.in_memory(pool.base, pool.bytes());
+        const uint64_t n = os::in_memory(pool.base, pool.bytes());
         if (n == UNKNOWN_BYTES) return n;
         bytes += n;
     }
@@ -131,8 +122,7 @@ uint64_t Slots::measure() const { // for anonymous memory mincore is always reli
 }
 
 void Slots::open_direct(const std::string & name) {
-    errno        = EINVAL;
-    const int fd = O_DIRECT ? open(name.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT) : -1;
+    const int fd = os::open_direct(name.c_str());
     if (fd < 0) throw std::runtime_error(refusal(name, errno));
     direct_.push_back(fd);
     probe(direct_.size() - 1, name);
@@ -151,7 +141,7 @@ void Slots::probe(size_t file, const std::string & name) const {
         files_.drop(run);
         files_.drop_unmapped(); // a part of a large folio cannot be dropped
     }
-    const bool     watched = run.address && files_.mincore_reliable() && files_.in_memory(run.address, run.bytes) == 0;
+    const bool     watched = run.address && files_.mincore_reliable() && os::in_memory(run.address, run.bytes) == 0;
     const uint64_t wanted  = files_.in_file(run);
     void *         memory  = nullptr;
     if (posix_memalign(&memory, page, 2 * run.bytes) != 0) throw std::bad_alloc();
@@ -161,7 +151,7 @@ void Slots::probe(size_t file, const std::string & name) const {
     std::memset(direct, 0xa5, run.bytes);
     std::memset(plain, 0x5a, run.bytes);
     const int  failed = wanted ? read_all(direct_[file], direct, run.bytes, wanted, run.offset) : EINVAL;
-    const bool cached = watched && files_.in_memory(run.address, run.bytes) != 0;
+    const bool cached = watched && os::in_memory(run.address, run.bytes) != 0;
     if (failed) throw std::runtime_error(refusal(name, failed));
     if (cached) throw std::runtime_error("the filesystem of " + name + " puts direct reads into the page cache");
     const bool same = read_all(files_.descriptors()[file], plain, wanted, wanted, run.offset) == 0 &&
@@ -182,13 +172,8 @@ size_t Slots::find_pool(size_t tensor) {
 }
 
 void Slots::reserve(Pool & pool) {
-    // NORESERVE: most of it is never touched. No huge pages: they would reach past the budget.
-    void * base = mmap(nullptr, pool.bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED) throw std::runtime_error(std::string("no address space for experts: ") + std::strerror(errno));
-#ifdef MADV_NOHUGEPAGE
-    madvise(base, pool.bytes(), MADV_NOHUGEPAGE);
-#endif
-    pool.base = static_cast<uint8_t *>(base);
+    pool.base = os::reserve(pool.bytes());
+    if (!pool.base) throw std::runtime_error(std::string("no address space for experts: ") + std::strerror(errno));
     all_empty(pool);
 }
 
@@ -226,7 +211,7 @@ uint8_t * Slots::take(Pool & pool, Urgency urgency) {
 }
 
 void Slots::release(Pool & pool, uint8_t * slot) {
-    madvise(slot, pool.slot_bytes, MADV_DONTNEED);
+    os::release(slot, pool.slot_bytes);
     pool.empty.push_back(slot);
     resident_bytes_ -= pool.slot_bytes;
 }
