@@ -37,4 +37,10 @@ ALL = [
     "tests/test_trace.py",
     "tests/test_tuned.py",
 ]
-DESELECT: dict[str, str] = {}
+_MINCORE = "compares with what mincore says of a mapped file: the emulator leaves out MADV_PAGEOUT, so pages stay"
+DESELECT = {
+    "tests/test_direct_store.py::test_io_can_be_changed_and_changed_back": _MINCORE,
+    "tests/test_direct_store.py::test_logits_do_not_depend_on_io": _MINCORE,
+    "tests/test_direct_store.py::test_reads_during_compute_change_no_logit": _MINCORE,
+    "tests/test_prefetch.py::test_a_wrong_prediction_is_cancelled_and_mostly_not_read": "reads end before slow code cancels",
+}
