@@ -148,8 +148,13 @@ def test_what_is_no_wheel_is_refused(tmp_path: Path, installed: list[str]) -> No
     assert "is no whole wheel" in refused(cut, installed)
     cut.write_bytes(path.read_bytes().replace(b"__version__", b"__Version__"))
     assert "__init__.py is damaged" in refused(cut, installed)
+    with zipfile.ZipFile(cut, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a", "a" * 999)
+    cut.write_bytes(cut.read_bytes()[:31] + b"\xff" * 5 + cut.read_bytes()[36:])
+    assert "is no whole wheel" in refused(cut, installed), "compressed data that cannot be unpacked"
     cut.write_bytes(b"")
     assert "is no whole wheel" in refused(cut, installed)
+    assert "is no URL" in refused("http://[::1/x.whl", installed)
     with zipfile.ZipFile(cut, "w") as file:
         file.writestr("a.txt", "a")
     assert "is no whole wheel" in refused(cut, installed)

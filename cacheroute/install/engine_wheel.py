@@ -19,6 +19,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from cacheroute.install.machine import is_android
 from cacheroute.install.tools import PlainProgress, Progress
 
 _PLATFORM = r"(any|win.*|linux|musllinux_\d+_\d+|manylinux(?:_\d+_\d+|\d+)|macosx_\d+_\d+|android_\d+)(?:_(\w+))?"
+_URL = re.compile(r"https?://", re.IGNORECASE)
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _MOST_BYTES = 512 * MIB  # of a wheel; one of ours has some 10 MB
 _SECONDS = 60  # without a byte
@@ -110,7 +112,7 @@ def _folder() -> Iterator[Path]:
 
 def _fetch(source: str, part: Path, given: str | None, progress: Progress) -> str | None:
     """Copies the wheel to `part`, whole; the sha256 that it has to have, None if there is none for a file on this disk."""
-    if urllib.parse.urlsplit(source).scheme in ("http", "https"):
+    if _URL.match(source):
         said = given or _beside(source)
         progress.step(f"downloading {source.rpartition('/')[2]}")
         with _opened(source) as answer, part.open("wb") as file:
@@ -130,12 +132,14 @@ def _fetch(source: str, part: Path, given: str | None, progress: Progress) -> st
 
 def _beside(url: str) -> str:
     """The sha256 in the file beside the wheel of a URL. Raises UsageError where there is none."""
-    parts = urllib.parse.urlsplit(url)
     try:
+        parts = urllib.parse.urlsplit(url)
         with _opened(parts._replace(path=parts.path + ".sha256").geturl()) as answer:
             text = answer.read(4096).decode("utf-8", "replace")
     except CacherouteError as e:
         raise UsageError(f"There is no checksum for {url}: give it with --sha256 ({e})") from None
+    except ValueError as e:
+        raise UsageError(f"{url} is no URL: {e}.") from None
     return _first_word(text, f"{url}.sha256")
 
 
@@ -193,7 +197,7 @@ def _read(path: Path, source: str) -> Wheel:
             name, _, version = info.removesuffix(".dist-info").partition("-")
             record = f"llama_cpp/{engine_build.RECORD}"
             made_of = json.loads(file.read(record)) if record in names else {}
-    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, RuntimeError, NotImplementedError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, RuntimeError, NotImplementedError):
         raise UsageError(f"{source} is no whole wheel.") from None
     except OSError as e:
         raise CacherouteError(f"{source} cannot be read ({e.strerror}).") from None
