@@ -184,7 +184,7 @@ def evaluate(tasks: Tasks, ask: Ask) -> dict[str, Any]:
     """lm-evaluation-harness's own results, with `samples`: what came of each question."""
     from lm_eval import simple_evaluate
 
-    with _local(tasks.data) if tasks.data else nullcontext(), _no_bars():
+    with _local(tasks.data) if tasks.data else nullcontext(), _quiet():
         results = simple_evaluate(
             model=adapter(ask),
             tasks=list(tasks.names),
@@ -198,16 +198,18 @@ def evaluate(tasks: Tasks, ask: Ask) -> dict[str, Any]:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """lm-evaluation-harness draws a bar for each task, in a pipe as well."""
+def _quiet() -> Iterator[None]:
+    """lm-evaluation-harness draws a bar for each task, in a pipe as well, and asks git about the current folder, which
+    complains where that is no repository."""
+    from lm_eval import evaluator
     from lm_eval.api import task
 
-    before = task.tqdm
-    task.tqdm = lambda items, **_: items
+    before = task.tqdm, evaluator.get_git_commit_hash
+    task.tqdm, evaluator.get_git_commit_hash = lambda items, **_: items, lambda: None
     try:
         yield
     finally:
-        task.tqdm = before
+        task.tqdm, evaluator.get_git_commit_hash = before
 
 
 def metrics(results: dict[str, Any]) -> list[Metric]:
