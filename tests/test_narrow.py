@@ -95,8 +95,11 @@ def test_doctor(tiny: Path) -> None:
 
 
 def test_help_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for command in (["--help"], ["generate", "--help"], ["bench", "--help"]):
-        phone.check(phone.on_a_terminal(*command))
+    for command in (["--help"], ["generate", "--help"], ["bench", "--help"], ["eval", "--help"]):
+        help = phone.on_a_terminal(*command)
+        phone.check(help)
+        assert "..." not in help.replace("ARGS]...", ""), "no sentence is cut"
+    assert "Runs of every combination," in phone.on_a_terminal("bench", "--help"), "below the name of the option, not beside it"
 
 
 # --- what is sent with a question

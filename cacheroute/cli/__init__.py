@@ -93,6 +93,10 @@ class _Command(typer.core.TyperCommand):
         words = args if ctx.resilient_parsing else habits.arguments(ctx.command_path, args, habits.options_of(self))
         return list(super().parse_args(ctx, words))
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups.below(formatter)
+        super().format_options(ctx, formatter)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             interrupts.command_begins()

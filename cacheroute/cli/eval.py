@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from cacheroute.cli import options, progress, table
+from cacheroute.cli import groups, options, progress, table
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.evals import paired
@@ -238,6 +238,14 @@ class AnyTask(typer.core.TyperGroup):
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             args = ["task", *args]
         return super().resolve_command(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups.below(formatter)
+        super().format_options(ctx, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, groups.summary(command)) for name, command in self.commands.items()])
 
 
 HELP = "Measure the quality of a routing.\n\n`eval perplexity`, or `eval TASK` for any task of lm-evaluation-harness."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,10 @@ REST = "More"
 class Grouped(typer.core.TyperGroup):
     """Lists its commands under the headings of GROUPS, each with the first sentence of its help."""
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        below(formatter)
+        super().format_options(ctx, formatter)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Writes the lists; the second column begins at the same place in all of them."""
         groups = list(grouped(self))
@@ -28,6 +33,12 @@ class Grouped(typer.core.TyperGroup):
         for heading, commands in groups:
             with formatter.section(heading):
                 formatter.write_dl([(name.ljust(width), summary(command)) for name, command in commands])
+
+
+def below(formatter: Any) -> None:
+    """On a narrow terminal what an option does is said below its name: beside it there would be room for half a word."""
+    if formatter.width < 60:
+        formatter.write_dl = functools.partial(formatter.write_dl, col_max=10)
 
 
 def grouped(group: Any) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
