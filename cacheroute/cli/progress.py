@@ -166,7 +166,8 @@ def doing(cell: Cell) -> str:
 
 @contextmanager
 def scoring(scorer: Scorer, requests: Sequence[Request]) -> Iterator[None]:
-    """Shows what is computed of those requests, in scored tokens; prints first how many of them are in the cache."""
+    """Shows what is computed of those requests, in scored tokens; prints first how many of them are in the cache. Ctrl-C says
+    that what is scored is kept there."""
     total, missing = sum(scorer.chunks[r.chunk].n_scored for r in requests), scorer.missing(requests)
     if missing < total:
         say(f"{total - missing} of {total} scored tokens are in the cache")
@@ -174,7 +175,17 @@ def scoring(scorer: Scorer, requests: Sequence[Request]) -> Iterator[None]:
         say(f"{again} scored tokens are in the cache without a KL, and are scored again")
     with bar("scoring", max(missing, 1)) as advance:
         scorer.after = lambda cell: advance(cell.n, doing(cell))
+        with resumable():
+            yield
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """For work that is kept: Ctrl-C says that the same command goes on."""
+    try:
         yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Stopped; run the same command to resume.") from None
 
 
 class PromptLine:

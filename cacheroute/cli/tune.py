@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -111,7 +109,7 @@ def tune(
 
     lengths = Lengths(history, prompt_tokens, after)
     if prompt and files is None:
-        with _resumable():
+        with progress.resumable():
             allowed_kl = 0.02 if max_kl is None else max_kl
             tune_prompt.run(model, file, column, budget, eviction, allowed_kl, lengths, n_places, seed, threads, io, output, wide)
         return
@@ -137,7 +135,7 @@ def tune(
             _check_strategy(strategy, chosen.copies[0].layout)
         settings = frontier_files.Settings(threads, workers, None, io, flash_mbps, [eviction])
         wanted = tune_files.PromptGoal(lengths, n_places, 0.02 if max_kl is None else max_kl) if prompt else None
-        with _resumable():
+        with progress.resumable():
             tune_files.run(chosen, budget, goal, source, settings, wanted, output, wide=wide)
         return
     path = catalogue.resolve(model)
@@ -152,7 +150,7 @@ def tune(
         if len(held_out) < paired.FEW_BLOCKS:
             say(f"few chunks ({len(session.chunks)}): intervals will be wide, and little may fit")
         search = tuning.Search(session, goal, fit, held_out, report=say_trial)
-        with progress.bar("tuning", search.expected_work()) as advance, _resumable():
+        with progress.bar("tuning", search.expected_work()) as advance, progress.resumable():
             session.after = lambda cell: advance(tuning.work(session.chunks[cell.chunk]), progress.label(cell.routing))
             if session.n_kept:
                 say(f"{session.n_kept} scores of earlier runs are used again")
@@ -201,11 +199,3 @@ def _percent(text: str) -> float:
 def _given(ctx: typer.Context, name: str) -> bool:
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-@contextmanager
-def _resumable() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("Stopped; run the same command to resume.") from None
