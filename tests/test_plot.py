@@ -308,6 +308,7 @@ def test_a_trace_has_a_table_too(tmp_path: Path) -> None:
         (["prose"], "does not hold rows of bench, simulate or eval"),
         (["broken.json"], "does not hold rows of bench, simulate or eval"),
         (["other.json"], "does not hold rows of bench, simulate or eval"),
+        (["begun.jsonl"], "has no row yet; the same `cacheroute frontier` goes on from there"),
         (
             ["r.json", "--kind", "pie"],
             "There is no plot 'pie'; there are frontier, speed, files, bench, misses",
@@ -329,6 +330,7 @@ def test_what_cannot_be_drawn_is_one_sentence(
     Path("prose").write_text("It was the best of times,\nit was the worst of times")
     Path("broken.json").write_text('[{"routing": "original",')
     Path("other.json").write_text('{"text": "hello"}')
+    Path("begun.jsonl").write_text('{"format": "cacheroute-frontier-files-1"}\n')
     if sentence == "cannot be written":
         pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     result = run(*arguments)

@@ -62,6 +62,8 @@ def of(path: Path, content: Sequence[dict[str, Any]]) -> list[Row]:
     except (ValueError, TypeError, OverflowError) as e:
         raise _strange(path, e) from None
     if not found:
+        if any(str(raw.get("format")).startswith("cacheroute-frontier") for raw in content):
+            raise UsageError(f"{path} has no row yet; the same `cacheroute frontier` goes on from there.")
         raise UsageError(f"{path} does not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them.")
     return found
 
