@@ -198,6 +198,8 @@ def check_processors(venv: Path, env: dict[str, str]) -> None:
 def main() -> int:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, prog="scripts/aarch64", formatter_class=plain)
+    cpus = ",".join(PROCESSORS)
+    parser.usage = f"{parser.prog} [-h] [--install] [--build-only] [--cpu {{{cpus}}}] [options and tests for pytest]"
     parser.add_argument("--install", action="store_true", help="install the Debian packages that are missing (root)")
     parser.add_argument("--build-only", action="store_true", help="build, look at the kernels, and run no test")
     parser.add_argument("--cpu", action="append", choices=PROCESSORS, help="emulate this processor alone (may be repeated)")
@@ -245,3 +247,6 @@ if __name__ == "__main__":
     except CacherouteError as e:
         print(f"scripts/aarch64: {e}.".replace("..", "."), file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("scripts/aarch64: Stopped; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
