@@ -166,7 +166,8 @@ def run(
 
     @contextmanager
     def begin(session: Scorer, copy: Copy, arms: Sequence[Arm]) -> Iterator[None]:
-        say(f"{copy.name}: {len(arms)} setting{'s' * (len(arms) > 1)}, {len(session.chunks)} chunks each")
+        n = len(session.chunks)
+        say(f"{copy.name}: {len(arms)} setting{'s' * (len(arms) > 1)}, {n} chunk{'s' * (n > 1)} each")
         with progress.scoring(session, [r for arm in arms for r in arm.requests(len(session.chunks))]):
             yield
 
