@@ -219,7 +219,7 @@ def test_a_tuned_routing_comes_with_its_price() -> None:
     f = forecast.of(c.work, c.plan, entry_machine(SLOW_DRIVE), n_ctx=4096, tuned=tuned)
     said = "17.9 [16.8, ?] millinats of KL against Q8_0"
     assert f.routings[-1].price == said and f"(at {said})" in next(d.reason for d in f.decisions if d.setting == "routing")
-    assert any(text.strip().startswith(said) for text in plan_text(f, "qwen3-30b-a3b"))
+    assert any(text.endswith(f": {said}, as `tune` measured") for text in plan_text(f, "qwen3-30b-a3b"))
 
 
 # ---- what is measured ----

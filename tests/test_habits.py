@@ -98,7 +98,7 @@ def test_the_beginning_of_a_command_is_enough(tiny: Path) -> None:
         (["generate", "--promt=Hi"], "There is no option --promt; did you mean --prompt?"),
         (["generate", "-fa", "-p", "Hi"], "There is no option -fa here."),
         (["generate", "-fa", "on", "-p", "Hi"], "There is no option -fa here."),
-        (["eval", "perplexity", "--chunks", "5"], "did you mean --chunk? See `cacheroute eval perplexity --help`."),
+        (["eval", "perplexity", "--chnk", "5"], "did you mean --chunk? See `cacheroute eval perplexity --help`."),
         (["bench", "--rooting", "original"], "did you mean --routing?"),
         (["generate", "-p", "a", "-p", "b"], "-p is given 2 times; write one text, or many with --prompts."),
         (["generate", "-p", "a", "--prompt", "b"], "-p is given 2 times"),

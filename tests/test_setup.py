@@ -11,7 +11,6 @@ import json
 import shutil
 import subprocess
 import sys
-import venv
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import engine_build, engine_source, tools
 from cacheroute.install.engine_build import BuildOptions
 from support.cli import cacheroute as run
+from support.environments import of_python, with_cacheroute
 
 ROOT = Path(cacheroute.__file__).parent.parent
 
@@ -44,26 +44,6 @@ def wheel(folder: Path, version: str, key: str = "") -> Path:
         for name, text in content.items():
             file.writestr(name, text)
     return path
-
-
-def with_cacheroute(python: Path) -> Path:
-    """Puts this checkout's cacheroute into an environment, and nothing of what it needs."""
-    done = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
-    )
-    site = Path(done.stdout.strip())
-    (site / "cacheroute.pth").write_text(f"{ROOT}\n")
-    info = site / "cacheroute-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: cacheroute\nVersion: {importlib.metadata.version('cacheroute')}\n"
-    )
-    return python
-
-
-def of_python(folder: Path) -> Path:
-    venv.create(folder, with_pip=False)
-    return folder / "bin" / "python"
 
 
 def of_uv(folder: Path) -> Path:

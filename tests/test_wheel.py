@@ -27,7 +27,7 @@ from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import engine_build, engine_source, engine_wheel, machine, processor, tools
 from support.cli import cacheroute as run
 from support.cli import sentence
-from test_setup import of_python, with_cacheroute
+from support.environments import of_python, with_cacheroute
 
 HERE = f"linux_{platform.machine()}"
 OURS: dict[str, Any] = {

@@ -71,7 +71,7 @@ NUMBERS = [
 ]
 
 COMMAND_LINE = [
-    _usage("a command that does not exist", "generat", r"generat.*See `cacheroute --help`"),
+    _usage("a command that does not exist", "gnrate", r"gnrate.*See `cacheroute --help`"),
     _usage("an option that does not exist", "generate --no-such-option", r"--no-such-option.*See `cacheroute generate --help`"),
     _usage("an option without its value", "generate -m", r"'-m' requires an argument"),
     _usage("an argument too many", "inspect {tiny} b", r"argument"),
