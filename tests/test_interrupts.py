@@ -162,7 +162,7 @@ def test_with_workers(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path / "cache"))
     words = ("eval", "perplexity", "-m", tiny, "--workers", 2, "-t", 2, "--routing", "cache-prior:lambda=0.1")
     lines, _ = interrupted(tmp_path, *words, after=4)
-    assert lines[-1] == "cacheroute: Stopped."
+    assert lines[-1] == "cacheroute: Stopped; run the same command to resume."
 
 
 def test_shielded_code_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
