@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -43,7 +44,9 @@ def test_the_nearest_name() -> None:
 
 
 def test_commands_of_other_tools_that_work(tiny: Path) -> None:
-    assert right("list").stdout == right("ls").stdout == right("models").stdout
+    # the figures change with the free memory
+    listed = [re.sub(r"[\d.]+ *", "", right(word).stdout) for word in ("list", "ls", "models")]
+    assert listed[0] == listed[1] == listed[2] != ""
     assert right("show", tiny).stdout == right("inspect", tiny).stdout
 
 
