@@ -29,13 +29,7 @@ pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.engine]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model of 8 experts, 2 used, in F16 and, twice as large, in F32."""
-    folder = tmp_path_factory.mktemp("files")
-    wide: dict[str, Any] = {"n_ff": 256}  # so that whole pages take little more than the experts
-    large = wide | {"quant": "F32", "dense_quant": "F32"}
-    return (
-        tiny_models.write("llama", folder / "m-F16.gguf", **wide),
-        tiny_models.write("llama", folder / "m-F32.gguf", **large),
-    )
+    return tiny_models.in_two_types("llama", tmp_path_factory.mktemp("files"))
 
 
 def run(*arguments: object) -> Any:
@@ -138,12 +132,12 @@ def test_a_worker_makes_the_reference_that_its_machine_lacks(
     small, large = files
     source = loading.Source(prose, chunk=32, limit=16)
     request = Request(Routing("cache-prior", {"lambda": 0.5}), 4, "lru", 0, True)
-    monkeypatch.setattr(runner, "_loaded", {})
+    monkeypatch.setattr(runner, "_runners", runner.Loaded())
     with scorer.session(small, source, threads=1, reference_model=large) as session:
         with pytest.raises(CacherouteError, match=r"m-F32\.gguf for chunk 0 is gone from the cache folder; run the same"):
             session.cell(*request[:4], kl=True)
         cell = runner.compute(session.job, request, session.chunks[0])
-        runner._loaded.popitem()[1].llm.close()
+        runner._runners._of.popitem()[1].llm.close()
         kept = list((own_cache / "scores").glob("reference-*/*.npz"))
         assert len(kept) == 1
         assert replace(session.cell(*request[:4], kl=True), seconds=0.0) == replace(cell, seconds=0.0)

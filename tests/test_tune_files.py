@@ -32,13 +32,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model of 32 experts, 4 used, in F16 and, twice as large, in F32."""
-    folder = tmp_path_factory.mktemp("files")
-    wide: dict[str, Any] = {"n_ff": 256}  # so that whole pages take little more than the experts
-    large = wide | {"quant": "F32", "dense_quant": "F32"}
-    return (
-        tiny_models.write("qwen3moe", folder / "m-F16.gguf", **wide),
-        tiny_models.write("qwen3moe", folder / "m-F32.gguf", **large),
-    )
+    return tiny_models.in_two_types("qwen3moe", tmp_path_factory.mktemp("files"))
 
 
 # ---- the choice ------------------------------------------------------------------------------------

@@ -11,15 +11,23 @@ from cacheroute.bench.runs import Run
 from cacheroute.files import MIB
 
 _SHARE = 0.1  # of the threads' time, from which on something else counts
-_READ_AHEAD_KIB = (
-    512  # Linux has 128, some distributions more; with several MiB a mapping larger than memory fetches itself many times over
-)
+_READ_AHEAD_KIB = 512  # Linux has 128; with several MiB a mapping larger than memory fetches itself many times over
 _TICKS_PER_CORE = 0.02  # seconds by which the kernel's count of a run may be wrong on each core
 
 
 def of(runs: Sequence[Run], n_threads: int, n_cores: int, *, hooked: bool) -> tuple[str, ...]:
     """The reasons, each part of a sentence; none for a row that can be trusted. `hooked`: cacheroute has counted the reads."""
     return (*_busy(runs, n_threads, n_cores), *_slowed(runs), *(_unread(runs) if hooked else ()))
+
+
+def of_mapping(path: Path) -> tuple[str, ...]:
+    """The reasons that the device of a model gives against the control, which maps it."""
+    kib = read_ahead_kib(path)
+    if kib is None or kib <= _READ_AHEAD_KIB:
+        return ()
+    return (
+        f"the kernel fetches {kib} KiB around a missing page here, 128 elsewhere (root: echo 128 >{read_ahead_setting(path)})",
+    )
 
 
 def other_cores(runs: Sequence[Run]) -> float | None:
@@ -38,16 +46,6 @@ def _busy(runs: Sequence[Run], n_threads: int, n_cores: int) -> Iterator[str]:
     missing = taken - max(n_cores - n_threads, 0) - _TICKS_PER_CORE * n_cores * len(runs) / seconds
     if missing > _SHARE * min(n_threads, n_cores):
         yield f"other programs kept {taken:.1f} of {n_cores} cores busy"
-
-
-def of_mapping(path: Path) -> tuple[str, ...]:
-    """The reasons that the device of a model gives against the control, which maps it."""
-    kib = read_ahead_kib(path)
-    if kib is None or kib <= _READ_AHEAD_KIB:
-        return ()
-    return (
-        f"the kernel fetches {kib} KiB around a missing page here, 128 elsewhere (root: echo 128 >{read_ahead_setting(path)})",
-    )
 
 
 def _slowed(runs: Sequence[Run]) -> Iterator[str]:

@@ -29,7 +29,7 @@ def bench(
         int, typer.Option("-n", "--n-gen", min=0, help="Number of tokens decoded one by one after the prompt.")
     ] = 128,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Runs of every combination, interleaved.")] = 5,
-    budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "50%",
+    budget: options.BudgetsOption = "50%",
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
     ] = "original,cache-prior:lambda=0.2",

@@ -48,7 +48,7 @@ def perplexity(
     model: options.ModelOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
-    budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "50%",
+    budget: options.BudgetsOption = "50%",
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; `original` is always scored as well.")
     ] = "cache-prior:lambda=0.1",
@@ -133,18 +133,15 @@ def _any_lossy(arms: Sequence[Arm]) -> bool:
 def perplexity_view(rows: Sequence[PerplexityRow]) -> table.View:
     """What people see of rows of `eval perplexity` or `frontier`, each group after its `original`."""
     first = rows[0]
-    one_budget, one_eviction = len({r.budget for r in rows}) == 1, len({r.eviction for r in rows}) == 1
-    budget = f", {first.budget_experts} experts of each layer ({first.budget})" if one_budget else ""
-    eviction = f", {first.eviction}" if one_eviction else ""
+    one_budget, names, settings = rows_of.in_common(rows)
     head = [*([] if one_budget else ["budget"]), "routing", "ppl", "change % [95%]", "Mean KLD [95%]"]
     cells = [[*head, *(["miss %"] if one_budget else []), "MiB"]]  # at several budgets the misses would not fit a line
-    for r in rows:
+    for r, name in zip(rows, names, strict=True):
         change, kl = ("baseline", "") if r.routing == "original" else (_change(r), brief_kl(r.kl, r.kl_low, r.kl_high))
-        name = rows_of.short(r.routing) if one_eviction else f"{rows_of.short(r.routing)}, {r.eviction}"
         missed = [*([f"{100 * r.miss_rate:.1f}"] if one_budget else []), f"{r.missed_mib_per_token:.2f}"]
         cells.append([*([] if one_budget else [r.budget]), name, f"{r.ppl:.2f}", change, kl, *missed])
     units = "KLD in millinats, MiB missed per token"
-    above = f"{first.model}, {first.text}: {first.n_tokens} scored tokens{budget}{eviction}; {units}"
+    above = f"{first.model}, {first.text}: {first.n_tokens} scored tokens{settings}; {units}"
     return table.View(cells, perplexity_cells(rows), above=[above], below=list(_conclusions(rows)))
 
 

@@ -23,7 +23,7 @@ def long(
     model: options.ModelOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
-    budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "50%",
+    budget: options.BudgetsOption = "50%",
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; `original` always writes as well.")
     ] = "cache-prior:lambda=0.1",
@@ -97,18 +97,15 @@ def long(
 
 def _view(found: Sequence[LongRow]) -> table.View:
     first = found[0]
-    one_eviction, one_budget = len({r.eviction for r in found}) == 1, len({r.budget for r in found}) == 1
+    one_budget, names, settings = rows.in_common(found)
     cells = [
         ["decoding", *([] if one_budget else ["budget"]), "routing", "distinct-2", "-4", "repeat", "ppl, cold", "warm", "miss %"]
     ]
-    for r in found:
-        name = rows.short(r.routing) if one_eviction else f"{rows.short(r.routing)}, {r.eviction}"
+    for r, name in zip(found, names, strict=True):
         figures = [f"{r.distinct2:.3f}", f"{r.distinct4:.3f}", f"{r.longest_repeat:.0f}"]
         figures += [f"{r.ppl_cold:.2f}", f"{r.ppl_warm:.2f}", f"{100 * r.miss_warm:.1f}"]
         cells.append([r.decoding, *([] if one_budget else [r.budget]), name, *figures])
-    budget = f", {first.budget_experts} experts of each layer ({first.budget})" if one_budget else ""
-    eviction = f", {first.eviction}" if one_eviction else ""
-    above = f"{first.model}, {first.text}: {first.n_texts} texts of {first.n_tokens} tokens{budget}{eviction}"
+    above = f"{first.model}, {first.text}: {first.n_texts} texts of {first.n_tokens} tokens{settings}"
     below = [
         f"cold: the first {first.n_cold} tokens; repeat: tokens of the longest piece that comes twice, mean of the texts",
         *(_conclusion(r) for r in found if r.routing != "original"),

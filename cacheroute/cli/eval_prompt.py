@@ -36,7 +36,7 @@ def prompt(
     model: options.ModelOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
-    budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "50%",
+    budget: options.BudgetsOption = "50%",
     prompt_routing: Annotated[
         str, typer.Option("--prompt-routing", help="Prompt routings, separated by commas; `original` is always scored as well.")
     ] = "keep:cover=0.95,keep:cover=0.85,keep:cover=0.7,keep:cover=0.5",

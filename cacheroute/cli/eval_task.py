@@ -57,7 +57,7 @@ class TaskRow:
 def task(
     name: Annotated[str, typer.Argument(metavar="TASK", help="mmlu, mmlu_cloze, gsm8k, arc, ...; several separated by commas.")],
     model: options.ModelOption = None,
-    budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "50%",
+    budget: options.BudgetsOption = "50%",
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; `original` is always asked as well.")
     ] = "cache-prior:lambda=0.1",
@@ -191,11 +191,10 @@ def _compared(a: Arm, own: dict[Any, bool], other: dict[Any, bool]) -> dict[str,
 def _view(found: list[TaskRow], names: Sequence[str]) -> table.View:
     """Brief: the tasks that were asked for, without the parts of a group."""
     brief = [r for r in found if r.task in names] if {r.task for r in found}.issuperset(names) else found
-    one_eviction, one_budget = len({r.eviction for r in brief}) == 1, len({r.budget for r in brief}) == 1
+    one_budget, routings, _ = rows.in_common(brief)
     cells = [["task", "metric", *([] if one_budget else ["budget"]), "routing", "value", "+/-", "p", "visible", "miss %"]]
-    for r in brief:
+    for r, routing in zip(brief, routings, strict=True):
         value = f"{r.value:.3f}" + ("" if r.stderr is None else f" ± {r.stderr:.3f}")
-        routing = rows.short(r.routing) if one_eviction else f"{rows.short(r.routing)}, {r.eviction}"
         cells.append(
             [r.task, r.metric, *([] if one_budget else [r.budget]), routing, value, *_test(r), f"{100 * r.miss_rate:.1f}"]
         )

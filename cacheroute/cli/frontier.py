@@ -26,7 +26,7 @@ def frontier(
     reference: ReferenceOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
-    budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "25%,50%,75%",
+    budget: options.BudgetsOption = "25%,50%,75%",
     routing: Annotated[
         str | None,
         typer.Option(

@@ -85,6 +85,7 @@ PromptRoutingOption = Annotated[
         "--prompt-routing", help="How experts of prompts are chosen: original, keep:cover=0.9 (lossy, reads less) or tuned."
     ),
 ]
+BudgetsOption = Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")]
 EvictionOption = Annotated[str, typer.Option("--eviction", help=f"Which expert leaves a full cache: {', '.join(ONLINE)}.")]
 EvictionsOption = Annotated[str, typer.Option("--eviction", help=f"Evictions, separated by commas: {', '.join(ONLINE)}.")]
 WorkersOption = Annotated[

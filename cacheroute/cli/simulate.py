@@ -21,7 +21,7 @@ from cacheroute.trace.simulate import Row
 
 def simulate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace from `cacheroute trace`.")],
-    budget: Annotated[str, typer.Option("--budget", help="Budgets, separated by commas.")] = "25%,50%,75%",
+    budget: options.BudgetsOption = "25%,50%,75%",
     routing: Annotated[
         str, typer.Option("--routing", help="Routings, separated by commas; see `cacheroute routing`.")
     ] = "original,cache-prior:lambda=0.2",

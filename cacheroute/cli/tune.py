@@ -111,7 +111,9 @@ def tune(
     if prompt and files is None:
         with progress.resumable():
             allowed_kl = 0.02 if max_kl is None else max_kl
-            tune_prompt.run(model, file, column, budget, eviction, allowed_kl, lengths, n_places, seed, threads, io, output, wide)
+            found = tune_prompt.search(model, file, column, budget, eviction, allowed_kl, lengths, n_places, seed, threads, io)
+            tune_prompt.show(found[0], output, wide=wide)
+            tune_prompt.say_result(*found)
         return
     if strategy != "cache-prior" and not uniform:
         raise UsageError(f"{strategy} is fitted with --uniform only; per layer there is cache-prior.")

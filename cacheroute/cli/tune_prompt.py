@@ -47,27 +47,6 @@ class Report:
     trials: list[TrialRow]
 
 
-def run(
-    model: str | None,
-    file: Path | None,
-    column: str,
-    budget: str | None,
-    eviction: str,
-    max_kl: float,
-    lengths: Lengths,
-    n_places: int,
-    seed: int,
-    threads: int | None,
-    io: str | None,
-    output: str,
-    wide: bool,
-) -> None:
-    """Prints the trials, writes the file and says how it is used. Raises CacherouteError when nothing fits."""
-    report, outcome = search(model, file, column, budget, eviction, max_kl, lengths, n_places, seed, threads, io)
-    show(report, output, wide=wide)
-    say_result(report, outcome)
-
-
 def search(
     model: str | None,
     file: Path | None,

@@ -24,7 +24,7 @@ from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, processes
 from cacheroute.evals.perplexity import missed_bytes
 from cacheroute.evals.results import ResultsFile
-from cacheroute.evals.runner import Job
+from cacheroute.evals.runner import Job, Loaded
 from cacheroute.evals.scorer import kept_scores
 from cacheroute.evals.tasks import Heads, TaskScorer
 from cacheroute.files import MIB
@@ -224,16 +224,13 @@ class Answers:
         self.after(answer)
 
 
-_loaded: dict[Job, Respondent] = {}  # of this process, one at most
+_respondents: Loaded[Respondent] = Loaded()
 
 
 def compute(job: Job, settings: Sequence[Setting], question: Question) -> list[Answer]:
     """The answers of some settings, in a process of its own: it loads the model of `job` and keeps it for the next question."""
-    if job not in _loaded:
-        while _loaded:
-            _loaded.popitem()[1].llm.close()
-        _loaded[job] = Respondent(loading.load(job.model, job.n_ctx, job.n_threads), job.io)
-    return [_loaded[job].answer(setting, question) for setting in settings]
+    respondent = _respondents.get(job, lambda llm: Respondent(llm, job.io))
+    return [respondent.answer(setting, question) for setting in settings]
 
 
 def _from_json(line: dict[str, Any]) -> Answer:

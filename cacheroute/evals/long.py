@@ -27,7 +27,7 @@ from cacheroute.evals import loading, paired, processes, repetition
 from cacheroute.evals.perplexity import Floats, LogP, log_probabilities, score
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.rows import Arm
-from cacheroute.evals.runner import Job
+from cacheroute.evals.runner import Job, Loaded
 from cacheroute.evals.scorer import kept_scores
 from cacheroute.evals.text import Chunk
 from cacheroute.install.machine import big_cores
@@ -200,16 +200,12 @@ class LongTexts:
         yield from (future.result() for future in futures)
 
 
-_loaded: dict[Job, Writer] = {}  # of this process, one at most
+_writers: Loaded[Writer] = Loaded()
 
 
 def compute(job: Job, n: int, request: Request, prompt: Sequence[int]) -> Written:
     """A text, in a process of its own: it loads the model of `job` and keeps it for the next one."""
-    if job not in _loaded:
-        while _loaded:
-            _loaded.popitem()[1].llm.close()
-        _loaded[job] = Writer(loading.load(job.model, job.n_ctx, job.n_threads), n, job.io)
-    return _loaded[job].write(request, prompt)
+    return _writers.get(job, lambda llm: Writer(llm, n, job.io)).write(request, prompt)
 
 
 def _from_json(line: dict[str, Any]) -> Written:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -89,6 +89,13 @@ class Job:
     timing: str = ""
     references: str = ""
     reference: Path | None = None
+
+
+class _WithModel(Protocol):
+    llm: Llama
+
+
+T = TypeVar("T", bound=_WithModel)
 
 
 class _Comparison:
@@ -235,7 +242,22 @@ def _itself(s: ChunkScore) -> dict[str, Any]:
     return {"kl32": np.zeros(s.n, "<f4").tobytes(), "same_top": s.n}
 
 
-_loaded: dict[Job, Runner] = {}  # of this process, one at most
+class Loaded(Generic[T]):
+    """What a process computes requests with: of one job, whose model stays loaded until another job comes."""
+
+    def __init__(self) -> None:
+        self._of: dict[Job, T] = {}
+
+    def get(self, job: Job, make: Callable[[Llama], T]) -> T:
+        """`make` gets the model of the job, where it is not loaded yet."""
+        if job not in self._of:
+            while self._of:
+                self._of.popitem()[1].llm.close()
+            self._of[job] = make(loading.load(job.model, job.n_ctx, job.n_threads or big_cores()))
+        return self._of[job]
+
+
+_runners: Loaded[Runner] = Loaded()
 
 
 def compute(job: Job, request: Request, chunk: Chunk) -> Cell:
@@ -250,8 +272,4 @@ def compute(job: Job, request: Request, chunk: Chunk) -> Cell:
 
 
 def _runner(job: Job) -> Runner:
-    if job not in _loaded:
-        while _loaded:
-            _loaded.popitem()[1].llm.close()
-        _loaded[job] = Runner(loading.load(job.model, job.n_ctx, job.n_threads or big_cores()), job)
-    return _loaded[job]
+    return _runners.get(job, lambda llm: Runner(llm, job))
