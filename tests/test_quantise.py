@@ -14,7 +14,6 @@ from typing import Any
 import gguf
 import importance
 import numpy as np
-import pad_demo_model
 import pytest
 import quant_mix
 import quantise
@@ -93,31 +92,6 @@ def test_only_experts_may_have_fewer_bits(source: Path, tmp_path: Path) -> None:
     assert types(tmp_path / "tiny-Q2_K.gguf") == EXPERTS["Q2_K"]
     others = [t for t in header.tensors if len(t.shape) > 1 and not EXPERT_TENSOR.match(t.name) and "ffn_gate_inp" not in t.name]
     assert {t.type for t in others} == {"q8_0"} and {"token_embd.weight", "output.weight"} <= {t.name for t in others}
-
-
-def test_padding_adds_zeros_alone() -> None:
-    rng = np.random.default_rng(0)
-    x = np.zeros(pad_demo_model.WIDTH, np.float32)
-    x[: pad_demo_model.D] = rng.normal(size=pad_demo_model.D)
-    own = x[: pad_demo_model.D]
-    norm = rng.normal(size=pad_demo_model.D).astype(np.float32)
-    wide = pad_demo_model.padded("blk.0.ffn_norm.weight", norm)
-    eps = 1e-5
-    expected = own / np.sqrt((own**2).mean() + eps) * norm
-    found = x / np.sqrt((x**2).mean() + eps * pad_demo_model.D / pad_demo_model.WIDTH) * wide
-    assert found[: pad_demo_model.D] == pytest.approx(expected, rel=1e-5) and not found[pad_demo_model.D :].any()
-    for name, shape, wider in (
-        ("token_embd.weight", (8, 576), (8, 768)),
-        ("blk.0.attn_q.weight", (576, 576), (576, 768)),
-        ("blk.0.attn_output.weight", (576, 576), (768, 576)),
-        ("blk.0.ffn_down_shexp.weight", (576, 1024), (768, 1024)),
-        ("blk.0.ffn_gate_exps.weight", (4, 16, 576), (4, 32, 768)),
-        ("blk.0.ffn_down_exps.weight", (4, 576, 16), (4, 768, 32)),
-    ):
-        values = rng.normal(size=shape).astype(np.float32)
-        padded = pad_demo_model.padded(name, values)
-        assert padded.shape == wider and (padded[tuple(slice(n) for n in shape)] == values).all()
-        assert np.count_nonzero(padded) == np.count_nonzero(values)
 
 
 def test_fewer_bits_lose_more_and_every_copy_decodes(copies: tuple[Path, subprocess.CompletedProcess[str]], source: Path) -> None:
@@ -245,6 +219,4 @@ def test_a_full_disk_is_one_sentence(source: Path, tmp_path: Path) -> None:
 
 
 def test_rows_of_the_demo_model_that_no_k_quant_fits(demo_model: Path) -> None:
-    rows = quantise.narrow(gguf_file.read(demo_model))
-    assert rows[16] == ["ffn_down_exps"]
-    assert set(rows) == {16, 576} and {"ffn_gate_exps", "ffn_up_exps", "token_embd", "attn_q"} <= set(rows[576])
+    assert quantise.narrow(gguf_file.read(demo_model)) == {32: ["ffn_down_exps"], 576: ["attn_output"]}

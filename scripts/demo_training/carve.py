@@ -15,8 +15,8 @@ from scipy.optimize import linear_sum_assignment
 
 from . import parent
 
-SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 1024, 32, 16, 8
-SPREAD = 0.5
+SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 768, 24, 32, 6
+SPREAD = 0.75
 """Within-token standard deviation of the first router's logits.
 
 Probabilities should carry information (at 0 they are flat), but the parent needs every chosen expert at
@@ -67,10 +67,10 @@ def observe(p: dict[str, torch.Tensor], batches: list[torch.Tensor]) -> list[Act
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = p["token_embd.weight"][tokens]
         for i in range(parent.LAYERS):
-            x = x + parent.attention(p, i, parent.rms_norm(x, p[f"blk.{i}.attn_norm.weight"]), positions)
-            h = parent.rms_norm(x, p[f"blk.{i}.ffn_norm.weight"])
-            a = parent.dense_ffn(p, i, h)
-            down = p[f"blk.{i}.ffn_down.weight"]
+            w = parent.layer_weights(p, i)
+            x = x + parent.attention(w, parent.rms_norm(x, w["attn_norm"]), positions)
+            h = parent.rms_norm(x, w["ffn_norm"])
+            a, down = parent.dense_ffn(w, h), w["ffn_down"]
             c = a.abs() * down.norm(dim=0) / x.norm(dim=-1, keepdim=True)
             energy[i] += a.pow(2).flatten(0, 1).sum(0).cpu()
             h_all[i].append(h.flatten(0, 1).cpu())

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .child import MATRICES, Child, Layer, LowRank
+from .child import RANKS, Child, Layer, Matrix
 
 Arrays = dict[str, np.ndarray]
 
 
-def balance(delta: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+def balance(delta: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
     """(b, a) with the same product and r orthogonal, equally scaled directions."""
     q_b, r_b = torch.linalg.qr(delta.b.detach().double())
     q_a, r_a = torch.linalg.qr(delta.inner().detach().double().T)
@@ -44,13 +44,12 @@ def arrays(child: Child, order: np.ndarray) -> Arrays:
         "ffn_norm": np.stack([m.ffn_norm.weight().detach().numpy() for m in layers]),
         "output_norm": child.output_norm.weight().detach().cpu().numpy(),
     }
-    if layers[0].rank:
-        for side in MATRICES:
-            factors = [balance(getattr(m, f"d_{side}")) for m in layers]
-            for name, axis, which in (("b", 1, 0), ("a", 0, 1)):
-                pairs = [to_int8(f[which], axis) for f in factors]
-                out[f"{side}_{name}"] = np.stack([v for v, _ in pairs])
-                out[f"{side}_{name}_scale"] = np.stack([s for _, s in pairs])
+    for side in RANKS:
+        factors = [balance(m.matrices[side]) for m in layers]
+        for name, axis, which in (("b", 1, 0), ("a", 0, 1)):
+            pairs = [to_int8(f[which], axis) for f in factors]
+            out[f"{side}_{name}"] = np.stack([v for v, _ in pairs])
+            out[f"{side}_{name}_scale"] = np.stack([s for _, s in pairs])
     return out
 
 

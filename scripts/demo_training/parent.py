@@ -1,14 +1,12 @@
-"""The dense parent (SmolLM2-135M-Instruct) and its carved child as one small torch model.
+"""The dense parent (SmolLM2-135M-Instruct) in torch.
 
-Knows nothing about training or files other than the parent's GGUF. A `Model` with ``experts=None``
-is the dense parent; otherwise each FFN runs as `shared` always-on neurons plus `E` routed experts.
-Rotary pairs are adjacent (llama.cpp's NORM order), as the GGUF stores them.
+Knows nothing about training or files other than the parent's GGUF. Rotary pairs are adjacent
+(llama.cpp's NORM order), as the GGUF stores them.
 """
 
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -60,79 +58,62 @@ def chat(question: str) -> str:
     )
 
 
-@dataclass
-class Cache:
-    """Keys and values of every layer: (batch, KV_HEADS, positions, HEAD)."""
-
-    k: list[torch.Tensor]
-    v: list[torch.Tensor]
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, EPSILON)
+    return F.rms_norm(x.float(), (x.shape[-1],), weight, EPSILON)
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Rotary embedding on adjacent pairs; x: (batch, heads, positions, HEAD)."""
     freq = ROPE_BASE ** (-torch.arange(0, HEAD, 2, device=x.device, dtype=torch.float32) / HEAD)
-    angle = positions.to(torch.float32)[..., None] * freq
+    angle = positions.to(torch.float32)[:, None] * freq
     cos, sin = angle.cos(), angle.sin()
-    if positions.dim() == 2:
-        cos, sin = cos[:, None], sin[:, None]
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    a, b = x[..., 0::2].float(), x[..., 1::2].float()
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
-def attention(
-    p: dict[str, torch.Tensor],
-    i: int,
-    h: torch.Tensor,
-    positions: torch.Tensor,
-    cache: Cache | None = None,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Grouped-query attention of layer `i`; h: (batch, positions, D) after its norm."""
+Weights = dict[str, torch.Tensor]
+"""One layer's tensors by the last part of their names: attn_q, ffn_gate, ..."""
+
+
+def layer_weights(p: dict[str, torch.Tensor], i: int) -> Weights:
+    """Layer `i` of all tensors."""
+    names = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+    return {name: p[f"blk.{i}.{name}.weight"] for name in names}
+
+
+def queries(w: Weights, h: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(q, k, v) of h (batch, positions, width), each (batch, heads, positions, HEAD), q and k rotated."""
     b, t, _ = h.shape
-    q = F.linear(h, p[f"blk.{i}.attn_q.weight"]).view(b, t, HEADS, HEAD).transpose(1, 2)
-    k = F.linear(h, p[f"blk.{i}.attn_k.weight"]).view(b, t, KV_HEADS, HEAD).transpose(1, 2)
-    v = F.linear(h, p[f"blk.{i}.attn_v.weight"]).view(b, t, KV_HEADS, HEAD).transpose(1, 2)
-    q, k = rotate(q, positions), rotate(k, positions)
-    if cache is not None:
-        if i < len(cache.k):
-            k, v = torch.cat((cache.k[i], k), 2), torch.cat((cache.v[i], v), 2)
-            cache.k[i], cache.v[i] = k, v
-        else:
-            cache.k.append(k)
-            cache.v.append(v)
-    out = F.scaled_dot_product_attention(
-        q,
-        k.repeat_interleave(HEADS // KV_HEADS, 1),
-        v.repeat_interleave(HEADS // KV_HEADS, 1),
-        attn_mask=mask,
-        is_causal=mask is None and t > 1,
-    )
-    return F.linear(out.transpose(1, 2).reshape(b, t, D), p[f"blk.{i}.attn_output.weight"])
+    q = F.linear(h, w["attn_q"]).view(b, t, HEADS, HEAD).transpose(1, 2)
+    k = F.linear(h, w["attn_k"]).view(b, t, KV_HEADS, HEAD).transpose(1, 2)
+    v = F.linear(h, w["attn_v"]).view(b, t, KV_HEADS, HEAD).transpose(1, 2)
+    return rotate(q, positions), rotate(k, positions), v
 
 
-def dense_ffn(p: dict[str, torch.Tensor], i: int, h: torch.Tensor) -> torch.Tensor:
+def attention(w: Weights, h: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Causal grouped-query attention; h: (batch, positions, width) after its norm."""
+    b, t, _ = h.shape
+    q, k, v = queries(w, h, positions)
+    group = HEADS // KV_HEADS
+    out = F.scaled_dot_product_attention(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=True)
+    return F.linear(out.transpose(1, 2).reshape(b, t, HEADS * HEAD), w["attn_output"])
+
+
+def dense_ffn(w: Weights, h: torch.Tensor) -> torch.Tensor:
     """The parent's FFN: activations `silu(gate) * up`, shape (..., FFN), before the down projection."""
-    gate = F.linear(h, p[f"blk.{i}.ffn_gate.weight"])
-    return F.silu(gate) * F.linear(h, p[f"blk.{i}.ffn_up.weight"])
+    return F.silu(F.linear(h, w["ffn_gate"])) * F.linear(h, w["ffn_up"])
 
 
-def parent_hidden(
-    p: dict[str, torch.Tensor],
-    tokens: torch.Tensor,
-    positions: torch.Tensor | None = None,
-    cache: Cache | None = None,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+def block(w: Weights, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One layer of the dense parent on the residual x (batch, positions, D)."""
+    x = x + attention(w, rms_norm(x, w["attn_norm"]), positions)
+    return x + F.linear(dense_ffn(w, rms_norm(x, w["ffn_norm"])), w["ffn_down"])
+
+
+def parent_hidden(p: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     """Final normed hidden states (batch, positions, D) of the dense parent."""
-    if positions is None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-    x = p["token_embd.weight"][tokens]
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    x = F.embedding(tokens, p["token_embd.weight"]).float()
     for i in range(LAYERS):
-        x = x + attention(p, i, rms_norm(x, p[f"blk.{i}.attn_norm.weight"]), positions, cache, mask)
-        a = dense_ffn(p, i, rms_norm(x, p[f"blk.{i}.ffn_norm.weight"]))
-        x = x + F.linear(a, p[f"blk.{i}.ffn_down.weight"])
+        x = block(layer_weights(p, i), x, positions)
     return rms_norm(x, p["output_norm.weight"])

@@ -1,15 +1,12 @@
-"""The parent's output: sampled chats, and its top-k next-token distribution on any text.
+"""What is learned from: text of packages, and text that the parent writes itself.
 
-The distillation target of a position is the parent's `TOP` largest log-probabilities; the mass
-outside is one more bucket. Chats are sampled once and kept in shards; text is read afresh at every
-step, because a recorded 130k tokens were learned by heart within two epochs (the loss on them went
-on falling, held-out perplexity did not). Knows nothing about the child.
+The parent's own text covers what it knows far more widely than a few books do; it is sampled once and kept. Of
+each sequence the parent's distribution is computed anew when it is read (`distill`). Knows nothing about the child.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,143 +17,159 @@ from tokenizers import Tokenizer
 from . import parent
 from .questions import training_questions
 
-TOP = 64
-END = 2  # <|im_end|>
+TEXT_END, END = 0, 2  # <|endoftext|>, <|im_end|>
+CANDIDATES = 256
+"""Likeliest tokens that are drawn from."""
+KINDS = ("question", "magpie", "continue", "free")
+"""What a sequence begins with: a question of ours; the beginning of a user's turn, so that the parent asks, too; 32
+tokens of training text; nothing. In turn."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Sequences of one length with the parent's distribution after each token.
-
-    tokens (n, t) uint16; ids (n, t, TOP) uint16; logp (n, t, TOP) float16, natural logarithm.
-    """
-
-    tokens: np.ndarray
-    ids: np.ndarray
-    logp: np.ndarray
-
-    def save(self, path: Path) -> None:
-        part = path.with_suffix(".part.npz")
-        np.savez(part, tokens=self.tokens, ids=self.ids, logp=self.logp)
-        part.rename(path)
-
-    @staticmethod
-    def load(path: Path) -> Shard:
-        with np.load(path) as z:
-            return Shard(z["tokens"], z["ids"], z["logp"])
-
-
-def top_logp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest log-probabilities and their ids along the last axis."""
-    value, ids = logits.topk(TOP, -1)
-    return value - logits.logsumexp(-1, keepdim=True), ids
-
-
-def targets(p: dict[str, torch.Tensor], tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parent's (ids, logp), each (t, TOP), after each of the tokens (t,)."""
-    with torch.no_grad():
-        logp, ids = top_logp(F.linear(parent.parent_hidden(p, tokens[None])[0], p["token_embd.weight"]))
-    return ids, logp
+def openings(tok: Tokenizer) -> tuple[list[list[int]], list[int], list[int]]:
+    """(token ids of chats that end before an answer, one that ends before a question; what follows a question; an answer)."""
+    head, _, rest = parent.chat("\f").partition("\f")
+    asked = [tok.encode(parent.chat(q)).ids for q in training_questions(0)]
+    return [*asked, tok.encode(head).ids], tok.encode(rest.removeprefix("<|im_end|>")).ids, tok.encode("\n<|im_start|>user\n").ids
 
 
 def _step(p: dict[str, torch.Tensor], tokens: torch.Tensor, at: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Logits after `tokens` (batch,) at position `at`; k, v: (LAYERS, batch, KV_HEADS, room, HEAD)."""
     b = tokens.shape[0]
     position = torch.tensor([at], device=tokens.device)
-    x = p["token_embd.weight"][tokens]
+    x = F.embedding(tokens, p["token_embd.weight"])[:, None].float()
     for i in range(parent.LAYERS):
-        h = parent.rms_norm(x, p[f"blk.{i}.attn_norm.weight"])
-        q = F.linear(h, p[f"blk.{i}.attn_q.weight"]).view(b, parent.HEADS, 1, parent.HEAD)
-        new_k = F.linear(h, p[f"blk.{i}.attn_k.weight"]).view(b, parent.KV_HEADS, 1, parent.HEAD)
-        k[i, :, :, at] = parent.rotate(new_k, position)[:, :, 0]
-        v[i, :, :, at] = F.linear(h, p[f"blk.{i}.attn_v.weight"]).view(b, parent.KV_HEADS, parent.HEAD)
-        q = parent.rotate(q, position).view(b, parent.KV_HEADS, parent.HEADS // parent.KV_HEADS, parent.HEAD)
-        score = (q @ k[i, :, :, : at + 1].transpose(-1, -2)) * parent.HEAD**-0.5
-        out = score.softmax(-1) @ v[i, :, :, : at + 1]
-        x = x + F.linear(out.reshape(b, parent.D), p[f"blk.{i}.attn_output.weight"])
-        a = parent.dense_ffn(p, i, parent.rms_norm(x, p[f"blk.{i}.ffn_norm.weight"]))
-        x = x + F.linear(a, p[f"blk.{i}.ffn_down.weight"])
-    return F.linear(parent.rms_norm(x, p["output_norm.weight"]), p["token_embd.weight"])
+        w = parent.layer_weights(p, i)
+        q, new_k, new_v = parent.queries(w, parent.rms_norm(x, w["attn_norm"]), position)
+        k[i, :, :, at], v[i, :, :, at] = new_k[:, :, 0], new_v[:, :, 0]
+        q = q.reshape(b, parent.KV_HEADS, parent.HEADS // parent.KV_HEADS, parent.HEAD)
+        score = (q.to(k.dtype) @ k[i, :, :, : at + 1].transpose(-1, -2)) * parent.HEAD**-0.5
+        out = score.softmax(-1).to(v.dtype) @ v[i, :, :, : at + 1]
+        x = x + F.linear(out.reshape(b, 1, parent.D), w["attn_output"])
+        x = x + F.linear(parent.dense_ffn(w, parent.rms_norm(x, w["ffn_norm"])), w["ffn_down"])
+    return F.linear(parent.rms_norm(x[:, 0], p["output_norm.weight"]), p["token_embd.weight"])
 
 
-def sample_chats(p: dict[str, torch.Tensor], tok: Tokenizer, questions: list[str], length: int, seed: int) -> Shard:
-    """One conversation of `length` tokens per two questions; the parent writes the answers.
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def sample(
+    p: dict[str, torch.Tensor],
+    beginnings: list[list[int]],
+    before_answer: list[int],
+    before_question: list[int],
+    chat: np.ndarray,
+    length: int,
+    seed: int,
+) -> np.ndarray:
+    """(n, length) uint16: each beginning, continued by the parent, half at temperature 0.7 and half at 1.
 
-    All conversations advance together from position 0: while a question is not over its tokens are
-    forced. When an answer ends, the second question follows; half are sampled at temperature 0.6, half at 1.
+    chat (n,) int: -1 where no chat is written, else whose turn the beginning leaves it at, 0 the user's, 1 the answer. All
+    advance together; where a turn ends the next one's header is forced.
     """
     device = p["token_embd.weight"].device
-    n = len(questions) // 2
-    first = [tok.encode(parent.chat(q)).ids for q in questions[:n]]
-    second = [tok.encode(f"\n<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n").ids for q in questions[n : 2 * n]]
-    forced = [list(s) for s in first]
+    n = len(beginnings)
     generator = torch.Generator(device=device).manual_seed(seed)
-    temperature = torch.where(torch.arange(n, device=device) % 2 == 0, 0.6, 1.0)[:, None]
-    k = torch.zeros(parent.LAYERS, n, parent.KV_HEADS, length, parent.HEAD, device=device)
+    temperature = torch.where(torch.arange(n, device=device) % 8 < 4, 0.7, 1.0)[:, None]
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    k = torch.zeros(parent.LAYERS, n, parent.KV_HEADS, length, parent.HEAD, device=device, dtype=kind)
     v = torch.zeros_like(k)
-    tokens = np.zeros((n, length), np.uint16)
-    all_ids = np.zeros((n, length, TOP), np.uint16)
-    all_logp = np.zeros((n, length, TOP), np.float16)
-    tokens[:, 0] = [f.pop(0) for f in forced]
-    for at in range(length):
-        logits = _step(p, torch.from_numpy(tokens[:, at].astype(np.int64)).to(device), at, k, v)
-        logp, ids = top_logp(logits)
-        all_ids[:, at], all_logp[:, at] = ids.cpu().numpy(), logp.cpu().numpy()
-        if at + 1 == length:
-            break
-        pick = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)
-        chosen = ids.gather(1, pick)[:, 0].tolist()
-        for j in range(n):
-            if forced[j]:
-                chosen[j] = forced[j].pop(0)
-            elif chosen[j] == END:
-                forced[j] = list(second[j])
-        tokens[:, at + 1] = chosen
-    return Shard(tokens, all_ids, all_logp)
+    forced = np.full((n, length + 64), -1, np.int64)
+    for row, tokens in zip(forced, beginnings, strict=True):
+        row[: min(len(tokens), length)] = tokens[:length]
+    turn, after = chat.copy(), (before_answer, before_question)
+    out = np.zeros((n, length), np.int64)
+    out[:, 0] = forced[:, 0]
+    current = torch.from_numpy(out[:, 0]).to(device)
+    for at in range(length - 1):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = _step(p, current, at, k, v)
+        value, ids = logits.float().topk(CANDIDATES, -1)
+        pick = torch.multinomial((value / temperature).softmax(-1), 1, generator=generator)
+        drawn = ids.gather(1, pick)[:, 0].cpu().numpy()
+        free = forced[:, at + 1] < 0
+        out[:, at + 1] = np.where(free, drawn, forced[:, at + 1])
+        for j in np.flatnonzero(free & (drawn == END) & (turn >= 0)):
+            header = after[turn[j]]
+            forced[j, at + 2 : at + 2 + len(header)] = header
+            turn[j] = 1 - turn[j]
+        current = torch.from_numpy(out[:, at + 1]).to(device)
+    return out.astype(np.uint16)
 
 
-def make_chats(p: dict[str, torch.Tensor], tok: Tokenizer, folder: Path, shards: int, batch: int, length: int) -> None:
-    """Write `folder/chat-*.npz`, one at a time; those already there are kept."""
+def write_text(
+    p: dict[str, torch.Tensor],
+    chats: tuple[list[list[int]], list[int], list[int]],
+    text: np.ndarray,
+    n: int,
+    length: int,
+    seed: int,
+) -> np.ndarray:
+    """(n, length) uint16 of the parent's own text, `KINDS` in turn; chats from `openings`, text (N,) tokens of training text."""
+    asked, before_answer, before_question = chats
+    rng = np.random.default_rng((seed, 7))
+    beginnings, chat = [], np.full(n, -1)
+    for j in range(n):
+        kind = KINDS[j % len(KINDS)]
+        if kind == "question":
+            beginnings.append(asked[int(rng.integers(len(asked) - 1))])
+            chat[j] = 1
+        elif kind == "magpie":
+            beginnings.append(asked[-1])
+            chat[j] = 0
+        elif kind == "continue":
+            at = int(rng.integers(len(text) - 32))
+            beginnings.append([int(t) for t in text[at : at + 32]])
+        else:
+            beginnings.append([TEXT_END])
+    written: np.ndarray = sample(p, beginnings, before_answer, before_question, chat, length, seed)
+    return written
+
+
+def make_text(
+    p: dict[str, torch.Tensor], tok: Tokenizer, text: np.ndarray, folder: Path, shards: int, n: int, length: int
+) -> None:
+    """Write `folder/own-*.npy`, one at a time; those already there are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    questions = training_questions(0)
+    chats = openings(tok)
+    half = {name: t.bfloat16() if t.dim() == 2 and t.is_cuda else t for name, t in p.items()}
     for s in range(shards):
-        path = folder / f"chat-{s:02d}.npz"
+        path = folder / f"own-{s:02d}.npy"
         if path.exists():
             continue
         start = time.time()
-        asked = [questions[(s * 2 * batch + j) % len(questions)] for j in range(2 * batch)]
-        sample_chats(p, tok, asked, length, seed=s).save(path)
-        print(f"{path.name}: {batch * length / (time.time() - start):.0f} tok/s", flush=True)
+        part = path.with_suffix(".part.npy")
+        np.save(part, write_text(half, chats, text, n, length, s))
+        part.rename(path)
+        print(f"{path.name}: {n * length / (time.time() - start):.0f} tok/s", flush=True)
 
 
 SHARES = {
-    "austen": 0.22,
-    "web": 0.1,
+    "austen": 0.2,
+    "web": 0.08,
     "play": 0.06,
     "devil": 0.05,
     "foldoc": 0.2,
-    "glosses": 0.05,
+    "glosses": 0.06,
     "handbook": 0.14,
     "jargon": 0.12,
-    "perl": 0.06,
+    "perl": 0.09,
 }
 """Of the package text that is read, by the beginning of a file's name."""
 
 
-class Reading:
-    """Random windows of the training text; the n-th is the same at every run."""
+def tokens_of(tok: Tokenizer, text: Path, path: Path) -> dict[str, np.ndarray]:
+    """uint16 tokens of each source of the training text, kept in `path` (npz)."""
+    if not path.exists():
+        files = {s: "\n\n".join(f.read_text("utf-8") for f in sorted(text.glob(f"{s}*.txt"))) for s in SHARES}
+        lines = {s: tok.encode_batch(words.splitlines(keepends=True)) for s, words in files.items()}
+        tokens = {s: np.concatenate([np.array(line.ids, np.uint16) for line in found]) for s, found in lines.items()}
+        np.savez_compressed(path, **tokens)  # type: ignore[arg-type]
+    with np.load(path) as z:
+        return dict(z)
 
-    def __init__(self, tok: Tokenizer, text: Path, length: int) -> None:
-        self.tok, self.length = tok, length
-        self.sources = {s: "\n\n".join(f.read_text("utf-8") for f in sorted(text.glob(f"{s}*.txt"))) for s in SHARES}
 
-    def __getitem__(self, n: int) -> np.ndarray:
-        """Window n: (length,) int64, from the beginning of a line."""
-        rng = np.random.default_rng((1000, n))
-        while True:
-            source = self.sources[str(rng.choice(list(SHARES), p=list(SHARES.values())))]
-            at = int(rng.integers(0, max(1, len(source) - 8 * self.length)))
-            at = source.find("\n", at) + 1
-            ids = self.tok.encode(source[at : at + 8 * self.length]).ids[: self.length]
-            if len(ids) == self.length:
-                return np.array(ids, np.int64)
+def windows(text: dict[str, np.ndarray], n: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """(n, length) random windows of the training text, sources by their `SHARES`."""
+    out = np.zeros((n, length), np.uint16)
+    for row, source in zip(out, rng.choice(list(SHARES), n, p=list(SHARES.values())), strict=True):
+        at = int(rng.integers(len(text[source]) - length))
+        row[:] = text[source][at : at + length]
+    return out
