@@ -299,7 +299,8 @@ def test_an_interrupted_run_is_resumed_and_workers_find_the_same(
         return answer(self, *arguments)
 
     monkeypatch.setattr(Respondent, "answer", interrupted)
-    assert run(*settings, "-o", "json").exit_code == 130
+    stopped = run(*settings, "-o", "json")
+    assert stopped.exit_code == 130 and "run the same command to resume" in stopped.stderr, stopped.output
     asked.clear()
     monkeypatch.setattr(Respondent, "answer", lambda self, *a: (asked.append(a), answer(self, *a))[1])
     resumed = run(*settings, "-o", "jsonl")

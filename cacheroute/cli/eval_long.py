@@ -73,7 +73,7 @@ def long(
         total, missing = len(requests), session.missing(requests)
         if missing < total:
             say(f"{total - missing} of {total} texts are in the cache")
-        with progress.bar("writing", max(missing, 1)) as advance:
+        with progress.bar("writing", max(missing, 1)) as advance, progress.resumable():
             session.after = lambda text: advance(1, f"{progress.label(text.routing)} {text.budget} experts")
             session.write(requests)
         texts = [session.write(group) for group in groups]

@@ -111,7 +111,10 @@ def task(
     loaded = harness.load_tasks(names, tasks, data=data, shots=shots, limit=limit, seed=seed)
     settings = [answers.Setting(strategies.parse(a.routing), a.budget_experts, a.eviction) for a in arms]
     runs = []
-    with answers.session(path, ctx_size, settings, threads=threads, n_workers=workers, io=io) as session:
+    with (
+        answers.session(path, ctx_size, settings, threads=threads, n_workers=workers, io=io) as session,
+        progress.resumable(),
+    ):
         for setting in settings:
             asked = _Asked(session, setting, first=setting is settings[0])
             runs.append(_Run(harness.evaluate(loaded, asked), asked.answers))

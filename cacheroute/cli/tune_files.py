@@ -204,7 +204,7 @@ def _search(
         report=report,
     )
     _say_left(chooser.files(), nbytes)
-    with progress.bar("tuning", 1.0) as advance:  # of the whole, which is known when the text is
+    with progress.bar("tuning", 1.0) as advance, progress.resumable():  # of the whole, which is known when the text is
         chooser.prepare(begin)
         fit, held_out = tuning.split(len(chooser.chunks), goal.seed)
         return chooser, trials, chooser.run(fit, held_out)
