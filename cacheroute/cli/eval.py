@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from cacheroute.cli import groups, options, progress, table
+from cacheroute.cli import groups, habits, options, progress, table
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.evals import paired
@@ -229,11 +229,12 @@ def _interval(value: float, low: float | None, high: float | None, digits: int) 
 
 
 class AnyTask(typer.core.TyperGroup):
-    """Makes `eval NAME` mean `eval task NAME` if NAME is not a command."""
+    """Makes `eval NAME` mean `eval task NAME` if NAME is no command and not the beginning of one."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
-            args = ["task", *args]
+            whole = "" if ctx.resilient_parsing else habits.beginning(args[0], list(self.commands))
+            args = [whole, *args[1:]] if whole else ["task", *args]
         return super().resolve_command(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
