@@ -56,7 +56,7 @@ def test_the_grammar_knows_tuned_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"format": "another"}, "is not a cacheroute-routing-profile file"),
+        ({"format": "another"}, "not a tuned routing; `cacheroute tune` writes one"),
         ({"version": 2}, "is of version 2; this cacheroute reads version 1"),
         ({"parameters": [{"lambda": 0.1}]}, "parameters for 1 of 2 layers"),
         ({"parameters": [{"lambda": 0.1}, {"lambda": 3}]}, "layer 1: cache-prior: lambda is at least 0 and at most 1, not 3.0"),
@@ -78,7 +78,7 @@ def test_a_missing_or_damaged_tuned_file_is_one_sentence(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="nowhere cannot be read"):
         strategies.parse(f"tuned:{tmp_path}/nowhere")
     (tmp_path / "x").write_text("{")
-    with pytest.raises(UsageError, match="is not a cacheroute-routing-profile file"):
+    with pytest.raises(UsageError, match="not a tuned routing; `cacheroute tune` writes one"):
         strategies.parse(f"tuned:{tmp_path}/x")
 
 

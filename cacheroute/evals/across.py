@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import UsageError
 from cacheroute.evals import frontier, rows
 from cacheroute.evals.frontier import FrontierRow
 from cacheroute.evals.loading import Source
@@ -146,7 +145,7 @@ def finished(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str, str, 
             found.append(row)
         return {row.place: row for row in found}
     except (KeyError, TypeError, ValueError) as e:
-        raise UsageError(f"The results file has a line that is no row of frontier ({e}); choose another or remove it.") from None
+        raise frontier.no_row(e) from None
 
 
 def run(

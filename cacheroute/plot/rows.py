@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import UsageError
+from cacheroute.files import named
 
 _MIB_FIELDS = {"missed": "missed_mib_per_token", "read": "read_mib_per_token"}
 _OPTIONAL = ("delta_nll", "delta_nll_low", "delta_nll_high", "ppl", "ppl_se", "lost_mass", "ts")
@@ -64,12 +65,14 @@ def of(path: Path, content: Sequence[dict[str, Any]]) -> list[Row]:
     if not found:
         if any(str(raw.get("format")).startswith("cacheroute-frontier") for raw in content):
             raise UsageError(f"{path} has no row yet; the same `cacheroute frontier` goes on from there.")
-        raise UsageError(f"{path} does not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them.")
+        what = named(content[0].get("format")) if content else ""
+        of = f"{path} is {what}, and does" if what else f"{path} does"
+        raise UsageError(f"{of} not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them.")
     return found
 
 
 def _strange(path: Path, e: Exception) -> UsageError:
-    return UsageError(f"{path} does not hold rows of bench, simulate or eval ({e}).")
+    return UsageError(f"{path} does not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them ({e}).")
 
 
 def _raw_rows(text: str) -> list[dict[str, Any]]:
