@@ -49,6 +49,17 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def size(nbytes: float) -> str:
+    """In the unit that shows it: 3.9 GiB, 512 MiB, 18.2 MiB, 1.0 KiB or 7 bytes."""
+    if nbytes >= GIB:
+        return f"{nbytes / GIB:.1f} GiB"
+    for name, unit in (("MiB", MIB), ("KiB", 1024)):
+        if nbytes >= unit:
+            value = nbytes / unit
+            return f"{value:.1f} {name}" if value < 100 else f"{value:.0f} {name}"
+    return f"{nbytes:.0f} bytes"
+
+
 def is_text(text: str) -> bool:
     """Whether it has no bytes that were no UTF-8 (Python keeps those of arguments and file names as surrogates)."""
     return not any("\ud800" <= c <= "\udfff" for c in text)

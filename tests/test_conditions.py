@@ -106,7 +106,7 @@ def test_pages_of_another_process_are_a_reason(changed: dict[str, int]) -> None:
 
 def test_misses_that_no_device_has_answered_are_a_reason() -> None:
     (said,) = reasons(run(device_bytes=MIB))
-    assert said.startswith("the device delivered 1.0 of 8.0 MiB: ")
+    assert said.startswith("the device delivered 1.0 MiB of 8.0 MiB: ")
     assert reasons(run(device_bytes=None)) == () and reasons(run(device_bytes=0, counters=Counters())) == ()
 
 

@@ -63,7 +63,7 @@ def test_other_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aft
 def test_memory_and_scheduling(tmp_path: Path) -> None:
     info = "MemTotal: {} kB\nMemAvailable: {} kB\n"
     root = machine_of(tmp_path, proc__meminfo=info.format(8 << 20, 6 << 20))
-    assert checkup._memory(root) == Check("memory", "ok", "6.0 GiB free of 8.0")
+    assert checkup._memory(root) == Check("memory", "ok", "6.0 GiB free of 8.0 GiB")
     root = machine_of(tmp_path, proc__meminfo=info.format(8 << 20, 1 << 18))
     assert checkup._memory(root).state == "warn"
     assert checkup._scheduling(tmp_path).state == "warn"

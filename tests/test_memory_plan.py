@@ -112,5 +112,5 @@ def test_under_a_limit_of_address_space_a_model_is_loaded_whole_or_refused(tiny:
     monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [GIB + 16 * MIB])
     assert memory_plan.of(header, layout, n_ctx=64).capacity == layout.n_expert
     monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [GIB])
-    with pytest.raises(UsageError, match=r"of address space, used or not, and `ulimit -v` leaves 0 MiB: raise it"):
+    with pytest.raises(UsageError, match=r"of address space, used or not, and `ulimit -v` leaves 0 bytes: raise it"):
         open_model(tiny)

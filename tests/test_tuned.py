@@ -132,7 +132,7 @@ def test_layers_may_share_a_budget_unevenly(alone: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "experts, budget, sentence",
     [
-        ((5, 11), 7, "MiB of experts in memory, and the budget has"),
+        ((5, 11), 7, "B of experts in memory, and the budget has"),
         ((3, 11), 8, "a layer holds 4 to 32 experts, not 3"),
         ((4, 33), "all", "a layer holds 4 to 32 experts, not 33"),
         ((4.5, 8), 8, "layer 0: experts is a whole number, not 4.5"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cacheroute.bench.conditions import read_ahead_kib, read_ahead_setting
 from cacheroute.bench.runs import Run
-from cacheroute.files import MIB
+from cacheroute.files import size
 
 _SHARE = 0.1  # of the threads' time, from which on something else counts
 _READ_AHEAD_KIB = 512  # Linux has 128; with several MiB a mapping larger than memory fetches itself many times over
@@ -60,11 +60,11 @@ def _unread(runs: Sequence[Run]) -> Iterator[str]:
     """Experts that others keep in memory, and misses that no device has answered."""
     held = max((max(run.foreign_bytes or 0, (run.resident_bytes or 0) - run.counted_bytes) for run in runs), default=0)
     if held > 0:
-        yield f"{held / MIB:.1f} MiB of experts stayed in memory, as another process maps the file"
+        yield f"{size(held)} of experts stayed in memory, as another process maps the file"
     asked = sum(run.counters.read_bytes for run in runs)
     delivered = [run.device_bytes for run in runs if run.device_bytes is not None]
     if delivered and len(delivered) == len(runs) and sum(delivered) < asked / 2:
         yield (
-            f"the device delivered {sum(delivered) / MIB:.1f} of {asked / MIB:.1f} MiB: "
+            f"the device delivered {size(sum(delivered))} of {size(asked)}: "
             "the rest was in a cache, or this system does not count"
         )

@@ -14,7 +14,7 @@ from cacheroute.cli import options, progress, table
 from cacheroute.cli.eval import brief_kl, same_top, whole_kl
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import GIB, MIB
+from cacheroute.files import MIB
 
 if TYPE_CHECKING:
     from cacheroute.evals.across import FilesRow
@@ -258,8 +258,3 @@ def _speed(r: FilesRow) -> str:
 
 def _ts(value: float | None) -> str:
     return "?" if value is None else f"{value:.1f}"
-
-
-def size(nbytes: int) -> str:
-    """As in "6.0 GiB" and "18.2 MiB"."""
-    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.1f} MiB"

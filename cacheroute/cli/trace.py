@@ -11,7 +11,7 @@ import typer
 from cacheroute.cli import options, progress
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB, check_distinct, check_new
+from cacheroute.files import MIB, check_distinct, check_new, size
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import task_profile, trace_file
 
@@ -97,7 +97,7 @@ def trace(
         stats = llm.stats().decode
     done = trace_file.read(output)
     say(
-        f"{output}: {len(done.records)} records, {output.stat().st_size / MIB:.1f} MiB | {stats.tokens} tokens decoded | "
+        f"{output}: {len(done.records)} records, {size(output.stat().st_size)} | {stats.tokens} tokens decoded | "
         f"miss {100 * stats.miss_rate:.1f}% | swapped {stats.swapped}/{stats.examined}",
     )
     if save_profile:

@@ -19,7 +19,7 @@ from cacheroute.evals.frontier import FrontierRow
 from cacheroute.evals.loading import Source
 from cacheroute.evals.rows import Arm
 from cacheroute.evals.scorer import Scorer
-from cacheroute.files import MIB
+from cacheroute.files import MIB, size
 from cacheroute.model.copies import Copy
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import strategies, tuned
@@ -103,8 +103,8 @@ def arms(
         nbytes = budgets.in_bytes(text, copies[0].layout)
         capacity = budgets.of_bytes(nbytes, copy.layout)
         if capacity is None:
-            least = copy.layout.n_used * copy.layout.resident_bytes / MIB
-            left.append(f"{copy.name} needs {least:.1f} MiB for the experts of one token, so it is not at {text}")
+            least = copy.layout.n_used * copy.layout.resident_bytes
+            left.append(f"{copy.name} needs {size(least)} for the experts of one token, so it is not at {text}")
             continue
         whole = capacity == copy.layout.n_expert
         if whole:

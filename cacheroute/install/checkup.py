@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cacheroute import files
 from cacheroute.errors import CacherouteError
-from cacheroute.files import GIB
+from cacheroute.files import GIB, size
 from cacheroute.install import android, engine_build, engine_source, machine, patched_llama_cpp, processor, versions
 from cacheroute.install.check import Check
 
@@ -144,10 +144,10 @@ def _memory(root: Path) -> Check:
         total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
         unlimited = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError, IndexError):
-        return Check("memory", "ok", f"{free / GIB:.1f} GiB free")
-    found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
+        return Check("memory", "ok", f"{size(free)} free")
+    found = f"{size(free)} free of {size(total)}"
     if free < 0.9 * unlimited:
-        found += f"; a control group or ulimit leaves that, the machine has {unlimited / GIB:.1f}"
+        found += f"; a control group or ulimit leaves that, the machine has {size(unlimited)}"
     small = free < GIB
     return Check("memory", "warn" if small else "ok", found, "free some: little fits into that" if small else "")
 
@@ -163,7 +163,7 @@ def _cache() -> Check:
     free = shutil.disk_usage(at).free
     few = free < 2 * GIB
     advice = "building the engine needs 2 GiB; free some, or set CACHEROUTE_CACHE" if few else ""
-    return Check("cache", "warn" if few else "ok", f"{folder}, {free / GIB:.1f} GiB free on its disk", advice)
+    return Check("cache", "warn" if few else "ok", f"{folder}, {size(free)} free on its disk", advice)
 
 
 def _extras(find: Callable[[str], object] = importlib.util.find_spec) -> Check:
