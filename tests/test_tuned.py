@@ -44,6 +44,12 @@ def test_a_tuned_routing_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert tuned.load(path).model == ""
 
 
+def test_a_table_has_a_short_name() -> None:
+    for file, name in ((tuned.DEMO, "tuned"), ("/a/0123456789abcdef-16.json", "tuned"), ("/a/b/mine.json", "tuned:mine")):
+        assert tuned.short(f"tuned:{file}") == name
+    assert tuned.short("tuned") == "tuned" and tuned.short("max-rank:m=4") == "max-rank:m=4"
+
+
 def test_the_grammar_knows_tuned_files(tmp_path: Path) -> None:
     tuned.save(TINY, tmp_path / "p.json")
     parsed = strategies.parse_list(f"original,tuned:{tmp_path}/p.json")[1]

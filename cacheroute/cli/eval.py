@@ -15,6 +15,7 @@ from cacheroute.errors import UsageError
 from cacheroute.evals import paired
 from cacheroute.evals import rows as rows_of
 from cacheroute.evals.rows import Arm, PerplexityRow, perplexity_row
+from cacheroute.routing import tuned
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
             yield f"Nothing missed less than original at {budget}"
             continue
         missed = f"misses {best.missed_mib_per_token:.2f} of {base.missed_mib_per_token:.2f} MiB a token"
-        yield f"Fewest misses at {budget}: {rows_of.short(best.routing)} (lossy), {missed}, for {_change(best)} % of perplexity"
+        yield f"Fewest misses at {budget}: {tuned.short(best.routing)} (lossy), {missed}, for {_change(best)} % of perplexity"
         kl, p99 = brief_kl(best.kl, best.kl_low, best.kl_high), table.number(best.kl_p99, 1000, digits=0)
         yield f"  Mean KLD {kl} and 99.0% KLD {p99} millinats, Same top p {same_top(best.top1, best.top1_se)} %"
 
@@ -209,7 +210,7 @@ def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
         cells.append(
             [
                 f"{r.budget} ({r.budget_experts})",
-                r.routing,
+                tuned.short(r.routing),
                 r.eviction,
                 f"{r.ppl:.3f} ± {r.ppl_se:.3f}",
                 "" if r.routing == "original" else _interval(r.delta_nll, r.delta_nll_low, r.delta_nll_high, 4),

@@ -15,6 +15,7 @@ from cacheroute.cli.eval import brief_kl, same_top, whole_kl
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB
+from cacheroute.routing import tuned
 
 if TYPE_CHECKING:
     from cacheroute.evals.across import FilesRow
@@ -211,7 +212,7 @@ def view(rows: Sequence[FilesRow]) -> table.View:
             change = f"{r.ppl_increase:+.2f} [{table.signed(r.ppl_increase_low)}, {table.signed(r.ppl_increase_high)}]"
             whole.append(
                 [
-                    *(r.budget, f"{r.memory_mib:.1f}", r.file, "all in memory" if r.whole else r.routing),
+                    *(r.budget, f"{r.memory_mib:.1f}", r.file, "all in memory" if r.whole else tuned.short(r.routing)),
                     *("" if r.whole else r.eviction, str(r.budget_experts), whole_kl(r.kl, r.kl_low, r.kl_high)),
                     *(table.number(r.kl_p99, 1000, digits=1), same_top(r.top1, r.top1_se), f"{r.ppl:.3f}", change),
                     *(f"{100 * r.miss_rate:.1f}%", f"{r.missed_mib_per_token:.2f}", _ts(r.predicted_ts), _ts(r.ts)),

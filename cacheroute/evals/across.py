@@ -80,8 +80,7 @@ class FilesRow(FrontierRow):
     @property
     def label(self) -> str:
         """What runs, without the eviction and without the path of a tuned routing."""
-        short = tuned.NAME if self.routing.startswith(f"{tuned.NAME}:") else self.routing
-        return f"{self.file}, all in memory" if self.whole else f"{self.file} {short}"
+        return f"{self.file}, all in memory" if self.whole else f"{self.file} {tuned.short(self.routing)}"
 
 
 def routing_digest(routing: Routing) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cacheroute.errors import UsageError
 from cacheroute.files import named
+from cacheroute.plot import words
 
 _MIB_FIELDS = {"missed": "missed_mib_per_token", "read": "read_mib_per_token"}
 _OPTIONAL = ("delta_nll", "delta_nll_low", "delta_nll_high", "ppl", "ppl_se", "lost_mass", "ts")
@@ -92,7 +93,7 @@ def _row(raw: dict[str, Any]) -> Row | None:
     values = {field: float(raw[field]) for field in _OPTIONAL if raw.get(field) is not None}
     return Row(
         model=str(raw.get("model", "")),
-        routing=str(raw["routing"]),
+        routing=words.short(str(raw["routing"])),
         eviction=str(raw.get("eviction", "")),
         budget=str(raw.get("budget", "")),
         budget_experts=int(raw.get("budget_experts", 0)),
