@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cacheroute.bench.conditions import read_ahead_kib, read_ahead_setting
 from cacheroute.bench.runs import Run
+from cacheroute.engine import stores
 from cacheroute.files import size
 
 _SHARE = 0.1  # of the threads' time, from which on something else counts
@@ -15,9 +16,11 @@ _READ_AHEAD_KIB = 512  # Linux has 128; with several MiB a mapping larger than m
 _TICKS_PER_CORE = 0.02  # seconds by which the kernel's count of a run may be wrong on each core
 
 
-def of(runs: Sequence[Run], n_threads: int, n_cores: int, *, hooked: bool) -> tuple[str, ...]:
-    """The reasons, each part of a sentence; none for a row that can be trusted. `hooked`: cacheroute has counted the reads."""
-    return (*_busy(runs, n_threads, n_cores), *_slowed(runs), *(_unread(runs) if hooked else ()))
+def of(runs: Sequence[Run], n_threads: int, n_cores: int, *, io: str, hooked: bool) -> tuple[str, ...]:
+    """The reasons, each part of a sentence; none for a row that can be trusted. `hooked`: cacheroute has counted the reads, by
+    `io`."""
+    kept = (stores.NOT_DROPPED,) if hooked and io == stores.BUFFERED and not stores.drops_cached() else ()
+    return (*_busy(runs, n_threads, n_cores), *_slowed(runs), *(_unread(runs) if hooked else ()), *kept)
 
 
 def of_mapping(path: Path) -> tuple[str, ...]:
