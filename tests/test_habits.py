@@ -13,6 +13,7 @@ import typer
 
 from cacheroute import Llama, UsageError
 from cacheroute.cli import app, habits
+from cacheroute.cli import options as shared
 from cacheroute.errors import did_you_mean
 from cacheroute.model import catalogue, experts, gguf_file
 from cacheroute.routing import budget as budgets
@@ -101,6 +102,15 @@ def test_the_beginning_of_a_command_of_eval_is_enough() -> None:
 
 
 # ---- options
+
+
+def test_more_threads_than_processors_are_mentioned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(shared, "cores", lambda: 2)
+    for given in ({}, {"threads": None}, {"threads": 2}, {"threads": 99, "quiet": True}, {"threads": 9, "scheduler": "a:1"}):
+        shared.say_threads(given)
+    assert capsys.readouterr().err == ""
+    shared.say_threads({"threads": 99})
+    assert capsys.readouterr().err.startswith("-t 99: 2 processors are here for them; ")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.memory_watch import MemoryWatch
 from cacheroute.engine.micro_batch import UPSTREAM, MicroBatches, Plan, length_beside_all
 from cacheroute.engine.open_files import OpenFiles
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
 from cacheroute.install.machine import available_memory, cores
 from cacheroute.model import catalogue, context_memory, experts, gguf_file, memory_plan
@@ -296,11 +296,12 @@ class Llama(ConfiguredLlama):
     def eval(self, tokens: Sequence[int]) -> None:
         """As llama_cpp.Llama.eval.
 
-        Raises CacherouteError when the context is full, an expert cannot be read, or the model does not do what its file says.
+        Raises UsageError when the context is full, CacherouteError when an expert cannot be read or the model does not do what
+        its file says.
         """
         with self._alone():
             if self.n_tokens + len(tokens) > self._n_ctx:
-                raise CacherouteError(
+                raise UsageError(
                     f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; "
                     "give a larger one (-c, n_ctx=)."
                 )
