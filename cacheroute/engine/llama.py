@@ -170,7 +170,8 @@ class Llama(ConfiguredLlama):
         refused: list[str] = []
         try:
             dense = () if self._loaded else self.layout.dense_ranges
-            with log.errors(verbose=kwargs.get("verbose", True)) as refused, self._files.fetched(dense):
+            verbose = kwargs.get("verbose", True)
+            with interrupts.put_off(), log.errors(verbose=verbose) as refused, self._files.fetched(dense):
                 super().__init__(str(path), use_mmap=False, **kwargs)
         except ValueError as e:
             raise CacherouteError(f"llama.cpp cannot load {path}: {log.reason(refused) or e}.") from e
@@ -197,7 +198,7 @@ class Llama(ConfiguredLlama):
 
     @model_params.setter
     def model_params(self, value: Any) -> None:
-        self._model_params, self._loading = value, load_progress.Loading(value)
+        self._model_params, self._loading = value, load_progress.Loading(value, dots=self.verbose)
 
     @property
     def metadata(self) -> Any:
