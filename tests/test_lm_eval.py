@@ -6,6 +6,7 @@ extra `eval` and are skipped without it.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -306,6 +307,7 @@ def test_an_interrupted_run_is_resumed_and_workers_find_the_same(
     resumed = run(*settings, "-o", "jsonl")
     assert resumed.exit_code == 0 and "3 of " in resumed.stderr and "answers are in the cache" in resumed.stderr, resumed.output
     assert len(asked) > 4
+    assert importlib.import_module("datasets").are_progress_bars_disabled(), "no bar in a pipe"
     asked.clear()
     again = run(*settings, "-o", "jsonl")
     assert again.stdout == resumed.stdout and not asked
