@@ -49,11 +49,12 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def size(nbytes: float) -> str:
-    """In the unit that shows it: 3.9 GiB, 512 MiB, 18.2 MiB, 1.0 KiB or 7 bytes."""
-    if nbytes >= GIB:
-        return f"{nbytes / GIB:.1f} GiB"
-    for name, unit in (("MiB", MIB), ("KiB", 1024)):
+def size(nbytes: float, *, decimal: bool = False) -> str:
+    """In the unit that shows it: 3.9 GiB, 512 MiB, 18.2 MiB, 1.0 KiB or 7 bytes; `decimal`: 3.9 GB, as of downloads."""
+    n, largest, *others = (1000, "GB", "MB", "kB") if decimal else (1024, "GiB", "MiB", "KiB")
+    if nbytes >= n**3:
+        return f"{nbytes / n**3:.1f} {largest}"
+    for name, unit in zip(others, (n**2, n), strict=True):
         if nbytes >= unit:
             value = nbytes / unit
             return f"{value:.1f} {name}" if value < 100 else f"{value:.0f} {name}"
