@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheroute import Llama, UsageError
-from cacheroute.engine import configured, llama
+from cacheroute.engine import computing, configured
 from cacheroute.files import GIB, MIB
 from cacheroute.model import context_memory, experts, gguf_file, memory_plan
 from cacheroute.model.memory_plan import MemoryPlan
@@ -60,7 +60,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_is_missing(plan: MemoryP
 
 
 def free_is(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
-    for module in (memory_plan, context_memory, configured, llama):
+    for module in (memory_plan, context_memory, configured, computing):
         monkeypatch.setattr(module, "available_memory", lambda **_: nbytes)
 
 
