@@ -49,6 +49,18 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def size(nbytes: float, *, decimal: bool = False) -> str:
+    """In the unit that shows it: 3.9 GiB, 512 MiB, 18.2 MiB, 1.0 KiB or 7 bytes; `decimal`: 3.9 GB, as of downloads."""
+    n, largest, *others = (1000, "GB", "MB", "kB") if decimal else (1024, "GiB", "MiB", "KiB")
+    if nbytes >= n**3:
+        return f"{nbytes / n**3:.1f} {largest}"
+    for name, unit in zip(others, (n**2, n), strict=True):
+        if nbytes >= unit:
+            value = nbytes / unit
+            return f"{value:.1f} {name}" if value < 100 else f"{value:.0f} {name}"
+    return f"{nbytes:.0f} bytes"
+
+
 def is_text(text: str) -> bool:
     """Whether it has no bytes that were no UTF-8 (Python keeps those of arguments and file names as surrogates)."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
@@ -191,19 +203,36 @@ def _is_terminal(path: Path) -> bool:
         return file.isatty()
 
 
+_FILES = {
+    "cacheroute-frontier-files": ("results of `frontier --files`", "`cacheroute frontier --files`"),
+    "cacheroute-frontier": ("results of `frontier`", "`cacheroute frontier`"),
+    "cacheroute-trace": ("a trace", "`cacheroute trace`"),
+    "cacheroute-task-profile": ("a task profile", "`cacheroute trace --save-profile`"),
+    "cacheroute-routing-profile": ("a tuned routing", "`cacheroute tune`"),
+    "cacheroute-prompt-routing": ("a tuned prompt routing", "`cacheroute tune --prompt`"),
+}
+
+
+def named(kind: object) -> str:
+    """A kind of file in words, by its field `format`, with or without a version's number; "" for one that no command shows."""
+    return next((words for name, (words, _) in _FILES.items() if str(kind).startswith(name)), "")
+
+
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The object in a JSON file whose `format` is `kind`. Raises UsageError for any other file or version."""
-    check_regular(path, f"a {kind} file")
+    what, command = _FILES[kind]
+    check_regular(path, what)
+    content = None
     try:
-        if path.stat().st_size > _MOST_JSON:
-            raise UsageError(f"{path} is not a {kind} file.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size <= _MOST_JSON:
+            content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
     except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or content.get("format") != kind:
-        raise UsageError(f"{path} is not a {kind} file.")
+        pass
+    found = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or found != kind:
+        raise UsageError(f"{path} is {named(found) + ', ' if named(found) else ''}not {what}; {command} writes one.")
     if content.get("version") != version:
         raise UsageError(f"{path} is of version {content.get('version')}; this cacheroute reads version {version}.")
     return content

@@ -93,6 +93,32 @@ def shield(function: _Function) -> _Function:
     return function
 
 
+@contextlib.contextmanager
+def put_off() -> Iterator[None]:
+    """Within it, in a program that has not called install(), Ctrl-C waits for the end: Python drops what is raised in code that C
+    calls. pending() tells of it; the program's own handler is called at the end."""
+    global _pending
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is _handle or not callable(before):
+        yield
+        return
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        global _pending
+        nonlocal came
+        came = _pending = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            _pending = False
+            signal.raise_signal(signal.SIGINT)
+
+
 def pending() -> bool:
     """Whether Ctrl-C waits for check()."""
     return _pending

@@ -149,4 +149,4 @@ def test_pages_that_another_process_holds_are_reported(tiny: Path, tmp_path: Pat
     assert all(row["foreign_mib"] > 0 for row in json.loads(beside.stdout))
     for row in json.loads(beside.stdout):
         assert any(doubt.endswith("as another process maps the file") for doubt in row["doubts"])
-    assert "MiB of experts were in memory before a run, held by another process" in beside.stderr
+    assert "KiB of experts were in memory before a run, held by another process" in beside.stderr

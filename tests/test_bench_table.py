@@ -92,7 +92,8 @@ def test_what_sets_rows_apart_is_named_with_the_routing() -> None:
         "original, prompts keep:cover=0.4",
         "original",
     ]
-    tuned = bench_table.view([row(routing="tuned:/a/very/long/path.json", lossy=True)])
+    tuned = bench_table.view([row(routing="tuned:/a/very/long/0123456789abcdef-16.json", lossy=True)])
+    assert tuned.brief[1][1] == tuned.whole[1][2] == "tuned"
     assert tuned.brief[1][1] == "tuned" and tuned.below == ["Swapped by tuned at 50%: 0.0% of the answer's experts."]
 
 

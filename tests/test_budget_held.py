@@ -16,7 +16,7 @@ from gguf import GGUFReader
 
 from cacheroute import Llama
 from cacheroute.engine.hook import _api
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import UsageError
 from cacheroute.native import bindings
 from support import oracle, tiny_models
 from support.expert_file import PAGE, on_a_disk, pages_in_memory
@@ -287,7 +287,7 @@ def test_an_empty_prompt_is_an_error_as_upstream(small: Path) -> None:
 
 def test_a_full_context_stops_with_a_message(small: Path) -> None:
     with loaded(small) as llm:
-        with pytest.raises(CacherouteError, match=r"^257 tokens do not fit the context of 256; .*\(-c, n_ctx=\)\.$"):
+        with pytest.raises(UsageError, match=r"^257 tokens do not fit the context of 256; .*\(-c, n_ctx=\)\.$"):
             llm.eval([5] * 257)
         assert llm.n_tokens == 0
         # a generation ends where the context does: 254 evaluated, and one that was sampled and has no room

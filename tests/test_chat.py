@@ -72,9 +72,7 @@ def test_the_oldest_turns_leave_a_full_context(llm: Llama) -> None:
     assert conversation.gone > 0 and conversation.gone % 2 == 0
     assert conversation.messages[0]["role"] == "user" and conversation.system == "Be brief."
     kept = list(conversation.messages)
-    with pytest.raises(
-        CacherouteError, match=r"^The question takes \d+ tokens and the context has 256; give a larger one with -c"
-    ):
+    with pytest.raises(UsageError, match=r"^The question takes \d+ tokens and the context has 256; give a larger one with -c"):
         Conversation(llm).ask("word " * 400, 8, 7, GREEDY)
     assert conversation.messages == kept
 

@@ -73,8 +73,8 @@ def run(**changed: Any) -> Run:
     return Run(**usual | changed)
 
 
-def reasons(*runs: Run, n_threads: int = 2, n_cores: int = 2, hooked: bool = True) -> tuple[str, ...]:
-    return doubts.of(runs, n_threads, n_cores, hooked=hooked)
+def reasons(*runs: Run, n_threads: int = 2, n_cores: int = 2, io: str = "buffered", hooked: bool = True) -> tuple[str, ...]:
+    return doubts.of(runs, n_threads, n_cores, io=io, hooked=hooked)
 
 
 def test_a_run_alone_is_trusted() -> None:
@@ -106,8 +106,14 @@ def test_pages_of_another_process_are_a_reason(changed: dict[str, int]) -> None:
 
 def test_misses_that_no_device_has_answered_are_a_reason() -> None:
     (said,) = reasons(run(device_bytes=MIB))
-    assert said.startswith("the device delivered 1.0 of 8.0 MiB: ")
+    assert said.startswith("the device delivered 1.0 MiB of 8.0 MiB: ")
     assert reasons(run(device_bytes=None)) == () and reasons(run(device_bytes=0, counters=Counters())) == ()
+
+
+def test_a_page_cache_that_keeps_what_was_read_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubts.stores, "drops_cached", lambda: False)  # macOS
+    assert reasons(run()) == ("this system keeps what was read in its page cache, so a miss may be answered from memory",)
+    assert reasons(run(), io="direct") == reasons(run(), hooked=False) == ()
 
 
 def test_a_kernel_that_reads_far_ahead_is_a_reason_against_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,9 @@ def test_values_are_read_as_they_would_be_typed(config: Any) -> None:
     config('[bench]\nbudget = ["25%", 16]\ncontrol = true\n[setup]\ndemo = false\n[eval.perplexity]\nlimit = 9\n')
     assert chosen("bench") == {"budget": "25%,16", "control": True} and chosen("setup") == {"demo": False}
     assert chosen("eval perplexity") == {"limit": "9"}
+    config('[generate]\nstop = ["a", "b,c"]\n[chat]\nsystem = "Be brief."\nreverse-prompt = "x"\n')
+    assert chosen("generate") == {"stop": ["a", "b,c"]}, "by any of its long names"
+    assert chosen("chat") == {"system": "Be brief.", "stop": ["x"]}
     config("[generate]\nctx_size = 99\n")
     assert chosen("generate") == {"ctx_size": "99"}
 

@@ -221,9 +221,15 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.engine
-def test_auto_is_the_default_measures_once_and_remembers(fresh: Path, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_is_the_default_measures_once_and_remembers(
+    fresh: Path, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened, real = [], stores.new_store
+    monkeypatch.setattr(stores, "new_store", lambda io, *more: (opened.append(io), real(io, *more))[1])
     with contextlib.closing(Llama(str(small), **HALF)) as llm:
         measured = llm.io
+        assert opened == ["direct", "buffered"], "and one of them is kept, which checks its files once"
+        assert llm.resident_bytes == 0 and llm.stats().decode.read_bytes == llm.stats().prefill.read_bytes == 0
         assert measured in ("buffered", "direct") and llm.stats().io == measured
         said = capsys.readouterr().err
         assert bool(said) == (measured == "buffered")

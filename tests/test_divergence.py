@@ -242,7 +242,7 @@ def as_earlier(own_cache: Path) -> None:
     header["format"] = "cacheroute-scores-2"
     old = [{k: v for k, v in line.items() if k not in ("kl32", "same_top")} | {"kl": None} for line in lines]
     file.unlink()
-    scorer._score_file(header).write_text("".join(json.dumps(line) + "\n" for line in [header, *old]))
+    scorer.score_file(header).write_text("".join(json.dumps(line) + "\n" for line in [header, *old]))
     for kept in (own_cache / "scores").glob("reference-*/*"):
         kept.unlink()
 

@@ -10,7 +10,7 @@ import pytest
 
 from cacheroute.engine import storage, stores
 from cacheroute.errors import CacherouteError
-from cacheroute.install import checkup, engine_build
+from cacheroute.install import checkup, engine_build, machine
 from cacheroute.install.check import Check
 from cacheroute.model import experts, gguf_file
 from support import tiny_models
@@ -45,17 +45,18 @@ def test_features_that_the_engine_does_not_use_are_named(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "after, state, word",
     [
-        ("cpu 100 0 0 1000 0 0 0 0 0 0", "ok", "0%"),
-        ("cpu 900 0 0 1000 0 0 0 0 0 0", "warn", "100%"),
-        ("cpu 110 0 0 1000 0 0 0 50 0 0", "warn", "stolen"),
+        ("100 0 0 1000 0 0 0 0 0 0", "ok", "0%"),
+        ("900 0 0 1000 0 0 0 0 0 0", "warn", "100%"),
+        ("110 0 0 1000 0 0 0 50 0 0", "warn", "stolen"),
         ("not what it was", "warn", "not known"),
     ],
 )
 def test_other_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str, state: str, word: str) -> None:
-    stat = machine_of(tmp_path, proc__stat="cpu 100 0 0 900 0 0 0 0 0 0\n") / "proc/stat"
-    monkeypatch.setattr(checkup.time, "sleep", lambda _: stat.write_text(after + "\n"))
+    cpu = f"cpu{machine.own_cores()[0]}"
+    stat = machine_of(tmp_path, proc__stat=f"{cpu} 100 0 0 900 0 0 0 0 0 0\n") / "proc/stat"
+    monkeypatch.setattr(checkup.time, "sleep", lambda _: stat.write_text(f"{cpu} {after}\n"))
     if word == "100%":
-        stat.write_text("cpu 100 0 0 1000 0 0 0 0 0 0\n")
+        stat.write_text(f"{cpu} 100 0 0 1000 0 0 0 0 0 0\n")
     found = checkup._load(tmp_path)
     assert (found.state, word in found.found) == (state, True), found
 
@@ -63,11 +64,11 @@ def test_other_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aft
 def test_memory_and_scheduling(tmp_path: Path) -> None:
     info = "MemTotal: {} kB\nMemAvailable: {} kB\n"
     root = machine_of(tmp_path, proc__meminfo=info.format(8 << 20, 6 << 20))
-    assert checkup._memory(root) == Check("memory", "ok", "6.0 GiB free of 8.0")
+    assert checkup._memory(root) == Check("memory", "ok", "6.0 GiB free of 8.0 GiB")
     root = machine_of(tmp_path, proc__meminfo=info.format(8 << 20, 1 << 18))
     assert checkup._memory(root).state == "warn"
     assert checkup._scheduling(tmp_path).state == "warn"
-    machine_of(tmp_path, proc__stat="cpu 1 2\ncpu0 1 2\n")
+    machine_of(tmp_path, proc__stat=f"cpu 1 2\ncpu{machine.own_cores()[0]} 1 2\n")
     assert checkup._scheduling(tmp_path).state == "ok"
 
 

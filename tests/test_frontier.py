@@ -69,12 +69,14 @@ def test_it_resumes_and_never_mixes(tiny: Path, prose: Path, tmp_path: Path) -> 
     result = run(*settings(tiny, prose, file))
     assert "has 2 of 6 rows already" in result.stderr
     assert stable(json.loads(result.stdout)) == stable(whole)
-    for change, message in ((("--chunk", 16), "another chunks"), (("-f", Path(__file__)), "another text")):
+    for change, message in ((("--chunk", 16), r"other chunks (--chunk 32"), (("-f", Path(__file__)), "another text")):
         refused = run(*settings(tiny, prose, file), *change)
         assert refused.exit_code == 2 and f"holds results of {message}" in refused.stderr
     other = tiny_models.write("llama", tmp_path / "other.gguf", seed=1)
     refused = run(*settings(other, prose, file))
     assert refused.exit_code == 2 and "holds results of another model" in refused.stderr
+    file.write_text('{"format": "cacheroute-routing-profile"}\n')
+    assert "holds a tuned routing, not results of `frontier`; choose another" in run(*settings(tiny, prose, file)).stderr
     old = complete.replace(b'"version": "', b'"version": "0', 1)
     file.write_bytes(old)
     assert "holds results of another version" in run(*settings(tiny, prose, file)).stderr

@@ -335,7 +335,7 @@ def test_the_context_is_what_was_asked_for(tiny: Path, n_ctx: int) -> None:
         mark = llm.checkpoint()
         llm.return_to(mark)
         assert llm.n_tokens == n_ctx
-        with pytest.raises(CacherouteError, match=rf"{n_ctx + 1} tokens do not fit the context of {n_ctx};"):
+        with pytest.raises(UsageError, match=rf"{n_ctx + 1} tokens do not fit the context of {n_ctx};"):
             llm.eval([3])
 
 

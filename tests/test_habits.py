@@ -9,9 +9,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import typer
 
 from cacheroute import Llama, UsageError
-from cacheroute.cli import habits
+from cacheroute.cli import app, habits
+from cacheroute.cli import options as shared
 from cacheroute.errors import did_you_mean
 from cacheroute.model import catalogue, experts, gguf_file
 from cacheroute.routing import budget as budgets
@@ -89,7 +91,26 @@ def test_the_beginning_of_a_command_is_enough(tiny: Path) -> None:
     assert habits.command(["ls"], known) == ["models"], "a name of another tool comes first"
 
 
+def test_the_beginning_of_a_command_of_eval_is_enough() -> None:
+    group = typer.main.get_command(app).commands["eval"]
+    found = [group.resolve_command(typer.Context(group), [w, "x"]) for w in ("lo", "perp", "prom", "t", "mmlu", "lo,mmlu")]
+    commands = [("long", ["x"]), ("perplexity", ["x"]), ("prompt", ["x"]), ("task", ["x"])]
+    assert [(name, rest) for name, _, rest in found] == [*commands, ("task", ["mmlu", "x"]), ("task", ["lo,mmlu", "x"])]
+    assert wrong("eval", "p", "-n", "5") == "p may be perplexity or prompt; write more of it."
+    empty = "The name of the command is empty, perhaps because a variable is not set. See `cacheroute --help`."
+    assert wrong("eval", "") == wrong("") == empty
+
+
 # ---- options
+
+
+def test_more_threads_than_processors_are_mentioned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(shared, "cores", lambda: 2)
+    for given in ({}, {"threads": None}, {"threads": 2}, {"threads": 99, "quiet": True}, {"threads": 9, "scheduler": "a:1"}):
+        shared.say_threads(given)
+    assert capsys.readouterr().err == ""
+    shared.say_threads({"threads": 99})
+    assert capsys.readouterr().err.startswith("-t 99: 2 processors are here for them; ")
 
 
 @pytest.mark.parametrize(

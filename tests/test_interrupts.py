@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from cacheroute import Llama, interrupts
+from cacheroute.engine import load_progress
 from cacheroute.engine.progress import PromptProgress
 from cacheroute.install import patched_llama_cpp
 
@@ -123,6 +124,29 @@ def test_a_model_is_as_good_as_new_after_an_interruption(tiny: Path, routing: st
         assert least <= llm.n_tokens < 400 and (least or not llm.n_tokens)
         llm.flash_mbps = None
         assert answer(llm) == expected
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_while_a_program_loads_a_model(tiny: Path, verbose: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes while llama.cpp calls Python, where what is raised would be dropped."""
+    api = patched_llama_cpp.module()
+    before, told = api._logger.llama_log_callback, []
+
+    def log(level: int, text: bytes, data: Any) -> None:
+        told.append(text)
+        if len(told) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    callback = api.llama_log_callback(log)
+    monkeypatch.setattr(api._logger, "llama_log_callback", callback)
+    monkeypatch.setattr(load_progress, "_callback", None if verbose else lambda share: log(0, b"", None))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Llama(str(tiny), n_ctx=64, verbose=verbose)
+    finally:
+        api.llama_log_set(before, None)
+    assert len(told) >= 5 and not interrupts.pending()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_answer_that_was_interrupted_can_be_continued(tiny: Path) -> None:

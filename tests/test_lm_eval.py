@@ -6,6 +6,7 @@ extra `eval` and are skipped without it.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -299,12 +300,14 @@ def test_an_interrupted_run_is_resumed_and_workers_find_the_same(
         return answer(self, *arguments)
 
     monkeypatch.setattr(Respondent, "answer", interrupted)
-    assert run(*settings, "-o", "json").exit_code == 130
+    stopped = run(*settings, "-o", "json")
+    assert stopped.exit_code == 130 and "run the same command to resume" in stopped.stderr, stopped.output
     asked.clear()
     monkeypatch.setattr(Respondent, "answer", lambda self, *a: (asked.append(a), answer(self, *a))[1])
     resumed = run(*settings, "-o", "jsonl")
     assert resumed.exit_code == 0 and "3 of " in resumed.stderr and "answers are in the cache" in resumed.stderr, resumed.output
     assert len(asked) > 4
+    assert importlib.import_module("datasets").are_progress_bars_disabled(), "no bar in a pipe"
     asked.clear()
     again = run(*settings, "-o", "jsonl")
     assert again.stdout == resumed.stdout and not asked

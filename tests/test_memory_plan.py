@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheroute import Llama, UsageError
-from cacheroute.engine import configured, llama
+from cacheroute.engine import computing, configured
 from cacheroute.files import GIB, MIB
 from cacheroute.model import context_memory, experts, gguf_file, memory_plan
 from cacheroute.model.memory_plan import MemoryPlan
@@ -60,7 +60,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_is_missing(plan: MemoryP
 
 
 def free_is(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
-    for module in (memory_plan, context_memory, configured, llama):
+    for module in (memory_plan, context_memory, configured, computing):
         monkeypatch.setattr(module, "available_memory", lambda **_: nbytes)
 
 
@@ -112,5 +112,5 @@ def test_under_a_limit_of_address_space_a_model_is_loaded_whole_or_refused(tiny:
     monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [GIB + 16 * MIB])
     assert memory_plan.of(header, layout, n_ctx=64).capacity == layout.n_expert
     monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [GIB])
-    with pytest.raises(UsageError, match=r"of address space, used or not, and `ulimit -v` leaves 0 MiB: raise it"):
+    with pytest.raises(UsageError, match=r"of address space, used or not, and `ulimit -v` leaves 0 bytes: raise it"):
         open_model(tiny)

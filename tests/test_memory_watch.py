@@ -103,10 +103,10 @@ def logits(llm: Llama, tokens: list[int], before: Callable[[int], None]) -> np.n
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0"])
-def test_another_capacity_changes_memory_and_no_logits(alone: Path, routing: str) -> None:
+@pytest.mark.parametrize("routing, prefetch", [("original", 0), ("cache-prior:lambda=0", 0), ("original", 2)])
+def test_another_capacity_changes_memory_and_no_logits(alone: Path, routing: str, prefetch: int) -> None:
     tokens = [int(t) for t in np.random.default_rng(1).integers(5, 200, 50)]
-    with opened(alone, routing=routing) as llm:
+    with opened(alone, routing=routing, prefetch=prefetch) as llm:
         plain = logits(llm, tokens, lambda _: None)
         llm.rewind()
         n_expert, seen = llm.layout.n_expert, []

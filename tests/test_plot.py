@@ -289,6 +289,7 @@ def test_the_words_have_the_gain_for_a_small_loss(tmp_path: Path) -> None:
 def test_words_of_routings() -> None:
     assert words.routing("original") == "original (lossless)"
     assert words.routing("cache-prior:lambda=0.2:j=2") == "cache prior λ 0.2, j 2"
+    assert words.short("tuned:/home/a/b.json") == "tuned" and words.short("pruning:k=2") == "pruning:k=2"
     assert words.routing("tuned:/home/a/b.json") == "tuned b.json" and words.routing("tuned") == "tuned"
     assert words.routing("python:my.module:Policy") == "own policy Policy" and words.routing("new:a=1") == "new a 1"
     assert (words.eviction("belady"), words.eviction("own"), words.budget("16")) == ("optimum (Belady)", "own", "16 experts")

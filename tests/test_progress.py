@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from cacheroute import Llama, interrupts
-from cacheroute.cli.progress import PromptLine, prompt_text, seconds_left
+from cacheroute.cli.progress import PromptLine, bar, prompt_text, seconds_left
 from cacheroute.engine import progress
 from cacheroute.engine.progress import Prompt, PromptProgress, estimate
 from cacheroute.errors import CacherouteError
@@ -143,6 +143,18 @@ def test_a_bar_appears_after_a_while_with_the_time_left() -> None:
     assert drawn(30) == ""
     piped = subprocess.run([sys.executable, "-c", BAR, "0"], capture_output=True, timeout=60)
     assert (piped.stdout, piped.stderr) == (b"done\n", b"")
+
+
+def test_elsewhere_a_bar_is_a_line_every_half_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [100.0]
+    monkeypatch.setattr("cacheroute.cli.progress.time.monotonic", lambda: now[0])
+    with bar("answering", 200) as advance:
+        for _ in range(200):
+            now[0] += 0.5
+            advance(1, "original 8 experts")
+    out, err = capsys.readouterr()
+    parts = ("30%, about 1 min 10 s left", "60%, about 40 s left", "90%, about 10 s left")
+    assert (out, err.splitlines()) == ("", [f"answering: {part}" for part in parts])
 
 
 def test_the_time_left_goes_by_the_whole_time_so_far() -> None:

@@ -71,6 +71,22 @@ def test_another_model_goes_on_as_if_it_were_the_first(tiny: Path, tmp_path: Pat
         assert (sum(s for _, s in expected.counts) > 0) == (routing == LOSSY)
 
 
+def test_a_budget_that_changes_is_the_one_that_is_kept(tiny: Path, tmp_path: Path) -> None:
+    with loaded(tiny, routing=LOSSY) as llm:
+        llm.set_capacity(6)
+        expected = answer(llm, PROMPT, keep=tmp_path / "p")
+        llm.set_capacity(7)
+        with pytest.raises(UsageError, match="The budget has changed since this sequence began"):
+            llm.save_prompt(tmp_path / "q")
+        llm.reset()
+        answer(llm, PROMPT, keep=tmp_path / "q")
+    with loaded(tiny, routing=LOSSY, budget=6) as llm:
+        with pytest.raises(UsageError, match="the budget 7, and here it is 6"):
+            llm.load_prompt(tmp_path / "q")
+        llm.load_prompt(tmp_path / "p")
+        assert answer(llm, PROMPT) == Answer(expected.tokens, expected.counts, 0)
+
+
 @pytest.mark.parametrize("arch", ["gpt-oss", "deepseek2", "llama"])
 def test_other_attentions_are_kept_too(tmp_path: Path, arch: str) -> None:
     path = tiny_models.write(arch, tmp_path / "m.gguf")

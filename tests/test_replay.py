@@ -275,7 +275,7 @@ def bench(path: Path, *arguments: object) -> tuple[list[dict[str, Any]], str]:
     return json.loads(done.stdout), done.stderr
 
 
-HELD = "cacheroute: 0.8 MiB of experts were in memory before a run, held by another process that has the file mapped.\n"  # by us
+HELD = "cacheroute: 784 KiB of experts were in memory before a run, held by another process that has the file mapped.\n"  # by us
 
 
 def test_rows_name_what_was_replayed_and_repeat_exactly(paths: dict[str, Path]) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from cacheroute.cli import app
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, scorer
+from cacheroute.evals import session as sessions
 from cacheroute.evals.runner import Runner
 from cacheroute.routing.strategies import Routing
 
@@ -147,7 +148,7 @@ def test_carried_chunks_are_computed_anew(own_cache: Path, tiny: Path, prose: Pa
 def test_another_build_begins_anew(own_cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = loading.Source(prose, chunk=32, limit=30)
     for digest, n_kept in (("one", 0), ("one", 1), ("two", 0)):
-        monkeypatch.setattr(scorer, "sha256", lambda path, digest=digest: digest)
+        monkeypatch.setattr(sessions, "sha256", lambda path, digest=digest: digest)
         with scorer.session(tiny, source, threads=1) as session:
             assert session.n_kept == n_kept
             session.cell(Routing("original"), 8, "lru", 0)

@@ -102,4 +102,4 @@ def test_what_does_not_fit_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
             task_profile.load(path)
         task_profile.save(task(), path, force=True)
     result = CliRunner().invoke(app, ["generate", "-m", str(tiny), "-p", "a", "--warm-start", str(tiny)])
-    assert result.exit_code == 2 and "is not a cacheroute-task-profile file" in result.stderr
+    assert result.exit_code == 2 and "is not a task profile" in result.stderr

@@ -118,6 +118,14 @@ def test_without_a_wake_lock_it_says_so(phone: Path) -> None:
     assert "keep the screen on" in script(phone, "--dry-run").stderr
 
 
+def test_a_dry_run_works_anywhere(phone: Path) -> None:
+    program(bins(phone) / "uname", "echo armv8l\n")
+    done = script(phone, "--dry-run", PREFIX="")
+    assert done.returncode == 0 and log(phone) == [], done.stderr
+    assert "elsewhere run scripts/setup" in done.stderr and "this is armv8l" in done.stderr
+    assert "write /data/data/com.termux/files/usr/bin/cr" in done.stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     ("env", "words", "machine", "code", "said"),
     [

@@ -223,7 +223,7 @@ def test_nothing_fits_is_one_sentence(files: tuple[Path, Path], prose: Path) -> 
     ("arguments", "message"),
     [
         (("-m", "demo"), "--files takes the place of -m"),
-        (("--budget", "1KiB"), "No file has room for the experts of one token in 0.0 MiB; give at least "),
+        (("--budget", "1KiB"), "No file has room for the experts of one token in 1.0 KiB; give at least "),
         (("--max-ppl-increase", "1%", "--max-kl", 1), "not both"),
         (("--uniform", "--strategy", "original"), "'original' has nothing to tune"),
         (("--strategy", "pruning"), "is fitted with --uniform only"),

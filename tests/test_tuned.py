@@ -44,6 +44,12 @@ def test_a_tuned_routing_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert tuned.load(path).model == ""
 
 
+def test_a_table_has_a_short_name() -> None:
+    for file, name in ((tuned.DEMO, "tuned"), ("/a/0123456789abcdef-16.json", "tuned"), ("/a/b/mine.json", "tuned:mine")):
+        assert tuned.short(f"tuned:{file}") == name
+    assert tuned.short("tuned") == "tuned" and tuned.short("max-rank:m=4") == "max-rank:m=4"
+
+
 def test_the_grammar_knows_tuned_files(tmp_path: Path) -> None:
     tuned.save(TINY, tmp_path / "p.json")
     parsed = strategies.parse_list(f"original,tuned:{tmp_path}/p.json")[1]
@@ -56,7 +62,7 @@ def test_the_grammar_knows_tuned_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"format": "another"}, "is not a cacheroute-routing-profile file"),
+        ({"format": "another"}, "not a tuned routing; `cacheroute tune` writes one"),
         ({"version": 2}, "is of version 2; this cacheroute reads version 1"),
         ({"parameters": [{"lambda": 0.1}]}, "parameters for 1 of 2 layers"),
         ({"parameters": [{"lambda": 0.1}, {"lambda": 3}]}, "layer 1: cache-prior: lambda is at least 0 and at most 1, not 3.0"),
@@ -78,7 +84,7 @@ def test_a_missing_or_damaged_tuned_file_is_one_sentence(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="nowhere cannot be read"):
         strategies.parse(f"tuned:{tmp_path}/nowhere")
     (tmp_path / "x").write_text("{")
-    with pytest.raises(UsageError, match="is not a cacheroute-routing-profile file"):
+    with pytest.raises(UsageError, match="not a tuned routing; `cacheroute tune` writes one"):
         strategies.parse(f"tuned:{tmp_path}/x")
 
 
@@ -132,7 +138,7 @@ def test_layers_may_share_a_budget_unevenly(alone: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "experts, budget, sentence",
     [
-        ((5, 11), 7, "MiB of experts in memory, and the budget has"),
+        ((5, 11), 7, "B of experts in memory, and the budget has"),
         ((3, 11), 8, "a layer holds 4 to 32 experts, not 3"),
         ((4, 33), "all", "a layer holds 4 to 32 experts, not 33"),
         ((4.5, 8), 8, "layer 0: experts is a whole number, not 4.5"),

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -91,7 +92,7 @@ def test_a_checksum_may_be_given_or_lie_beside_it(tmp_path: Path, installed: lis
     checksum(path)
     assert engine_wheel.ensure(str(path))[1] == f"sha256 {right}"
     checksum(path, f"{right}\n")
-    assert engine_wheel.ensure(str(path))[1] == f"sha256 {right}"
+    assert engine_wheel.ensure(f"file://{urllib.parse.quote(str(path))}")[1] == f"sha256 {right}"
     assert installed == [path.name] * 3
 
 
@@ -160,6 +161,10 @@ def test_what_is_no_wheel_is_refused(tmp_path: Path, installed: list[str]) -> No
     assert "is no whole wheel" in refused(cut, installed)
     assert "cannot be read: it is a directory" in refused(tmp_path, installed)
     assert "There is no file" in refused(tmp_path / "gone.whl", installed)
+    assert "--wheel is empty; give the path" in refused(" ", installed)
+    assert "give its path, or file:///PATH" in refused("file://a/b.whl", installed)
+    for url in ("ftp://a/b.whl", "git+ssh://a/b.whl"):
+        assert f"{url} cannot be downloaded from here: only https://" in refused(url, installed, sha256_hex="0" * 64)
 
 
 def test_a_native_one_of_this_processor_and_any_name_is_taken(
@@ -272,7 +277,9 @@ def test_from_a_url(tmp_path: Path, web: str, installed: list[str]) -> None:
     checksum(path, "0" * 64)
     with pytest.raises(UsageError, match="is damaged"):
         engine_wheel.ensure(url)
-    assert installed == [path.name] * 2
+    named = path.rename(tmp_path / "web" / "für.whl")
+    engine_wheel.ensure(f"{web}/für.whl?signed=ja#ü", sha256_hex=files.sha256(named))
+    assert installed == [path.name] * 3
     with pytest.raises(CacherouteError, match=r"gone\.whl cannot be downloaded: the server answers 404"):
         engine_wheel.ensure(f"{web}/gone.whl", sha256_hex="0" * 64)
     with pytest.raises(CacherouteError, match="cannot be downloaded"):

@@ -338,7 +338,7 @@ def _row(
         ttft_s=ttft,
         lossy=settings.lossy and hooked,
         other_cores=doubts.other_cores(runs),
-        doubts=doubts.of(runs, llm.n_threads, cores(), hooked=hooked) + against,
+        doubts=doubts.of(runs, llm.n_threads, cores(), io=settings.io, hooked=hooked) + against,
     )
 
 

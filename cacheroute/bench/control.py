@@ -23,7 +23,7 @@ from cacheroute.bench.conditions import Conditions
 from cacheroute.bench.memory_limit import MemoryLimit
 from cacheroute.bench.runs import Run, decode, timed, warm_up
 from cacheroute.errors import CacherouteError
-from cacheroute.files import MIB
+from cacheroute.files import MIB, size
 from cacheroute.install.machine import available_memory
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def run(
             Run(**phase | {"conditions": Conditions(**phase["conditions"])}) if phase else None for phase in found["phases"]
         )
         return limit, (prompt, decoded)
-    raise CacherouteError(f"the control was killed: it needs more than its {limit.nbytes / MIB:.0f} MiB")
+    raise CacherouteError(f"the control was killed: it needs more than its {size(limit.nbytes)}")
 
 
 def _make_room(llm: Llama, limit: MemoryLimit) -> None:
@@ -134,7 +134,7 @@ def _make_room(llm: Llama, limit: MemoryLimit) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     free = available_memory()
     if free is not None and free < limit.nbytes:
-        needed = f"{limit.nbytes / MIB:.0f} MiB beside the loaded model, and {free / MIB:.0f} MiB are free"
+        needed = f"{size(limit.nbytes)} beside the loaded model, and {size(free)} are free"
         raise CacherouteError(f"the control needs {needed}")
 
 

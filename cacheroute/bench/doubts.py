@@ -8,16 +8,19 @@ from pathlib import Path
 
 from cacheroute.bench.conditions import read_ahead_kib, read_ahead_setting
 from cacheroute.bench.runs import Run
-from cacheroute.files import MIB
+from cacheroute.engine import stores
+from cacheroute.files import size
 
 _SHARE = 0.1  # of the threads' time, from which on something else counts
 _READ_AHEAD_KIB = 512  # Linux has 128; with several MiB a mapping larger than memory fetches itself many times over
 _TICKS_PER_CORE = 0.02  # seconds by which the kernel's count of a run may be wrong on each core
 
 
-def of(runs: Sequence[Run], n_threads: int, n_cores: int, *, hooked: bool) -> tuple[str, ...]:
-    """The reasons, each part of a sentence; none for a row that can be trusted. `hooked`: cacheroute has counted the reads."""
-    return (*_busy(runs, n_threads, n_cores), *_slowed(runs), *(_unread(runs) if hooked else ()))
+def of(runs: Sequence[Run], n_threads: int, n_cores: int, *, io: str, hooked: bool) -> tuple[str, ...]:
+    """The reasons, each part of a sentence; none for a row that can be trusted. `hooked`: cacheroute has counted the reads, by
+    `io`."""
+    kept = (stores.NOT_DROPPED,) if hooked and io == stores.BUFFERED and not stores.drops_cached() else ()
+    return (*_busy(runs, n_threads, n_cores), *_slowed(runs), *(_unread(runs) if hooked else ()), *kept)
 
 
 def of_mapping(path: Path) -> tuple[str, ...]:
@@ -60,11 +63,11 @@ def _unread(runs: Sequence[Run]) -> Iterator[str]:
     """Experts that others keep in memory, and misses that no device has answered."""
     held = max((max(run.foreign_bytes or 0, (run.resident_bytes or 0) - run.counted_bytes) for run in runs), default=0)
     if held > 0:
-        yield f"{held / MIB:.1f} MiB of experts stayed in memory, as another process maps the file"
+        yield f"{size(held)} of experts stayed in memory, as another process maps the file"
     asked = sum(run.counters.read_bytes for run in runs)
     delivered = [run.device_bytes for run in runs if run.device_bytes is not None]
     if delivered and len(delivered) == len(runs) and sum(delivered) < asked / 2:
         yield (
-            f"the device delivered {sum(delivered) / MIB:.1f} of {asked / MIB:.1f} MiB: "
+            f"the device delivered {size(sum(delivered))} of {size(asked)}: "
             "the rest was in a cache, or this system does not count"
         )

@@ -106,6 +106,7 @@ class _Command(typer.core.TyperCommand):
             if ctx.info_name != "doctor":  # which tells them itself
                 for sentence in defaults.strange(ctx.find_root().command):
                     say(sentence)
+            options.say_threads(ctx.params)
             for sentence in defaults.lossy(ctx):
                 say(sentence)
             super().invoke(ctx)

@@ -14,6 +14,7 @@ from cacheroute.bench.arms import Arm, Stopped, configure, control_arm, run_arms
 from cacheroute.cli import bench_table, options, progress, table
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
+from cacheroute.files import MIB, size
 from cacheroute.routing import prompt_routing as prompts
 from cacheroute.routing import strategies
 from cacheroute.routing.eviction import DEFAULT
@@ -164,7 +165,8 @@ def bench(
             stopped, rows = e, e.rows
         foreign = max((row.foreign_mib or 0.0 for row in rows), default=0.0)
         if foreign and output not in ("text", "md"):  # people see it below or in the table
-            _say(f"{foreign:.1f} MiB of experts were in memory before a run, held by another process that has the file mapped")
+            held = size(foreign * MIB)
+            _say(f"{held} of experts were in memory before a run, held by another process that has the file mapped")
         table.write(rows, output, bench_table.view(rows), wide=wide, name="bench")
     if stopped:
         raise KeyboardInterrupt("Stopped; the rows are of the runs that were finished.")

@@ -88,7 +88,7 @@ def _arms(rows: Sequence[Row], common: dict[str, str]) -> Iterator[_Arm]:
 def _routing(row: Row) -> str:
     if row.control:
         return _CONTROL + (", repacked" if row.repack else "")
-    return tuned.NAME if row.routing.startswith(f"{tuned.NAME}:") else row.routing
+    return tuned.short(row.routing)
 
 
 def _what_was_run(rows: Sequence[Row], common: dict[str, str]) -> str:
@@ -201,7 +201,7 @@ def whole(rows: Sequence[Row]) -> Cells:
     table = [head]
     for r in rows:
         paced = f" @ {r.flash_mbps:g} MB/s" if r.flash_mbps else ""
-        name = "control" + (", repacked" if r.repack else "") if r.control else r.routing
+        name = "control" + (", repacked" if r.repack else "") if r.control else tuned.short(r.routing)
         n = len(r.samples_ts)
         cells = [
             r.test,

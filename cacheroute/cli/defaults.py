@@ -129,8 +129,9 @@ def _place(name: str, key: str) -> str:
 
 
 def options_of(command: Any) -> dict[str, Any]:
-    """The options of a command that can be set, by the name that is typed without its dashes."""
-    found = {max(p.opts, key=len).lstrip("-"): p for p in command.params if p.param_type_name == "option" and p.expose_value}
+    """The options of a command that can be set, by each of their long names, without the dashes."""
+    own = [p for p in command.params if p.param_type_name == "option" and p.expose_value]
+    found = {name[2:]: p for p in own for name in p.opts if name.startswith("--")}
     return {key: option for key, option in found.items() if key not in _NEVER}
 
 
@@ -162,7 +163,7 @@ def chosen(file: SettingsFile, command: str, options: Mapping[str, Any]) -> dict
     found = {}
     for key, option in options.items():
         setting = _from_environment(command, key) or _from_file(file, command, key)
-        if setting:
+        if setting and str(option.name) not in found:  # the first of its names
             found[str(option.name)] = Setting(setting.option, _typed(setting.value, option), setting.origin)
     return found
 

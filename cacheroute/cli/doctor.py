@@ -15,7 +15,7 @@ import typer
 from cacheroute.cli import defaults, options
 from cacheroute.cli.terminal import columns, folded
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import MIB, printable
+from cacheroute.files import printable, size
 from cacheroute.install import android, checkup
 from cacheroute.install.check import Check
 
@@ -105,10 +105,10 @@ def _memory(path: Path, layout: ExpertLayout) -> Check:
     from cacheroute.install.machine import available_memory
 
     least, most = layout.dense_bytes + layout.n_used * layout.resident_bytes, layout.dense_bytes + layout.all_expert_bytes
-    found = f"{path.name}: {layout.dense_bytes / MIB:.0f} MiB always in memory, {layout.all_expert_bytes / MIB:.0f} of experts"
+    found = f"{path.name}: {size(layout.dense_bytes)} always in memory, {size(layout.all_expert_bytes)} of experts"
     free = available_memory()
     if free is not None and free < least:
-        return Check("model", "fail", found, f"{least / MIB:.0f} MiB are the least and {free / MIB:.0f} are free: free some")
+        return Check("model", "fail", found, f"{size(least)} are the least and {size(free)} are free: free some")
     fits = free is None or free > most
     return Check(
         "model", "ok", found + (", and all of it fits" if fits else ""), "" if fits else "give --budget what fits beside it"
@@ -119,10 +119,9 @@ def _reading(reading: Reading, layout: ExpertLayout) -> Check:
     name = f"{reading.io} reads"
     if reading.refused:
         return Check(name, "warn", reading.refused, "--io auto reads buffered instead" if reading.io == "direct" else "")
-    size = layout.layers[0].expert_bytes / MIB
-    found = f"{reading.mb_per_s:.0f} MB/s, an expert of {size:.2f} MiB in {reading.ms:.2f} ms"
+    found = f"{reading.mb_per_s:.0f} MB/s, an expert of {size(layout.layers[0].expert_bytes)} in {reading.ms:.2f} ms"
     if reading.left_bytes:
-        kept = f"{found}; {reading.left_bytes / MIB:.1f} MiB stay in the page cache"
+        kept = f"{found}; {size(reading.left_bytes)} stay in the page cache"
         return Check(name, "warn", kept, "another process may have the file open: misses look faster than they are")
     return Check(name, "ok", found)
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from cacheroute.cli import groups, options, progress, table
+from cacheroute.cli import groups, habits, options, progress, table
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.evals import paired
 from cacheroute.evals import rows as rows_of
 from cacheroute.evals.rows import Arm, PerplexityRow, perplexity_row
+from cacheroute.routing import tuned
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
             yield f"Nothing missed less than original at {budget}"
             continue
         missed = f"misses {best.missed_mib_per_token:.2f} of {base.missed_mib_per_token:.2f} MiB a token"
-        yield f"Fewest misses at {budget}: {rows_of.short(best.routing)} (lossy), {missed}, for {_change(best)} % of perplexity"
+        yield f"Fewest misses at {budget}: {tuned.short(best.routing)} (lossy), {missed}, for {_change(best)} % of perplexity"
         kl, p99 = brief_kl(best.kl, best.kl_low, best.kl_high), table.number(best.kl_p99, 1000, digits=0)
         yield f"  Mean KLD {kl} and 99.0% KLD {p99} millinats, Same top p {same_top(best.top1, best.top1_se)} %"
 
@@ -209,7 +210,7 @@ def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
         cells.append(
             [
                 f"{r.budget} ({r.budget_experts})",
-                r.routing,
+                tuned.short(r.routing),
                 r.eviction,
                 f"{r.ppl:.3f} ± {r.ppl_se:.3f}",
                 "" if r.routing == "original" else _interval(r.delta_nll, r.delta_nll_low, r.delta_nll_high, 4),
@@ -229,11 +230,12 @@ def _interval(value: float, low: float | None, high: float | None, digits: int) 
 
 
 class AnyTask(typer.core.TyperGroup):
-    """Makes `eval NAME` mean `eval task NAME` if NAME is not a command."""
+    """Makes `eval NAME` mean `eval task NAME` if NAME is no command and not the beginning of one."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
-            args = ["task", *args]
+            whole = "" if ctx.resilient_parsing else habits.beginning(args[0], list(self.commands))
+            args = [whole, *args[1:]] if whole else ["task", *args]
         return super().resolve_command(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

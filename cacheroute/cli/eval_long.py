@@ -12,7 +12,7 @@ from cacheroute.cli import options, progress, table
 from cacheroute.cli.eval import ColumnOption, IoOption, TextOption
 from cacheroute.cli.terminal import say
 from cacheroute.evals import paired, rows
-from cacheroute.routing import strategies
+from cacheroute.routing import strategies, tuned
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def long(
         total, missing = len(requests), session.missing(requests)
         if missing < total:
             say(f"{total - missing} of {total} texts are in the cache")
-        with progress.bar("writing", max(missing, 1)) as advance:
+        with progress.bar("writing", max(missing, 1)) as advance, progress.resumable():
             session.after = lambda text: advance(1, f"{progress.label(text.routing)} {text.budget} experts")
             session.write(requests)
         texts = [session.write(group) for group in groups]
@@ -116,7 +116,7 @@ def _view(found: Sequence[LongRow]) -> table.View:
 def _conclusion(r: LongRow) -> str:
     change, low, high = (None if v is None else paired.percent(v) for v in (r.delta_nll, r.delta_nll_low, r.delta_nll_high))
     interval = f"{table.signed(change, 1)} [{table.signed(low, 1)},{table.signed(high, 1)}] %"
-    return f"{r.decoding}, {rows.short(r.routing)} at {r.budget} (lossy): perplexity of its texts {interval}"
+    return f"{r.decoding}, {tuned.short(r.routing)} at {r.budget} (lossy): perplexity of its texts {interval}"
 
 
 def _cells(found: Sequence[LongRow]) -> list[list[str]]:
@@ -129,7 +129,7 @@ def _cells(found: Sequence[LongRow]) -> list[list[str]]:
             [
                 r.decoding,
                 f"{r.budget} ({r.budget_experts})",
-                r.routing,
+                tuned.short(r.routing),
                 r.eviction,
                 *(f"{v:.3f}" for v in (r.distinct1, r.distinct2, r.distinct4)),
                 f"{r.longest_repeat:.1f}",

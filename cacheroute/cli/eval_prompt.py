@@ -113,7 +113,7 @@ def scoring(scorer: PromptScorer, requests: Sequence[Request]) -> Iterator[None]
     total, missing = len(requests), scorer.missing(requests)
     if missing < total:
         say(f"{total - missing} of {total} scores are in the cache")
-    with progress.bar("scoring", max(missing, 1)) as advance:
+    with progress.bar("scoring", max(missing, 1)) as advance, progress.resumable():
         scorer.after = lambda score: advance(1, f"{score.routing} {score.budget} experts")
         yield
 

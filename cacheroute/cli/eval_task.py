@@ -15,7 +15,7 @@ from cacheroute.cli.eval import IoOption
 from cacheroute.cli.terminal import say
 from cacheroute.evals import mcnemar, rows
 from cacheroute.evals.rows import Arm
-from cacheroute.routing import strategies
+from cacheroute.routing import strategies, tuned
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
@@ -111,7 +111,10 @@ def task(
     loaded = harness.load_tasks(names, tasks, data=data, shots=shots, limit=limit, seed=seed)
     settings = [answers.Setting(strategies.parse(a.routing), a.budget_experts, a.eviction) for a in arms]
     runs = []
-    with answers.session(path, ctx_size, settings, threads=threads, n_workers=workers, io=io) as session:
+    with (
+        answers.session(path, ctx_size, settings, threads=threads, n_workers=workers, io=io) as session,
+        progress.resumable(),
+    ):
         for setting in settings:
             asked = _Asked(session, setting, first=setting is settings[0])
             runs.append(_Run(harness.evaluate(loaded, asked), asked.answers))
@@ -224,6 +227,6 @@ def _task_cells(found: list[TaskRow]) -> list[list[str]]:
     for r in found:
         value = f"{r.value:.4f}" + ("" if r.stderr is None else f" ± {r.stderr:.4f}")
         shares = [f"{100 * r.miss_rate:.1f}%", f"{100 * r.swap_rate:.1f}%", f"{r.missed_mib_per_token:.2f}"]
-        of = [f"{r.budget} ({r.budget_experts})", r.routing, r.eviction]
+        of = [f"{r.budget} ({r.budget_experts})", tuned.short(r.routing), r.eviction]
         cells.append([r.task, r.metric, value, "" if r.n is None else str(r.n), *_test(r), *of, *shares])
     return cells

@@ -14,7 +14,8 @@ from cacheroute.cli import options, progress, table
 from cacheroute.cli.eval import brief_kl, same_top, whole_kl
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import GIB, MIB
+from cacheroute.files import MIB
+from cacheroute.routing import tuned
 
 if TYPE_CHECKING:
     from cacheroute.evals.across import FilesRow
@@ -211,7 +212,7 @@ def view(rows: Sequence[FilesRow]) -> table.View:
             change = f"{r.ppl_increase:+.2f} [{table.signed(r.ppl_increase_low)}, {table.signed(r.ppl_increase_high)}]"
             whole.append(
                 [
-                    *(r.budget, f"{r.memory_mib:.1f}", r.file, "all in memory" if r.whole else r.routing),
+                    *(r.budget, f"{r.memory_mib:.1f}", r.file, "all in memory" if r.whole else tuned.short(r.routing)),
                     *("" if r.whole else r.eviction, str(r.budget_experts), whole_kl(r.kl, r.kl_low, r.kl_high)),
                     *(table.number(r.kl_p99, 1000, digits=1), same_top(r.top1, r.top1_se), f"{r.ppl:.3f}", change),
                     *(f"{100 * r.miss_rate:.1f}%", f"{r.missed_mib_per_token:.2f}", _ts(r.predicted_ts), _ts(r.ts)),
@@ -258,8 +259,3 @@ def _speed(r: FilesRow) -> str:
 
 def _ts(value: float | None) -> str:
     return "?" if value is None else f"{value:.1f}"
-
-
-def size(nbytes: int) -> str:
-    """As in "6.0 GiB" and "18.2 MiB"."""
-    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.1f} MiB"

@@ -18,7 +18,7 @@ from cacheroute.cli import sampling as sampling_options
 from cacheroute.cli.settings import Settings, load, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB
+from cacheroute.files import size
 from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import task_profile
@@ -192,6 +192,6 @@ def _plan(plan: Plan, *, loaded: bool) -> str:
     tokens, passes = "" if plan.n_tokens == 1 else "s", "" if plan.passes == 1 else "es"
     return (
         f"prompt of {plan.n_tokens} token{tokens}: {plan.passes} pass{passes} of {plan.length}, "
-        f"about {plan.compute / MIB:.0f} MiB beside the experts; "
-        + ("all experts in memory, as llama.cpp loads them" if loaded else f"up to {plan.ahead / MIB:.0f} MiB are read ahead")
+        f"about {size(plan.compute)} beside the experts; "
+        + ("all experts in memory, as llama.cpp loads them" if loaded else f"up to {size(plan.ahead)} are read ahead")
     )

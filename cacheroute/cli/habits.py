@@ -39,13 +39,20 @@ def command(words: Sequence[str], known: Sequence[str]) -> list[str]:
         )
     if name in ("rm", "delete"):
         raise UsageError(_removal(rest))
-    begins = sorted(command for command in known if command.startswith(name)) if name.isalpha() else []
-    if len(begins) == 1:  # on a phone: g for generate
-        return [*begins, *rest]
-    if begins:
-        raise UsageError(f"{name} may be {', '.join(begins[:-1])} or {begins[-1]}; write more of it.")
+    if whole := beginning(name, known):
+        return [whole, *rest]
     meant = did_you_mean(name, [*known, *_ALIASES, "run", "--help", "--version"])
     raise UsageError(f"There is no command {name}{f'; {meant}' if meant else '.'} See `cacheroute --help`.")
+
+
+def beginning(name: str, known: Sequence[str]) -> str:
+    """The command that begins so, as g for generate on a phone; "" if there is none. Raises UsageError if there are several."""
+    if not name.strip():
+        raise UsageError("The name of the command is empty, perhaps because a variable is not set. See `cacheroute --help`.")
+    begins = sorted(command for command in known if command.startswith(name)) if name.isalpha() else []
+    if len(begins) > 1:
+        raise UsageError(f"{name} may be {', '.join(begins[:-1])} or {begins[-1]}; write more of it.")
+    return begins[0] if begins else ""
 
 
 def _run(rest: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ import typer
 from cacheroute.cli import table
 from cacheroute.cli.terminal import columns, say
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import GIB, printable
+from cacheroute.files import GIB, printable, size
 from cacheroute.install.machine import available_memory
 from cacheroute.model import catalogue, experts, gguf_file, memory_plan
 from cacheroute.model.catalogue import DiskModel, ModelEntry
@@ -66,8 +66,8 @@ def models(
         print(json.dumps({"memory_available": memory, "disk_free": disk, "models": [asdict(r) for r in rows]}))
         return
     _print(rows)
-    free = "unknown" if memory is None else f"{memory / GIB:.1f} GiB"
-    room = "unknown" if disk is None else f"{disk / GIB:.1f} GiB"
+    free = "unknown" if memory is None else size(memory)
+    room = "unknown" if disk is None else size(disk)
     say(f"free: {free} of memory, {room} of disk for `cacheroute pull`")
 
 
@@ -98,7 +98,7 @@ def _rows(memory: int | None, disk: int | None) -> Iterator[Row]:
 def _entry_row(entry: ModelEntry, path: Path | None, memory: int | None, disk: int | None) -> Row:
     fits, budget = _fit(entry, path, memory)
     if not path and entry.repository and disk is not None and disk < entry.nbytes:
-        fits = f"needs {entry.nbytes / GIB:.1f} GiB of disk"
+        fits = f"needs {size(entry.nbytes)} of disk"
     return Row(
         name=entry.name,
         title=entry.title,
@@ -153,7 +153,7 @@ def _shown(plan: MemoryPlan) -> tuple[str, str | None]:
     if plan.free is None:
         return "?", None
     if capacity is None:
-        return f"needs {(plan.needed(plan.n_used) + plan.reserve) / GIB:.1f} GiB of memory", None
+        return f"needs {size(plan.needed(plan.n_used) + plan.reserve)} of memory", None
     return "yes", "all" if capacity == plan.n_expert else str(capacity)
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cacheroute.cli import prompt
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.install.machine import big_cores
+from cacheroute.install.machine import big_cores, cores
 from cacheroute.routing.eviction import ONLINE
 from cacheroute.routing.strategies import Routing
 
@@ -123,6 +123,13 @@ def check_verbosity(*, verbose: bool, quiet: bool) -> None:
 def threads(asked: int | None) -> int:
     """`asked`, or the fast cores that this process may use."""
     return asked or big_cores()
+
+
+def say_threads(given: Mapping[str, Any]) -> None:
+    """A line on stderr where -t has more threads than there are processors; `given`: the values of a command's options."""
+    n, elsewhere = given.get("threads"), given.get("scheduler")
+    if n and n > cores() and not (elsewhere or given.get("quiet")):
+        say(f"-t {n}: {cores()} processors are here for them; with more threads than that, each waits for the others.")
 
 
 def say_slow(routings: Iterable[Routing]) -> None:

@@ -15,7 +15,7 @@ from cacheroute import files
 from cacheroute.cli import options, table
 from cacheroute.cli.terminal import columns, folded, say
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import GIB, MIB, printable
+from cacheroute.files import GIB, MIB, printable, size
 
 if TYPE_CHECKING:
     from cacheroute.forecast.candidates import Candidate
@@ -108,7 +108,7 @@ def _all(free: int | None, flash_mbps: float | None, n_ctx: int, n_threads: int,
         return
     print("\n".join(_table(found)))
     known = next((f.memory.free for _, f in found if f.memory.free is not None), None)
-    memory = "free memory is not known" if known is None else f"{known / GIB:.1f} GiB of memory"
+    memory = "free memory is not known" if known is None else f"{size(known)} of memory"
     context = f"a context of {n_ctx} tokens" if n_ctx else "the whole context"
     say(
         f"for {memory}, {context}, -t {n_threads}; best first: the largest that give {_USABLE:g} tok/s, then the fastest; "
@@ -192,18 +192,16 @@ def _table(found: Sequence[tuple[Candidate, Forecast]]) -> list[str]:
     head = ("MODEL", "GiB", "HERE", "BUDGET", "TOK/S", "LOSSY", "512 TOKENS")
     cells = [head]
     for c, f in found:
-        size = f"{c.nbytes / GIB:.1f}"
+        gib = f"{c.nbytes / GIB:.1f}"
         here = "yes" if c.path else "no"
         if not f.fits:
-            cells.append(
-                (c.name, size, here, f"needs {(c.plan.needed(c.plan.n_used) + c.plan.reserve) / GIB:.1f} GiB", "", "", "")
-            )
+            cells.append((c.name, gib, here, f"needs {size(c.plan.needed(c.plan.n_used) + c.plan.reserve)}", "", "", ""))
             continue
         capacity = f.capacity or 0
         budget = "all" if capacity == f.n_expert else f"{capacity} of {f.n_expert}"
         lossy = max((r for r in f.routings if r.lossy), key=lambda r: r.tokens_per_s or 0, default=None)
         first = f.prompts[0].seconds if f.prompts else None
-        cells.append((c.name, size, here, budget, _range(f.routings[0]), _range(lossy) if lossy else "", _seconds(first)))
+        cells.append((c.name, gib, here, budget, _range(f.routings[0]), _range(lossy) if lossy else "", _seconds(first)))
     if _width() < _WIDTH:
         return table.fitted(cells, _width())
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
@@ -224,10 +222,10 @@ def _table(found: Sequence[tuple[Candidate, Forecast]]) -> list[str]:
 def _text(f: Forecast, model: str) -> list[str]:
     """Lines of at most 80 columns, or of those of a narrower terminal."""
     m, width = f.memory, _width()
-    free = "free memory is not known" if m.free is None else f"{_gib(m.free)} free, {_gib(m.reserve)} of it left to others"
+    free = "free memory is not known" if m.free is None else f"{size(m.free)} free, {size(m.reserve)} of it left to others"
     parts = (
-        f"{_gib(m.dense)} dense weights, {_gib(m.experts)} experts, {_gib(m.context)} context of {f.n_ctx} tokens, "
-        f"{_gib(m.compute)} to compute, {_gib(m.prompt_reserve)} more experts while a prompt is computed"
+        f"{size(m.dense)} dense weights, {size(m.experts)} experts, {size(m.context)} context of {f.n_ctx} tokens, "
+        f"{size(m.compute)} to compute, {size(m.prompt_reserve)} more experts while a prompt is computed"
     )
     lines = _wrapped("model", f.model)
     lines += _wrapped("file", f.path or "not here")
@@ -307,7 +305,3 @@ def _amount(value: float) -> str:
 
 def _seconds(value: float | None) -> str:
     return "?" if value is None else f"{_amount(value)} s"
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB / 10 else f"{nbytes / MIB:.0f} MiB"

@@ -1,4 +1,4 @@
-"""Progress of what takes more than two seconds, with the time left, on stderr where it is a terminal; nothing in a pipe."""
+"""Progress of what takes more than two seconds, with the time left, on stderr: drawn on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _CLEAR, _SHOW_CURSOR = "\r\x1b[K", "\x1b[?25h"
 
 @contextmanager
 def bar(what: str, total: float) -> Iterator[Advance]:
-    """Shows `total` units of work with an estimate of the time left."""
+    """Shows `total` units of work with an estimate of the time left; a line every half minute where stderr is no terminal."""
     if not sys.stderr.isatty():
-        yield lambda units, text: None
+        yield Lines(what, total)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -56,6 +56,25 @@ def bar(what: str, total: float) -> Iterator[Advance]:
             begin.cancel()
             begin.join()
             drawn.stop()
+
+
+class Lines:
+    """How far some work has come, for a pipe or a file: a line at most every half minute, when a unit is done."""
+
+    SECONDS_BETWEEN = 30.0
+
+    def __init__(self, what: str, total: float) -> None:
+        self._what, self._total, self._done = what, total, 0.0
+        self._start = self._said = time.monotonic()
+
+    def __call__(self, units: float, text: str) -> None:
+        self._done += units
+        now = time.monotonic()
+        if now - self._said >= self.SECONDS_BETWEEN and self._done < self._total:
+            self._said = now
+            left = seconds_left(self._done, self._total, self._start, now, now)
+            rest = "" if left is None else f", about {duration(left)} left"
+            say(f"{self._what}: {100 * self._done / self._total:.0f}%{rest}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from cacheroute.cli import options, progress, table
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.routing import prompt_routing as prompts
-from cacheroute.routing import strategies
+from cacheroute.routing import strategies, tuned
 from cacheroute.routing.eviction import ALL, BELADY, DEFAULT
 from cacheroute.trace import simulate as simulator
 from cacheroute.trace import trace_file
@@ -87,7 +87,7 @@ def _brief(rows: list[Row]) -> list[list[str]]:
         cells.append(
             [
                 r.budget,
-                _name(r) if rerouted else r.routing,
+                _name(r) if rerouted else tuned.short(r.routing),
                 r.eviction,
                 *(["all" if r.layer is None else str(r.layer)] if layered else []),
                 f"{100 * r.miss_rate:.1f}",
@@ -99,7 +99,7 @@ def _brief(rows: list[Row]) -> list[list[str]]:
 
 
 def _name(row: Row) -> str:
-    return row.routing + ("" if row.prompt_routing == prompts.ORIGINAL else f", {row.prompt_routing}")
+    return tuned.short(row.routing) + ("" if row.prompt_routing == prompts.ORIGINAL else f", {row.prompt_routing}")
 
 
 def _conclusions(rows: Sequence[Row]) -> Iterator[str]:
@@ -113,7 +113,7 @@ def _conclusions(rows: Sequence[Row]) -> Iterator[str]:
         lossy = "" if best.routing == "original" else " (lossy)"
         of = f" of {base.missed_mib_per_token:.2f}" if base and base is not best else ""
         missed = f"misses {best.missed_mib_per_token:.2f}{of} MiB a token"
-        yield f"Fewest misses at {budget}: {best.routing}{lossy} with {best.eviction}, {missed}"
+        yield f"Fewest misses at {budget}: {tuned.short(best.routing)}{lossy} with {best.eviction}, {missed}"
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:
@@ -128,7 +128,7 @@ def _cells(rows: list[Row]) -> list[list[str]]:
         cells.append(
             [
                 f"{r.budget} ({r.budget_experts})",
-                r.routing + (" (shuffled)" if r.shuffled else ""),
+                tuned.short(r.routing) + (" (shuffled)" if r.shuffled else ""),
                 r.eviction,
                 *layer,
                 f"{100 * r.miss_rate:.1f}%",

@@ -11,7 +11,7 @@ import typer
 from cacheroute.cli import options, progress
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB, check_distinct, check_new
+from cacheroute.files import check_distinct, check_new, size
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import task_profile, trace_file
 
@@ -84,7 +84,7 @@ def trace(
         record = trace_file.record_dtype(header.n_expert, header.n_used, mass=False).itemsize
         per_token = record * len(header.layers)
         n = len(tokens) + n_predict
-        say(f"{n} tokens x {len(header.layers)} layers x {record} bytes: {n * per_token / MIB:.1f} MiB")
+        say(f"{n} tokens x {len(header.layers)} layers x {record} bytes: {size(n * per_token)}")
         try:
             with trace_file.TraceWriter(output, header, force=force) as writer, llm.tracing(writer.append):
                 if n_predict:
@@ -97,7 +97,7 @@ def trace(
         stats = llm.stats().decode
     done = trace_file.read(output)
     say(
-        f"{output}: {len(done.records)} records, {output.stat().st_size / MIB:.1f} MiB | {stats.tokens} tokens decoded | "
+        f"{output}: {len(done.records)} records, {size(output.stat().st_size)} | {stats.tokens} tokens decoded | "
         f"miss {100 * stats.miss_rate:.1f}% | swapped {stats.swapped}/{stats.examined}",
     )
     if save_profile:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from cacheroute.cli import progress, table, tune_prompt
 from cacheroute.cli.eval import brief_kl, whole_kl
-from cacheroute.cli.frontier_files import Chosen, Settings, machine, size, speed
+from cacheroute.cli.frontier_files import Chosen, Settings, machine, speed
 from cacheroute.cli.terminal import say
 from cacheroute.cli.tune_report import TrialRow, change_of, limit_of, save, trial_row
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import paired
-from cacheroute.files import MIB
+from cacheroute.files import MIB, size
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import tuned
 
@@ -204,7 +204,7 @@ def _search(
         report=report,
     )
     _say_left(chooser.files(), nbytes)
-    with progress.bar("tuning", 1.0) as advance:  # of the whole, which is known when the text is
+    with progress.bar("tuning", 1.0) as advance, progress.resumable():  # of the whole, which is known when the text is
         chooser.prepare(begin)
         fit, held_out = tuning.split(len(chooser.chunks), goal.seed)
         return chooser, trials, chooser.run(fit, held_out)
@@ -309,7 +309,7 @@ def _print(report: FilesReport, output: str, *, wide: bool) -> None:
     limit = limit_of(report.max_ppl_increase, report.max_kl)
     above = [
         f"{report.model}, {report.text}: {report.n_tokens} tokens against original of {report.reference}",
-        f"{report.memory_mib:.1f} MiB for experts ({report.budget}), {report.eviction}; at most {limit}",
+        f"{size(report.memory_mib * MIB)} for experts ({report.budget}), {report.eviction}; at most {limit}",
     ]
     answer = textwrap.wrap(report.answer, table.WIDTH, break_long_words=False, break_on_hyphens=False)
     table.write([], output, table.View(_brief(report), _whole(report), above, answer), wide=wide)

@@ -83,7 +83,7 @@ def search(
         if session.n_kept:
             say(f"{session.n_kept} scores of earlier runs are used again")
         n_trials = len(prompt_tune.COVERS).bit_length()
-        with progress.bar("tuning", len(fit) * (n_trials + 1) + 2 * len(held_out)) as advance:
+        with progress.bar("tuning", len(fit) * (n_trials + 1) + 2 * len(held_out)) as advance, progress.resumable():
             session.after = lambda score: advance(1, score.routing)
             outcome = search.run()
     saved = None

@@ -13,21 +13,20 @@ from cacheroute.cli.eval import brief_kl, same_top, whole_kl
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import paired
+from cacheroute.evals.divergence import Divergence
 from cacheroute.routing import tuned
 from cacheroute.routing.strategies import EXPERTS
 
 if TYPE_CHECKING:
-    from cacheroute.evals.divergence import Divergence
     from cacheroute.evals.tune import Goal, Outcome, Trial
     from cacheroute.model.experts import ExpertLayout
 
 
 @dataclass(frozen=True)
-class TrialRow:
+class TrialFields:
     """One trial. `part` is fit, held out, or "fit, left early"; the change of the perplexity in % against `original`, with its
-    95% interval; `kl` ... `top1_se` as in `eval perplexity`, in nats per token. `passed`: the upper end of the interval is
-    within the limit; on the held-out part, the estimate itself. `within`: "yes" where the upper end is, "perhaps" where the
-    estimate is. MiB are misses x bytes of an expert."""
+    95% interval. `passed`: the upper end of the interval is within the limit; on the held-out part, the estimate itself.
+    `within`: "yes" where the upper end is, "perhaps" where the estimate is. MiB are misses x bytes of an expert."""
 
     routing: str
     part: str
@@ -40,17 +39,16 @@ class TrialRow:
     miss_rate: float
     passed: bool
     within: str
-    kl: float
-    kl_low: float | None
-    kl_high: float | None
-    kl_p99: float
-    top1: float
-    top1_se: float
 
     @property
     def saved(self) -> float:
         """Share of the bytes that `original` misses and this routing does not."""
         return 1 - self.missed_mib_per_token / self.original_missed_mib_per_token if self.original_missed_mib_per_token else 0.0
+
+
+@dataclass(frozen=True)
+class TrialRow(Divergence, TrialFields):
+    """One trial, then its KL as in `eval perplexity`, in nats per token."""
 
 
 @dataclass(frozen=True)

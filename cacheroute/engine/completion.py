@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Completion:
     keeping: float = 0.0
 
     def pieces(self) -> Iterator[str]:
-        """Text as it comes. Raises CacherouteError when the prompt does not fit the context, UsageError for a prompt cache that
+        """Text as it comes. Raises UsageError when the prompt does not fit the context, and for a prompt cache that
         cannot be used."""
         for piece in self._pieces():
             if piece:
@@ -158,7 +158,7 @@ class Completion:
         llm, tokens = self.llm, self.prompt.tokens
         room = llm.n_ctx() - len(tokens)
         if room <= 0:
-            raise CacherouteError(
+            raise UsageError(
                 f"The prompt of {len(tokens)} tokens does not fit the context of {llm.n_ctx()}; give a larger one with -c."
             )
         limit = room if self.max_tokens is None else min(self.max_tokens, room)

@@ -83,7 +83,7 @@ class Conversation:
                 least = middle + 1
         prompt = prompts.get(least) or self._prompt(self.messages[2 * least :])
         if len(prompt.tokens) >= size:
-            raise CacherouteError(
+            raise UsageError(
                 f"The question takes {len(prompt.tokens)} tokens and the context has {size}; give a larger one with -c."
             )
         del self.messages[: 2 * least]

@@ -8,24 +8,23 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cacheroute import interrupts
-from cacheroute.engine import arguments, callbacks, choice, load_progress, log, progress, stores, templates
+from cacheroute.engine import arguments, choice, load_progress, log, progress, stores, templates
 from cacheroute.engine.compute_threads import ComputeThreads
-from cacheroute.engine.configured import ConfiguredLlama
+from cacheroute.engine.computing import ComputingLlama
 from cacheroute.engine.embeddings import MappedEmbeddings
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.memory_watch import MemoryWatch
-from cacheroute.engine.micro_batch import UPSTREAM, MicroBatches, Plan, length_beside_all
+from cacheroute.engine.micro_batch import UPSTREAM, MicroBatches, length_beside_all
 from cacheroute.engine.open_files import OpenFiles
 from cacheroute.errors import CacherouteError
 from cacheroute.install import patched_llama_cpp
-from cacheroute.install.machine import available_memory, cores
+from cacheroute.install.machine import cores
 from cacheroute.model import catalogue, context_memory, experts, gguf_file, memory_plan
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import eviction as evictions
@@ -40,7 +39,7 @@ _SETTLE_SECONDS = 10.0  # at most, that another budget takes to be kept
 _LAZY_MODE_OFF, _LAZY_MODE_EXPERTS = 0, 3  # patches/0002-lazy-experts.patch
 
 
-class Llama(ConfiguredLlama):
+class Llama(ComputingLlama):
     """`llama_cpp.Llama` whose routed experts stay in the file, at most `budget` of them in memory.
 
     Args:
@@ -170,7 +169,8 @@ class Llama(ConfiguredLlama):
         refused: list[str] = []
         try:
             dense = () if self._loaded else self.layout.dense_ranges
-            with log.errors(verbose=kwargs.get("verbose", True)) as refused, self._files.fetched(dense):
+            verbose = kwargs.get("verbose", True)
+            with interrupts.put_off(), log.errors(verbose=verbose) as refused, self._files.fetched(dense):
                 super().__init__(str(path), use_mmap=False, **kwargs)
         except ValueError as e:
             raise CacherouteError(f"llama.cpp cannot load {path}: {log.reason(refused) or e}.") from e
@@ -197,7 +197,7 @@ class Llama(ConfiguredLlama):
 
     @model_params.setter
     def model_params(self, value: Any) -> None:
-        self._model_params, self._loading = value, load_progress.Loading(value)
+        self._model_params, self._loading = value, load_progress.Loading(value, dots=self.verbose)
 
     @property
     def metadata(self) -> Any:
@@ -284,99 +284,6 @@ class Llama(ConfiguredLlama):
         as_memory_allows = {} if self._batches.fixed else {"n_batch": None, "n_ubatch": None}
         return state | own | more | as_memory_allows
 
-    @contextlib.contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Within it, tokens given to eval() count as decoded: the routing acts on them."""
-        before, self._decoding = self._decoding, True
-        try:
-            yield
-        finally:
-            self._decoding = before
-
-    def eval(self, tokens: Sequence[int]) -> None:
-        """As llama_cpp.Llama.eval.
-
-        Raises CacherouteError when the context is full, an expert cannot be read, or the model does not do what its file says.
-        """
-        with self._alone():
-            if self.n_tokens + len(tokens) > self._n_ctx:
-                raise CacherouteError(
-                    f"{self.n_tokens + len(tokens)} tokens do not fit the context of {self._n_ctx}; "
-                    "give a larger one (-c, n_ctx=)."
-                )
-            if self._decoding:
-                super().eval(tokens)
-                return
-            plan = self.plan(len(tokens))
-            step = max(len(tokens), 1) if self._batches.fixed else plan.length  # a fixed split is llama.cpp's own
-            prompt = progress.Prompt.of(len(tokens), min(step, self.n_batch), self.context_params.n_ubatch, self.layout)
-            if self._hook:
-                self._hook.read_ahead(plan.ahead if self._read_ahead else 0)
-            with progress.of_prompt(self._hook, self.n_tokens, prompt, self.prompt_progress):
-                for at in range(0, max(len(tokens), 1), step):
-                    super().eval(tokens[at : at + step])
-
-    def plan(self, n_tokens: int) -> Plan:
-        """How a prompt of so many more tokens, after those evaluated, would be computed with the memory that is free now."""
-        resident = self.budget.nbytes if self._loaded else self.resident_bytes
-        free = available_memory(ulimits=False) if self._watch else None
-        reserve = 0 if free is None else memory_plan.reserve(free + resident)  # with less, the watch makes the budget smaller
-        return self._batches.plan(max(n_tokens, 1), self.n_tokens, self.budget, resident, reserve)
-
-    def _decode(self, batch: Any) -> None:
-        """The one gate before llama_decode(): keeps the budget, sets the phase, and raises errors, for every caller."""
-        self._check_usable()
-        first = int(batch.batch.pos[0]) if batch.batch.n_tokens and batch.batch.pos else self.n_tokens
-        if first == 0:
-            self._files.check()
-        self._untouched = complete = False
-        self._points.cut(first)
-        self._logits, broken, self._broken_off = None, self._broken_off, True
-        self._requires_eval = True  # eval() says otherwise at its end
-        if self._hook:
-            self._hook.begin(first, decode=self._decoding)
-        self._set_threads()
-        try:
-            self.computing, self.computed_at = True, time.monotonic()
-            try:
-                start = time.perf_counter()
-                self._compute(batch)
-                if self._decoding:
-                    self._threads.took(time.perf_counter() - start)
-                complete = not self._interrupt.seen()  # what an interrupted batch has computed is of no use
-            except RuntimeError:
-                if not self._interrupt.seen():
-                    raise
-            finally:
-                if self._hook:
-                    self._hook.finish(complete=complete)
-                interrupted = self._interrupt.take()
-        finally:
-            self.computing, self.computed_at = False, time.monotonic()
-        if interrupted:
-            interrupts.met()
-            raise KeyboardInterrupt
-        self._embeddings.check()
-        self._broken_off = broken
-        if self._hook and self._trace_sink:
-            self._trace_sink(self._hook.take_trace())
-
-    def _set_threads(self) -> None:
-        """Of decoding, fewer beside other work. Flash attention sums in another order with other threads: there it stays."""
-        n = self.n_threads if self.context_params.flash_attn_type > 0 else self._threads.look()
-        if n != self._n_threads_set:
-            self._n_threads_set = n
-            self._ctx.set_n_threads(n, self.n_threads_batch)
-
-    def embed(self, *args: Any, **kwargs: Any) -> Any:
-        """As llama_cpp.Llama.embed. Forgets the sequence."""
-        with self._alone():
-            super().reset()
-            try:
-                return super().embed(*args, **kwargs)
-            finally:
-                super().reset()
-
     def tokenize(self, *args: Any, **kwargs: Any) -> Any:
         """As llama_cpp.Llama.tokenize."""
         self._check_usable()
@@ -386,37 +293,3 @@ class Llama(ConfiguredLlama):
         """As llama_cpp.Llama.detokenize."""
         self._check_usable()
         return super().detokenize(*args, **kwargs)
-
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As llama_cpp.Llama.generate; the prompt is prefill, what follows is decode.
-
-        A model has one sequence: where another generate() has begun meanwhile, the next token raises CacherouteError.
-        """
-        tokens = list(tokens)
-        own = self._generation = object()
-        processors = callbacks.Processors(kwargs.get("logits_processor") or ())
-        if kwargs.get("logits_processor"):
-            kwargs["logits_processor"] = _llama_cpp.LogitsProcessorList([processors])
-        if kwargs.get("grammar"):
-            callbacks.check_grammar(self._model.vocab, kwargs["grammar"])
-        with self._alone():
-            if kwargs.get("reset", True):
-                self._begin_prompt(tokens)
-        inner = super().generate(tokens, *args, **kwargs)
-        try:
-            with self._alone():
-                token = next(inner)
-                self._keep_point()
-            while True:
-                processors.check()
-                more = yield token
-                if self._generation is not own:
-                    raise CacherouteError("Another answer was begun before this one ended; end one first, or load two.")
-                if self.n_tokens >= self._n_ctx:
-                    return  # full: the last token was sampled and cannot be evaluated
-                with self._alone(), self.decoding():  # only while it runs: a generator that is left alone changes nothing
-                    token = inner.send(more)
-        except StopIteration:
-            return
-        finally:
-            inner.close()

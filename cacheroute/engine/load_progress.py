@@ -23,13 +23,14 @@ def report_to(callback: LoadCallback | None) -> None:
 class Loading:
     """One load. Ctrl-C and what the callback raises end it: Python code that C calls must not raise, so end() does."""
 
-    def __init__(self, params: Any) -> None:
-        """`params`: the llama_model_params of the load."""
+    def __init__(self, params: Any, *, dots: bool) -> None:
+        """`params`: the llama_model_params of the load. `dots`: without a callback llama.cpp draws its own progress, and Ctrl-C
+        waits for the end of the load."""
         self._told = _callback
         self._error: BaseException | None = None
-        if self._told is None:
+        if self._told is None and dots:
             return
-        told = self._told
+        told = self._told or (lambda share: None)
 
         @interrupts.shield
         def tell(share: float, data: Any) -> bool:
@@ -43,11 +44,10 @@ class Loading:
 
     def end(self) -> None:
         """Raises what the callback has raised, and KeyboardInterrupt for a Ctrl-C meanwhile."""
-        if self._told is None:
-            return
         error = self._error
         try:
-            self._told(1.0)
+            if self._told:
+                self._told(1.0)
         except Exception as e:
             error = error or e
         if error:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cacheroute.install.machine import available_memory, ulimit_room
+from cacheroute.install.machine import available_memory, memory, ulimit_room
 from cacheroute.model import context_memory
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
@@ -117,7 +117,6 @@ def _address_space() -> int:
     try:
         if int(Path("/proc/sys/vm/overcommit_memory").read_text("ascii")) == 2:
             return available_memory() or sys.maxsize
-        total = next(line for line in Path("/proc/meminfo").read_text("ascii").splitlines() if line.startswith("MemTotal"))
-        return min([int(total.split()[1]) * 1024, *ulimit_room()])
-    except (OSError, ValueError, StopIteration, IndexError):
+        return min([memory()["MemTotal"], *ulimit_room()])
+    except (OSError, ValueError, KeyError):
         return available_memory() or sys.maxsize

@@ -62,7 +62,8 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     prompt_routing: PromptRouting
     _lossy: bool  # either routing is
     automatic: bool  # the budget follows the free memory
-    _configured: Budget  # before the free memory has changed it
+    _configured: Budget  # before set_capacity() or the free memory has changed it
+    _two_budgets: bool  # set_capacity() has come in the middle of the sequence
     _loaded: bool  # all experts are in memory, as llama.cpp loads them
     _hook: Hook | None
     _task: TaskProfile | None
@@ -79,7 +80,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def _new_sequence(self) -> None:
         """The KV cache holds other tokens, or another hook acts: no point is left."""
-        self._points, self._logits, self._broken_off = Points(), None, False
+        self._points, self._logits, self._broken_off, self._two_budgets = Points(), None, False, False
 
     def _tokens(self) -> list[int]:
         return [int(t) for t in self.input_ids[: self.n_tokens]]
@@ -89,7 +90,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Forgets the sequence and, with it, which experts are resident."""
         self._check_usable()
         super().reset()
-        self._logits, self._broken_off = None, False
+        self._logits, self._broken_off, self._two_budgets = None, False, False
         if self._hook and not self._untouched:
             self._hook.reset()
             self._warm()
@@ -250,12 +251,17 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Keeps the evaluated tokens in a file: their KV cache, and the routing state and logits at the end of each prompt.
 
         The file is written beside its place and renamed. Raises UsageError where a file is that is not a prompt cache, for a
-        policy in Python, and when nothing is evaluated, CacherouteError when the file cannot be written.
+        policy in Python, when nothing is evaluated, and when a lossy sequence has had two budgets; CacherouteError when the file
+        cannot be written.
         """
         with self._alone():
             settings = self._settings()
             if not self.n_tokens:
                 raise UsageError("There is no evaluated prompt to keep.")
+            if self._two_budgets and "budget" in settings:
+                raise UsageError(
+                    "The budget has changed since this sequence began, and a lossy one is of one budget: reset it first."
+                )
             self._keep_point()
             points = [(p.n, p.mark.routing_bytes(), p.logits) for p in self._points if p.n <= self.n_tokens]
             prompt_cache.write(Path(path), Kept(self._tokens(), points, save_sequence(self._ctx.ctx)), settings)
@@ -323,9 +329,9 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if self.routing and self.routing.policy:
             raise UsageError(f"A prompt cache cannot keep the state of {self.routing}: a policy in Python has its own.")
         p = self.context_params
-        budget = self._configured
-        own = strategies.capacities(self.routing, budget, self.layout)
-        like = set(own) == {budget.capacity}
+        configured, now = self._configured.capacity, self.budget.capacity
+        own = strategies.capacities(self.routing, self._configured, self.layout)
+        layers = "" if set(own) == {configured} else f" (layers {_short(own if now == configured else (own, configured))})"
         context = [f"{name}={getattr(p, name):g}" for name in (*_CONTEXT, *_YARN)]
         return {
             "model": f"{self.layout.model or self.layout.paths[0].name} ({self._fingerprint})",
@@ -339,11 +345,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             "adapter": f"{self.lora_path}, {self.lora_scale:g}" if self.lora_path else "none",
             "warm start": _short(self._task) if self._task else "none",
             # a state of another budget is cut to this one; where the cache changes the choice, so would that
-            **(
-                {"budget": f"{budget.capacity}" + ("" if like else f" (layers {_short(own)})")}
-                if self._lossy and not self.automatic
-                else {}
-            ),
+            **({"budget": f"{now}{layers}"} if self._lossy and not self.automatic else {}),
         }
 
     def _repacked(self) -> str:

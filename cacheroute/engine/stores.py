@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cacheroute.engine import direct_reads
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import cache_dir, recalled, remember
 from cacheroute.model.experts import ExpertLayout
@@ -80,8 +79,8 @@ def open_store(
     why = ""
     if io == AUTO:
         try:
-            io = _choose(layout, wanted) if drops_cached() else DIRECT
-            return new_store(io, wanted, names), io
+            io, measured = _choose(layout, wanted) if drops_cached() else (DIRECT, None)
+            return measured or new_store(io, wanted, names), io
         except CacherouteError as e:
             io, why = BUFFERED, f"--io auto reads through the page cache: {e}"
     store = new_store(io, wanted, names)
@@ -101,10 +100,8 @@ def drops_cached() -> bool:
 
 def new_store(io: str, arguments: Arguments, names: Sequence[str]) -> int:
     """A cr_store that reads directly or buffered. Raises CacherouteError with the `names` of the files, by whatever paths they
-    were opened; of direct reads also where these give other bytes than are in a file."""
+    were opened; of direct reads also where these give other bytes than are in a file (native/slots.cpp)."""
     try:
-        if io == DIRECT:
-            direct_reads.check([os.fsdecode(path) for path in arguments[0]])
         return bindings.checked(bindings.lib.cr_store_new, *arguments, int(io == DIRECT))
     except CacherouteError as e:
         text = str(e)
@@ -143,8 +140,9 @@ def _say(text: str) -> None:
     _said.add(text)
 
 
-def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
-    """The better one on the filesystem of the model; what was measured is kept in the user's cache.
+def _choose(layout: ExpertLayout, arguments: Arguments) -> tuple[str, int | None]:
+    """The better one on the filesystem of the model, and its store where it had to be opened to measure it; what was measured is
+    kept in the user's cache.
 
     Raises CacherouteError where one of them is not possible.
     """
@@ -152,23 +150,25 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> str:
     key = _place(os.stat(arguments[0][0]).st_dev, layout)
     known = recalled(file)
     if known.get(key) in (DIRECT, BUFFERED):
-        return str(known[key])
+        return str(known[key]), None
     stores: dict[str, int] = {}
     try:
         for name in (DIRECT, BUFFERED):
             stores[name] = new_store(name, arguments, [str(p) for p in layout.paths])
         seconds = measure(stores, layout)
+        best = faster(seconds)
+        chosen = stores.pop(best)
     finally:
         for store in stores.values():
             bindings.lib.cr_store_free(store)
-    best = faster(seconds)
+    bindings.lib.cr_store_clear(chosen)
     times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
     kept = remember(file, known | {key: best})
     remember_speeds(layout, {io: layout.layers[0].expert_bytes / s / 1e6 for io, s in seconds.items()})
     if best == BUFFERED:
         where = f"this is kept in {file}." if kept else f"{file} cannot be written."
         _say(f"--io auto reads buffered ({times} an expert); {where}")
-    return best
+    return best, chosen
 
 
 def faster(seconds: dict[str, float]) -> str:

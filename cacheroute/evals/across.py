@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import UsageError
 from cacheroute.evals import frontier, rows
 from cacheroute.evals.frontier import FrontierRow
 from cacheroute.evals.loading import Source
 from cacheroute.evals.rows import Arm
 from cacheroute.evals.scorer import Scorer
-from cacheroute.files import MIB
+from cacheroute.files import MIB, size
 from cacheroute.model.copies import Copy
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import strategies, tuned
@@ -81,8 +80,7 @@ class FilesRow(FrontierRow):
     @property
     def label(self) -> str:
         """What runs, without the eviction and without the path of a tuned routing."""
-        short = tuned.NAME if self.routing.startswith(f"{tuned.NAME}:") else self.routing
-        return f"{self.file}, all in memory" if self.whole else f"{self.file} {short}"
+        return f"{self.file}, all in memory" if self.whole else f"{self.file} {tuned.short(self.routing)}"
 
 
 def routing_digest(routing: Routing) -> str:
@@ -104,8 +102,8 @@ def arms(
         nbytes = budgets.in_bytes(text, copies[0].layout)
         capacity = budgets.of_bytes(nbytes, copy.layout)
         if capacity is None:
-            least = copy.layout.n_used * copy.layout.resident_bytes / MIB
-            left.append(f"{copy.name} needs {least:.1f} MiB for the experts of one token, so it is not at {text}")
+            least = copy.layout.n_used * copy.layout.resident_bytes
+            left.append(f"{copy.name} needs {size(least)} for the experts of one token, so it is not at {text}")
             continue
         whole = capacity == copy.layout.n_expert
         if whole:
@@ -146,7 +144,7 @@ def finished(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str, str, 
             found.append(row)
         return {row.place: row for row in found}
     except (KeyError, TypeError, ValueError) as e:
-        raise UsageError(f"The results file has a line that is no row of frontier ({e}); choose another or remove it.") from None
+        raise frontier.no_row(e) from None
 
 
 def run(

@@ -14,21 +14,19 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cacheroute.errors import CacherouteError
-from cacheroute.evals import loading, processes
 from cacheroute.evals.perplexity import missed_bytes
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Job, Loaded
-from cacheroute.evals.scorer import kept_scores
+from cacheroute.evals.session import kept_scores, opened
 from cacheroute.evals.tasks import Heads, TaskScorer
 from cacheroute.files import MIB
-from cacheroute.install.machine import big_cores
 from cacheroute.routing.strategies import Routing, routing_key
 
 if TYPE_CHECKING:
@@ -255,13 +253,7 @@ def session(
     `threads`: in total, None for all cores. `n_workers`: processes of this machine that answer, each with the model loaded.
     Raises UsageError for settings that do not fit, CacherouteError when the model cannot be loaded.
     """
-    with ExitStack() as stack:
-        each = max((threads or big_cores()) // n_workers, 1)
-        llm = stack.enter_context(closing(loading.load(path, n_ctx, each)))
-        io = io or loading.default_io(llm.layout)
-        for setting in settings:
-            llm.configure(budget=setting.budget, routing=setting.routing, eviction=setting.eviction, io=io)
-        executor = stack.enter_context(processes.pool(n_workers)) if n_workers > 1 else None
-        job = Job(model=path.resolve(), text="", n_ctx=n_ctx, n_threads=each, io=llm.io, n_processes=n_workers)
+    tried = [setting._asdict() for setting in settings]
+    with opened(path, n_ctx, tried, threads=threads, n_workers=n_workers, io=io) as own:
         kept = kept_scores(path, f"requests in a context of {n_ctx} tokens", _FORMAT, _from_json)
-        yield Answers(llm, job, settings, kept, executor)
+        yield Answers(own.llm, own.job(""), settings, kept, own.executor)

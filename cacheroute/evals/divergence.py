@@ -62,8 +62,7 @@ def keep(log_p: LogP) -> Position:
 @dataclass(frozen=True)
 class Divergence:
     """KL(original || routed) in nats per token: its mean with the 95% interval of resampled chunks (None with one chunk), the
-    99th
-    percentile over tokens; `top1`: share of tokens for which both have the same likeliest one, with its standard error.
+    99th percentile over tokens; `top1`: share of tokens for which both have the same likeliest one, with its standard error.
 
     llama-perplexity's Mean KLD, 99.0% KLD and Same top p, the error of the latter as it computes it (tokens taken as
     independent).

@@ -78,7 +78,13 @@ def finished(lines: Iterable[dict[str, Any]]) -> dict[Arm, FrontierRow]:
                     raise TypeError(f"{field.name} is {value!r}")
         return {Arm(row.routing, row.eviction, row.budget, row.budget_experts): row for row in found if row.kl is not None}
     except (KeyError, TypeError, ValueError) as e:
-        raise UsageError(f"The results file has a line that is no row of frontier ({e}); choose another or remove it.") from None
+        raise no_row(e) from None
+
+
+def no_row(reason: Exception) -> UsageError:
+    """For a line of a results file; `reason` names the field."""
+    lacks = f"it lacks {reason}" if isinstance(reason, KeyError) else str(reason)
+    return UsageError(f"The results file has a line that is no row of frontier ({lacks}); choose another file, or remove it.")
 
 
 def run(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -75,6 +76,12 @@ def load_tasks(
     """
     require()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():  # the readers of data draw bars in a pipe, too
+        import datasets
+        import huggingface_hub.utils
+
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder} is not a folder with task files.")
     names = list(dict.fromkeys(SHORT_NAMES.get(n, n) for n in names))

@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.evals import loading, paired, processes, repetition
+from cacheroute.evals import loading, paired, repetition
 from cacheroute.evals.perplexity import Floats, LogP, log_probabilities, score
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.rows import Arm
 from cacheroute.evals.runner import Job, Loaded
-from cacheroute.evals.scorer import kept_scores
+from cacheroute.evals.session import kept_scores, opened
 from cacheroute.evals.text import Chunk
-from cacheroute.install.machine import big_cores
 from cacheroute.routing.strategies import Routing, parse, routing_key
 
 if TYPE_CHECKING:
@@ -232,18 +231,12 @@ def session(
 
     Raises UsageError for settings or text that do not fit, CacherouteError when the model cannot be loaded.
     """
-    with ExitStack() as stack:
-        each = max((threads or big_cores()) // n_workers, 1)
-        n_ctx = source.chunk + n
-        llm = stack.enter_context(closing(loading.load(path, n_ctx, each)))
-        io = io or loading.default_io(llm.layout)
-        for arm in arms:
-            llm.configure(budget=arm.budget_experts, routing=parse(arm.routing), eviction=arm.eviction, io=io)
-        prompts = spread(loading.chunks(llm, source), n_prompts)
-        executor = stack.enter_context(processes.pool(n_workers)) if n_workers > 1 else None
-        job = Job(path.resolve(), loading.text_fingerprint(prompts), n_ctx, each, llm.io, n_processes=n_workers)
+    tried = [{"budget": arm.budget_experts, "routing": parse(arm.routing), "eviction": arm.eviction} for arm in arms]
+    with opened(path, source.chunk + n, tried, threads=threads, n_workers=n_workers, io=io) as own:
+        prompts = spread(loading.chunks(own.llm, source), n_prompts)
+        job = own.job(loading.text_fingerprint(prompts))
         kept = kept_scores(path, f"{n} tokens after {job.text}", _FORMAT, _from_json)
-        yield LongTexts(llm, prompts, n, job, kept, executor)
+        yield LongTexts(own.llm, prompts, n, job, kept, own.executor)
 
 
 def spread(chunks: Sequence[Chunk], n: int) -> list[Chunk]:

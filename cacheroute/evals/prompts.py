@@ -24,7 +24,7 @@ from cacheroute.errors import UsageError
 from cacheroute.evals import loading, paired, text
 from cacheroute.evals.perplexity import Floats, LogP, log_probabilities
 from cacheroute.evals.results import ResultsFile
-from cacheroute.evals.scorer import kept_scores
+from cacheroute.evals.session import kept_scores
 from cacheroute.evals.text import Chunk
 from cacheroute.files import MIB
 from cacheroute.install.machine import big_cores

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import check_regular, replaced
+from cacheroute.files import check_regular, named, replaced
 
 
 class ResultsFile:
@@ -51,11 +52,7 @@ class ResultsFile:
         except (ValueError, AttributeError, RecursionError):
             raise UsageError(f"{self.path} is not a results file of cacheroute; choose another name.") from None
         if other:
-            key = sorted(other)[0]
-            raise UsageError(
-                f"{self.path} holds results of another {key} ({found.get(key)}, now {header.get(key)}); "
-                "choose another file or remove it."
-            )
+            raise UsageError(f"{self.path} {_difference(found, header, other)}; choose another file or remove it.")
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line. Raises CacherouteError when it cannot be written; what was written of it is taken back."""
@@ -71,3 +68,29 @@ class ResultsFile:
                     raise
         except OSError as e:
             raise CacherouteError(f"{self.path} cannot be written ({e.strerror}).") from None
+
+
+def _difference(found: dict[str, Any], header: dict[str, Any], other: Sequence[str]) -> str:
+    """What a file with the header `found` is, where `header` was wanted; they differ in the fields `other`."""
+    if "format" in other:
+        was, wanted = named(found.get("format")), named(header["format"])
+        if was != wanted:
+            return f"holds {was}, not {wanted}" if was else f"is not a file of {wanted}"
+        return f"holds {was} of another version of cacheroute"
+    if "version" in other:
+        return f"holds results of another version of cacheroute ({found.get('version')}, and this is {header.get('version')})"
+    if "model" in other:
+        return "holds results of another model file"
+    if "text" in other:
+        return "holds results of another text (-f)"
+    if "chunks" in other:
+        return f"holds results of other chunks ({_chunks(found.get('chunks'))}; now {_chunks(header['chunks'])})"
+    key = min(other)
+    return f"holds results of another {key} ({found.get(key)}, now {header.get(key)})"
+
+
+def _chunks(values: Any) -> str:
+    """[chunk, stride, limit] as the options that set them."""
+    if not isinstance(values, list):
+        return "not named"
+    return " ".join(f"--{name} {v}" for name, v in zip(("chunk", "stride", "limit"), values, strict=False) if v is not None)

@@ -57,12 +57,6 @@ def arms(model: Path, layout: ExpertLayout, budget: Sequence[str], eviction: Seq
     return list(dict.fromkeys(found))
 
 
-def short(routing: str) -> str:
-    """A routing for a table: of a tuned one the name of its file without its folder."""
-    name, _, file = routing.partition(":")
-    return f"{name}:{Path(file).name}" if name == tuned.NAME else routing
-
-
 class _Set(Protocol):
     """A row with the settings of an Arm."""
 
@@ -80,7 +74,7 @@ def in_common(found: Sequence[_Set]) -> tuple[bool, list[str], str]:
     """For a table of rows: (whether all are of one budget, the name of each, what they share, to stand above). The name has the
     eviction where there are several."""
     one_budget, one_eviction = len({r.budget for r in found}) == 1, len({r.eviction for r in found}) == 1
-    names = [short(r.routing) + ("" if one_eviction else f", {r.eviction}") for r in found]
+    names = [tuned.short(r.routing) + ("" if one_eviction else f", {r.eviction}") for r in found]
     budget = f", {found[0].budget_experts} experts of each layer ({found[0].budget})" if one_budget else ""
     return one_budget, names, budget + (f", {found[0].eviction}" if one_eviction else "")
 

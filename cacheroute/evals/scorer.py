@@ -7,26 +7,19 @@ everywhere. -t is the number of compute threads of all local processes together.
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, processes, reference
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Cell, Job, Request, Runner, compute
+from cacheroute.evals.session import header_of, kept_scores, opened, score_file
 from cacheroute.evals.text import Chunk, first_ones
-from cacheroute.files import VERSION, cache_dir, sha256
-from cacheroute.install import patched_llama_cpp
-from cacheroute.install.machine import big_cores
-from cacheroute.model import gguf_file
-from cacheroute.native import bindings
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.routing.strategies import Routing
 from cacheroute.trace import score_files
@@ -209,79 +202,29 @@ def session(
 
     Raises UsageError for settings or text that do not fit, CacherouteError when the model or the scheduler cannot be reached.
     """
-    with ExitStack() as stack:
-        each = max((threads or big_cores()) // n_workers, 1)
-        llm = stack.enter_context(closing(loading.load(path, source.chunk, each)))
-        io = io or loading.default_io(llm.layout)
-        for eviction in evictions:
-            llm.configure(budget=llm.layout.n_expert, eviction=eviction, io=io)
-        whole = loading.chunks(llm, replace(source, limit=None))
-        chunks = first_ones(whole, source.limit)
-        executor: Executor | None = None
-        if scheduler:
-            executor, size = stack.enter_context(processes.cluster(scheduler))
-            each = max(threads // size, 1) if threads else 0
-        elif n_workers > 1:
-            executor = stack.enter_context(processes.pool(n_workers))
-        job = Job(
-            model=path.resolve(),
-            text=loading.text_fingerprint(whole),  # with any limit: what few tokens have given serves a run of more
-            n_ctx=source.chunk,
-            n_threads=each,
-            io=io if scheduler else llm.io,
+    checked = [{"budget": "all", "eviction": eviction} for eviction in evictions]
+    with (
+        opened(path, source.chunk, checked, threads=threads, n_workers=n_workers, io=io) as own,
+        processes.cluster(scheduler) if scheduler else nullcontext((own.executor, 1)) as (executor, size),
+    ):
+        whole = loading.chunks(own.llm, replace(source, limit=None))
+        job = own.job(loading.text_fingerprint(whole))  # with any limit: what few tokens have given serves a run of more
+        pace = f"{flash_mbps:g} MB/s" if flash_mbps else "unpaced"
+        job = replace(
+            job,
             flash_mbps=flash_mbps,
-            n_processes=n_workers,
-            timing=f"{llm.io}, {each} threads, {f'{flash_mbps:g} MB/s' if flash_mbps else 'unpaced'}" if timed else "",
+            timing=f"{job.io}, {job.n_threads} threads, {pace}" if timed else "",
             references=reference.folder_name(reference_model or path),
             reference=reference_model.resolve() if reference_model else None,
         )
-        yield Scorer(llm, chunks, job, _kept_cells(path, job.text, reference_model), executor)
+        if scheduler:
+            job = replace(job, n_threads=max(threads // size, 1) if threads else 0, io=own.asked_io)
+        kept = _kept_cells(path, job.text, reference_model)
+        yield Scorer(own.llm, first_ones(whole, source.limit), job, kept, executor)
 
 
 def _kept_cells(model: Path, text: str, reference_model: Path | None = None) -> ResultsFile:
     kept = kept_scores(model, text, score_files.FORMAT, _from_json, reference_model)
-    if reference_model is None and _score_file(_header(model, text, score_files.EARLIER)).exists():
+    if reference_model is None and score_file(header_of(model, text, score_files.EARLIER)).exists():
         kept.lines = [*kept_scores(model, text, score_files.EARLIER, _from_json).lines, *kept.lines]
     return kept
-
-
-def kept_scores(
-    model: Path, text: str, kind: str, parse: Callable[[dict[str, Any]], Any], reference_model: Path | None = None
-) -> ResultsFile:
-    """The scores of that kind that this build has computed: another router or engine may choose and round differently.
-
-    `text` says what was scored. `parse` raises for a line that is damaged. `reference_model`: what they are compared with, where
-    that is another file.
-    """
-    header = _header(model, text, kind)
-    if reference_model:
-        header["reference"] = gguf_file.fingerprint(reference_model)
-    file = _score_file(header)
-    try:
-        kept = ResultsFile(file, header)
-        for line in kept.lines:
-            parse(line)
-        return kept
-    except (UsageError, KeyError, TypeError, ValueError, AttributeError):
-        print(f"{file} is damaged: what it kept is computed again.", file=sys.stderr)
-    try:
-        file.unlink()
-    except OSError as e:
-        raise CacherouteError(f"{file} is damaged and cannot be removed ({e.strerror}); remove it.") from None
-    return ResultsFile(file, header)
-
-
-def _header(model: Path, text: str, kind: str) -> dict[str, Any]:
-    return {
-        "format": kind,
-        "version": VERSION,
-        "engine": patched_llama_cpp.module().__version__,
-        "router": sha256(Path(bindings.lib._name))[:16],
-        "model": gguf_file.fingerprint(model),
-        "text": text,
-    }
-
-
-def _score_file(header: dict[str, Any]) -> Path:
-    name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
-    return cache_dir() / "scores" / f"{name}.jsonl"

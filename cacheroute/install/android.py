@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from cacheroute.files import GIB
+from cacheroute.files import size
 from cacheroute.install import engine_build, machine
 from cacheroute.install.check import Check
 
@@ -103,5 +103,5 @@ def build_memory(root: Path = Path("/")) -> Check | None:
     free, needed = machine.available_memory(root), engine_build.job_bytes()
     if free is None or free >= needed:
         return None
-    found = f"{free / GIB:.1f} GiB free, and one compiler takes up to {needed / 1e9:.1f} GB"
+    found = f"{size(free)} free, and one compiler takes up to {needed / 1e9:.1f} GB"
     return Check("build", "warn", found, "close other programs, or install a wheel: `cacheroute setup --wheel`")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cacheroute import files
 from cacheroute.errors import CacherouteError
-from cacheroute.files import GIB
+from cacheroute.files import GIB, size
 from cacheroute.install import android, engine_build, engine_source, machine, patched_llama_cpp, processor, versions
 from cacheroute.install.check import Check
 
@@ -104,13 +104,15 @@ def _load(root: Path) -> Check:
     """Over a third of a second."""
 
     def ticks() -> list[int]:
-        return [int(n) for n in (root / "proc/stat").read_text("ascii").split("\n", 1)[0].split()[1:9]]
+        return [sum(kind) for kind in zip(*machine.processor_ticks(root / "proc/stat"), strict=True)][:8]
 
     try:
         before = ticks()
         time.sleep(0.35)
         spent = [b - a for a, b in zip(before, ticks(), strict=True)]
     except (OSError, ValueError):
+        spent = []
+    if len(spent) < 8:
         return Check("load", "warn", "not known")
     whole = max(sum(spent), 1)
     idle, stolen = (spent[3] + spent[4]) / whole, spent[7] / whole
@@ -127,8 +129,8 @@ def _load(root: Path) -> Check:
 def _scheduling(root: Path) -> Check:
     """Of compute threads (engine/compute_threads.py)."""
     try:
-        told = "cpu0" in (root / "proc/stat").read_text("ascii")
-    except OSError:
+        told = bool(machine.processor_ticks(root / "proc/stat"))
+    except (OSError, ValueError):
         told = False
     if told:
         return Check("scheduling", "ok", "fewer threads compute beside other programs where that is faster")
@@ -139,15 +141,13 @@ def _memory(root: Path) -> Check:
     free = machine.available_memory(root)
     if free is None:
         return Check("memory", "warn", "what is free is not known", "give --budget in GiB")
-    try:
-        lines = (root / "proc/meminfo").read_text("ascii").splitlines()
-        total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
-        unlimited = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return Check("memory", "ok", f"{free / GIB:.1f} GiB free")
-    found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
+    kernel = machine.memory(root)
+    total, unlimited = kernel.get("MemTotal"), kernel.get("MemAvailable")
+    if total is None or unlimited is None:
+        return Check("memory", "ok", f"{size(free)} free")
+    found = f"{size(free)} free of {size(total)}"
     if free < 0.9 * unlimited:
-        found += f"; a control group or ulimit leaves that, the machine has {unlimited / GIB:.1f}"
+        found += f"; a control group or ulimit leaves that, the machine has {size(unlimited)}"
     small = free < GIB
     return Check("memory", "warn" if small else "ok", found, "free some: little fits into that" if small else "")
 
@@ -163,7 +163,7 @@ def _cache() -> Check:
     free = shutil.disk_usage(at).free
     few = free < 2 * GIB
     advice = "building the engine needs 2 GiB; free some, or set CACHEROUTE_CACHE" if few else ""
-    return Check("cache", "warn" if few else "ok", f"{folder}, {free / GIB:.1f} GiB free on its disk", advice)
+    return Check("cache", "warn" if few else "ok", f"{folder}, {size(free)} free on its disk", advice)
 
 
 def _extras(find: Callable[[str], object] = importlib.util.find_spec) -> Check:

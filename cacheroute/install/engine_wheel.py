@@ -34,6 +34,7 @@ from cacheroute.install.tools import PlainProgress, Progress
 
 _PLATFORM = r"(any|win.*|linux|musllinux_\d+_\d+|manylinux(?:_\d+_\d+|\d+)|macosx_\d+_\d+|android_\d+)(?:_(\w+))?"
 _URL = re.compile(r"https?://", re.IGNORECASE)
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _MOST_BYTES = 512 * MIB  # of a wheel; one of ours has some 10 MB
 _SECONDS = 60  # without a byte
@@ -118,7 +119,7 @@ def _fetch(source: str, part: Path, given: str | None, progress: Progress) -> st
         with _opened(source) as answer, part.open("wb") as file:
             _copy(answer, file, source, progress)
         return said
-    path = expanded(source)
+    path = _on_this_disk(source)
     check_regular(path, "a wheel", missing="give the path or the URL of a wheel.")
     beside = path.with_name(path.name + ".sha256")
     if given is None and beside.is_file():
@@ -128,6 +129,28 @@ def _fetch(source: str, part: Path, given: str | None, progress: Progress) -> st
     except OSError as e:
         raise CacherouteError(f"{path} cannot be copied into the cache ({e.strerror}).") from None
     return given
+
+
+def _on_this_disk(source: str) -> Path:
+    """The path that is named, as one or as a file: URL. Raises UsageError for nothing, and for other URLs."""
+    if not source.strip():
+        raise UsageError("--wheel is empty; give the path or the URL of a wheel.")
+    if not (match := _SCHEME.match(source)):
+        return expanded(source)
+    if match[1].lower() != "file":
+        raise UsageError(f"{source} cannot be downloaded from here: only https:// and http:// can; fetch it, and give its path.")
+    host, slash, path = source[match.end() :].partition("/")
+    if not slash or host not in ("", "localhost"):
+        raise UsageError(f"{source} names no file on this disk; give its path, or file:///PATH with three slashes.")
+    return Path(urllib.parse.unquote(slash + path))
+
+
+def _ascii(url: str) -> str:
+    """A URL as it may be sent, with %XX for what is not ASCII. Raises ValueError for one that cannot be."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    path, query = (urllib.parse.quote(part, safe="%/:@!$&'()*+,;=?~") for part in (parts.path, parts.query))
+    return parts._replace(netloc=host, path=path, query=query, fragment="").geturl()
 
 
 def _beside(url: str) -> str:
@@ -155,7 +178,7 @@ def _first_word(text: str, name: str) -> str:
 def _opened(url: str) -> Iterator[Any]:
     """The answer of a web server. Raises CacherouteError with its reason for having none."""
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "cacheroute"})
+        request = urllib.request.Request(_ascii(url), headers={"User-Agent": "cacheroute"})
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
             yield answer
     except urllib.error.HTTPError as e:

@@ -45,6 +45,15 @@ def big_cores(root: Path = Path("/")) -> int:
     return len(own)
 
 
+def memory(root: Path = Path("/")) -> dict[str, int]:
+    """What the kernel says of memory, in bytes: MemTotal, MemAvailable and others; {} where it does not tell, as on macOS."""
+    try:
+        lines = (root / "proc/meminfo").read_text("ascii").splitlines()
+        return {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+    except (OSError, ValueError, IndexError):
+        return {}
+
+
 def available_memory(root: Path = Path("/"), *, ulimits: bool = True) -> int | None:
     """Bytes of memory that a new program may use without pushing others out; None where the system does not tell.
 
@@ -52,10 +61,8 @@ def available_memory(root: Path = Path("/"), *, ulimits: bool = True) -> int | N
     with `ulimits`, of `ulimit`, which counts address space, used or not. macOS: all of the memory. `root`: where proc and sys
     are, for tests.
     """
-    try:
-        lines = (root / "proc/meminfo").read_text("ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError, IndexError):
+    free = memory(root).get("MemAvailable")
+    if free is None:
         try:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, OSError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cacheroute.errors import UsageError
-from cacheroute.files import GIB, MIB
+from cacheroute.files import size
 from cacheroute.install.machine import available_memory
 from cacheroute.model import gguf_file
 from cacheroute.model.experts import ExpertLayout
@@ -60,7 +60,7 @@ def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> No
         return
     fits = max((free - output_bytes(model, n_batch)) // max(least_bytes(model, 1), 1), 0)
     raise UsageError(
-        f"A context of {n_ctx} tokens takes {needed / GIB:.1f} GiB of memory beside the model, and {free / GIB:.1f} GiB are "
+        f"A context of {n_ctx} tokens takes {size(needed)} of memory beside the model, and {size(free)} are "
         f"free: give at most {fits} tokens with {option}."
     )
 
@@ -100,11 +100,6 @@ def check_more(layout: ExpertLayout, budget_bytes: int, resident_bytes: int) -> 
 def _advice(experts: int, layout: ExpertLayout) -> str:
     """`experts` of each layer would fit."""
     return f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
-
-
-def size(nbytes: int) -> str:
-    """As in 512 MiB and 3.9 GiB."""
-    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.0f} MiB"
 
 
 def _number(model: GgufFile, key: str, default: int) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cacheroute.errors import UsageError
-from cacheroute.files import GIB, MIB
+from cacheroute.files import GIB, MIB, size
 from cacheroute.install.machine import available_memory, ulimit_room
 from cacheroute.model import context_memory
 from cacheroute.model.catalogue import ModelEntry
-from cacheroute.model.context_memory import size
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO
 
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import size
 from cacheroute.model import catalogue
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _select(name: str, pattern: str, files: list[HubFile]) -> list[HubFile]:
     if not candidates:
         raise UsageError(f"{name}: the repository has no GGUF file.")
     sizes = (sum(by_name[s].nbytes for s in catalogue.shards(n, names)) for n in candidates)
-    listed = ", ".join(f"{n} ({size / GB:.1f} GB)" for n, size in zip(candidates, sizes, strict=True))
+    listed = ", ".join(f"{n} ({size(nbytes, decimal=True)})" for n, nbytes in zip(candidates, sizes, strict=True))
     problem = "is more than one model" if found else f"has no file {pattern}"
     raise UsageError(f"{name} {problem}; write hf:OWNER/REPO:FILE with one of {listed}.")
 
@@ -145,8 +146,8 @@ def _transfer(hub: ModuleType, repository: str, file: HubFile, revision: str, bl
     with _only_one(partial) as out:
         while (have := out.seek(0, os.SEEK_END)) < file.nbytes:
             _need_space(blobs, file, have)
-            verb = f"resuming at {have / GB:.1f} of" if have else "fetching"
-            print(f"{file.name}: {verb} {file.nbytes / GB:.1f} GB", file=sys.stderr, flush=True)
+            verb = f"resuming at {size(have, decimal=True)} of" if have else "fetching"
+            print(f"{file.name}: {verb} {size(file.nbytes, decimal=True)}", file=sys.stderr, flush=True)
             url = hub.hf_hub_url(repository, file.name, revision=revision, endpoint=_endpoint())
             headers = hub.utils.build_hf_headers()
             try:
@@ -178,7 +179,7 @@ def _need_space(folder: Path, file: HubFile, have: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < file.nbytes - have:
         raise CacherouteError(
-            f"{file.name} needs {(file.nbytes - have) / GB:.1f} GB more and {folder} has {free / GB:.1f} GB free; "
+            f"{file.name} needs {size(file.nbytes - have, decimal=True)} more and {folder} has {size(free, decimal=True)} free; "
             "make room, or set HF_HUB_CACHE to another disk."
         )
 

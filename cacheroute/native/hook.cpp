@@ -22,6 +22,7 @@ Hook::Hook(std::vector<int> layer_of, std::vector<CachedRouter> routers, int cap
       residency_(std::move(store), int(routers_.size()), int(routers_.front().cache().resident().size())),
       progress_(routers_.size(), routers_.front().cache().resident().size()), capacities_(capacities(routers_)),
       first_capacity_(capacity), capacity_(capacity), wanted_capacity_(capacity) {
+    counted_ = residency_.counters(); // a store that was measured before has read already
     hook_ = {HOOK_VERSION, sizeof(ExpertHook), sizeof(ExpertEvent), nullptr, nullptr, this, {nullptr, residency_.store()}};
     hook_.select = [](void * self, const ExpertEvent * event) { static_cast<Hook *>(self)->guarded_select(*event); };
     if (residency_.store()) {

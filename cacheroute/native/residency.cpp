@@ -67,6 +67,7 @@ void Residency::prefetch(int layer, const std::vector<int32_t> & experts, Urgenc
 
 void Residency::shrink(int layer, const Mask & cached) {
     if (!store_) return;
+    store_->keep_no_room();
     if (layer == over_) {
         over_cached_ = cached;
     } else if (layer == ahead_) {

@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -38,10 +39,10 @@ std::string refusal(const std::string & name, int error) {
 Slots::Slots(const ExpertFiles & files, Reading reading)
     : files_(files), reading_(reading), slot_(files.tensors().size() * size_t(files.n_expert())) {
     try {
+        for (int fd : files_.descriptors()) os::no_read_ahead(fd); // which would bring in what is probed next
         for (const auto & name : files_.names()) {
             if (reading_ == Reading::direct) open_direct(name);
         }
-        for (int fd : files_.descriptors()) os::no_read_ahead(fd);
         for (size_t t = 0; t < files_.tensors().size(); t++) pool_of_.push_back(find_pool(t));
         for (Pool & pool : pools_) reserve(pool);
     } catch (...) {
@@ -81,6 +82,10 @@ void Slots::keep_room(const std::vector<size_t> & tensors, size_t n_experts) {
         for (size_t t : tensors) n += pool_of_[t] == p ? n_experts : 0;
         pools_[p].spare = std::max(pools_[p].spare, n);
     }
+}
+
+void Slots::keep_no_room() {
+    for (Pool & pool : pools_) pool.spare = 0;
 }
 
 int Slots::read(const PageRun & piece) const {
@@ -128,19 +133,29 @@ void Slots::open_direct(const std::string & name) {
     probe(direct_.size() - 1, name);
 }
 
-// Reads some pages both ways: some filesystems take O_DIRECT and read through the page cache, others give wrong bytes.
+// Reads the first pages of the experts, some in the middle and the last ones.
 void Slots::probe(size_t file, const std::string & name) const {
-    constexpr uint64_t MOST = 16;
-    const auto         own  = std::find_if(files_.all_pages().begin(), files_.all_pages().end(),
-                                           [&](const PageRun & r) { return size_t(r.file) == file; });
-    const uint64_t     page = files_.page_bytes();
-    PageRun            run{int(file), 0, nullptr, page};
-    if (own != files_.all_pages().end()) {
-        run       = *own;
-        run.bytes = std::min(own->bytes, MOST * page);
+    constexpr uint64_t   MOST = 16, PLACES = 3; // pages of one read
+    const uint64_t       page = files_.page_bytes();
+    std::vector<PageRun> own;
+    std::copy_if(files_.all_pages().begin(), files_.all_pages().end(), std::back_inserter(own),
+                 [&](const PageRun & r) { return size_t(r.file) == file; });
+    if (own.empty()) return probe(PageRun{int(file), 0, nullptr, page}, name);
+    for (uint64_t i = 0; i < PLACES; i++) {
+        const PageRun & whole = own[(own.size() - 1) * i / (PLACES - 1)];
+        const uint64_t  bytes = std::min(whole.bytes, MOST * page);
+        const uint64_t  at    = (whole.bytes - bytes) / page * i / (PLACES - 1) * page;
+        const PageRun   run{whole.file, whole.offset + at, whole.address + at, bytes};
         files_.drop(run);
         files_.drop_unmapped(); // a part of a large folio cannot be dropped
+        probe(run, name);
     }
+}
+
+// Reads pages both ways: some filesystems take O_DIRECT and read through the page cache, others give wrong bytes.
+void Slots::probe(const PageRun & run, const std::string & name) const {
+    const auto     file = size_t(run.file);
+    const uint64_t page = files_.page_bytes();
     const bool     watched = run.address && files_.mincore_reliable() && os::in_memory(run.address, run.bytes) == 0;
     const uint64_t wanted  = files_.in_file(run);
     void *         memory  = nullptr;

@@ -37,8 +37,10 @@ class Slots {
     // Frees the memory of evicted experts that has not been reused.
     void trim();
 
-    // Room for so many experts of these tensors is kept when they are evicted: prefetches come and go.
+    // Room for so many experts of these tensors is kept when they are evicted: prefetches come and go. Until the next of them
+    // none is kept after keep_no_room().
     void keep_room(const std::vector<size_t> & tensors, size_t n_experts);
+    void keep_no_room();
 
     // Reads pages into memory. 0 or an errno. Called by several reader threads.
     int read(const PageRun & piece) const;
@@ -66,6 +68,7 @@ class Slots {
 
     void      open_direct(const std::string & name);
     void      probe(size_t file, const std::string & name) const;
+    void      probe(const PageRun & run, const std::string & name) const;
     size_t    find_pool(size_t tensor);
     void      reserve(Pool & pool);
     void      all_empty(Pool & pool) const;

@@ -83,6 +83,11 @@ void Store::trim() {
     counters_.evict_seconds += seconds_since(start);
 }
 
+void Store::keep_no_room() {
+    slots_.keep_no_room();
+    untrimmed_ = true;
+}
+
 void Store::prefetch(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
     evict_cancelled(layer, experts);
     admit(layer, experts, urgency);

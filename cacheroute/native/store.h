@@ -27,6 +27,9 @@ class Store {
     void release(int layer, const std::vector<int32_t> & experts);
     void trim();
 
+    // The next trim() frees the room of earlier prefetches, too.
+    void keep_no_room();
+
     // Begins to read experts of a layer before its next exchange(), behind the reads under way. They take memory until that
     // exchange, which neither loads those that stay nor waits for those that it evicts. Called as exchange() is.
     // Urgency::prefetch keeps room for as many when they leave again; Urgency::ahead does not: a prompt comes to its end.

@@ -92,8 +92,9 @@ def _bar(raw: dict[str, Any]) -> Bar:
         typed = arm = "llama.cpp's mmap, same memory" + ", repacked" * (str(raw["repack"]) == "True")
     else:
         more = f", prefetch {prefetch}" * bool(prefetch)
-        typed = f"{raw['routing']}, {raw['eviction']}{more}"
-        arm = f"{words.routing(str(raw['routing']))}, {words.eviction(str(raw['eviction']))}{more}"
+        routing = words.short(str(raw["routing"]))
+        typed = f"{routing}, {raw['eviction']}{more}"
+        arm = f"{words.routing(routing)}, {words.eviction(str(raw['eviction']))}{more}"
     group = [str(raw["budget"]), str(raw["io"]), f"{pace:g} MB/s" if pace else "unpaced"]
     place = [words.budget(group[0]), f"{group[1]} reads" if group[1] != "mmap" else "mmap", *group[2:] * bool(pace)]
     return Bar(

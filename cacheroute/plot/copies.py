@@ -82,8 +82,7 @@ def _point(raw: Mapping[str, Any], predicted: bool) -> _Point:
         value = raw.get(field)
         return None if value is None else 1000 * float(value)
 
-    whole, routing = str(raw["whole"]) in ("True", "true", "1"), str(raw["routing"])
-    routing = "tuned" if routing.startswith("tuned:") else routing
+    whole, routing = str(raw["whole"]) in ("True", "true", "1"), words.short(str(raw["routing"]))
     return _Point(
         file=str(raw["file"]),
         name="" if whole else words.routing(routing) if routing != "original" else "original",

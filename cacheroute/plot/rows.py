@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import UsageError
+from cacheroute.files import named
+from cacheroute.plot import words
 
 _MIB_FIELDS = {"missed": "missed_mib_per_token", "read": "read_mib_per_token"}
 _OPTIONAL = ("delta_nll", "delta_nll_low", "delta_nll_high", "ppl", "ppl_se", "lost_mass", "ts")
@@ -64,12 +66,14 @@ def of(path: Path, content: Sequence[dict[str, Any]]) -> list[Row]:
     if not found:
         if any(str(raw.get("format")).startswith("cacheroute-frontier") for raw in content):
             raise UsageError(f"{path} has no row yet; the same `cacheroute frontier` goes on from there.")
-        raise UsageError(f"{path} does not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them.")
+        what = named(content[0].get("format")) if content else ""
+        of = f"{path} is {what}, and does" if what else f"{path} does"
+        raise UsageError(f"{of} not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them.")
     return found
 
 
 def _strange(path: Path, e: Exception) -> UsageError:
-    return UsageError(f"{path} does not hold rows of bench, simulate or eval ({e}).")
+    return UsageError(f"{path} does not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them ({e}).")
 
 
 def _raw_rows(text: str) -> list[dict[str, Any]]:
@@ -89,7 +93,7 @@ def _row(raw: dict[str, Any]) -> Row | None:
     values = {field: float(raw[field]) for field in _OPTIONAL if raw.get(field) is not None}
     return Row(
         model=str(raw.get("model", "")),
-        routing=str(raw["routing"]),
+        routing=words.short(str(raw["routing"])),
         eviction=str(raw.get("eviction", "")),
         budget=str(raw.get("budget", "")),
         budget_experts=int(raw.get("budget_experts", 0)),

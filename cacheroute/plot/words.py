@@ -26,6 +26,11 @@ _EVICTIONS = {
 _PARAMETERS = {"lambda": "λ", "max-loss": "max loss"}
 
 
+def short(routing: str) -> str:
+    """As typed, but "tuned" without the path of its file."""
+    return "tuned" if routing.startswith("tuned:") else routing
+
+
 def strategy(name: str) -> str:
     """Of a routing without its parameters; a name that is not known stays as it is."""
     return _STRATEGIES.get(name, name)

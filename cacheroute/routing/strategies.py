@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheroute.errors import UsageError, did_you_mean
-from cacheroute.files import MIB
+from cacheroute.files import size
 from cacheroute.routing import tuned
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def capacities(routing: Routing | None, budget: Budget, layout: ExpertLayout) ->
     nbytes = sum(n * layer.resident_bytes for n, layer in zip(own, layout.layers, strict=True))
     if nbytes > budget.nbytes:
         raise UsageError(
-            f"{routing} keeps {nbytes / MIB:.1f} MiB of experts in memory, and the budget has {budget.nbytes / MIB:.1f}; "
+            f"{routing} keeps {size(nbytes)} of experts in memory, and the budget has {size(budget.nbytes)}; "
             "give the budget that it was made for, or tune for this one."
         )
     return own

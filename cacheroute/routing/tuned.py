@@ -23,6 +23,7 @@ The file is JSON:
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,6 +52,16 @@ class TunedRouting:
     strategy: str
     parameters: tuple[dict[str, float], ...]
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+def short(routing: str) -> str:
+    """A routing for a table: `tuned` where its file is one that `--routing tuned` finds, tuned:NAME for another file, without its
+    folder and its ending; any other as it is."""
+    name, colon, file = routing.partition(":")
+    if name != NAME or not colon:
+        return routing
+    stem = Path(file).stem
+    return NAME if stem == DEMO.stem or re.fullmatch(r"[0-9a-f]{16}-\d+", stem) else f"{NAME}:{stem}"
 
 
 def save(tuned: TunedRouting, path: Path, *, force: bool = False) -> None:

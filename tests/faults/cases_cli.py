@@ -350,7 +350,7 @@ CASES: list[Case] = [
     Case(
         "a prompt longer than a context of 20",
         "generate -m {tiny} --raw -n 2 -c 20 -t 1 -p " + "'" + "the " * 40 + "'",
-        1,
+        2,
         r"does not fit the context of 20; give a larger one with -c",
     ),
     *NUMBERS,

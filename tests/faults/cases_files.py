@@ -356,8 +356,8 @@ def _nan_trace(place: Place) -> list[str]:
 
 
 SIDE_FILES = [
-    _side("a tuned routing that is nested deeply", "--routing", _DEEP, "is not a cacheroute-routing-profile file"),
-    _side("a tuned routing that is cut", "--routing", json.dumps(_TUNED)[:-20], "is not a cacheroute-routing-profile file"),
+    _side("a tuned routing that is nested deeply", "--routing", _DEEP, "not a tuned routing; `cacheroute tune` writes one"),
+    _side("a tuned routing that is cut", "--routing", json.dumps(_TUNED)[:-20], "not a tuned routing; `cacheroute tune`"),
     _side("a tuned routing of infinite K", "--routing", {**_TUNED, "n_used": float("inf")}, "value that cannot be"),
     _side("a tuned routing with a layer too few", "--routing", {**_TUNED, "layers": [0]}, "2 of 1 layers"),
     _side("a tuned routing without its strategy", "--routing", {**_TUNED, "strategy": 7}, "7"),
@@ -370,8 +370,8 @@ SIDE_FILES = [
         "m ",
     ),
     Case("a trace whose scores are no numbers", _nan_trace, sentence="scores that are no numbers"),
-    _side("a task profile that is a list", "--warm-start", "[]", "is not a cacheroute-task-profile file"),
-    _side("a task profile that is nested deeply", "--warm-start", _DEEP, "is not a cacheroute-task-profile file"),
+    _side("a task profile that is a list", "--warm-start", "[]", "not a task profile; `cacheroute trace --save-profile`"),
+    _side("a task profile that is nested deeply", "--warm-start", _DEEP, "not a task profile; `cacheroute trace --save-profile`"),
     _side("a task profile of infinite uses", "--warm-start", {**_TASK, "uses": [[float("inf")] * 32] * 2}, "is a damaged"),
     _side("a task profile of too few layers", "--warm-start", {**_TASK, "uses": [[1] * 32]}, "damaged task profile"),
     _side("a task profile of another model", "--warm-start", {**_TASK, "model": "other"}, "task profile is of 'other'"),

@@ -1,0 +1,111 @@
+"""What the sessions of all evaluations share: a model, the processes beside it, what they are told, and scores kept before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.evals import loading, processes
+from cacheroute.evals.results import ResultsFile
+from cacheroute.evals.runner import Job
+from cacheroute.files import VERSION, cache_dir, sha256
+from cacheroute.install import patched_llama_cpp
+from cacheroute.install.machine import big_cores
+from cacheroute.model import gguf_file
+from cacheroute.native import bindings
+
+if TYPE_CHECKING:
+    from cacheroute.engine.llama import Llama
+
+
+@dataclass(frozen=True)
+class Opened:
+    """`llm` computes with `n_threads`, as each of the `n_workers` processes of `executor` does, which is None for one. `asked_io`
+    as given, or by default."""
+
+    path: Path
+    llm: Llama
+    n_ctx: int
+    n_threads: int
+    n_workers: int
+    asked_io: str
+    executor: Executor | None
+
+    def job(self, text: str) -> Job:
+        """For the processes; `text`: a fingerprint of what is scored."""
+        return Job(self.path.resolve(), text, self.n_ctx, self.n_threads, self.llm.io, n_processes=self.n_workers)
+
+
+@contextmanager
+def opened(
+    path: Path,
+    n_ctx: int,
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    threads: int | None = None,
+    n_workers: int = 1,
+    io: str | None = None,
+) -> Iterator[Opened]:
+    """`threads`: in total, None for all fast cores. `settings`: arguments of configure() that are tried, as `io` is.
+
+    Raises UsageError for settings that do not fit, CacherouteError when the model cannot be loaded.
+    """
+    each = max((threads or big_cores()) // n_workers, 1)
+    with closing(loading.load(path, n_ctx, each)) as llm:
+        io = io or loading.default_io(llm.layout)
+        for own in settings:
+            llm.configure(**own, io=io)
+        with processes.pool(n_workers) if n_workers > 1 else nullcontext() as executor:
+            yield Opened(path, llm, n_ctx, each, n_workers, io, executor)
+
+
+def kept_scores(
+    model: Path, text: str, kind: str, parse: Callable[[dict[str, Any]], Any], reference_model: Path | None = None
+) -> ResultsFile:
+    """The scores of that kind that this build has computed: another router or engine may choose and round differently.
+
+    `text` says what was scored. `parse` raises for a line that is damaged. `reference_model`: what they are compared with, where
+    that is another file.
+    """
+    header = header_of(model, text, kind)
+    if reference_model:
+        header["reference"] = gguf_file.fingerprint(reference_model)
+    file = score_file(header)
+    try:
+        kept = ResultsFile(file, header)
+        for line in kept.lines:
+            parse(line)
+        return kept
+    except (UsageError, KeyError, TypeError, ValueError, AttributeError):
+        print(f"{file} is damaged: what it kept is computed again.", file=sys.stderr)
+    try:
+        file.unlink()
+    except OSError as e:
+        raise CacherouteError(f"{file} is damaged and cannot be removed ({e.strerror}); remove it.") from None
+    return ResultsFile(file, header)
+
+
+def header_of(model: Path, text: str, kind: str) -> dict[str, Any]:
+    """Of a file of scores: what they have in common."""
+    return {
+        "format": kind,
+        "version": VERSION,
+        "engine": patched_llama_cpp.module().__version__,
+        "router": sha256(Path(bindings.lib._name))[:16],
+        "model": gguf_file.fingerprint(model),
+        "text": text,
+    }
+
+
+def score_file(header: dict[str, Any]) -> Path:
+    """Where the scores with that header are kept."""
+    name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
+    return cache_dir() / "scores" / f"{name}.jsonl"
