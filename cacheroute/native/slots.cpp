@@ -93,6 +93,7 @@ int Slots::read(const PageRun & piece) const {
     const uint64_t wanted = files_.in_file(piece);
     if (reading_ == Reading::direct) return read_all(direct_[file], piece.address, piece.bytes, wanted, piece.offset);
     const int error = read_all(files_.descriptors()[file], piece.address, wanted, wanted, piece.offset);
+    const std::lock_guard<std::mutex> alone(drop_);
     os::drop_cached(files_.descriptors()[file], piece.offset, piece.bytes);
     return error;
 }

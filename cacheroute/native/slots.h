@@ -6,6 +6,7 @@
 #include "expert_files.h"
 
 #include <atomic>
+#include <mutex>
 #include <vector>
 
 namespace cacheroute {
@@ -84,6 +85,8 @@ class Slots {
     std::vector<size_t>    pool_of_; // [tensor]
     std::vector<uint8_t *> slot_;    // [tensor][E] where the expert is, or null
     std::atomic<uint64_t>  resident_bytes_{0};
+    // Experts share pages, and readers that drop the same page at the same time would each find it in use by the other and leave it.
+    mutable std::mutex     drop_;
 };
 
 } // namespace cacheroute

@@ -123,6 +123,17 @@ llm.eval(list(range(3, 60)))
 llm.close()
 """
 
+# What the readers drop from the page cache together, is dropped.
+_LEFT = """
+import sys
+from cacheroute import Llama
+llm = Llama(sys.argv[1], budget=6, io=sys.argv[2], n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False)
+llm.eval(list(range(3, 60)))
+left = llm.measure_resident() - llm.stats().resident_bytes
+llm.close()
+sys.exit(left and f"{left} bytes are left in the page cache")
+"""
+
 
 def _script(source: str, rules: str, *words: str) -> Callable[[Place], Outcome]:
     def command(place: Place) -> Outcome:
@@ -160,6 +171,7 @@ CASES: list[Case] = [
         )
         for io in _IO
     ),
+    Case("readers that drop pages at the same time", _script(_LEFT, "posix_fadvise/4:alone", "buffered"), 0),
     # direct reads
     _same("a system without mincore", "mincore:ENOSYS", "direct"),
     _same("short reads", "pread:half", "direct"),

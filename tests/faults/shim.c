@@ -3,7 +3,8 @@
 // FAULTS: rules with commas between them, CALL[/WHICH]:WHAT[:after=N][:every=N][:path=PART]
 //   CALL   pread, madvise, mincore, posix_fadvise, posix_memalign, mmap, open, fsync, pthread_create, write
 //   WHICH  of madvise and posix_fadvise: the number of the advice; of open and pread: "direct", with O_DIRECT alone
-//   WHAT   the name of an error; of pread "half" (of what was asked) or "wrong" (bytes); of open "buffered" (O_DIRECT is ignored)
+//   WHAT   the name of an error; of pread "half" (of what was asked) or "wrong" (bytes); of open "buffered" (O_DIRECT is ignored);
+//          of posix_fadvise "alone": it takes a moment, and meanwhile another one does nothing, as where both lock the same page
 //   after  so many calls are left alone first; every: from then on each Nth call fails
 //   path   only on a file with that in its name. `write` must have it: it is the one call that matters whoever makes it
 // FAULTS_SEEN: the Nth rule makes the file FAULTS_SEEN.N when it first acts.
@@ -22,7 +23,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { MOST = 8, NOTHING = 0, HALF = -1, WRONG = -2, BUFFERED = -3 };
+enum { MOST = 8, NOTHING = 0, HALF = -1, WRONG = -2, BUFFERED = -3, ALONE = -4 };
 
 struct rule {
     char       call[24], which[16], path[64];
@@ -40,7 +41,8 @@ static int what_of(const char * word) {
         int          what;
     } words[] = {{"EIO", EIO},       {"EINTR", EINTR},   {"EAGAIN", EAGAIN}, {"ENOSYS", ENOSYS}, {"EINVAL", EINVAL},
                  {"ENOMEM", ENOMEM}, {"EMFILE", EMFILE}, {"ENOSPC", ENOSPC}, {"EFAULT", EFAULT}, {"EHWPOISON", EHWPOISON},
-                 {"EPERM", EPERM},   {"half", HALF},     {"wrong", WRONG},   {"buffered", BUFFERED}};
+                 {"EPERM", EPERM},   {"half", HALF},     {"wrong", WRONG},   {"buffered", BUFFERED},
+                 {"alone", ALONE}};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
         if (strcmp(words[i].name, word) == 0) return words[i].what;
     }
@@ -145,7 +147,13 @@ int mincore(void * at, size_t bytes, unsigned char * state) {
 int posix_fadvise(int fd, off_t at, off_t bytes, int advice) {
     char      word[16];
     const int what = fault("posix_fadvise", number(advice, word), fd);
-    return what ? what : REAL(posix_fadvise)(fd, at, bytes, advice);
+    if (what != ALONE) return what ? what : REAL(posix_fadvise)(fd, at, bytes, advice);
+    static atomic_int inside;
+    const int         others = atomic_fetch_add(&inside, 1);
+    usleep(500);
+    const int error = others ? 0 : REAL(posix_fadvise)(fd, at, bytes, advice);
+    atomic_fetch_sub(&inside, 1);
+    return error;
 }
 
 int posix_memalign(void ** to, size_t alignment, size_t bytes) {
