@@ -16,6 +16,9 @@ from support.fake_build import bench as bench
 # A shell that starts the tests in the background ignores SIGINT, and so would the commands with a tested Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Images of containers set it: each of the hundreds of commands that tests start would compile all that it imports, half its time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 os.environ["CACHEROUTE_CONFIG"] = os.devnull  # a person's own defaults are not for the tests
 
 

@@ -1,18 +1,25 @@
-"""What a user gets wrong costs one sentence, exit 2 or 1, and leaves nothing behind."""
+"""What a user gets wrong costs one sentence, exit 2 or 1, and leaves nothing behind. All but one run in this process."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import gguf
 import numpy as np
 
+from faults.runner import in_process
 from support.cli import cacheroute, sentence
 
 
+def refused(*words: object, code: int = 2) -> str:
+    done = in_process([str(word) for word in words])
+    return sentence(subprocess.CompletedProcess(words, done.code, done.stdout, done.stderr), code)
+
+
 def generate(model: Path, *arguments: object, code: int = 2) -> str:
-    return sentence(cacheroute("generate", "-m", model, "--raw", "-p", "a", "-n", 1, *arguments), code)
+    return refused("generate", "-m", model, "--raw", "-p", "a", "-n", 1, *arguments, code=code)
 
 
 def test_files_that_are_not_models(tiny: Path, tmp_path: Path) -> None:
@@ -71,4 +78,4 @@ def test_an_option_that_does_not_exist_is_a_usage_error() -> None:
 
 def test_unknown_outputs(tiny: Path) -> None:
     assert "jsonl" in generate(tiny, "-o", "xml")
-    assert "jsonl" in sentence(cacheroute("bench", "-m", tiny, "-o", "xml"), 2)
+    assert "jsonl" in refused("bench", "-m", tiny, "-o", "xml")

@@ -196,7 +196,7 @@ class Terminal:
 
 @pytest.mark.skipif(not LINUX, reason="makes a terminal")
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on() -> None:
-    terminal = Terminal("-c", 2048, "--flash-mbps", 3)
+    terminal = Terminal("-c", 2048, "--flash-mbps", 10)
     terminal.until("/help lists the commands")
     terminal.until(PROMPT)
     terminal.type("Tell me a very long story about a dog and a cat.\r")

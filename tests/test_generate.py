@@ -16,11 +16,11 @@ import pytest
 from support import tiny_models
 from support.cli import cacheroute, sentence
 
-RUN = ("--temp", 0, "-c", 256, "-t", 2, "--budget", "50%")
+RUN = ("--temp", 0, "-c", 256, "-t", 1, "--budget", "50%")
 
 
 def test_answers_on_stdout_and_statistics_on_stderr(demo_model: Path) -> None:
-    done = cacheroute("generate", "-p", "What is the capital of France?", "-n", 24, *RUN)
+    done = cacheroute("generate", "-p", "What is the capital of France?", "-n", 24, *RUN, "-t", 2)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     start, line = done.stderr.splitlines()
@@ -56,7 +56,7 @@ def test_json_and_jsonl_carry_the_same_text(demo_model: Path) -> None:
 @pytest.mark.parametrize("routing", ["original", "cache-prior:lambda=0.3"])
 def test_what_a_prompt_cache_keeps_is_not_evaluated_again(demo_model: Path, tmp_path: Path, routing: str) -> None:
     def run(prompt: str, *more: object) -> tuple[dict[str, Any], str]:
-        done = cacheroute("generate", "--raw", "-p", prompt, "-n", 24, "-v", "-o", "json", "--routing", routing, *RUN, *more)
+        done = cacheroute("generate", "--raw", "-p", prompt, "-n", 12, "-v", "-o", "json", "--routing", routing, *RUN, *more)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), done.stderr
 
@@ -88,7 +88,7 @@ def test_what_a_prompt_cache_keeps_is_not_evaluated_again(demo_model: Path, tmp_
 
 def test_a_seed_repeats_the_bytes_and_another_does_not(demo_model: Path) -> None:
     def run(seed: int) -> str:
-        sampling = ("-p", "Tell me a story.", "-n", 24, "-s", seed, "--temp", 1.5, "-c", 256)
+        sampling = ("-p", "Tell me a story.", "-n", 24, "-s", seed, "--temp", 1.5, "-c", 256, "-t", 1)
         return cacheroute("generate", *sampling, "--routing", "cache-prior:lambda=0.3").stdout
 
     assert run(7) == run(7) != run(8)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,8 @@ def test_distinct_bytes_are_what_a_prompt_reads_when_each_expert_is_read_once(al
 def test_the_command_shows_it_where_asked(tiny: Path, slow_mbps: float) -> None:
     arguments = ("generate", "-m", tiny, "--raw", "-p", PROMPT, "-n", 1, "-c", 512, "-t", 1, "-s", 1, "--budget", "50%")
     slow = (*arguments, "--flash-mbps", slow_mbps / 2)
-    silent, told = cacheroute(*slow), cacheroute(*slow, "-v")
+    with ThreadPoolExecutor(2) as pool:  # each waits for its reads
+        silent, told = pool.map(lambda more: cacheroute(*slow, *more), ((), ("-v",)))
     assert "prompt" not in silent.stderr and len(silent.stderr.splitlines()) == 2
     _, plan, *lines, summary = told.stderr.splitlines()
     assert re.fullmatch(r"prompt of \d+ tokens: 1 pass of \d+, about \d+ MiB .*", plan)
@@ -270,26 +272,29 @@ CALLS = ["close", "reset", "rewind", "checkpoint", "save_state", "configure", "f
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", CALLS)
-def test_a_callback_that_calls_into_the_model_is_refused(tiny: Path, slow_mbps: float, name: str) -> None:
+def test_a_callback_that_calls_into_the_model_is_refused(tiny: Path, slow_mbps: float) -> None:
     """At every call, the last one included: the model computes, and the callback is in another thread."""
     arguments: dict[str, tuple[Any, ...]] = {
         "force": (None,), "warm": (None,), "load_experts": (0, [1, 2]), "generate": ([5, 6, 7],), "eval": ([5],),
     }  # fmt: skip
-    refused: list[str] = []
+    rounds: list[dict[str, str]] = []
 
     def call(_: PromptProgress) -> None:
-        try:
-            result = getattr(llm, name)(*arguments.get(name, ()))
-            list(result) if name == "generate" else None
-        except CacherouteError as e:
-            refused.append(str(e))
+        refused = {}
+        for name in CALLS:
+            try:
+                result = getattr(llm, name)(*arguments.get(name, ()))
+                list(result) if name == "generate" else None
+            except CacherouteError as e:
+                refused[name] = str(e)
+        rounds.append(refused)
 
     llm = Llama(str(tiny), budget=4, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False, flash_mbps=slow_mbps)
     tokens = [3 + i % 50 for i in range(200)]
     llm.prompt_progress = call
     llm.eval(tokens)
-    assert refused and all("in use by another thread" in text for text in refused)
+    assert rounds and all([*refused] == CALLS for refused in rounds)
+    assert all("in use by another thread" in text for refused in rounds for text in refused.values())
     assert llm.n_tokens == 200 and llm.measure_resident() == llm.stats().resident_bytes
     llm.close()
 
