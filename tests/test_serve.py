@@ -70,11 +70,12 @@ def test_a_chat_is_answered_as_by_the_command_line(server: Served, llm: Llama, t
 
 
 def test_a_stream_has_the_same_text_in_pieces(server: Served) -> None:
-    whole = server.chat(QUESTION, max_tokens=12, temperature=0).json["choices"][0]
+    at_once = server.chat(QUESTION, max_tokens=12, temperature=0).json
+    whole, usage = at_once["choices"][0], at_once["usage"]
     answer = server.chat(QUESTION, max_tokens=12, temperature=0, stream=True, stream_options={"include_usage": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     *chunks, last = answer.events
-    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 12
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == usage["completion_tokens"]
     assert {c["object"] for c in chunks} == {"chat.completion.chunk"} and len({(c["id"], c["created"]) for c in chunks}) == 1
     deltas = [c["choices"][0]["delta"] for c in chunks]
     assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {} and len(deltas) > 6
