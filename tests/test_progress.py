@@ -232,7 +232,7 @@ def test_the_command_shows_it_where_asked(tiny: Path, slow_mbps: float) -> None:
         silent, told = pool.map(lambda more: cacheroute(*slow, *more), ((), ("-v",)))
     assert "prompt" not in silent.stderr and len(silent.stderr.splitlines()) == 2
     _, plan, *lines, summary = told.stderr.splitlines()
-    assert re.fullmatch(r"prompt of \d+ tokens: 1 pass of \d+, about \d+ MiB .*", plan)
+    assert re.fullmatch(r"prompt of \d+ tokens: 1 pass of \d+, about [\d.]+ MiB .*", plan)
     assert lines and all(line.startswith("prompt: ") and "\x1b" not in line for line in lines)
     answer = json.loads(cacheroute(*arguments, "-o", "json").stdout)
     assert 0 < answer["prompt_distinct_mib"] == answer["stats"]["prefill"]["distinct_bytes"] / MIB
