@@ -95,8 +95,9 @@ def shield(function: _Function) -> _Function:
 
 @contextlib.contextmanager
 def put_off() -> Iterator[None]:
-    """Within it, in a program that has not called install(), Ctrl-C waits for the end: Python drops what is raised in code that C
-    calls. pending() tells of it; the program's own handler is called at the end."""
+    """Within it, in a program that has not called install(), Ctrl-C waits for the end, where the program's own handler is called:
+    Python drops what is raised in code that C calls. pending() tells of it where that handler is Python's, which raises; another
+    one may go on, and what runs within must not be broken off for it."""
     global _pending
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is _handle or not callable(before):
@@ -107,7 +108,8 @@ def put_off() -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         global _pending
         nonlocal came
-        came = _pending = True
+        came = True
+        _pending = before is signal.default_int_handler
 
     signal.signal(signal.SIGINT, note)
     try:

@@ -126,9 +126,11 @@ def test_a_model_is_as_good_as_new_after_an_interruption(tiny: Path, routing: st
         assert answer(llm) == expected
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("verbose", [True, False])
-def test_while_a_program_loads_a_model(tiny: Path, verbose: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C comes while llama.cpp calls Python, where what is raised would be dropped."""
+def test_while_a_program_loads_a_model(tiny: Path, verbose: bool, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes while llama.cpp calls Python, where what is raised would be dropped. A handler of the program's `own`, such as
+    asyncio's, may let it go on."""
     api = patched_llama_cpp.module()
     before, told = api._logger.llama_log_callback, []
 
@@ -140,13 +142,18 @@ def test_while_a_program_loads_a_model(tiny: Path, verbose: bool, monkeypatch: p
     callback = api.llama_log_callback(log)
     monkeypatch.setattr(api._logger, "llama_log_callback", callback)
     monkeypatch.setattr(load_progress, "_callback", None if verbose else lambda share: log(0, b"", None))
+    heard: list[int] = []
+    handler = (lambda number, frame: heard.append(len(told))) if own else signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            Llama(str(tiny), n_ctx=64, verbose=verbose)
+        with contextlib.nullcontext() if own else pytest.raises(KeyboardInterrupt):
+            Llama(str(tiny), n_ctx=64, verbose=verbose).close()
+        assert signal.getsignal(signal.SIGINT) is handler
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         api.llama_log_set(before, None)
     assert len(told) >= 5 and not interrupts.pending()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(heard) == own and all(n > 5 for n in heard), "when the model is loaded"
 
 
 def test_an_answer_that_was_interrupted_can_be_continued(tiny: Path) -> None:

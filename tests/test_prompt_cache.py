@@ -78,8 +78,8 @@ def test_a_budget_that_changes_is_the_one_that_is_kept(tiny: Path, tmp_path: Pat
         llm.set_capacity(7)
         with pytest.raises(UsageError, match="The budget has changed since this sequence began"):
             llm.save_prompt(tmp_path / "q")
-        llm.reset()
         answer(llm, PROMPT, keep=tmp_path / "q")
+        assert llm.stats().prefill.tokens == 2 * len(PROMPT), "a point of another budget is none to begin at"
     with loaded(tiny, routing=LOSSY, budget=6) as llm:
         with pytest.raises(UsageError, match="the budget 7, and here it is 6"):
             llm.load_prompt(tmp_path / "q")

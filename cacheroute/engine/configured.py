@@ -91,7 +91,7 @@ class ConfiguredLlama(SequenceLlama):
             raise UsageError("This model was loaded with all of its experts in memory; its budget cannot change.")
         if not self.layout.n_used <= capacity <= self.layout.n_expert:
             raise UsageError(f"{capacity} experts of a layer are not within {self.layout.n_used} and {self.layout.n_expert}.")
-        if capacity != self.budget.capacity and self.n_tokens:
+        if capacity != self.budget.capacity and (self.n_tokens or self.computing):
             self._two_budgets = True
         self.budget = Budget(capacity, capacity * self.layout.resident_bytes)
         self._settling = True

@@ -134,6 +134,10 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Of the caches, None without."""
         return self.budget.capacity if self._hook else None
 
+    def _is_of_this_budget(self, mark: Checkpoint) -> bool:
+        """Also where the budget follows the free memory, and may have been another."""
+        return self.automatic or mark.capacity in (None, self._capacity())
+
     @alone
     def return_to(self, mark: Checkpoint) -> None:
         """Continues after the tokens of a checkpoint of the same budget and eviction; the routing may be another. Counters go on.
@@ -143,8 +147,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         cannot be cut back. Not for a policy in Python, which keeps its own state. Raises CacherouteError for what does not fit.
         """
         self._check_usable()
-        same = self.automatic or mark.capacity in (None, self._capacity())
-        if not same or not mark.fits(self._hook):
+        if not self._is_of_this_budget(mark) or not mark.fits(self._hook):
             raise CacherouteError("A checkpoint fits the budget and the eviction that it was taken with.")
         self._untouched, self._logits, self._broken_off = False, None, False
         if mark.sequence is not None:
@@ -213,7 +216,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if n == 0 or (known and shared == n and (n < len(tokens) or live)):
             return
         point = None if self.routing and self.routing.policy else self._points.best(shared)
-        if point is not None and point.n < n and not can_cut:
+        if point is not None and ((point.n < n and not can_cut) or (lossy and not self._is_of_this_budget(point.mark))):
             point = None
         whole = point is not None and point.n == len(tokens) and bool(point.logits)
         if point is not None and (lossy or whole):
