@@ -78,6 +78,11 @@ def test_a_budget_that_changes_is_the_one_that_is_kept(tiny: Path, tmp_path: Pat
         llm.set_capacity(7)
         with pytest.raises(UsageError, match="The budget has changed since this sequence began"):
             llm.save_prompt(tmp_path / "q")
+        mark = llm.checkpoint(sequence=True)
+        llm.reset()
+        llm.return_to(mark)
+        with pytest.raises(UsageError, match="The budget has changed since this sequence began"):
+            llm.save_prompt(tmp_path / "q")
         answer(llm, PROMPT, keep=tmp_path / "q")
         assert llm.stats().prefill.tokens == 2 * len(PROMPT), "a point of another budget is none to begin at"
     with loaded(tiny, routing=LOSSY, budget=6) as llm:

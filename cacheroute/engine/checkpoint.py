@@ -26,9 +26,17 @@ class Checkpoint:
     has no routing state.
     """
 
-    def __init__(self, hook: Hook | None, tokens: list[int], sequence: bytes | None, capacity: int | None = None) -> None:
-        """`capacity`: of the caches, where it is known."""
-        self.tokens, self.sequence, self.capacity = tokens, sequence, capacity
+    def __init__(
+        self,
+        hook: Hook | None,
+        tokens: list[int],
+        sequence: bytes | None,
+        capacity: int | None = None,
+        *,
+        two_budgets: bool = False,
+    ) -> None:
+        """`capacity`: of the caches, where it is known. `two_budgets`: it has changed since the first token."""
+        self.tokens, self.sequence, self.capacity, self.two_budgets = tokens, sequence, capacity, two_budgets
         self._handle = bindings.lib.cr_hook_save(hook.handle) if hook else None
 
     def fits(self, hook: Hook | None) -> bool:

@@ -124,7 +124,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Keeps the routing state, for return_to(); with `sequence` also the model's, so that it outlives this sequence."""
         self._check_usable()
         state = bytes(save_sequence(self._ctx.ctx)) if sequence else None
-        return Checkpoint(self._hook, self._tokens(), state, self._capacity())
+        return Checkpoint(self._hook, self._tokens(), state, self._capacity(), two_budgets=self._two_budgets)
 
     def state_bytes(self) -> int:
         """Of what checkpoint(sequence=True) keeps of the model now, without the routing state."""
@@ -154,6 +154,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._new_sequence()
             load_sequence(self._ctx.ctx, mark.sequence)
             self.input_ids[: len(mark.tokens)] = mark.tokens
+        self._two_budgets = mark.two_budgets
         self.n_tokens = len(mark.tokens)
         self._requires_eval = True
 
@@ -173,6 +174,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._new_sequence()
         super().load_state(state)
         mark = getattr(state, "routing", None)
+        self._two_budgets = bool(mark and mark.two_budgets)
         self._untouched = False
         if self._hook and not (mark and mark.fits(self._hook)):
             self._hook.reset()
