@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cacheroute.cli import prompts_file
+from cacheroute.cli import progress, prompts_file
 from cacheroute.errors import UsageError
 from faults.runner import Outcome, in_process
 from support import tiny_models
@@ -105,6 +105,14 @@ def test_prompts_are_answered_as_they_come(tiny: Path) -> None:
         process.stdin.close()
         assert process.wait(60) == 0
         assert process.stderr.read().startswith("2 prompts | ")
+
+
+def test_quiet_has_no_line_but_the_answers(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.Lines, "SECONDS_BETWEEN", 0.0)
+    file = written(tmp_path, ["the cat", "the mat", "the dog"])
+    for more, n in (((), 4), (("-q",), 0)):  # the start, two of progress, the summary
+        done = command("generate", "--prompts", file, "-m", tiny, "--raw", *FEW, *more)
+        assert (done.code, done.stdout.count("\n"), done.stderr.count("\n")) == (0, 3, n), done.stderr
 
 
 def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(demo_model: Path, tmp_path: Path) -> None:

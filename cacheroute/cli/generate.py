@@ -144,7 +144,7 @@ def generate(
         if many:
             say_start(llm, settings, quiet=quiet)
             own = prompts_file.Settings(chat, system, limit, seed, sampling, constraints)
-            return prompts_file.answer(llm, many, own, skip)
+            return prompts_file.answer(llm, many, own, skip, quiet=quiet)
         messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
         asked = completion.chat_prompt(llm, messages) if chat else completion.raw_prompt(llm, text)
         asked = constraints.ending(asked)

@@ -277,15 +277,15 @@ def _prompt(llm: Llama, own: Settings, text: str, system: str | None) -> Prompt:
     return own.constraints.ending(completion.chat_prompt(llm, messages))
 
 
-def answer(llm: Llama, source: Source, settings: Settings, skip: int) -> None:
-    """Answers the prompts after the first `skip`, and says at the end what it took.
+def answer(llm: Llama, source: Source, settings: Settings, skip: int, *, quiet: bool = False) -> None:
+    """Answers the prompts after the first `skip`, and says at the end what it took, unless it is `quiet`.
 
     Raises CacherouteError when one of them has failed; the others are answered. Ctrl-C leaves whole lines, and says how many.
     """
     from cacheroute.engine.shared_prefix import SharedPrefix
 
     run = _Run(llm, settings, SharedPrefix(llm, *(_prompt(llm, settings, text, None).tokens for text in ("a", "b"))), skip)
-    with _shown(llm, source, skip) as advance:
+    with _shown(llm, source, skip, quiet=quiet) as advance:
         try:
             for asked in source.prompts():
                 if asked.index <= skip:
@@ -295,19 +295,20 @@ def answer(llm: Llama, source: Source, settings: Settings, skip: int) -> None:
                 advance(1, f"prompt {asked.index}")
         except KeyboardInterrupt:
             with interrupts.last_words():
-                if run.done:
+                if run.done and not quiet:
                     say(run.summary())
                 say(f"cacheroute: Stopped; --skip {run.last} goes on after what is answered.")
             raise KeyboardInterrupt("") from None
-    say(run.summary())
+    if not quiet:
+        say(run.summary())
     if run.failed:
         raise CacherouteError(f"{run.failed} of {run.done} prompts failed; their lines say why.")
 
 
 @contextlib.contextmanager
-def _shown(llm: Llama, source: Source, skip: int) -> Iterator[Callable[[int, str], None]]:
+def _shown(llm: Llama, source: Source, skip: int, *, quiet: bool) -> Iterator[Callable[[int, str], None]]:
     """A bar for prompts whose number is known. On a terminal it leaves no room for answers and for the line of a long prompt."""
-    if source.total is None or sys.stdout.isatty():
+    if source.total is None or sys.stdout.isatty() or (quiet and not sys.stderr.isatty()):
         yield lambda units, text: None
         return
     llm.prompt_progress = None
