@@ -60,13 +60,20 @@ def test_the_command_line_is_before_all(
     assert run("inspect", tiny) == 0 and capsys.readouterr().out.startswith("model")
 
 
-def test_values_are_read_as_they_would_be_typed(config: Any) -> None:
+def test_values_are_read_as_they_would_be_typed(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config('[bench]\nbudget = ["25%", 16]\ncontrol = true\n[setup]\ndemo = false\n[eval.perplexity]\nlimit = 9\n')
     assert chosen("bench") == {"budget": "25%,16", "control": True} and chosen("setup") == {"demo": False}
     assert chosen("eval perplexity") == {"limit": "9"}
     config('[generate]\nstop = ["a", "b,c"]\n[chat]\nsystem = "Be brief."\nreverse-prompt = "x"\n')
     assert chosen("generate") == {"stop": ["a", "b,c"]}, "by any of its long names"
     assert chosen("chat") == {"system": "Be brief.", "stop": ["x"]}
+    monkeypatch.setenv("CACHEROUTE_CHAT_STOP", "y")
+    monkeypatch.setenv("CACHEROUTE_CHAT_SYSTEM_PROMPT", "No.")
+    assert chosen("chat") == {"system": "No.", "stop": ["y"]}, "a variable wins, whatever name the file has"
+    config('[chat]\nstop = "x"\n')
+    monkeypatch.delenv("CACHEROUTE_CHAT_STOP")
+    monkeypatch.setenv("CACHEROUTE_CHAT_REVERSE_PROMPT", "z")
+    assert chosen("chat")["stop"] == ["z"]
     config("[generate]\nctx_size = 99\n")
     assert chosen("generate") == {"ctx_size": "99"}
 

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,13 @@ def is_common(command: str, key: str) -> bool:
 
 def chosen(file: SettingsFile, command: str, options: Mapping[str, Any]) -> dict[str, Setting]:
     """What is set for a command, by the names of its function's arguments. Raises UsageError for what is no text."""
-    found = {}
-    for key, option in options.items():
-        setting = _from_environment(command, key) or _from_file(file, command, key)
-        if setting and str(option.name) not in found:  # the first of its names
-            found[str(option.name)] = Setting(setting.option, _typed(setting.value, option), setting.origin)
+    found: dict[str, Setting] = {}
+    # a variable goes before the file also where each has another name of the option
+    for look in (partial(_from_environment, command), partial(_from_file, file, command)):
+        for key, option in options.items():
+            setting = look(key)
+            if setting and str(option.name) not in found:  # the first of its names
+                found[str(option.name)] = Setting(setting.option, _typed(setting.value, option), setting.origin)
     return found
 
 
