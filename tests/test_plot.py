@@ -18,6 +18,7 @@ from cacheroute.errors import UsageError
 from cacheroute.plot import figures, misses, style, traces, words
 from cacheroute.plot import rows as plot_rows
 from cacheroute.plot.chart import Chart
+from cacheroute.routing import tuned
 from cacheroute.routing.strategies import parse_list
 from cacheroute.trace import simulate, trace_file
 from support.traces import fed
@@ -289,7 +290,8 @@ def test_the_words_have_the_gain_for_a_small_loss(tmp_path: Path) -> None:
 def test_words_of_routings() -> None:
     assert words.routing("original") == "original (lossless)"
     assert words.routing("cache-prior:lambda=0.2:j=2") == "cache prior λ 0.2, j 2"
-    assert words.short("tuned:/home/a/b.json") == "tuned" and words.short("pruning:k=2") == "pruning:k=2"
+    for typed in ("pruning:k=2", "tuned", "tuned:/a/b.json", "tuned:/a/0123456789abcdef-16.json", f"tuned:{tuned.DEMO}"):
+        assert words.short(typed) == tuned.short(typed), "figures and tables have the same names"
     assert words.routing("tuned:/home/a/b.json") == "tuned b.json" and words.routing("tuned") == "tuned"
     assert words.routing("python:my.module:Policy") == "own policy Policy" and words.routing("new:a=1") == "new a 1"
     assert (words.eviction("belady"), words.eviction("own"), words.budget("16")) == ("optimum (Belady)", "own", "16 experts")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 _STRATEGIES = {
     "original": "original (lossless)",
     "cache-prior": "cache prior",
@@ -27,8 +30,12 @@ _PARAMETERS = {"lambda": "λ", "max-loss": "max loss"}
 
 
 def short(routing: str) -> str:
-    """As typed, but "tuned" without the path of its file."""
-    return "tuned" if routing.startswith("tuned:") else routing
+    """As tables have it (routing.tuned.short): "tuned" of a file that `--routing tuned` finds, else tuned:NAME; others as typed."""
+    name, _, file = routing.partition(":")
+    if name != "tuned":
+        return routing
+    stem = Path(file).stem
+    return name if not file or stem == "demo_tuned" or re.fullmatch(r"[0-9a-f]{16}-\d+", stem) else f"{name}:{stem}"
 
 
 def strategy(name: str) -> str:
