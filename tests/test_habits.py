@@ -111,6 +111,9 @@ def test_more_threads_than_processors_are_mentioned(monkeypatch: pytest.MonkeyPa
     assert capsys.readouterr().err == ""
     shared.say_threads({"threads": 99})
     assert capsys.readouterr().err.startswith("-t 99: 2 processors are here for them; ")
+    monkeypatch.setattr(shared, "cores", lambda: 1)
+    shared.say_threads({"threads": 2})
+    assert capsys.readouterr().err.startswith("-t 2: 1 processor is here for them; ")
 
 
 @pytest.mark.parametrize(

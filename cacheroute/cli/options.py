@@ -129,7 +129,8 @@ def say_threads(given: Mapping[str, Any]) -> None:
     """A line on stderr where -t has more threads than there are processors; `given`: the values of a command's options."""
     n, elsewhere = given.get("threads"), given.get("scheduler")
     if n and n > cores() and not (elsewhere or given.get("quiet")):
-        say(f"-t {n}: {cores()} processors are here for them; with more threads than that, each waits for the others.")
+        here = "1 processor is" if cores() == 1 else f"{cores()} processors are"
+        say(f"-t {n}: {here} here for them; with more threads than that, each waits for the others.")
 
 
 def say_slow(routings: Iterable[Routing]) -> None:

@@ -30,7 +30,7 @@ _PARAMETERS = {"lambda": "λ", "max-loss": "max loss"}
 
 
 def short(routing: str) -> str:
-    """As tables have it (routing.tuned.short): "tuned" of a file that `--routing tuned` finds, else tuned:NAME; others as typed."""
+    """As tables have it (routing.tuned.short): "tuned" of a file that `--routing tuned` finds, tuned:NAME of another."""
     name, _, file = routing.partition(":")
     if name != "tuned":
         return routing
