@@ -189,6 +189,7 @@ CASES: list[Case] = [
     _refused("O_DIRECT with wrong bytes in the middle", "pread/direct:wrong:after=1:every=100000", "direct", _WRONG),
     _refused("O_DIRECT with wrong bytes at the end", "pread/direct:wrong:after=2:every=100000", "direct", _WRONG),
     _refused("O_DIRECT that is buffered", "open/direct:buffered", "direct", _CACHED),
+    _same("a file that another process reads meanwhile", "mincore:there:after=1:every=100000", "direct"),
     _refused(
         "no file descriptor left", "open/direct:EMFILE", "direct", r"direct reads of \S+m\.gguf failed: Too many open files\."
     ),

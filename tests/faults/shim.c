@@ -4,6 +4,7 @@
 //   CALL   pread, madvise, mincore, posix_fadvise, posix_memalign, mmap, open, fsync, pthread_create, write
 //   WHICH  of madvise and posix_fadvise: the number of the advice; of open and pread: "direct", with O_DIRECT alone
 //   WHAT   the name of an error; of pread "half" (of what was asked) or "wrong" (bytes); of open "buffered" (O_DIRECT is ignored);
+//          of mincore "there": every page is in memory, as where another process has just read it;
 //          of posix_fadvise "alone": it takes a moment, and meanwhile another one does nothing, as where both lock the same page
 //   after  so many calls are left alone first; every: from then on each Nth call fails
 //   path   only on a file with that in its name. `write` must have it: it is the one call that matters whoever makes it
@@ -23,7 +24,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { MOST = 8, NOTHING = 0, HALF = -1, WRONG = -2, BUFFERED = -3, ALONE = -4 };
+enum { MOST = 8, NOTHING = 0, HALF = -1, WRONG = -2, BUFFERED = -3, ALONE = -4, THERE = -5 };
 
 struct rule {
     char       call[24], which[16], path[64];
@@ -42,7 +43,7 @@ static int what_of(const char * word) {
     } words[] = {{"EIO", EIO},       {"EINTR", EINTR},   {"EAGAIN", EAGAIN}, {"ENOSYS", ENOSYS}, {"EINVAL", EINVAL},
                  {"ENOMEM", ENOMEM}, {"EMFILE", EMFILE}, {"ENOSPC", ENOSPC}, {"EFAULT", EFAULT}, {"EHWPOISON", EHWPOISON},
                  {"EPERM", EPERM},   {"half", HALF},     {"wrong", WRONG},   {"buffered", BUFFERED},
-                 {"alone", ALONE}};
+                 {"alone", ALONE},   {"there", THERE}};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
         if (strcmp(words[i].name, word) == 0) return words[i].what;
     }
@@ -141,7 +142,10 @@ int madvise(void * at, size_t bytes, int advice) {
 
 int mincore(void * at, size_t bytes, unsigned char * state) {
     const int what = fault("mincore", "", -1);
-    return what ? failed(what) : REAL(mincore)(at, bytes, state);
+    if (what != THERE) return what ? failed(what) : REAL(mincore)(at, bytes, state);
+    const size_t page = (size_t) sysconf(_SC_PAGESIZE);
+    memset(state, 1, (bytes + page - 1) / page);
+    return 0;
 }
 
 int posix_fadvise(int fd, off_t at, off_t bytes, int advice) {
