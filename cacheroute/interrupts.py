@@ -94,31 +94,54 @@ def shield(function: _Function) -> _Function:
 
 
 @contextlib.contextmanager
-def put_off() -> Iterator[None]:
-    """Within it, in a program that has not called install(), Ctrl-C waits for the end, where the program's own handler is called:
-    Python drops what is raised in code that C calls. pending() tells of it where that handler is Python's, which raises; another
-    one may go on, and what runs within must not be broken off for it."""
-    global _pending
+def put_off(came: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Within it Ctrl-C waits for the end, where the handler that there was is called; `came` is called when it comes. In the main
+    thread, and where Ctrl-C has a handler; elsewhere it does nothing."""
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is _handle or not callable(before):
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
-    came = False
+    seen = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        global _pending
-        nonlocal came
-        came = True
-        _pending = before is signal.default_int_handler
+        nonlocal seen
+        seen = True
+        came()
 
     signal.signal(signal.SIGINT, note)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if came:
-            _pending = False
+        if seen:
             signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def put_off_in_c() -> Iterator[None]:
+    """put_off() in a program that has not called install(): Python drops what is raised in code that C calls.
+
+    pending() tells of it where the handler is Python's, which raises; another one may go on, and then so must what runs within.
+    """
+    global _pending
+    before = signal.getsignal(signal.SIGINT)
+    if before is _handle:
+        yield
+        return
+
+    told = False
+
+    def came() -> None:
+        global _pending
+        nonlocal told
+        told = _pending = before is signal.default_int_handler
+
+    try:
+        with put_off(came):
+            yield
+    finally:
+        if told:
+            _pending = False
 
 
 def pending() -> bool:

@@ -170,7 +170,7 @@ class Llama(ComputingLlama):
         try:
             dense = () if self._loaded else self.layout.dense_ranges
             verbose = kwargs.get("verbose", True)
-            with interrupts.put_off(), log.errors(verbose=verbose) as refused, self._files.fetched(dense):
+            with interrupts.put_off_in_c(), log.errors(verbose=verbose) as refused, self._files.fetched(dense):
                 super().__init__(str(path), use_mmap=False, **kwargs)
         except ValueError as e:
             raise CacherouteError(f"llama.cpp cannot load {path}: {log.reason(refused) or e}.") from e

@@ -12,6 +12,7 @@ from multiprocessing import parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import ClassVar
 
+from cacheroute import interrupts
 from cacheroute.errors import CacherouteError, UsageError
 
 
@@ -43,31 +44,15 @@ class _Process(SpawnProcess):
     started: ClassVar[list[_Process]] = []
 
     def start(self) -> None:
+        # put off, too: masked here, any other thread takes the signal, such as those of numpy's BLAS, and a process that gets
+        # only half of what it is to do ends with a traceback
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
-            with _uninterrupted():
+            with interrupts.put_off():
                 super().start()
                 self.started.append(self)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for its end. A mask does not do it: any other thread, such as those of numpy's BLAS, takes the signal, and a
-    process that gets only half of what it is to do ends with a traceback."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    seen: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if seen:
-            signal.raise_signal(signal.SIGINT)
 
 
 class _Spawn(SpawnContext):
