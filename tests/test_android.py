@@ -136,7 +136,7 @@ def test_too_little_memory_for_the_build(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(machine, "is_android", lambda root=None: True)
     engine, memory = checkup._engine(phone(tmp_path / "small", BIG, free_gib=1.0))
     assert engine.state == "fail" and memory.name == "build" and memory.state == "warn"
-    assert memory.found == "1.0 GiB free, and one compiler takes up to 1.5 GB" and "--wheel" in memory.advice
+    assert memory.found == "1.0 GiB free, and one compiler takes up to 1.4 GiB" and "--wheel" in memory.advice
     [engine] = checkup._engine(phone(tmp_path / "large", BIG, free_gib=3.0))
     assert engine.state == "fail"
 

@@ -103,5 +103,5 @@ def build_memory(root: Path = Path("/")) -> Check | None:
     free, needed = machine.available_memory(root), engine_build.job_bytes()
     if free is None or free >= needed:
         return None
-    found = f"{size(free)} free, and one compiler takes up to {needed / 1e9:.1f} GB"
+    found = f"{size(free)} free, and one compiler takes up to {size(needed)}"
     return Check("build", "warn", found, "close other programs, or install a wheel: `cacheroute setup --wheel`")
