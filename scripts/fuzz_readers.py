@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -181,13 +182,25 @@ def _other_header(gguf: Any, rng: random.Random) -> Any:
     return gguf
 
 
-def child(target: str, seconds: float, corpus: Path, scratch: Path) -> None:
-    """Runs one target in this process until the time is over."""
+@dataclass(frozen=True)
+class Effort:
+    """So many seconds, or, if it is not 0, so many inputs, the same ones each time."""
+
+    seconds: float
+    inputs: int = 0
+
+    def options(self) -> list[str]:
+        """For libFuzzer."""
+        return [f"-runs={self.inputs}", "-seed=1"] if self.inputs else [f"-max_total_time={max(int(self.seconds), 1)}"]
+
+
+def child(target: str, effort: Effort, corpus: Path, scratch: Path) -> None:
+    """Runs one target in this process."""
     os.environ["CACHEROUTE_CACHE"] = str(scratch / "cache")
     devnull = os.open(os.devnull, os.O_WRONLY)
     if importlib.util.find_spec("atheris") is None:
         os.dup2(devnull, 1)
-        _without_coverage(target, seconds, corpus, scratch)
+        _without_coverage(target, effort, corpus, scratch)
         return
     import atheris
 
@@ -203,7 +216,7 @@ def child(target: str, seconds: float, corpus: Path, scratch: Path) -> None:
 
     (scratch / "new").mkdir()
     options = [
-        f"-max_total_time={max(int(seconds), 1)}",
+        *effort.options(),
         f"-max_len={_LONGEST}",
         f"-timeout={_SECONDS_EACH}",
         "-rss_limit_mb=4096",
@@ -213,11 +226,11 @@ def child(target: str, seconds: float, corpus: Path, scratch: Path) -> None:
     atheris.Fuzz()
 
 
-def _without_coverage(target: str, seconds: float, corpus: Path, scratch: Path) -> None:
+def _without_coverage(target: str, effort: Effort, corpus: Path, scratch: Path) -> None:
     rng = random.Random(0)
     seeds = [path.read_bytes() for path in sorted(corpus.iterdir())]
-    end, n = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
+    end, n = time.monotonic() + effort.seconds, 0
+    while n < effort.inputs if effort.inputs else time.monotonic() < end:
         data = mutated(target, rng.choice(seeds), rng)
         (scratch / "broken-last").write_bytes(data)  # the input that a crash leaves behind
         try_input(target, data, scratch)
@@ -228,33 +241,39 @@ def _without_coverage(target: str, seconds: float, corpus: Path, scratch: Path) 
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--child"]:
-        target, seconds, corpus, scratch = arguments[1:]
-        child(target, float(seconds), Path(corpus), Path(scratch))
+        target, seconds, inputs, corpus, scratch = arguments[1:]
+        child(target, Effort(float(seconds), int(inputs)), Path(corpus), Path(scratch))
         return 0
-    names = arguments[1:] or list(TARGETS)
-    if not arguments or not arguments[0].isdecimal() or not set(names) <= TARGETS.keys():
-        print(f"usage: scripts/fuzz SECONDS [TARGET...]; the targets are {', '.join(TARGETS)}", file=sys.stderr)
+    counted = arguments[:1] == ["--inputs"]
+    amount, *names = (arguments[1:] if counted else arguments) or [""]
+    names = names or list(TARGETS)
+    if not amount.isdecimal() or not set(names) <= TARGETS.keys():
+        usage = "usage: scripts/fuzz SECONDS [TARGET...], or --inputs N [TARGET...], the same ones each time"
+        print(f"{usage}; the targets are {', '.join(TARGETS)}", file=sys.stderr)
         return 2
     shares = {name: 3 if name == "gguf" else 1 for name in names}
     failed = 0
     for name in names:
-        failed += _run(name, float(arguments[0]) * shares[name] / sum(shares.values()))
+        share = float(amount) * shares[name] / sum(shares.values())
+        failed += _run(name, Effort(0, int(amount)) if counted else Effort(share))
     return 1 if failed else 0
 
 
-def _run(name: str, seconds: float) -> int:
+def _run(name: str, effort: Effort) -> int:
     """One target in a child; 1 when it found something."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        command = [sys.executable, __file__, "--child", name, str(seconds), str(CORPUS / name), folder]
+        amounts = [str(effort.seconds), str(effort.inputs)]
+        command = [sys.executable, __file__, "--child", name, *amounts, str(CORPUS / name), folder]
+        start = time.monotonic()
         try:
-            done = subprocess.run(command, capture_output=True, timeout=seconds + 120)
+            done = subprocess.run(command, capture_output=True, timeout=effort.seconds + 240)
             code, said = done.returncode, (done.stderr + done.stdout).decode("utf-8", "replace")
         except subprocess.TimeoutExpired as e:
             code, said = -1, (e.stderr or b"").decode("utf-8", "replace") + "\nit hangs"
         runs = next((line.split()[-1] for line in said.splitlines() if "number_of_executed_units" in line), "?")
         new = len(list((Path(folder) / "new").glob("*"))) if (Path(folder) / "new").exists() else 0
-        print(f"{name}: {runs} inputs in {seconds:.0f} s, {new} new, exit {code}", flush=True)
+        print(f"{name}: {runs} inputs in {time.monotonic() - start:.0f} s, {new} new, exit {code}", flush=True)
         if code == 0:
             return 0
         found = CORPUS / "found"

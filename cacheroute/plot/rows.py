@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,16 +91,23 @@ def _row(raw: dict[str, Any]) -> Row | None:
     kind = next((kind for kind, field in _MIB_FIELDS.items() if raw.get(field) is not None), "")
     if not kind or raw.get("routing") is None or raw.get("layer") is not None or raw.get("n_gen") in (0, "0"):
         return None  # a header, a control of bench, one layer, a prompt
-    values = {field: float(raw[field]) for field in _OPTIONAL if raw.get(field) is not None}
+    values = {field: _finite(raw[field]) for field in _OPTIONAL if raw.get(field) is not None}
     return Row(
         model=str(raw.get("model", "")),
         routing=words.short(str(raw["routing"])),
         eviction=str(raw.get("eviction", "")),
         budget=str(raw.get("budget", "")),
         budget_experts=int(raw.get("budget_experts", 0)),
-        miss_rate=float(raw.get("miss_rate", "nan")),
-        mib_per_token=float(raw[_MIB_FIELDS[kind]]),
+        miss_rate=_finite(raw["miss_rate"]) if raw.get("miss_rate") is not None else math.nan,
+        mib_per_token=_finite(raw[_MIB_FIELDS[kind]]),
         mib_kind=kind,
         shuffled=str(raw.get("shuffled")) == "True",
         **values,
     )
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value} is endless or no number")
+    return number
