@@ -33,6 +33,9 @@ UNITS = {
 }
 """Bytes of each unit of a size, in small letters."""
 PACKAGE = Path(__file__).resolve().parent
+DEMO_TUNED = PACKAGE / "data" / "demo_tuned.json"
+"""The demo model's routing at a budget of 50%: what `cacheroute tune --budget 50% --limit 20000 --price-tokens 512 --workers 2`
+wrote."""
 VERSION = importlib.metadata.version("cacheroute")
 
 
@@ -216,6 +219,16 @@ _FILES = {
 def named(kind: object) -> str:
     """A kind of file in words, by its field `format`, with or without a version's number; "" for one that no command shows."""
     return next((words for name, (words, _) in _FILES.items() if str(kind).startswith(name)), "")
+
+
+def short_routing(routing: str) -> str:
+    """A routing for a table or a figure: `tuned` where its file is one that `--routing tuned` finds (routing.tuned.path),
+    tuned:NAME for another file, without its folder and its ending; any other as it is."""
+    name, _, file = routing.partition(":")
+    if name != "tuned":
+        return routing
+    stem = Path(file).stem
+    return name if not file or stem == DEMO_TUNED.stem or re.fullmatch(r"[0-9a-f]{16}-\d+", stem) else f"{name}:{stem}"
 
 
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:

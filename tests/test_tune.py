@@ -31,6 +31,7 @@ from cacheroute.model.experts import ExpertLayout
 from cacheroute.routing import strategies, tuned
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.routing.strategies import Routing, parse
+from support import interrupting
 
 Array = npt.NDArray[np.float64]
 
@@ -409,16 +410,7 @@ def test_tuned_is_picked_up(cache: Path, tiny: Path, prose: Path, form: tuple[ob
 def test_an_interrupted_search_resumes(cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = json.loads(run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40")).stdout)
     monkeypatch.setenv("CACHEROUTE_CACHE", str(cache / "other"))
-    append, count = ResultsFile.append, 0
-
-    def interrupted(self: ResultsFile, line: dict[str, Any]) -> None:
-        nonlocal count
-        count += 1
-        if count == 20:
-            raise KeyboardInterrupt
-        append(self, line)
-
-    monkeypatch.setattr(ResultsFile, "append", interrupted)
+    interrupting.at_score(monkeypatch, 20)
     stopped = run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40"))
     assert stopped.exit_code == 130 and "run the same command to resume" in stopped.stderr
     resumed = run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40"))

@@ -23,7 +23,7 @@ from cacheroute.model import copies
 from cacheroute.model.copies import Copy
 from cacheroute.routing import tuned
 from cacheroute.routing.strategies import Routing
-from support import tiny_models
+from support import interrupting, tiny_models
 
 N = 50  # tokens of a chunk
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -176,16 +176,8 @@ def test_it_resumes_where_it_was_stopped(
 ) -> None:
     whole = json.loads(run(*settings(files, prose, "--max-kl", 0.2, "--uniform")).stdout)
     monkeypatch.setenv("CACHEROUTE_CACHE", str(own_cache / "other"))
-    append, count = ResultsFile.append, 0
-
-    def interrupted(self: ResultsFile, line: dict[str, Any]) -> None:
-        nonlocal count
-        count += 1
-        if count == 40:
-            raise KeyboardInterrupt
-        append(self, line)
-
-    monkeypatch.setattr(ResultsFile, "append", interrupted)
+    append = ResultsFile.append
+    interrupting.at_score(monkeypatch, 40)
     stopped = run(*settings(files, prose, "--max-kl", 0.2, "--uniform"))
     assert stopped.exit_code == 130 and "run the same command to resume" in stopped.stderr
     computed: list[dict[str, Any]] = []

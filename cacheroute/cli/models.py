@@ -153,7 +153,7 @@ def _shown(plan: MemoryPlan) -> tuple[str, str | None]:
     if plan.free is None:
         return "?", None
     if capacity is None:
-        return f"needs {size(plan.needed(plan.n_used) + plan.reserve)} of memory", None
+        return f"needs {size(plan.least)} of memory", None
     return "yes", "all" if capacity == plan.n_expert else str(capacity)
 
 

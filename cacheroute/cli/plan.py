@@ -195,7 +195,7 @@ def _table(found: Sequence[tuple[Candidate, Forecast]]) -> list[str]:
         gib = f"{c.nbytes / GIB:.1f}"
         here = "yes" if c.path else "no"
         if not f.fits:
-            cells.append((c.name, gib, here, f"needs {size(c.plan.needed(c.plan.n_used) + c.plan.reserve)}", "", "", ""))
+            cells.append((c.name, gib, here, f"needs {size(c.plan.least)}", "", "", ""))
             continue
         capacity = f.capacity or 0
         budget = "all" if capacity == f.n_expert else f"{capacity} of {f.n_expert}"

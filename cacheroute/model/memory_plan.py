@@ -54,6 +54,11 @@ class MemoryPlan:
         return self._beside + capacity * self.expert_bytes + self.prompt_reserve(capacity)
 
     @property
+    def least(self) -> int:
+        """Bytes of memory that must be free, the reserve counted: with the experts of one token."""
+        return self.needed(self.n_used) + self.reserve
+
+    @property
     def _beside(self) -> int:
         """Bytes beside the experts."""
         return self.dense + self.context + self.compute
@@ -175,7 +180,7 @@ def refusal(plan: MemoryPlan, name: str) -> UsageError:
         f"{size(plan.dense)} of dense weights, {size(plan.context)} of context, {size(plan.compute)} to compute and "
         f"{size(plan.n_used * plan.expert_bytes + plan.prompt_reserve(plan.n_used))} for the {plan.n_used} experts of a token"
     )
-    short = needed + plan.reserve - free
+    short = plan.least - free
     advice = "give a smaller context with -c" if plan.context + plan.compute >= short + 64 * MIB else "take a smaller model"
     return UsageError(
         f"{name} needs at least {size(needed)} of memory ({parts}) and {size(plan.reserve)} for other programs, and "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+from cacheroute.files import short_routing
+
+short = short_routing  # as tables have it
 
 _STRATEGIES = {
     "original": "original (lossless)",
@@ -27,15 +28,6 @@ _EVICTIONS = {
     "none": "",
 }
 _PARAMETERS = {"lambda": "λ", "max-loss": "max loss"}
-
-
-def short(routing: str) -> str:
-    """As tables have it (routing.tuned.short): "tuned" of a file that `--routing tuned` finds, tuned:NAME of another."""
-    name, _, file = routing.partition(":")
-    if name != "tuned":
-        return routing
-    stem = Path(file).stem
-    return name if not file or stem == "demo_tuned" or re.fullmatch(r"[0-9a-f]{16}-\d+", stem) else f"{name}:{stem}"
 
 
 def strategy(name: str) -> str:

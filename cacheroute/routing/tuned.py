@@ -23,21 +23,20 @@ The file is JSON:
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import PACKAGE, cache_dir, read_json, write_json
+from cacheroute.files import DEMO_TUNED, cache_dir, read_json, short_routing, write_json
 from cacheroute.model import experts, gguf_file
 from cacheroute.routing import budget as budgets
 
 NAME = "tuned"
 FORMAT, VERSION = "cacheroute-routing-profile", 1
-DEMO = PACKAGE / "data" / "demo_tuned.json"
-"""The demo model's at a budget of 50%: what `cacheroute tune --budget 50% --limit 20000 --price-tokens 512 --workers 2` wrote."""
+DEMO = DEMO_TUNED
+short = short_routing
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,6 @@ class TunedRouting:
     strategy: str
     parameters: tuple[dict[str, float], ...]
     notes: dict[str, Any] = field(default_factory=dict)
-
-
-def short(routing: str) -> str:
-    """A routing for a table: `tuned` where its file is one that `--routing tuned` finds, tuned:NAME for another file, without its
-    folder and its ending; any other as it is."""
-    name, colon, file = routing.partition(":")
-    if name != NAME or not colon:
-        return routing
-    stem = Path(file).stem
-    return NAME if stem == DEMO.stem or re.fullmatch(r"[0-9a-f]{16}-\d+", stem) else f"{NAME}:{stem}"
 
 
 def save(tuned: TunedRouting, path: Path, *, force: bool = False) -> None:
