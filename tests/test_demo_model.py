@@ -80,10 +80,10 @@ def test_metadata_is_that_of_a_fine_grained_moe(header: gguf.GGUFReader) -> None
 def test_tensors_have_the_shapes_the_engine_expects(header: gguf.GGUFReader) -> None:
     shape = {t.name: tuple(int(n) for n in t.shape) for t in header.tensors}
     for i in range(demo_model.LAYERS):
-        assert shape[f"blk.{i}.ffn_gate_inp.weight"] == (768, 24)
-        assert shape[f"blk.{i}.ffn_gate_exps.weight"] == shape[f"blk.{i}.ffn_up_exps.weight"] == (768, 32, 24)
-        assert shape[f"blk.{i}.ffn_down_exps.weight"] == (32, 768, 24)
-        assert shape[f"blk.{i}.ffn_down_shexp.weight"] == (768, 768)
+        assert shape[f"blk.{i}.ffn_gate_inp.weight"] == (768, 16)
+        assert shape[f"blk.{i}.ffn_gate_exps.weight"] == shape[f"blk.{i}.ffn_up_exps.weight"] == (768, 32, 16)
+        assert shape[f"blk.{i}.ffn_down_exps.weight"] == (32, 768, 16)
+        assert shape[f"blk.{i}.ffn_down_shexp.weight"] == (1024, 768)
     assert len(shape) == 2 + demo_model.LAYERS * 13
 
 

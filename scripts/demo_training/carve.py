@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from . import parent
 
-SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 768, 24, 32, 6
+SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 1024, 16, 32, 4
 SPREAD = 0.75
 """Within-token standard deviation of the first router's logits.
 

@@ -32,7 +32,7 @@ class Plan:
     """Sequences of a step."""
     length: int
     """Tokens of each."""
-    own: float = 0.6
+    own: float = 0.65
     """Share of the parent's own text."""
     b_lr: float = 2e-3
     a_lr: float = 6e-4

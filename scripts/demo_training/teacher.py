@@ -6,7 +6,9 @@ each sequence the parent's distribution is computed anew when it is read (`disti
 
 from __future__ import annotations
 
+import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +17,66 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from tokenizers import Tokenizer
 
 from . import parent
-from .questions import training_questions
+from .questions import JUDGED, training_questions
 
 TEXT_END, END = 0, 2  # <|endoftext|>, <|im_end|>
 CANDIDATES = 256
 """Likeliest tokens that are drawn from."""
-KINDS = ("question", "magpie", "continue", "free")
-"""What a sequence begins with: a question of ours; the beginning of a user's turn, so that the parent asks, too; 32
-tokens of training text; nothing. In turn."""
+KINDS = ("question", "article", "magpie", "continue", "article", "free")
+"""What a sequence begins with: a question of ours; the first words of an article; the beginning of a user's turn, so that
+the parent asks, too; 32 tokens of training text; nothing. In turn."""
+ARTICLES = ("{0}\n\n{0} is", "# {0}\n\n", "{0}, {1}, ", "The history of {0}", "{0} was", "{0} ({1})")
+"""How an article on {0}, of which a dictionary says {1}, may begin."""
+TAXON = re.compile(r"[Gg]enus .*|[Ff]amily .*|\w*(idae|aceae|ales|inae)|[A-Z]\w+ [a-z]\w+")
+"""Biology's Latin names, a third of the names in WordNet: left out."""
 
 
-def openings(tok: Tokenizer) -> tuple[list[list[int]], list[int], list[int]]:
-    """(token ids of chats that end before an answer, one that ends before a question; what follows a question; an answer)."""
+@dataclass(frozen=True)
+class Openings:
+    """Token ids that sequences begin with, or that follow a turn of a chat."""
+
+    asked: list[list[int]]
+    """Chats that end before an answer."""
+    silent: list[int]
+    """A chat that ends before a question."""
+    before_answer: list[int]
+    before_question: list[int]
+    articles: list[list[int]]
+
+
+def articles(glosses: str, n: int, seed: int) -> list[str]:
+    """n beginnings of articles on what `glosses` (lines of `words: gloss`) names, three of four with a capital letter.
+
+    Topics of the questions that the finished model is judged by are left out.
+    """
+    rng = np.random.default_rng(seed)
+    judged = set(re.findall(r"[a-z]{3,}", " ".join(JUDGED).lower()))
+    named: list[tuple[str, str]] = []
+    common: list[tuple[str, str]] = []
+    for line in glosses.splitlines():
+        words, _, gloss = line.partition(": ")
+        if not judged & set(re.findall(r"[a-z]{3,}", words.lower())):
+            for name in words.split(", "):
+                if not TAXON.fullmatch(name):
+                    (named if name[:1].isupper() else common).append((name, gloss.split(";")[0].strip()))
+    found = []
+    for _ in range(n):
+        pool = named if rng.random() < 0.75 else common
+        word, gloss = pool[int(rng.integers(len(pool)))]
+        found.append(ARTICLES[int(rng.integers(len(ARTICLES)))].format(word[:1].upper() + word[1:], gloss))
+    return found
+
+
+def openings(tok: Tokenizer, glosses: str) -> Openings:
+    """Of our questions, the parent's chat template, and 20,000 articles."""
     head, _, rest = parent.chat("\f").partition("\f")
-    asked = [tok.encode(parent.chat(q)).ids for q in training_questions(0)]
-    return [*asked, tok.encode(head).ids], tok.encode(rest.removeprefix("<|im_end|>")).ids, tok.encode("\n<|im_start|>user\n").ids
+    return Openings(
+        asked=[tok.encode(parent.chat(q)).ids for q in training_questions(0)],
+        silent=tok.encode(head).ids,
+        before_answer=tok.encode(rest.removeprefix("<|im_end|>")).ids,
+        before_question=tok.encode("\n<|im_start|>user\n").ids,
+        articles=[e.ids for e in tok.encode_batch(articles(glosses, 20_000, 0))],
+    )
 
 
 def _step(p: dict[str, torch.Tensor], tokens: torch.Tensor, at: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -53,8 +100,7 @@ def _step(p: dict[str, torch.Tensor], tokens: torch.Tensor, at: int, k: torch.Te
 def sample(
     p: dict[str, torch.Tensor],
     beginnings: list[list[int]],
-    before_answer: list[int],
-    before_question: list[int],
+    follows: tuple[list[int], list[int]],
     chat: np.ndarray,
     length: int,
     seed: int,
@@ -62,7 +108,7 @@ def sample(
     """(n, length) uint16: each beginning, continued by the parent, half at temperature 0.7 and half at 1.
 
     chat (n,) int: -1 where no chat is written, else whose turn the beginning leaves it at, 0 the user's, 1 the answer. All
-    advance together; where a turn ends the next one's header is forced.
+    advance together; where a question or an answer ends, follows[0] or [1], the next turn's header, is forced.
     """
     device = p["token_embd.weight"].device
     n = len(beginnings)
@@ -74,7 +120,7 @@ def sample(
     forced = np.full((n, length + 64), -1, np.int64)
     for row, tokens in zip(forced, beginnings, strict=True):
         row[: min(len(tokens), length)] = tokens[:length]
-    turn, after = chat.copy(), (before_answer, before_question)
+    turn = chat.copy()
     out = np.zeros((n, length), np.int64)
     out[:, 0] = forced[:, 0]
     current = torch.from_numpy(out[:, 0]).to(device)
@@ -87,7 +133,7 @@ def sample(
         free = forced[:, at + 1] < 0
         out[:, at + 1] = np.where(free, drawn, forced[:, at + 1])
         for j in np.flatnonzero(free & (drawn == END) & (turn >= 0)):
-            header = after[turn[j]]
+            header = follows[turn[j]]
             forced[j, at + 2 : at + 2 + len(header)] = header
             turn[j] = 1 - turn[j]
         current = torch.from_numpy(out[:, at + 1]).to(device)
@@ -96,39 +142,39 @@ def sample(
 
 def write_text(
     p: dict[str, torch.Tensor],
-    chats: tuple[list[list[int]], list[int], list[int]],
+    opening: Openings,
     text: np.ndarray,
     n: int,
     length: int,
     seed: int,
 ) -> np.ndarray:
-    """(n, length) uint16 of the parent's own text, `KINDS` in turn; chats from `openings`, text (N,) tokens of training text."""
-    asked, before_answer, before_question = chats
+    """(n, length) uint16 of the parent's own text, `KINDS` in turn; text (N,) tokens of training text."""
     rng = np.random.default_rng((seed, 7))
     beginnings, chat = [], np.full(n, -1)
     for j in range(n):
         kind = KINDS[j % len(KINDS)]
         if kind == "question":
-            beginnings.append(asked[int(rng.integers(len(asked) - 1))])
+            beginnings.append(opening.asked[int(rng.integers(len(opening.asked)))])
             chat[j] = 1
         elif kind == "magpie":
-            beginnings.append(asked[-1])
+            beginnings.append(opening.silent)
             chat[j] = 0
+        elif kind == "article":
+            beginnings.append([TEXT_END, *opening.articles[int(rng.integers(len(opening.articles)))]])
         elif kind == "continue":
             at = int(rng.integers(len(text) - 32))
             beginnings.append([int(t) for t in text[at : at + 32]])
         else:
             beginnings.append([TEXT_END])
-    written: np.ndarray = sample(p, beginnings, before_answer, before_question, chat, length, seed)
+    written: np.ndarray = sample(p, beginnings, (opening.before_answer, opening.before_question), chat, length, seed)
     return written
 
 
 def make_text(
-    p: dict[str, torch.Tensor], tok: Tokenizer, text: np.ndarray, folder: Path, shards: int, n: int, length: int
+    p: dict[str, torch.Tensor], opening: Openings, text: np.ndarray, folder: Path, shards: int, n: int, length: int
 ) -> None:
     """Write `folder/own-*.npy`, one at a time; those already there are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    chats = openings(tok)
     half = {name: t.bfloat16() if t.dim() == 2 and t.is_cuda else t for name, t in p.items()}
     for s in range(shards):
         path = folder / f"own-{s:02d}.npy"
@@ -136,7 +182,7 @@ def make_text(
             continue
         start = time.time()
         part = path.with_suffix(".part.npy")
-        np.save(part, write_text(half, chats, text, n, length, s))
+        np.save(part, write_text(half, opening, text, n, length, s))
         part.rename(path)
         print(f"{path.name}: {n * length / (time.time() - start):.0f} tok/s", flush=True)
 
