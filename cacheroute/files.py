@@ -55,10 +55,10 @@ def parse_size(text: str) -> int:
 def size(nbytes: float, *, decimal: bool = False) -> str:
     """In the unit that shows it: 3.9 GiB, 512 MiB, 18.2 MiB, 1.0 KiB or 7 bytes; `decimal`: 3.9 GB, as of downloads."""
     n, largest, *others = (1000, "GB", "MB", "kB") if decimal else (1024, "GiB", "MiB", "KiB")
-    if nbytes >= n**3:
+    if nbytes >= n**3 - n**2 / 2:  # what would be rounded to 1024 of the unit below
         return f"{nbytes / n**3:.1f} {largest}"
     for name, unit in zip(others, (n**2, n), strict=True):
-        if nbytes >= unit:
+        if nbytes >= unit - unit / n / 2:
             value = nbytes / unit
             return f"{value:.1f} {name}" if value < 100 else f"{value:.0f} {name}"
     return f"{nbytes:.0f} bytes"

@@ -30,6 +30,12 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
 def test_a_size_has_the_unit_that_shows_it() -> None:
     sizes = (0, 1023, 1024, 1536 * 1024, 99 * files.MIB, 512 * files.MIB, 7 * files.GIB // 2)
     assert [files.size(n) for n in sizes] == ["0 bytes", "1023 bytes", "1.0 KiB", "1.5 MiB", "99.0 MiB", "512 MiB", "3.5 GiB"]
+    assert [files.size(n) for n in (2**20 - 512, 2**20 - 513, 2**30 - 2**19, 1023.5)] == [
+        "1.0 MiB",
+        "1023 KiB",
+        "1.0 GiB",
+        "1.0 KiB",
+    ]
     assert [files.size(n, decimal=True) for n in (999, 2000, 18.6e9)] == ["999 bytes", "2.0 kB", "18.6 GB"]
 
 

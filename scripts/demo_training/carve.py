@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from scipy.optimize import linear_sum_assignment
 
+from cacheroute.model import demo_model
+
 from . import parent
 
-SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = 1024, 16, 32, 4
+SHARED, EXPERTS, EXPERT_SIZE, CHOSEN = demo_model.SHARED, demo_model.EXPERTS, demo_model.EXPERT_SIZE, demo_model.CHOSEN
 SPREAD = 0.75
 """Within-token standard deviation of the first router's logits.
 

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from torch import nn
 
+from cacheroute.model import demo_model
+
 from . import parent
 from .carve import CHOSEN, EXPERT_SIZE, EXPERTS, SHARED, Carving
 
-WIDTH = 768
+WIDTH = demo_model.WIDTH
 EPSILON = parent.EPSILON * parent.D / WIDTH
 """Of the norms: a mean square over WIDTH columns, of which the parent fills D, is so much less."""
 RANKS = {"q": 16, "k": 16, "v": 16, "output": 16, "gate": 40, "up": 40, "down": 40}

@@ -16,7 +16,10 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody knows
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-D, LAYERS, HEADS, KV_HEADS, HEAD, FFN, VOCAB = 576, 30, 9, 3, 64, 1536, 49152
+from cacheroute.model import demo_model
+
+D, LAYERS, FFN, VOCAB = demo_model.D, demo_model.LAYERS, demo_model.FFN, 49152
+HEADS, KV_HEADS, HEAD = demo_model.HEADS, demo_model.KV_HEADS, demo_model.HEAD
 EPSILON, ROPE_BASE = 1e-5, 1e5
 
 
