@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_is_missing(plan: MemoryP
     if plan.capacity is not None:
         return
     text = str(memory_plan.refusal(plan, "m.gguf"))
-    short = plan.needed(plan.n_used) + plan.reserve - (plan.free or 0)
+    short = plan.least - (plan.free or 0)
     assert text.startswith("m.gguf needs at least ") and f"free {context_memory.size(short)}, or " in text
 
 
@@ -112,5 +113,36 @@ def test_under_a_limit_of_address_space_a_model_is_loaded_whole_or_refused(tiny:
     monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [GIB + 16 * MIB])
     assert memory_plan.of(header, layout, n_ctx=64).capacity == layout.n_expert
     monkeypatch.setattr(memory_plan, "ulimit_room", lambda: [GIB])
-    with pytest.raises(UsageError, match=r"of address space, used or not, and `ulimit -v` leaves 0 bytes: raise it"):
+    with pytest.raises(UsageError, match=r"of address space, used or not, and `ulimit -v` leaves 1.0 GiB: raise it by \d"):
         open_model(tiny)
+
+
+def test_what_is_asked_for_suffices_and_does_not_depend_on_what_is_free(tiny: Path) -> None:
+    header = gguf_file.read(tiny)
+    layout = experts.layout(header)
+
+    def plan(free: int) -> memory_plan.MemoryPlan:
+        return memory_plan.of(header, layout, n_ctx=4096, whole=False, free=free)
+
+    least = plan(MIB).least
+    assert plan(least).capacity is not None and plan(least - 1).capacity is None
+    assert {plan(least * share // 100).least for share in (10, 50, 90, 99)} == {least}
+    large = MemoryPlan(
+        free=MIB,
+        reserve=0,
+        dense=8 * GIB,
+        embedding=0,
+        context=0,
+        compute=0,
+        pass_tokens=64,
+        expert_bytes=MIB,
+        layer_bytes=MIB,
+        file_expert_bytes=MIB,
+        n_expert=8,
+        n_used=2,
+    )
+    for dense in (large.dense, 40 * GIB, 100 * MIB):
+        asked = replace(large, dense=dense).least
+        with_it = replace(large, dense=dense, free=asked, reserve=memory_plan.reserve(asked))
+        assert with_it.capacity is not None
+        assert replace(with_it, free=asked - MIB, reserve=memory_plan.reserve(asked - MIB)).capacity is None

@@ -61,7 +61,7 @@ def test_form_of_an_entry(entry: ModelEntry) -> None:
     for kind in entry.expert_types:  # a row of the matrix is whole blocks
         assert entry.n_embd % catalogue.BLOCKS[kind][0] == 0 or entry.n_ff % catalogue.BLOCKS[kind][0] == 0
     # experts are most of such a file, and not all of it
-    assert 0.02 < entry.dense_bytes / entry.nbytes < (0.8 if entry.name == "demo" else 0.2)
+    assert 0.02 < entry.dense_bytes / entry.nbytes < (0.85 if entry.name == "demo" else 0.2)
 
 
 def test_block_sizes_are_those_of_ggml() -> None:
@@ -272,7 +272,7 @@ def test_a_model_that_does_not_fit_reports_what_it_needs(
     monkeypatch.setattr(command, "free_disk", lambda _: 100 * GIB)
     command.models("json")
     mixtral = next(m for m in json.loads(capsys.readouterr().out)["models"] if m["name"] == "mixtral-8x7b")
-    assert (mixtral["fits"], mixtral["suggested_budget"]) == ("needs 8.7 GiB of memory", None)
+    assert (mixtral["fits"], mixtral["suggested_budget"]) == ("needs 9.2 GiB of memory", None)
 
 
 def test_an_unknown_output_lists_what_there_is() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from cacheroute.errors import UsageError
 from cacheroute.files import GIB, MIB, size
@@ -22,8 +23,8 @@ _RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST = 1 / 16, 64 * MIB, GIB  # for oth
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of each part. `free`: what this process may use, None where the system does not tell; `space`: what `ulimit` leaves
-    of its address space, None without a limit; mapped: of the file and of slots for all experts, used or not, unless it is
-    loaded whole, as `whole` allows.
+    of its address space, less 1 GiB for libraries and threads, None without a limit; mapped: of the file and of slots for all
+    experts, used or not, unless it is loaded whole, as `whole` allows.
 
     reserve: left to others. dense: always in memory, without the token embeddings, which `embedding` counts and which are in
     memory only where the model is loaded whole. context: keys and values. compute: buffers for `pass_tokens` of a prompt.
@@ -55,8 +56,9 @@ class MemoryPlan:
 
     @property
     def least(self) -> int:
-        """Bytes of memory that must be free, the reserve counted: with the experts of one token."""
-        return self.needed(self.n_used) + self.reserve
+        """Bytes of memory that must be free, the reserve of so much counted: with the experts of one token."""
+        needed = self.needed(self.n_used)
+        return min(max(needed + _RESERVE_LEAST, math.ceil(needed / (1 - _RESERVE_SHARE))), needed + _RESERVE_MOST)
 
     @property
     def _beside(self) -> int:
@@ -111,12 +113,12 @@ def of(
     `ulimit` leave this process now.
     """
     space = None if free is not None or loaded else min(ulimit_room(), default=None)
-    space = None if space is None else max(space - _UNCOUNTED_SPACE, 0)
+    space = None if space is None else space - _UNCOUNTED_SPACE
     free = available_memory(ulimits=False) if free is None else free
     n_ctx = n_ctx or context_memory.trained_context(header)
     each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn, n_outputs=0)
     n_pass = _pass_tokens(free, each, n_ctx)
-    return MemoryPlan(
+    plan = MemoryPlan(
         free=free,
         reserve=reserve(free),
         dense=0 if loaded else layout.dense_bytes,
@@ -133,6 +135,7 @@ def of(
         mapped=header.nbytes + layout.n_expert * layout.resident_bytes,
         whole=whole,
     )
+    return _shorter_pass(plan, each)
 
 
 def of_entry(entry: ModelEntry, *, n_ctx: int, free: int | None = None) -> MemoryPlan:
@@ -141,7 +144,7 @@ def of_entry(entry: ModelEntry, *, n_ctx: int, free: int | None = None) -> Memor
     free = available_memory() if free is None else free
     live = 8 * entry.n_embd + entry.used * (2 * entry.n_ff + entry.n_embd) + (entry.n_embd // 64 + 2) * n_ctx
     n_pass = _pass_tokens(free, live * _F32, n_ctx)
-    return MemoryPlan(
+    plan = MemoryPlan(
         free=free,
         reserve=reserve(free),
         dense=entry.dense_bytes,
@@ -155,12 +158,21 @@ def of_entry(entry: ModelEntry, *, n_ctx: int, free: int | None = None) -> Memor
         n_expert=entry.experts,
         n_used=entry.used,
     )
+    return _shorter_pass(plan, live * _F32)
 
 
 def _pass_tokens(free: int | None, each: int, n_ctx: int) -> int:
     """Tokens of a prompt for which buffers are counted, `each` bytes for one."""
     wanted = _PASS_MOST if free is None else int(free * _PASS_SHARE) // max(each, 1)
     return min(max(wanted, _PASS_LEAST), _PASS_MOST, n_ctx)
+
+
+def _shorter_pass(plan: MemoryPlan, each: int) -> MemoryPlan:
+    """With buffers for the least tokens of a prompt, `each` bytes for one, where the model fits in no other way."""
+    tokens = min(plan.pass_tokens, _PASS_LEAST)
+    if plan.capacity is not None or tokens == plan.pass_tokens:
+        return plan
+    return replace(plan, compute=plan.compute - (plan.pass_tokens - tokens) * each, pass_tokens=tokens)
 
 
 def reserve(free: int | None) -> int:
@@ -171,9 +183,11 @@ def reserve(free: int | None) -> int:
 def refusal(plan: MemoryPlan, name: str) -> UsageError:
     """Why a model cannot run in the memory that is free, with the figures and what would fit."""
     if plan.lacks_space:
+        space = plan.space or 0
         return UsageError(
-            f"{name} needs {size(plan.least_space)} of address space, used or not, and `ulimit -v` leaves "
-            f"{size(plan.space or 0)}: raise it (`ulimit -v unlimited`), or take a smaller model."
+            f"{name} needs {size(plan.least_space + _UNCOUNTED_SPACE)} of address space, used or not, and `ulimit -v` leaves "
+            f"{size(space + _UNCOUNTED_SPACE)}: raise it by {size(plan.least_space - space)} (`ulimit -v unlimited`), or take a "
+            f"smaller model."
         )
     needed, free = plan.needed(plan.n_used), plan.free or 0
     parts = (
@@ -181,8 +195,9 @@ def refusal(plan: MemoryPlan, name: str) -> UsageError:
         f"{size(plan.n_used * plan.expert_bytes + plan.prompt_reserve(plan.n_used))} for the {plan.n_used} experts of a token"
     )
     short = plan.least - free
+    others = plan.least - needed
     advice = "give a smaller context with -c" if plan.context + plan.compute >= short + 64 * MIB else "take a smaller model"
     return UsageError(
-        f"{name} needs at least {size(needed)} of memory ({parts}) and {size(plan.reserve)} for other programs, and "
+        f"{name} needs at least {size(needed)} of memory ({parts}) and {size(others)} for other programs, and "
         f"{size(free)} are free: free {size(short)}, or {advice}."
     )
