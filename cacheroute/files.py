@@ -44,10 +44,13 @@ def packaged(name: str) -> Path | None:
     return next((path for path in (PACKAGE / name, PACKAGE.parent / name) if path.exists()), None)
 
 
+_MOST_DIGITS = 30  # of a size
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size as 8GiB, 8GB, 8G or 512MiB. Raises UsageError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip().lower())
-    if not match or match[2] not in UNITS:
+    if not match or match[2] not in UNITS or len(match[1]) > _MOST_DIGITS:
         raise UsageError(f"{text!r} is not a size; write it as 8GiB, 8GB or 512MiB.")
     return int(float(match[1]) * UNITS[match[2]])
 
@@ -253,17 +256,19 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Gives the name of a new file beside `path`, which becomes `path` when the context ends without an error.
+    """Gives the name of a new file beside `path`, which becomes `path` when the context ends without an error. Of a symbolic
+    link, the file that it names is replaced.
 
     Until then, and when the process is killed at any time, what was at `path` stays. Raises CacherouteError when it cannot be
     written, with nothing left behind.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    target = path.resolve() if path.is_symlink() else path  # the link stays
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
         with part.open("rb+") as written:
             os.fsync(written.fileno())
-        os.replace(part, path)
+        os.replace(part, target)
     except OSError as e:
         raise CacherouteError(f"{path} cannot be written ({e.strerror or e}).") from None
     finally:

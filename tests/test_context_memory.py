@@ -32,11 +32,18 @@ def test_where_the_header_leaves_it_open_the_least_counts() -> None:
 
 
 def test_a_context_beyond_free_memory_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    least = context_memory.least_bytes(gguf_file.read(tiny), 1000)
+    header = gguf_file.read(tiny)
+    least = context_memory.least_bytes(header, 1000)
     monkeypatch.setattr(context_memory, "available_memory", lambda **_: least)
     context_memory.check(tiny, 1000)
-    with pytest.raises(UsageError, match=r"1001 tokens takes .* give at most 1000 tokens with -c"):
+    dense = sum(t.nbytes for t in header.tensors if "_exps" not in t.name)
+    fits = (least - dense) * 7 // 8 // context_memory.least_bytes(header, 1)
+    with pytest.raises(UsageError, match=rf"1001 tokens takes .* give at most {fits} tokens with -c"):
         context_memory.check(tiny, 1001)
+    context_memory.check(tiny, fits)
+    monkeypatch.setattr(context_memory, "available_memory", lambda **_: dense)  # no context fits beside the dense weights
+    with pytest.raises(UsageError, match="take a smaller model"):
+        context_memory.check(tiny, 100_000)
     monkeypatch.setattr(context_memory, "available_memory", lambda **_: None)
     context_memory.check(tiny, 10**9)
     monkeypatch.setattr(context_memory, "available_memory", lambda **_: 1)

@@ -25,6 +25,11 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
         part.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["f"]
+    link = tmp_path / "link"
+    link.symlink_to("f")
+    with files.replaced(link) as part:
+        part.write_text("newer")
+    assert link.is_symlink() and path.read_text() == "newer" and sorted(os.listdir(tmp_path)) == ["f", "link"]
 
 
 def test_a_size_has_the_unit_that_shows_it() -> None:

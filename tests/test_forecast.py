@@ -282,6 +282,19 @@ def test_a_drive_is_remembered(own_cache: Path, tiny: Path, monkeypatch: pytest.
     assert found and found.io == "buffered"  # as the engine would choose
     stores.remember_speeds(layout, {"buffered": 600.0}, 3)
     assert drive.measure(layout) == Drive("buffered", 6e8, drive.MEASURED)
+    monkeypatch.setattr(storage, "measure", lambda _: readings)
+    (file,) = own_cache.rglob("drive.json")
+    whole = json.loads(file.read_text())
+    for damage in (
+        {"rounds": "x"},
+        {"rounds": None},
+        {"rounds": []},
+        {"buffered": float("inf")},
+        {"buffered": 1e300},
+        {"buffered": "6"},
+    ):
+        file.write_text(json.dumps({place: {**found, **damage} for place, found in whole.items()}))
+        assert drive.known(layout) is None and drive.measure(layout).bytes_per_s == 8e8  # measured again
 
 
 def test_any_file_tells_of_its_filesystem(own_cache: Path, demo_model: Path) -> None:
@@ -333,7 +346,7 @@ def test_sizes(text: str, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["8", "", "GiB", "-1G", "8 apples", "50%"])
+@pytest.mark.parametrize("text", ["8", "", "GiB", "-1G", "8 apples", "50%", "9" * 400 + "GiB"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="not a size"):
         parse_size(text)

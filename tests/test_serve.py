@@ -451,6 +451,7 @@ def test_settings_that_cannot_be(server: Served) -> None:
         ("--port", str(server.port)): f"Port {server.port} of 127.0.0.1 cannot be used (",
         ("--host", "no.such.host.invalid"): "Port 8080 of no.such.host.invalid cannot be used (",
         ("--api-key", "a b"): "without spaces",
+        ("--api-key", ""): "for no key leave it out",
     }
     for words, reason in wrong.items():
         done = CliRunner().invoke(app, ["serve", *words])

@@ -96,7 +96,9 @@ def test_what_does_not_fit_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
     assert task_profile.load(path) == task()
     with pytest.raises(UsageError, match="exists; --force"):
         task_profile.save(task(), path)
-    for change in ({"uses": [[1, 2]]}, {"uses": None}, {"layers": [0]}):
+    row, *rest = [list(uses) for uses in task().uses]
+    wrong = (-1, 1.5, "1", 10**30, None, True)
+    for change in ({"uses": [[1, 2]]}, {"uses": None}, {"layers": [0]}, *({"uses": [[n, *row[1:]], *rest]} for n in wrong)):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         with pytest.raises(UsageError, match="is a damaged task profile"):
             task_profile.load(path)

@@ -193,7 +193,8 @@ def test_the_packaged_one_is_for_its_model_and_budget_only(demo_model: Path, tin
 
 
 def test_the_users_own_comes_before_the_packaged_one(demo_model: Path, own_cache: Path) -> None:
-    own = tuned.path(demo_model, 12)
+    layout = experts.layout(gguf_file.read(demo_model))
+    own = tuned.path(demo_model, budgets.parse("50%", layout).capacity)
     own.parent.mkdir(parents=True)
     tuned.save(replace(tuned.load(tuned.DEMO), notes={"eviction": "lru"}), own)
     assert tuned.find(demo_model, "50%") == tuned.Settings(f"tuned:{own}", "lru")

@@ -26,9 +26,9 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen at; 0: a free one.")] = 8080,
     api_key: Annotated[
-        str,
+        str | None,
         typer.Option("--api-key", help="Answer only those who send this key; $CACHEROUTE_SERVE_API_KEY keeps it out of `ps`."),
-    ] = "",
+    ] = None,
     alias: Annotated[str, typer.Option("-a", "--alias", help="The model's name for clients. [default: that of -m]")] = "",
     queue: Annotated[int, typer.Option("--queue", min=0, max=10_000, help="Requests that may wait; more are refused.")] = 16,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds of a request, waiting included.")] = 600,
@@ -49,10 +49,12 @@ def serve(
     /metrics for Prometheus. `usage` has cacheroute's own counters. A client that leaves stops its answer. Without --host only
     this machine is heard. Ctrl-C ends the server.
     """
-    if not is_text(api_key) or not is_text(alias):
+    if not is_text(api_key or "") or not is_text(alias):
         raise UsageError("A key and a name are UTF-8 text.")
-    if api_key and not re.fullmatch(r"[!-~]+", api_key):
-        raise UsageError("--api-key is of printable ASCII characters without spaces, as a header has it.")
+    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+        raise UsageError(
+            "--api-key is of printable ASCII characters without spaces, as a header has it; for no key leave it out."
+        )
     try:
         from cacheroute.serve import server
         from cacheroute.serve.api import Limits
@@ -81,7 +83,7 @@ def serve(
                 name,
                 bound,
                 Limits(max_body * MIB, timeout, queue),
-                key=api_key,
+                key=api_key or "",
                 started=lambda: say(f"{name}: listening on {server.url(bound)} (Ctrl-C ends it)"),
                 fault=lambda e: say(f"cacheroute: a request failed ({type(e).__name__}: {e})."),
                 line=say if verbose else lambda _: None,

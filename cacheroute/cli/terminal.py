@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import textwrap
@@ -40,5 +41,10 @@ def folded(text: str, width: int | None, indent: int = 0) -> list[str]:
 
 
 def say(text: str) -> None:
-    """A line on stderr; control characters in names and paths are shown as escapes."""
-    print("\n".join(folded(printable(text), columns(sys.stderr))), file=sys.stderr, flush=True)
+    """A line on stderr; control characters in names and paths are shown as escapes. Lost where the disk behind it is full: the
+    answer goes on."""
+    try:
+        print("\n".join(folded(printable(text), columns(sys.stderr))), file=sys.stderr, flush=True)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EIO):
+            raise

@@ -28,6 +28,7 @@ _SECONDS = 0.2  # of the measurement, which may be a token's experts longer
 _ROUNDS = 16  # at most: as many times the experts of one token in one layer
 _SPEEDS = "drive.json"  # in the cache folder
 _ROUNDS_KEPT = "rounds"
+_FASTEST = 1e6  # 10^6 bytes a second: no drive gives that
 _CLEARLY = 1.2  # so many times slower must direct reads be: they take a third of the processor time (scripts/RESULTS.md)
 
 Arguments = tuple[Any, ...]
@@ -185,9 +186,13 @@ def speeds(layout: ExpertLayout, rounds: int = 1) -> dict[str, float]:
     """10^6 bytes a second by io, as they were measured on this filesystem with experts of about this size, in so many rounds at
     least; {}: they were not."""
     found = recalled(cache_dir() / _SPEEDS).get(_place(layout.paths[0].stat().st_dev, layout))
-    if not isinstance(found, dict) or found.get(_ROUNDS_KEPT, 0) < rounds:
+    if not isinstance(found, dict) or not _is_number(found.get(_ROUNDS_KEPT, 0)) or found.get(_ROUNDS_KEPT, 0) < rounds:
         return {}
-    return {io: float(found[io]) for io in (DIRECT, BUFFERED) if found.get(io, 0) > 0}
+    return {io: float(found[io]) for io in (DIRECT, BUFFERED) if _is_number(found.get(io)) and 0 < found[io] < _FASTEST}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def remember_speeds(layout: ExpertLayout, measured: dict[str, float], rounds: int = 1) -> None:

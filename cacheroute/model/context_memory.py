@@ -12,6 +12,7 @@ from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 
 _F16, _F32 = 2, 4
+_WORTH = 64  # tokens: a context worth advising
 _SLACK = 1.25  # what a matrix multiplication makes of its input, and what lies between buffers
 
 
@@ -58,10 +59,12 @@ def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> No
     needed = least_bytes(model, n_ctx, n_batch)
     if free is None or needed <= free:
         return
-    fits = max((free - output_bytes(model, n_batch)) // max(least_bytes(model, 1), 1), 0)
+    dense = sum(t.nbytes for t in model.tensors if "_exps" not in t.name)
+    left = (free - dense) * 7 // 8 - output_bytes(model, n_batch)
+    fits = max(left // max(least_bytes(model, 1), 1), 0)
+    advice = f"give at most {fits} tokens with {option}" if fits >= _WORTH else "take a smaller model"
     raise UsageError(
-        f"A context of {n_ctx} tokens takes {size(needed)} of memory beside the model, and {size(free)} are "
-        f"free: give at most {fits} tokens with {option}."
+        f"A context of {n_ctx} tokens takes {size(needed)} of memory beside the model, and {size(free)} are free: {advice}."
     )
 
 

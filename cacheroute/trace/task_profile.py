@@ -67,6 +67,12 @@ def save(profile: TaskProfile, path: Path, *, force: bool = False) -> None:
     write_json(path, {"format": FORMAT, "version": VERSION, **asdict(profile)}, force=force)
 
 
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no number of uses")
+    return value
+
+
 def load(path: Path) -> TaskProfile:
     """Raises UsageError for what is no task profile."""
     content = read_json(path, FORMAT, VERSION)
@@ -77,7 +83,7 @@ def load(path: Path) -> TaskProfile:
             n_expert=int(content["n_expert"]),
             layers=tuple(int(i) for i in content["layers"]),
             tokens=int(content["tokens"]),
-            uses=tuple(tuple(int(n) for n in row) for row in content["uses"]),
+            uses=tuple(tuple(_count(n) for n in row) for row in content["uses"]),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise UsageError(f"{path} is a damaged task profile ({e}); make it again.") from None
