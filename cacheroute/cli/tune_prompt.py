@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from cacheroute.cli import progress, table
 from cacheroute.cli.eval_prompt import BRIEF, brief_figures, figures, millinats, say_few
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import as_json
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import prompt_routing as prompts
 
@@ -144,7 +144,7 @@ def _row(trial: Trial) -> TrialRow:
 def show(report: Report, output: str, *, wide: bool) -> None:
     """Prints the trials."""
     if output == "json":
-        print(json.dumps(asdict(report), indent=2))
+        print(as_json(asdict(report), indent=2))
         return
     name, *rest = BRIEF
     brief = [[name, "places", *rest, "fits"]]

@@ -84,7 +84,7 @@ def recorded(model: Path, capacity: int, eviction: str) -> dict[str, tuple[int, 
     found: dict[str, tuple[int, int]] = {}
     try:
         files = sorted((cache_dir() / "scores").glob("*.jsonl"))
-        fingerprint = gguf_file.fingerprint(model) if files else ""
+        fingerprint = gguf_file.content_fingerprint(model) if files else ""
     except (OSError, CacherouteError):
         return found
     seen: set[tuple[str, str, int]] = set()
