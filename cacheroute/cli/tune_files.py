@@ -114,7 +114,11 @@ def run(
     own = machine(chosen, settings.threads, settings.flash_mbps) if best else None
     rows = {f.copy.fingerprint: _row(f, own) for f in found}
     row = rows[best.copy.fingerprint] if best else None
-    saved = _saved(best, goal, chosen, source, nbytes, len(chooser.chunks)) if best else None
+    saved, unsaved = None, None
+    try:
+        saved = _saved(best, goal, chosen, source, nbytes, len(chooser.chunks)) if best else None
+    except CacherouteError as e:  # what was found is printed all the same
+        unsaved = e
     of_prompt = _search_prompt(prompt, best, goal, source, settings) if prompt and best and not best.whole else None
     report = FilesReport(
         model=chosen.copies[0].layout.model,
@@ -135,6 +139,8 @@ def run(
         trials=[FileTrial(**_of_whole(trial_row(t), copy, rows), file=copy.name) for copy, t in trials],
     )
     _print(report, output, wide=wide)
+    if unsaved:
+        raise unsaved
     if best is None:
         raise CacherouteError(_why_not(trials, goal))
     if best.whole and prompt:

@@ -90,7 +90,11 @@ def search(
     if outcome.chosen and outcome.validation:
         saved = prompts.tuned_path(path, capacity)
         notes = {"text": text, "eviction": eviction, "max_kl": max_kl, "lengths": asdict(lengths)}
-        prompts.save(outcome.chosen, saved, notes | {"held_out": asdict(outcome.validation.summary)})
+        try:
+            prompts.save(outcome.chosen, saved, notes | {"held_out": asdict(outcome.validation.summary)})
+        except CacherouteError as e:
+            say(f"{str(e).rstrip('.')}; the prompt routing is not kept")
+            saved = None
     report = Report(
         model=layout.model,
         text=text,
@@ -119,9 +123,11 @@ def say_result(report: Report, outcome: Outcome) -> None:
     s = outcome.validation.summary
     if s.kl_high is not None and s.kl_high > max_kl:
         say(f"The held-out places are too few to be sure of the limit: the interval reaches {1000 * s.kl_high:.1f} millinats.")
+    kept = f"--prompt-routing tuned --budget {report.budget}; it is in {report.profile}"
+    use = kept if report.profile else f"--prompt-routing {outcome.chosen} --budget {report.budget}"
     say(
         f"{outcome.chosen} reads {100 * s.saved:.0f}% less for a prompt and changes the answer by {1000 * s.kl:.1f} millinats "
-        f"of KL a token on unseen text; use it with --prompt-routing tuned --budget {report.budget}; it is in {report.profile}"
+        f"of KL a token on unseen text; use it with {use}"
     )
 
 
