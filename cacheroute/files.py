@@ -7,6 +7,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import select
@@ -234,6 +235,22 @@ def short_routing(routing: str) -> str:
     return name if not file or stem == DEMO_TUNED.stem or re.fullmatch(r"[0-9a-f]{16}-\d+", stem) else f"{name}:{stem}"
 
 
+def as_json(content: Any, **how: Any) -> str:
+    """`content` as JSON text, which has no NaN and no infinity: null stands in their place. `how`: of json.dumps()."""
+    try:
+        return json.dumps(content, allow_nan=False, **how)
+    except ValueError:
+        return json.dumps(_finite(content), allow_nan=False, **how)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {_finite(name): _finite(value) for name, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
+
+
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     """The object in a JSON file whose `format` is `kind`. Raises UsageError for any other file or version."""
     what, command = _FILES[kind]
@@ -299,4 +316,4 @@ def write_json(path: Path, content: dict[str, Any], *, force: bool) -> None:
     """Writes a JSON file whole or not at all. Raises UsageError when it exists unless `force`, CacherouteError when it cannot."""
     check_new(path, force=force)
     with replaced(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.write_text(as_json(content, indent=1) + "\n", encoding="utf-8")

@@ -258,10 +258,15 @@ def test_auto_reads_directly_unless_that_is_clearly_slower(
 
 
 @pytest.mark.engine
-def test_auto_works_where_its_result_cannot_be_saved(fresh: Path, small: Path) -> None:
+def test_auto_measures_once_where_its_result_cannot_be_saved(fresh: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh.parent.write_text("in the way")
-    with contextlib.closing(Llama(str(small), io="auto", **HALF)) as llm:
-        assert llm.io in ("buffered", "direct")
+    measured: list[dict[str, float]] = []
+    real = stores.measure
+    monkeypatch.setattr(stores, "measure", lambda *more: (measured.append(real(*more)), measured[-1])[1])
+    for _ in range(2):
+        with contextlib.closing(Llama(str(small), io="auto", **HALF)) as llm:
+            assert llm.io == stores.faster(measured[0])
+    assert len(measured) == 1
 
 
 @pytest.mark.engine

@@ -103,7 +103,7 @@ def test_the_prior_is_the_demo_models_on_its_shape() -> None:
 
 @pytest.mark.parametrize("kind", ["cacheroute-scores-2", "cacheroute-scores-3"])
 def test_what_was_scored_counts_before_the_prior(own_cache: Path, tiny: Path, kind: str) -> None:
-    head = {"format": kind, "model": gguf_file.fingerprint(tiny), "text": "a"}
+    head = {"format": kind, "model": gguf_file.content_fingerprint(tiny), "text": "a"}
     cell = {"chunk": 0, "routing": "original", "budget": 16, "eviction": "soft-lfu", "selected": 4000, "misses": [300, 500]}
     other = [{**cell, "budget": 8}, {**cell, "eviction": "lru"}, {**cell, "routing": "pruning:k=2.0"}]
     scores = own_cache / "scores"
@@ -112,6 +112,8 @@ def test_what_was_scored_counts_before_the_prior(own_cache: Path, tiny: Path, ki
     (scores / "again.jsonl").write_text(f"{json.dumps(head)}\n{json.dumps(cell)}\n")  # of another engine
     (scores / "another.jsonl").write_text(json.dumps({**head, "model": "x"}) + "\n" + json.dumps({**cell, "misses": [4000]}))
     (scores / "damaged.jsonl").write_text(json.dumps(head) + "\n{\n")
+    no_count = {**cell, "chunk": 7, "misses": [float("nan"), 500]}
+    (scores / "no-count.jsonl").write_text(f"{json.dumps(head)}\n{json.dumps(no_count)}\n")
     misses.recorded.cache_clear()
     rate = misses.expected(32, 4, 16, ORIGINAL, "soft-lfu", tiny)
     assert (rate.typical, rate.tokens) == (1600 / 4000, 1000) and rate.low < 0.4 < rate.high

@@ -143,10 +143,10 @@ def test_a_file_of_something_else_is_left_alone(tiny: Path, prose: Path, tmp_pat
 
 
 def test_a_damaged_score_cache_is_computed_again(tiny: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kept = scorer._kept_cells(tiny, "t")
+    kept = scorer._kept_cells(tiny, "t", scorer._from_json)
     with kept.path.open("ab") as file:
         file.write(b'{"routing": 7}\n{"half')
-    again = scorer._kept_cells(tiny, "t")
+    again = scorer._kept_cells(tiny, "t", scorer._from_json)
     assert again.lines == [] and "is damaged: what it kept is computed again" in capsys.readouterr().err
 
 

@@ -232,7 +232,10 @@ def test_the_table(tiny: Path, prose: Path) -> None:
     assert last.startswith("Fewest misses at 50%: pruning:k=3 (lossy), misses ")
     assert kl.startswith("  Mean KLD ") and "99.0% KLD" in kl and "Same top p" in kl
     assert "| pruning:k=3 " in run(*settings, "-o", "md").stdout
-    assert "few chunks (1): the interval is rough" in result.stderr
+    assert "one chunk alone gives no interval; a smaller --chunk or a larger --limit gives more" in result.stderr
+    assert "?" not in last + kl and "[?,?]" in second
+    few = run(*settings, "--limit", 40)
+    assert "few chunks (3): the intervals are rough" in few.stderr or "few chunks (2)" in few.stderr, few.stderr
 
 
 @pytest.mark.usefixtures("own_cache")

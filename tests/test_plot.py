@@ -333,7 +333,7 @@ def test_what_cannot_be_drawn_is_one_sentence(
     Path("prose").write_text("It was the best of times,\nit was the worst of times")
     Path("broken.json").write_text('[{"routing": "original",')
     Path("other.json").write_text('{"text": "hello"}')
-    Path("begun.jsonl").write_text('{"format": "cacheroute-frontier-files-1"}\n')
+    Path("begun.jsonl").write_text('{"format": "cacheroute-frontier-files-2"}\n')
     if sentence == "cannot be written":
         pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     result = run(*arguments)

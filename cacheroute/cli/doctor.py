@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,7 +14,7 @@ import typer
 from cacheroute.cli import defaults, options
 from cacheroute.cli.terminal import columns, folded
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import printable, size
+from cacheroute.files import as_json, printable, size
 from cacheroute.install import android, checkup
 from cacheroute.install.check import Check
 
@@ -50,7 +49,7 @@ def doctor(
         elif output == "text":
             _print(check)
     if output == "json":
-        print(json.dumps([asdict(check) for check in found], indent=2))
+        print(as_json([asdict(check) for check in found], indent=2))
     if report:
         _print_bench(model)
     if any(check.state == "fail" for check in found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,7 +57,9 @@ def perplexity(
     eviction: options.EvictionsOption = DEFAULT,
     chunk: ChunkOption = 1024,
     stride: StrideOption = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Score about that many tokens. [default: all]")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Score at least that many tokens, in whole chunks. [default: all]")
+    ] = None,
     n_chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Score so many chunks. [default: all]")] = None,
     carry: Annotated[
         bool,
@@ -99,8 +102,7 @@ def perplexity(
     evictions = options.names(eviction)
     arms = rows_of.arms(path, layout, options.names(budget), evictions, options.names(routing))
     with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=evictions) as session:
-        if len(session.chunks) < paired.FEW_BLOCKS:
-            say(f"few chunks ({len(session.chunks)}): the interval is rough")
+        say_few(len(session.chunks))
         cells = _carried(session, arms) if carry else _scored(session, arms)
     rows: list[PerplexityRow] = []
     base: list[float] = []
@@ -108,6 +110,15 @@ def perplexity(
         base = [c.nll_sum for c in scores] if own.routing == "original" else base
         rows.append(perplexity_row(layout.model or path.name, source, own, base, scores, carry=carry, seed=seed))
     table.write(rows, output, perplexity_view(rows), wide=wide, name="perplexity")
+
+
+def say_few(n_chunks: int) -> None:
+    """One line on stderr where chunks are too few for an interval, or for more than a rough one."""
+    more = "a smaller --chunk or a larger --limit gives more"
+    if n_chunks < 2:
+        say(f"one chunk alone gives no interval; {more}")
+    elif n_chunks < paired.FEW_BLOCKS:
+        say(f"few chunks ({n_chunks}): the intervals are rough; {more}")
 
 
 def _scored(session: Scorer, arms: Sequence[Arm]) -> list[list[Cell]]:
@@ -168,6 +179,11 @@ def _change(r: PerplexityRow) -> str:
     return f"{r.ppl_increase:+.2f} [{table.signed(r.ppl_increase_low)},{table.signed(r.ppl_increase_high)}]"
 
 
+def known(figure: str) -> str:
+    """Without an interval that there is none of, which a table shows as [?,?]."""
+    return re.sub(r" \[\?, ?\?\]$", "", figure)
+
+
 def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
     """At each budget the routing that missed least, and its price."""
     for budget in dict.fromkeys(r.budget for r in rows):
@@ -181,8 +197,9 @@ def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
             yield f"Nothing missed less than original at {budget}"
             continue
         missed = f"misses {best.missed_mib_per_token:.2f} of {base.missed_mib_per_token:.2f} MiB a token"
-        yield f"Fewest misses at {budget}: {tuned.short(best.routing)} (lossy), {missed}, for {_change(best)} % of perplexity"
-        kl, p99 = brief_kl(best.kl, best.kl_low, best.kl_high), table.number(best.kl_p99, 1000, digits=0)
+        price = f"for {known(_change(best))} % of perplexity"
+        yield f"Fewest misses at {budget}: {tuned.short(best.routing)} (lossy), {missed}, {price}"
+        kl, p99 = known(brief_kl(best.kl, best.kl_low, best.kl_high)), table.number(best.kl_p99, 1000, digits=0)
         yield f"  Mean KLD {kl} and 99.0% KLD {p99} millinats, Same top p {same_top(best.top1, best.top1_se)} %"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ import typer
 from cacheroute.cli import options, progress, table
 from cacheroute.cli.eval import IoOption
 from cacheroute.cli.terminal import say
+from cacheroute.errors import UsageError
 from cacheroute.evals import mcnemar, rows
 from cacheroute.evals.rows import Arm
+from cacheroute.files import as_json
 from cacheroute.routing import strategies, tuned
 from cacheroute.routing.eviction import DEFAULT
 
@@ -105,6 +107,8 @@ def task(
     from cacheroute.model import catalogue, experts, gguf_file
 
     names = options.names(name)
+    if tasks is None:
+        _check_names(names)
     path = catalogue.resolve(model)
     layout = experts.layout(gguf_file.read(path))
     arms = rows.arms(path, layout, options.names(budget), options.names(eviction), options.names(routing))
@@ -123,9 +127,23 @@ def task(
         parts = [{name: value for name, value in run.results.items() if name != "samples"} for run in runs]
         own = [[asdict(row) for row in found if _arm(row) == a] for a in arms]
         whole = [results | {"cacheroute": part} for results, part in zip(parts, own, strict=True)]
-        print(json.dumps(whole, indent=2, default=str))
+        print(as_json(whole, indent=2, default=str))
     else:
         table.write(found, output, _view(found, loaded.names), wide=wide, name="tasks")
+
+
+_OF_PERPLEXITY = ("kl", "kld", "mean-kld", "kl-divergence", "divergence", "same-top", "ppl", "perplexity", "nll")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises UsageError for what `eval perplexity` reports, and is no task, before lm-evaluation-harness is imported."""
+    for name in names:
+        form = name.lower().replace("_", "-")
+        if form in _OF_PERPLEXITY or difflib.get_close_matches(form, ("perplexity", "kl-divergence"), cutoff=0.85):
+            raise UsageError(
+                f"{name} is no task; `cacheroute eval perplexity` measures the perplexity and the KL (Mean KLD, 99.0% KLD, "
+                "Same top p) of a text."
+            )
 
 
 @dataclass(frozen=True)

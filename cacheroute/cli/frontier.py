@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cacheroute.cli import frontier_files, options, progress, table
-from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, StrideOption, TextOption, perplexity_view
+from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, StrideOption, TextOption, perplexity_view, say_few
 from cacheroute.cli.frontier_files import FilesOption, ReferenceOption
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
@@ -39,7 +39,9 @@ def frontier(
     eviction: options.EvictionsOption = DEFAULT,
     chunk: ChunkOption = 1024,
     stride: StrideOption = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Score about that many tokens with each routing.")] = 10000,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Score at least that many tokens with each routing, in whole chunks.")
+    ] = 10000,
     workers: options.WorkersOption = 1,
     scheduler: Annotated[
         str | None,
@@ -61,7 +63,7 @@ def frontier(
     with `tune` and `eval perplexity`, so nothing is computed twice.
 
     Speed (ts) is measured only with one worker and an --io that reads; otherwise ts is null. When it is measured, stored
-    scores without a speed, or with the speed of another io, pace or number of threads, are computed again.
+    scores and rows of FILE without a speed, or with the speed of another io, pace or number of threads, are computed again.
 
     With --files several quantisations of one model are scored, each with as many experts as fit the same bytes, and compared
     with `original` of one of them; a file that fits whole is scored as it is. The speed of each is forecast, behind
@@ -78,13 +80,14 @@ def frontier(
 
     source = loading.Source(file, column, chunk, stride, limit)
     timed = io not in (None, "none") and workers == 1 and not scheduler
+    timed_with = frontiers.timing(str(io), options.threads(threads), flash_mbps) if timed else ""
     evictions, budgets = options.names(eviction), options.names(budget)
     if files is not None:
         chosen = frontier_files.choose(files, reference)
         settings = frontier_files.Settings(threads, workers, scheduler, io, flash_mbps, evictions)
         grid = [r for r in frontiers.grid(chosen.copies[0].layout, points) if r.startswith("cache-prior")]
         names = options.names(routing) if routing else grid
-        frontier_files.run(results, chosen, source, names, evictions, budgets, settings, output, timed=timed, wide=wide)
+        frontier_files.run(results, chosen, source, names, evictions, budgets, settings, output, timed_with=timed_with, wide=wide)
         return
     path = catalogue.resolve(model)
     layout = experts.layout(gguf_file.read(path))
@@ -93,12 +96,15 @@ def frontier(
     if not arms:
         raise UsageError("There is nothing to score; give at least one budget and eviction.")
     kept = ResultsFile(results, frontiers.header(path, source))
-    rows = frontiers.finished(kept.lines)
+    rows = frontiers.finished(kept.lines, timed_with)
+    keys = {arm: frontiers.key_of(arm) for arm in arms}
+    left = [arm for arm in arms if keys[arm] not in rows]
     if kept.lines:
-        say(f"{results} has {len(rows)} of {len(arms)} rows already")
+        say(f"{results} has {len(arms) - len(left)} of {len(arms)} rows already")
     if n := sum(line.get("kl") is None for line in kept.lines):
         say(f"{n} of its rows are without a KL; those that are wanted are scored again and added")
-    left = [arm for arm in arms if arm not in rows]
+    if timed and left and any(line.get("timed_with", "") != timed_with for line in kept.lines):
+        say(f"rows without a speed ({timed_with}) are timed again and added")
     if left:
         with (
             scorer.session(
@@ -114,6 +120,9 @@ def frontier(
             ) as session,
             progress.scoring(session, [r for arm in left for r in arm.requests(len(session.chunks))]),
         ):
-            frontiers.run(session, source, arms, rows, lambda row: kept.append(asdict(row)))
-    found = [rows[arm] for arm in arms]
+            say_few(len(session.chunks))
+            frontiers.run(session, source, arms, rows, lambda row: kept.append(asdict(row)), timed_with)
+    else:
+        say_few(rows[keys[arms[0]]].n_chunks)
+    found = [replace(rows[keys[arm]], routing=arm.routing) for arm in arms]  # by the name of this run
     table.write(found, output, perplexity_view(found), wide=wide, name="frontier")

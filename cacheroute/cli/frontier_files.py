@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cacheroute.cli import options, progress, table
-from cacheroute.cli.eval import brief_kl, same_top, whole_kl
+from cacheroute.cli.eval import brief_kl, known, same_top, say_few, whole_kl
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB
@@ -135,7 +135,7 @@ def run(
     settings: Settings,
     output: str,
     *,
-    timed: bool,
+    timed_with: str,
     wide: bool,
 ) -> None:
     """Scores what is missing in the file of results, and prints all."""
@@ -148,7 +148,7 @@ def run(
     if not wanted:
         raise UsageError("There is nothing to score; give at least one budget that a file fits, and an eviction.")
     kept = ResultsFile(results, across.header(chosen.reference.path, source))
-    rows = across.finished(kept.lines)
+    rows = across.finished(kept.lines, timed_with)
     missing = [a for a in wanted if a.place not in rows]
     if kept.lines:
         say(f"{results} has {len(wanted) - len(missing)} of {len(wanted)} rows already")
@@ -176,13 +176,15 @@ def run(
         across.run(
             chosen.copies,
             chosen.reference,
-            lambda copy: settings.session(copy, chosen.reference, source, timed=timed),
+            lambda copy: settings.session(copy, chosen.reference, source, timed=bool(timed_with)),
             source,
             missing,
             keep,
             begin,
+            timed_with,
         )
-    found = [predicted(rows[a.place]) for a in wanted]
+    found = [replace(predicted(rows[a.place]), routing=a.arm.routing) for a in wanted]  # by the names of this run
+    say_few(found[0].n_chunks)
     table.write(found, output, view(found), wide=wide, name="frontier_files")
 
 
@@ -237,14 +239,14 @@ def _plain(budget: str, group: Sequence[FilesRow]) -> Iterator[str]:
         plain = [min(lossless, key=lambda r: (r.experts_mib, r.missed_mib_per_token))] if lossless else []
     for p in plain:
         faster = [r for r in group if r is not p and _no_slower(r, p) and (r.kl or 0.0) < (p.kl or 0.0)]
-        said = f"{budget}: {p.label} has a KL of {brief_kl(p.kl, p.kl_low, p.kl_high)} at {_speed(p)}"
+        said = f"{budget}: {p.label} has a KL of {known(brief_kl(p.kl, p.kl_low, p.kl_high))} at {_speed(p)}"
         if not faster:
             yield f"{said}; nothing as fast has less"
             continue
         best = min(faster, key=lambda r: r.kl or 0.0)
         sure = best.kl_high is not None and p.kl_low is not None and best.kl_high < p.kl_low
         yield f"{said}; {'better' if sure else 'perhaps better'}:"
-        yield f"  {best.label}, {brief_kl(best.kl, best.kl_low, best.kl_high)} at {_speed(best)}"
+        yield f"  {best.label}, {known(brief_kl(best.kl, best.kl_low, best.kl_high))} at {_speed(best)}"
 
 
 def _no_slower(r: FilesRow, p: FilesRow) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import sys
 from contextlib import closing
@@ -18,7 +17,7 @@ from cacheroute.cli import sampling as sampling_options
 from cacheroute.cli.settings import Settings, load, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.files import size
+from cacheroute.files import as_json, size
 from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.trace import task_profile
@@ -170,7 +169,7 @@ def generate(
                     sys.stdout.write(piece)
                     sys.stdout.flush()
                 elif output == "jsonl":
-                    print(json.dumps({"text": piece}), flush=True)
+                    print(as_json({"text": piece}), flush=True)
             if output == "text" and not run.text.endswith("\n"):
                 print(flush=True)
             if run.full:

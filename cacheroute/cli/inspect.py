@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from dataclasses import asdict
 from typing import Annotated
@@ -13,7 +12,7 @@ import typer
 from cacheroute.cli import table
 from cacheroute.cli.terminal import columns, folded
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import MIB, printable
+from cacheroute.files import MIB, as_json, printable
 from cacheroute.model import catalogue
 from cacheroute.model import report as inspector
 from cacheroute.model.report import Report
@@ -37,7 +36,7 @@ def inspect(
     with contextlib.suppress(CacherouteError):  # no folder for what has been measured
         past = tuned.mass_past_k(report.path)
     if output == "json":
-        print(json.dumps({**asdict(report), "path": str(report.path), "mass_past_k": past}))
+        print(as_json({**asdict(report), "path": str(report.path), "mass_past_k": past}))
     else:
         print("\n".join(_text(report, past, columns(sys.stdout))))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 from collections import Counter
@@ -17,7 +16,7 @@ import typer
 from cacheroute.cli import table
 from cacheroute.cli.terminal import columns, say
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import GIB, printable, size
+from cacheroute.files import GIB, as_json, printable, size
 from cacheroute.install.machine import available_memory
 from cacheroute.model import catalogue, experts, gguf_file, memory_plan
 from cacheroute.model.catalogue import DiskModel, ModelEntry
@@ -63,7 +62,7 @@ def models(
     memory, disk = available_memory(), free_disk(catalogue.hub_cache())
     rows = list(_rows(memory, disk))
     if output == "json":
-        print(json.dumps({"memory_available": memory, "disk_free": disk, "models": [asdict(r) for r in rows]}))
+        print(as_json({"memory_available": memory, "disk_free": disk, "models": [asdict(r) for r in rows]}))
         return
     _print(rows)
     free = "unknown" if memory is None else size(memory)

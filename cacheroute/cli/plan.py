@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from cacheroute import files
 from cacheroute.cli import options, table
 from cacheroute.cli.terminal import columns, folded, say
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import GIB, MIB, printable, size
+from cacheroute.files import GIB, MIB, as_json, printable, size
 
 if TYPE_CHECKING:
     from cacheroute.forecast.candidates import Candidate
@@ -78,7 +77,7 @@ def _one(model: str, free: int | None, flash_mbps: float | None, n_ctx: int, n_t
         candidate = candidates.of_file(catalogue.resolve(model), name=model, n_ctx=n_ctx, free=free)
     found = _forecasts([candidate], flash_mbps, n_threads, reason, given=free is not None)[0]
     if output == "json":
-        print(json.dumps(asdict(found)))
+        print(as_json(asdict(found)))
     if not found.fits:
         if output == "json":
             raise typer.Exit(2)
@@ -104,7 +103,7 @@ def _all(free: int | None, flash_mbps: float | None, n_ctx: int, n_threads: int,
     found.sort(key=lambda pair: _rank(*pair), reverse=True)
     if output == "json":
         rows = [{"name": c.name, "nbytes": c.nbytes, "here": c.path is not None, **asdict(f)} for c, f in found]
-        print(json.dumps(rows))
+        print(as_json(rows))
         return
     print("\n".join(_table(found)))
     known = next((f.memory.free for _, f in found if f.memory.free is not None), None)

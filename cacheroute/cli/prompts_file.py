@@ -16,7 +16,7 @@ from cacheroute import interrupts
 from cacheroute.cli import options, progress, prompt
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError, did_you_mean
-from cacheroute.files import check_regular, decoded, expanded, is_text
+from cacheroute.files import as_json, check_regular, decoded, expanded, is_text
 
 if TYPE_CHECKING:
     from cacheroute.engine.completion import Prompt
@@ -195,7 +195,7 @@ class _Run:
     @interrupts.shield
     def write(self, index: int, line: dict[str, Any]) -> None:
         """Ctrl-C waits until the line is whole, and counted."""
-        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.write(as_json(line) + "\n")
         sys.stdout.flush()
         self.done, self.last = self.done + 1, index
 

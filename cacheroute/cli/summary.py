@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cacheroute import interrupts
 from cacheroute.cli.terminal import say
 from cacheroute.engine.stats import Counters, Stats
-from cacheroute.files import MIB
+from cacheroute.files import MIB, as_json
 
 if TYPE_CHECKING:
     from cacheroute.engine.completion import Completion
@@ -27,7 +26,7 @@ def report(run: Completion, output: str, path: Path, *, verbose: bool, quiet: bo
         said = as_object(run, path)
         if output == "jsonl":
             said.pop("text")
-        print(json.dumps(said), flush=True)
+        print(as_json(said), flush=True)
 
 
 def as_object(run: Completion, path: Path) -> dict[str, Any]:

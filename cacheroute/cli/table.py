@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 from cacheroute.cli import terminal
 from cacheroute.errors import UsageError
-from cacheroute.files import printable
+from cacheroute.files import as_json, printable
 
 OUTPUTS = ("text", "md", "csv", "json", "jsonl", "sql")
 WIDTH = 80
@@ -47,10 +46,10 @@ def check(output: str, outputs: Sequence[str] = OUTPUTS, *, wide: bool = False) 
 def write(rows: Sequence[Any], output: str, view: View, *, wide: bool = False, name: str = "results") -> None:
     """Prints dataclass `rows`, or what people see of them; `name` of SQL's table."""
     if output == "json":
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        print(as_json([asdict(row) for row in rows], indent=2))
     elif output == "jsonl":
         for row in rows:
-            print(json.dumps(asdict(row)))
+            print(as_json(asdict(row)))
     elif output == "csv":
         _write_csv(rows)
     elif output == "sql":

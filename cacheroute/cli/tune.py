@@ -59,7 +59,9 @@ def tune(
     ] = "cache-prior",
     eviction: options.EvictionOption = DEFAULT,
     chunk: ChunkOption = 512,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Use about that many scored tokens of the text.")] = 20000,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="Use at least that many scored tokens of the text, in whole chunks.")
+    ] = 20000,
     price_tokens: Annotated[
         int, typer.Option("--price-tokens", min=1, help="Tokens on which the cost of rerouting each layer is measured.")
     ] = 512,
@@ -175,7 +177,11 @@ def tune(
             "n_chunks": len(session.chunks),
             "mass_past_k": past,
         }
-        save(tuning.tuned_routing(outcome, goal, layout, made_from), saved)
+        try:
+            save(tuning.tuned_routing(outcome, goal, layout, made_from), saved)
+        except CacherouteError:  # what was found is printed all the same
+            print_report(report_of(layout, source.name, budget, goal, outcome, None, past), output, wide=wide)
+            raise
     print_report(report_of(layout, source.name, budget, goal, outcome, saved, past), output, wide=wide)
     if not outcome.chosen:
         raise CacherouteError(why_not(outcome, goal))

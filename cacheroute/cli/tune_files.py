@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheroute.cli import progress, table, tune_prompt
-from cacheroute.cli.eval import brief_kl, whole_kl
+from cacheroute.cli.eval import brief_kl, known, whole_kl
 from cacheroute.cli.frontier_files import Chosen, Settings, machine, speed
 from cacheroute.cli.terminal import say
 from cacheroute.cli.tune_report import TrialRow, change_of, limit_of, save, trial_row
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import paired
-from cacheroute.files import MIB, size
+from cacheroute.files import MIB, as_json, size
+from cacheroute.model import gguf_file
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import tuned
 
@@ -114,7 +114,11 @@ def run(
     own = machine(chosen, settings.threads, settings.flash_mbps) if best else None
     rows = {f.copy.fingerprint: _row(f, own) for f in found}
     row = rows[best.copy.fingerprint] if best else None
-    saved = _saved(best, goal, chosen, source, nbytes, len(chooser.chunks)) if best else None
+    saved, unsaved = None, None
+    try:
+        saved = _saved(best, goal, chosen, source, nbytes, len(chooser.chunks)) if best else None
+    except CacherouteError as e:  # what was found is printed all the same
+        unsaved = e
     of_prompt = _search_prompt(prompt, best, goal, source, settings) if prompt and best and not best.whole else None
     report = FilesReport(
         model=chosen.copies[0].layout.model,
@@ -135,6 +139,8 @@ def run(
         trials=[FileTrial(**_of_whole(trial_row(t), copy, rows), file=copy.name) for copy, t in trials],
     )
     _print(report, output, wide=wide)
+    if unsaved:
+        raise unsaved
     if best is None:
         raise CacherouteError(_why_not(trials, goal))
     if best.whole and prompt:
@@ -178,7 +184,8 @@ def _search(
         trials.append((copy, trial))
         say(
             f"{copy.name}, {trial.routing}: {change_of(trial.difference)} % of perplexity, "
-            f"{whole_kl(trial.kl.kl, trial.kl.kl_low, trial.kl.kl_high)} millinats of KL on {trial.difference.n_tokens} tokens"
+            f"{known(whole_kl(trial.kl.kl, trial.kl.kl_low, trial.kl.kl_high))} millinats of KL "
+            f"on {trial.difference.n_tokens} tokens"
         )
 
     def begin(session: Scorer, seconds: float) -> None:
@@ -275,7 +282,7 @@ def _saved(best: Found, goal: Goal, chosen: Chosen, source: Source, nbytes: int,
     assert best.outcome and best.capacity
     path = tuned.path(best.copy.path, best.capacity)
     made_from = {
-        "fingerprint": best.copy.fingerprint,
+        "fingerprint": gguf_file.fingerprint(best.copy.path),
         "text": source.name,
         "chunk": source.chunk,
         "n_chunks": n_chunks,
@@ -293,7 +300,7 @@ def _saved(best: Found, goal: Goal, chosen: Chosen, source: Source, nbytes: int,
 def _answer(row: FileRow, reference: Copy, goal: Goal, nbytes: int, flash_mbps: float | None) -> str:
     """One sentence."""
     what = "as it is, all its experts in memory" if row.whole else f"with {row.routing}"
-    kl = f"a KL of {brief_kl(row.kl, row.kl_low, row.kl_high)} millinats against {reference.name} on unseen text"
+    kl = f"a KL of {known(brief_kl(row.kl, row.kl_low, row.kl_high))} millinats against {reference.name} on unseen text"
     change = "" if goal.max_kl is not None or row.ppl_increase is None else f", {row.ppl_increase:+.2f}% of perplexity"
     within = f"within {limit_of(goal.max_ppl_increase, goal.max_kl)}: {row.within}"
     pace = f" behind {flash_mbps:g} MB/s" if flash_mbps else ""
@@ -304,7 +311,7 @@ def _answer(row: FileRow, reference: Copy, goal: Goal, nbytes: int, flash_mbps: 
 
 def _print(report: FilesReport, output: str, *, wide: bool) -> None:
     if output == "json":
-        print(json.dumps(asdict(report), indent=2))
+        print(as_json(asdict(report), indent=2))
         return
     limit = limit_of(report.max_ppl_increase, report.max_kl)
     above = [
@@ -353,7 +360,7 @@ def _whole(report: FilesReport) -> list[list[str]]:
 def _why_not(trials: Sequence[tuple[Copy, Trial]], goal: Goal) -> str:
     loss = (lambda pair: pair[1].difference.delta_nll) if goal.max_kl is None else (lambda pair: pair[1].kl.kl)
     copy, t = min(trials, key=loss)
-    kl = f"{whole_kl(t.kl.kl, t.kl.kl_low, t.kl.kl_high)} millinats and {change_of(t.difference)} % of perplexity"
+    kl = f"{known(whole_kl(t.kl.kl, t.kl.kl_low, t.kl.kl_high))} millinats and {change_of(t.difference)} % of perplexity"
     return (
         f"Nothing fits {limit_of(goal.max_ppl_increase, goal.max_kl)}: the mildest, {copy.name} with {t.routing}, loses {kl}; "
         "allow more, give a larger file or budget, or more text (--limit) if the interval is too wide."

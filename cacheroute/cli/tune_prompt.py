@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from cacheroute.cli import progress, table
 from cacheroute.cli.eval_prompt import BRIEF, brief_figures, figures, millinats, say_few
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.files import as_json
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import prompt_routing as prompts
 
@@ -90,7 +90,11 @@ def search(
     if outcome.chosen and outcome.validation:
         saved = prompts.tuned_path(path, capacity)
         notes = {"text": text, "eviction": eviction, "max_kl": max_kl, "lengths": asdict(lengths)}
-        prompts.save(outcome.chosen, saved, notes | {"held_out": asdict(outcome.validation.summary)})
+        try:
+            prompts.save(outcome.chosen, saved, notes | {"held_out": asdict(outcome.validation.summary)})
+        except CacherouteError as e:
+            say(f"{str(e).rstrip('.')}; the prompt routing is not kept")
+            saved = None
     report = Report(
         model=layout.model,
         text=text,
@@ -119,9 +123,11 @@ def say_result(report: Report, outcome: Outcome) -> None:
     s = outcome.validation.summary
     if s.kl_high is not None and s.kl_high > max_kl:
         say(f"The held-out places are too few to be sure of the limit: the interval reaches {1000 * s.kl_high:.1f} millinats.")
+    kept = f"--prompt-routing tuned --budget {report.budget}; it is in {report.profile}"
+    use = kept if report.profile else f"--prompt-routing {outcome.chosen} --budget {report.budget}"
     say(
         f"{outcome.chosen} reads {100 * s.saved:.0f}% less for a prompt and changes the answer by {1000 * s.kl:.1f} millinats "
-        f"of KL a token on unseen text; use it with --prompt-routing tuned --budget {report.budget}; it is in {report.profile}"
+        f"of KL a token on unseen text; use it with {use}"
     )
 
 
@@ -144,7 +150,7 @@ def _row(trial: Trial) -> TrialRow:
 def show(report: Report, output: str, *, wide: bool) -> None:
     """Prints the trials."""
     if output == "json":
-        print(json.dumps(asdict(report), indent=2))
+        print(as_json(asdict(report), indent=2))
         return
     name, *rest = BRIEF
     brief = [[name, "places", *rest, "fits"]]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheroute.cli import table
-from cacheroute.cli.eval import brief_kl, same_top, whole_kl
+from cacheroute.cli.eval import brief_kl, known, same_top, whole_kl
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import paired
 from cacheroute.evals.divergence import Divergence
+from cacheroute.files import as_json
 from cacheroute.routing import tuned
 from cacheroute.routing.strategies import EXPERTS
 
@@ -138,7 +138,7 @@ def trial_row(trial: Trial) -> TrialRow:
 
 def print_report(report: Report, output: str, *, wide: bool) -> None:
     if output == "json":
-        print(json.dumps(asdict(report), indent=2))
+        print(as_json(asdict(report), indent=2))
         return
     table.write([], output, table.View(_brief(report), _whole(report), [_what_was_tuned(report)], _conclusion(report)), wide=wide)
     if report.parameters and len(report.parameters) > 1 and (wide or output == "md"):
@@ -184,7 +184,7 @@ def _conclusion(report: Report) -> list[str]:
     if last is None:
         return []
     missed = f"misses {last.missed_mib_per_token:.2f} of {last.original_missed_mib_per_token:.2f} MiB a token"
-    kl = f"Mean KLD {brief_kl(last.kl, last.kl_low, last.kl_high)} and 99.0% KLD {1000 * last.kl_p99:.0f} millinats"
+    kl = f"Mean KLD {known(brief_kl(last.kl, last.kl_low, last.kl_high))} and 99.0% KLD {1000 * last.kl_p99:.0f} millinats"
     limit = limit_of(report.max_ppl_increase, report.max_kl)
     return [
         f"Chosen: {report.routing} (lossy), {missed}, for {last.ppl_increase:+.2f}% of perplexity on unseen text",

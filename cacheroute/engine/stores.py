@@ -141,6 +141,10 @@ def _say(text: str) -> None:
     _said.add(text)
 
 
+_unkept: dict[str, dict[str, str]] = {}
+"""What was measured in this process and could not be written to a file, so that it is measured and reported once."""
+
+
 def _choose(layout: ExpertLayout, arguments: Arguments) -> tuple[str, int | None]:
     """The better one on the filesystem of the model, and its store where it had to be opened to measure it; what was measured is
     kept in the user's cache.
@@ -149,7 +153,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> tuple[str, int | None
     """
     file = cache_dir() / "io.json"
     key = _place(os.stat(arguments[0][0]).st_dev, layout)
-    known = recalled(file)
+    known = recalled(file) | _unkept.get(str(file), {})
     if known.get(key) in (DIRECT, BUFFERED):
         return str(known[key]), None
     stores: dict[str, int] = {}
@@ -165,6 +169,8 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> tuple[str, int | None
     bindings.lib.cr_store_clear(chosen)
     times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
     kept = remember(file, known | {key: best})
+    if not kept:
+        _unkept.setdefault(str(file), {})[key] = best
     remember_speeds(layout, {io: layout.layers[0].expert_bytes / s / 1e6 for io, s in seconds.items()})
     if best == BUFFERED:
         where = f"this is kept in {file}." if kept else f"{file} cannot be written."

@@ -6,16 +6,15 @@ itself: it has no misses, so no routing or eviction changes anything. Knows no c
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cacheroute.evals import frontier, rows
-from cacheroute.evals.frontier import FrontierRow
+from cacheroute.evals.frontier import FrontierRow, routing_digest
 from cacheroute.evals.loading import Source
 from cacheroute.evals.rows import Arm
 from cacheroute.evals.scorer import Scorer
@@ -24,9 +23,8 @@ from cacheroute.model.copies import Copy
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import strategies, tuned
 from cacheroute.routing.eviction import DEFAULT
-from cacheroute.routing.strategies import Routing
 
-FORMAT = "cacheroute-frontier-files-1"
+FORMAT = "cacheroute-frontier-files-2"
 
 Open = Callable[[Copy], AbstractContextManager[Scorer]]
 """A scoring session of a file, in which everything is compared with the reference."""
@@ -51,8 +49,7 @@ class FileArm:
 
 @dataclass(frozen=True, kw_only=True)
 class FilesRow(FrontierRow):
-    """One FileArm on all chunks. `file` and `reference` by their short names, `fingerprint` of the file, `routing_digest` of the
-    routing in full.
+    """One FileArm on all chunks. `file` and `reference` by their short names, `fingerprint` of the file's content.
 
     `delta_nll` and `kl` ... `top1_se` are against `original` of the reference. MiB: `memory_mib` for experts, those that all of
     the file's take (`experts_mib`), and its dense weights. `whole`: all its experts fit, nothing is missed. `chunk_kl`: nats
@@ -63,7 +60,6 @@ class FilesRow(FrontierRow):
     file: str
     reference: str
     fingerprint: str
-    routing_digest: str
     memory_mib: float
     experts_mib: float
     dense_mib: float
@@ -81,11 +77,6 @@ class FilesRow(FrontierRow):
     def label(self) -> str:
         """What runs, without the eviction and without the path of a tuned routing."""
         return f"{self.file}, all in memory" if self.whole else f"{self.file} {tuned.short(self.routing)}"
-
-
-def routing_digest(routing: Routing) -> str:
-    """16 hex digits of a routing in full: two files of `tune` under one name differ."""
-    return hashlib.sha256(strategies.routing_key(routing).encode()).hexdigest()[:16]
 
 
 def arms(
@@ -130,21 +121,23 @@ def header(reference: Path, source: Source) -> dict[str, Any]:
     return frontier.header(reference, source) | {"format": FORMAT}
 
 
-def finished(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str, str, int], FilesRow]:
-    """The rows in the lines of a results file. Raises UsageError for a line that is no row."""
+def finished(lines: Iterable[dict[str, Any]], timed_with: str = "") -> dict[tuple[str, str, str, str, int], FilesRow]:
+    """The rows in the lines of a results file that need not be scored again, as frontier.finished(). Raises UsageError for a line
+    that is no row."""
+    found = []
     try:
-        found = []
         for line in lines:
             lists = {name: tuple(map(float, line[name])) for name in ("chunk_nll", "chunk_kl", "chunk_missed")}
             row = FilesRow(**{**line, **lists})
-            for field in fields(row):
-                value, text = getattr(row, field.name), str(field.type).startswith("str")
-                if field.name not in lists and not isinstance(value, str if text else (int, float, type(None))):
-                    raise TypeError(f"{field.name} is {value!r}")
+            frontier.check_values(row, tuple(lists))
             found.append(row)
-        return {row.place: row for row in found}
     except (KeyError, TypeError, ValueError) as e:
         raise frontier.no_row(e) from None
+    kept = {}
+    for row in found:
+        if not frontier.is_custom(row) and (not timed_with or row.whole or row.timed_with == timed_with):
+            kept[row.place] = row if timed_with else replace(row, ts=None, timed_with="")
+    return kept
 
 
 def run(
@@ -155,6 +148,7 @@ def run(
     wanted: Sequence[FileArm],
     keep: Callable[[FilesRow], None],
     begin: Callable[[Scorer, Copy, Sequence[Arm]], AbstractContextManager[None]],
+    timed_with: str = "",
 ) -> None:
     """Scores `wanted`, a session for each file, the reference's first: all is compared with it. `keep` is called with each row as
     soon as it is complete, `begin` with what each session will score."""
@@ -172,16 +166,25 @@ def run(
                 base = [cell.nll_sum for cell in next(groups)]
                 session.keep_references()
             for a, cells in zip(own, groups, strict=True):
-                keep(_row(a, session, reference, source, base, cells))
+                keep(_row(a, session, reference, source, base, cells, timed_with))
 
 
-def _row(a: FileArm, session: Scorer, reference: Copy, source: Source, base: Sequence[float], cells: Sequence[Any]) -> FilesRow:
+def _row(
+    a: FileArm,
+    session: Scorer,
+    reference: Copy,
+    source: Source,
+    base: Sequence[float],
+    cells: Sequence[Any],
+    timed_with: str,
+) -> FilesRow:
     row = rows.perplexity_row(session.llm.layout.model or a.copy.path.name, source, a.arm, base, cells)
     layout = a.copy.layout
     ts = row.n_tokens / row.seconds if session.job.timing and not a.whole else None  # a file in memory runs repacked
     found = FilesRow(
         **asdict(row),
         ts=ts,
+        timed_with="" if ts is None else timed_with,
         chunk_nll=tuple(c.nll_sum for c in cells),
         file=a.copy.name,
         reference=reference.name,

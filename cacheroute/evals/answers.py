@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +25,7 @@ from cacheroute.errors import CacherouteError
 from cacheroute.evals.perplexity import missed_bytes
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Job, Loaded
-from cacheroute.evals.session import kept_scores, opened
+from cacheroute.evals.session import is_count, is_number, kept_scores, opened
 from cacheroute.evals.tasks import Heads, TaskScorer
 from cacheroute.files import MIB
 from cacheroute.routing.strategies import Routing, routing_key
@@ -202,7 +203,17 @@ class Answers:
         return sum(len(self._missing(question)) for question in dict.fromkeys(questions))
 
     def _missing(self, question: Question) -> list[Setting]:
-        return [setting for setting in self.settings if _place(setting, question) not in self._known]
+        missing = []
+        for setting in self.settings:
+            place = _place(setting, question)
+            kept = self._known.get(place)
+            if kept and not _fits(kept, question):
+                print("An answer in the cache is damaged: it is computed again.", file=sys.stderr)
+                del self._known[place]
+                kept = None
+            if kept is None:
+                missing.append(setting)
+        return missing
 
     def _computed(self, asked: Sequence[tuple[Question, list[Setting]]]) -> Iterator[list[Answer]]:
         if self._executor is None:
@@ -232,10 +243,27 @@ def compute(job: Job, settings: Sequence[Setting], question: Question) -> list[A
 
 
 def _from_json(line: dict[str, Any]) -> Answer:
-    answer = Answer(**line)
-    if not isinstance(answer.values, list):
+    """Raises ValueError, KeyError or TypeError for what no session has written."""
+    a = Answer(**line)
+    counts = (a.budget, a.truncated, a.decoded, a.selected, a.examined, a.swapped, a.misses, a.missed_bytes)
+    texts = (a.question, a.routing, a.eviction)
+    if not (is_count(*counts) and is_number(a.seconds) and all(isinstance(text, str) for text in texts)):
+        raise TypeError("a value is of another type")
+    if not isinstance(a.values, list) or not any(map(partial(_is_of, a.values), (CHOICES, ROLLING, TEXT))):
         raise TypeError("no values")
-    return answer
+    return a
+
+
+def _is_of(values: list[Any], kind: str) -> bool:
+    """Whether these can be the values of a question of that kind."""
+    if kind == CHOICES:
+        return all(isinstance(v, list) and len(v) == 2 and is_number(v[0]) and isinstance(v[1], bool) for v in values)
+    return len(values) == 1 and (is_number(values[0]) if kind == ROLLING else isinstance(values[0], str))
+
+
+def _fits(answer: Answer, question: Question) -> bool:
+    """Whether what is kept can be an answer to the question."""
+    return _is_of(answer.values, question.kind) and len(answer.values) == (len(question.parts) if question.kind == CHOICES else 1)
 
 
 @contextmanager

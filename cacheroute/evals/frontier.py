@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,49 @@ from cacheroute.files import VERSION
 from cacheroute.model import gguf_file
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.routing import strategies
+from cacheroute.routing.strategies import Routing
 
-FORMAT = "cacheroute-frontier-2"
+FORMAT = "cacheroute-frontier-3"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierRow(PerplexityRow):
     """`ts`: decoded tokens per second, scoring included; null where the session does not measure it. `chunk_nll`: sums of nll
-    over each chunk, which rows that are computed later are paired with."""
+    over each chunk, which rows that are computed later are paired with. `routing_digest` of the routing in full, "" in a row of
+    an earlier version. `timed_with`: the io, threads and pace of `ts`, "" where there is none."""
 
     ts: float | None
     chunk_nll: tuple[float, ...]
+    routing_digest: str = ""
+    timed_with: str = ""
+
+    @property
+    def key(self) -> Key:
+        """Of its arm."""
+        return self.routing_digest, self.eviction, self.budget, self.budget_experts
+
+
+Key = tuple[str, str, str, int]
+"""What is scored: the routing by its content, for a file of `tune` may change under its name; the rest as an Arm has it."""
+
+
+def routing_digest(routing: Routing) -> str:
+    """16 hex digits of a routing in full: two files of `tune` under one name differ."""
+    return hashlib.sha256(strategies.routing_key(routing).encode()).hexdigest()[:16]
+
+
+def key_of(arm: Arm) -> Key:
+    return routing_digest(strategies.parse(arm.routing)), arm.eviction, arm.budget, arm.budget_experts
+
+
+def timing(io: str, n_threads: int, flash_mbps: float | None) -> str:
+    """What a speed depends on beside the settings: the io as asked for, the compute threads, and the pace."""
+    return f"{io}, {n_threads} thread{'s' * (n_threads != 1)}, {f'{flash_mbps:g} MB/s' if flash_mbps else 'unpaced'}"
+
+
+def is_custom(row: FrontierRow) -> bool:
+    """Whether it is of a policy in Python, whose code may change under the same name: never taken from a file."""
+    return row.routing.partition(":")[0] == "python"
 
 
 def grid(layout: ExpertLayout, points: int) -> list[str]:
@@ -57,28 +91,48 @@ def header(model: Path, source: Source) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model": gguf_file.fingerprint(model),
+        "model": gguf_file.content_fingerprint(model),
         "text": digest,
         "chunks": [source.chunk, source.stride, source.limit],
     }
 
 
-def finished(lines: Iterable[dict[str, Any]]) -> dict[Arm, FrontierRow]:
-    """The rows in the lines of a results file, but those without a KL, which an earlier version has written: they are scored
-    again.
+def finished(lines: Iterable[dict[str, Any]], timed_with: str = "") -> dict[Key, FrontierRow]:
+    """The rows in the lines of a results file that need not be scored again. Those without a KL, which an earlier version has
+    written, and those of policies in Python do; and where a speed is wanted, `timed_with` of these, those without it.
 
     Raises UsageError for a line that is no row.
     """
     try:
         found = [FrontierRow(**{**line, "chunk_nll": tuple(map(float, line["chunk_nll"]))}) for line in lines]
         for row in found:
-            for field in fields(row):
-                value, text = getattr(row, field.name), "str" in str(field.type)
-                if field.name != "chunk_nll" and not isinstance(value, str if text else (int, float, type(None))):
-                    raise TypeError(f"{field.name} is {value!r}")
-        return {Arm(row.routing, row.eviction, row.budget, row.budget_experts): row for row in found if row.kl is not None}
+            check_values(row, ("chunk_nll",))
     except (KeyError, TypeError, ValueError) as e:
         raise no_row(e) from None
+    kept: dict[Key, FrontierRow] = {}
+    for row in found:
+        if row.kl is None or is_custom(row) or (timed_with and row.timed_with != timed_with):
+            continue
+        if not row.routing_digest and row.routing.partition(":")[0] in strategies.STRATEGIES:
+            with suppress(UsageError):  # a name whose parameters are no longer known
+                row = replace(row, routing_digest=routing_digest(strategies.parse(row.routing)))
+        if row.routing_digest:
+            kept[row.key] = row if timed_with else replace(row, ts=None, timed_with="")
+    return kept
+
+
+def check_values(row: FrontierRow, lists: Sequence[str]) -> None:
+    """Raises TypeError for a value of another type than its field's, or that is no finite number; `lists`: fields of several."""
+    for field in fields(row):
+        value, text = getattr(row, field.name), str(field.type).startswith("str")
+        if field.name in lists:
+            fits = all(map(math.isfinite, value))
+        elif text:
+            fits = isinstance(value, str)
+        else:
+            fits = value is None or (isinstance(value, int | float) and math.isfinite(value))
+        if not fits:
+            raise TypeError(f"{field.name} is {value!r}")
 
 
 def no_row(reason: Exception) -> UsageError:
@@ -88,18 +142,28 @@ def no_row(reason: Exception) -> UsageError:
 
 
 def run(
-    scorer: Scorer, source: Source, wanted: Sequence[Arm], done: dict[Arm, FrontierRow], keep: Callable[[FrontierRow], None]
+    scorer: Scorer,
+    source: Source,
+    wanted: Sequence[Arm],
+    done: dict[Key, FrontierRow],
+    keep: Callable[[FrontierRow], None],
+    timed_with: str = "",
 ) -> None:
     """Adds the rows of `wanted` that are missing to `done`; `keep` is called with each as soon as it is complete.
 
-    A row is compared with `original` at any budget, as its likelihood does not depend on the budget.
+    A row is compared with `original` at any budget, as its likelihood does not depend on the budget. Raises UsageError where
+    `original` in `done` is of other chunks.
     """
     base = next((row.chunk_nll for row in done.values() if row.routing == "original"), None)
-    left = {arm: arm.requests(len(scorer.chunks)) for arm in wanted if arm not in done}
-    for arm, cells in zip(left, scorer.groups(list(left.values())), strict=True):
+    if base and len(base) != len(scorer.chunks):
+        raise no_row(ValueError(f"chunk_nll has {len(base)} values for {len(scorer.chunks)} chunks"))
+    left = {key: arm for arm in wanted if (key := key_of(arm)) not in done}
+    groups = scorer.groups([arm.requests(len(scorer.chunks)) for arm in left.values()])
+    for (key, arm), cells in zip(left.items(), groups, strict=True):
         own = tuple(cell.nll_sum for cell in cells)
         base = base or own  # the first arm is `original`
         row = rows.perplexity_row(scorer.llm.layout.model or scorer.job.model.name, source, arm, base, cells)
-        ts = row.n_tokens / row.seconds if scorer.job.timing else None
-        done[arm] = FrontierRow(**asdict(row), ts=ts, chunk_nll=own)
-        keep(done[arm])
+        timed = bool(scorer.job.timing)
+        ts, timed_with = (row.n_tokens / row.seconds, timed_with) if timed else (None, "")
+        done[key] = FrontierRow(**asdict(row), ts=ts, chunk_nll=own, routing_digest=key[0], timed_with=timed_with)
+        keep(done[key])

@@ -74,6 +74,10 @@ def load_tasks(
 
     Raises UsageError for a task that does not exist or files that do not fit, CacherouteError for data that cannot be loaded.
     """
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder with task files.")
+    if data is not None:
+        task_data.check(data)
     require()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if not sys.stderr.isatty():  # the readers of data draw bars in a pipe, too
@@ -82,8 +86,6 @@ def load_tasks(
 
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder with task files.")
     names = list(dict.fromkeys(SHORT_NAMES.get(n, n) for n in names))
     manager, known = _manager(folder, defaults=folder is None)
     if folder and not known.issuperset(names):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,7 @@ from cacheroute.evals.perplexity import Floats, LogP, log_probabilities, score
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.rows import Arm
 from cacheroute.evals.runner import Job, Loaded
-from cacheroute.evals.session import kept_scores, opened
+from cacheroute.evals.session import floats32, is_count, kept_scores, opened
 from cacheroute.evals.text import Chunk
 from cacheroute.routing.strategies import Routing, parse, routing_key
 
@@ -208,10 +209,21 @@ def compute(job: Job, n: int, request: Request, prompt: Sequence[int]) -> Writte
 
 
 def _from_json(line: dict[str, Any]) -> Written:
-    written = Written(**line | {"nll32": base64.b64decode(line["nll32"])})
+    """Raises ValueError, KeyError or TypeError for what no session has written."""
+    written = Written(**line | {"nll32": floats32(line["nll32"])})
+    counts = (written.budget, written.prompt, *written.tokens, *written.misses, *written.selected)
+    if not (is_count(*counts) and all(isinstance(t, str) for t in (written.routing, written.eviction, written.decoding))):
+        raise TypeError("a value is of another type")
     if not len(written.tokens) == len(written.nll) == len(written.misses) + 1 == len(written.selected) + 1:
         raise ValueError("the lengths differ")
     return written
+
+
+def _check(line: dict[str, Any], n_prompts: int, n: int, n_vocab: int) -> None:
+    """Raises ValueError, KeyError or TypeError for a line that is not of these prompts and this model."""
+    written = _from_json(line)
+    if written.prompt >= n_prompts or len(written.tokens) != n or max(written.tokens) >= n_vocab:
+        raise ValueError("it is of another text or model")
 
 
 @contextmanager
@@ -235,7 +247,8 @@ def session(
     with opened(path, source.chunk + n, tried, threads=threads, n_workers=n_workers, io=io) as own:
         prompts = spread(loading.chunks(own.llm, source), n_prompts)
         job = own.job(loading.text_fingerprint(prompts))
-        kept = kept_scores(path, f"{n} tokens after {job.text}", _FORMAT, _from_json)
+        check = partial(_check, n_prompts=len(prompts), n=n, n_vocab=own.llm.n_vocab())
+        kept = kept_scores(path, f"{n} tokens after {job.text}", _FORMAT, check)
         yield LongTexts(own.llm, prompts, n, job, kept, own.executor)
 
 

@@ -14,6 +14,7 @@ import base64
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +25,7 @@ from cacheroute.errors import UsageError
 from cacheroute.evals import loading, paired, text
 from cacheroute.evals.perplexity import Floats, LogP, log_probabilities
 from cacheroute.evals.results import ResultsFile
-from cacheroute.evals.session import kept_scores
+from cacheroute.evals.session import floats32, is_count, kept_scores
 from cacheroute.evals.text import Chunk
 from cacheroute.files import MIB
 from cacheroute.install.machine import big_cores
@@ -271,7 +272,21 @@ def _to_json(score: PromptScore) -> dict[str, Any]:
 
 
 def _from_json(line: dict[str, Any]) -> PromptScore:
-    return PromptScore(**line | {name: base64.b64decode(line[name]) for name in ("nll32", "kl32")})
+    """Raises ValueError, KeyError or TypeError for what no session has written."""
+    s = PromptScore(**line | {name: floats32(line[name]) for name in ("nll32", "kl32")})
+    texts = isinstance(s.routing, str) and isinstance(s.eviction, str)
+    if not (texts and is_count(s.budget, s.place, s.agreed, s.reads, s.read_bytes, s.swapped, s.examined)):
+        raise TypeError("a value is of another type")
+    if len(s.nll32) != len(s.kl32) or s.agreed > len(s.nll):
+        raise ValueError("the lengths differ")
+    return s
+
+
+def _check(line: dict[str, Any], places: Sequence[Chunk], after: int) -> None:
+    """Raises ValueError, KeyError or TypeError for a line that is not of these places."""
+    score = _from_json(line)
+    if score.place >= len(places) or len(score.nll) != after:
+        raise ValueError("it is of another text")
 
 
 def places(tokens: Sequence[int], lengths: Lengths, n_places: int, bos: int | None) -> list[Chunk]:
@@ -313,4 +328,5 @@ def session(
         bos = llm.token_bos() if llm._model.add_bos_token() else None
         found = places(tokens, lengths, n_places, bos)
         about = f"{lengths.history}+{lengths.prompt}:{loading.text_fingerprint(found)}"
-        yield PromptScorer(llm, found, lengths, io or "auto", kept_scores(path, about, _FORMAT, _from_json))
+        check = partial(_check, places=found, after=lengths.after)
+        yield PromptScorer(llm, found, lengths, io or "auto", kept_scores(path, about, _FORMAT, check))

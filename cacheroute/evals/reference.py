@@ -29,7 +29,7 @@ _FORMAT = "cacheroute-reference-1"
 
 def folder_name(model: Path) -> str:
     """Of the files of a model, below the cache folder of whoever scores."""
-    of = [_FORMAT, VERSION, patched_llama_cpp.module().__version__, gguf_file.fingerprint(model)]
+    of = [_FORMAT, VERSION, patched_llama_cpp.module().__version__, gguf_file.content_fingerprint(model)]
     kept = [divergence.FLOOR, divergence.DRAWS]
     return "reference-" + hashlib.sha256(json.dumps([of, kept]).encode()).hexdigest()[:16]
 
@@ -44,6 +44,10 @@ def read(folder: str, chunk: Chunk) -> list[Position] | None:
         with np.load(_file(folder, chunk)) as file:
             likeliest, n_top, n, tokens, log_p = (file[name] for name in ("likeliest", "n_top", "n", "tokens", "log_p"))
         if not len(likeliest) == len(n_top) == len(n) == chunk.n_scored or not len(tokens) == len(log_p) == n.sum():
+            return None
+        if log_p.dtype != np.float32 or any(a.dtype != np.uint32 for a in (likeliest, n_top, n, tokens)) or (n_top > n).any():
+            return None
+        if not np.isfinite(log_p).all():
             return None
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
         return None

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import check_regular, named, replaced
+from cacheroute.files import as_json, check_regular, named, replaced
 
 
 class ResultsFile:
-    """`lines`: those of earlier runs; `append` adds one and flushes it to the disk.
+    """`lines`: those of earlier runs; `append` adds one and flushes it to the disk. A file that is removed in the meantime is
+    written again, with all that it had.
 
     Args:
         path: created with its folder when it is not there.
@@ -27,6 +30,7 @@ class ResultsFile:
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         self.lines: list[dict[str, Any]] = []
+        self._content: list[bytes] = [as_json(header).encode()]  # the header and all lines that the file should have
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
@@ -35,9 +39,9 @@ class ResultsFile:
             whole = old[: old.rfind(b"\n") + 1]
             if old:
                 self._check(whole, header)
+                self._content = whole.splitlines()
             if not old:
-                with replaced(path) as part:
-                    part.write_bytes(json.dumps(header).encode() + b"\n")
+                self._write()
             elif len(whole) < len(old):  # or another process may be appending
                 os.truncate(path, len(whole))
         except OSError as e:
@@ -56,18 +60,43 @@ class ResultsFile:
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line. Raises CacherouteError when it cannot be written; what was written of it is taken back."""
+        data = as_json(line).encode()
+        self._content.append(data)
         try:
-            with self.path.open("ab", buffering=0) as f:
-                size, data = f.seek(0, os.SEEK_END), json.dumps(line).encode() + b"\n"
-                try:
-                    if f.write(data) < len(data):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(f.fileno())
-                except OSError:
-                    f.truncate(size)
-                    raise
+            # without O_CREAT: a file that begins with a row would be no results file
+            with open(os.open(self.path, os.O_RDWR | os.O_APPEND), "r+b", buffering=0) as f:
+                head = f.read(len(self._content[0]))
+                if head and head != self._content[0]:
+                    raise CacherouteError(f"{self.path} was replaced by another file; run the same command with another name.")
+                if head:
+                    _add(f, data + b"\n")
+                    return
+        except FileNotFoundError:
+            pass
         except OSError as e:
             raise CacherouteError(f"{self.path} cannot be written ({e.strerror}).") from None
+        print(f"{self.path} was removed or emptied during the run: it is written again.", file=sys.stderr)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise CacherouteError(f"{self.path} cannot be written ({e.strerror}).") from None
+        self._write()
+
+    def _write(self) -> None:
+        with replaced(self.path) as part:
+            part.write_bytes(b"".join(line + b"\n" for line in self._content))
+
+
+def _add(file: io.FileIO, data: bytes) -> None:
+    """At the end of a file, and to the disk; nothing if not all of it. Raises OSError."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        if (file.write(data) or 0) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(size)
+        raise
 
 
 def _difference(found: dict[str, Any], header: dict[str, Any], other: Sequence[str]) -> str:

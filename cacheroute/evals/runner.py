@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
 
 
+_UNWRITTEN = 16  # chunks
+
+
 class Request(NamedTuple):
     """One cell: a routing, the experts of each layer in memory, an eviction, a chunk's index, and whether the KL is wanted."""
 
@@ -131,6 +134,7 @@ class Runner:
         self._sequences: dict[int, bytes] = {}  # by chunk: the same at every budget
         self._configured: tuple[str, int, str] | None = None
         self._reference: tuple[int, list[Position]] | None = None  # of the last chunk only: it is a MB
+        self._unwritten: dict[int, list[Position]] = {}  # likewise, of some chunks where the cache folder cannot be written
 
     def run(self, request: Request, chunk: Chunk) -> Cell:
         kept = self._kept(chunk) if request.kl else None
@@ -181,9 +185,9 @@ class Runner:
     def keep_reference(self, chunk: Chunk) -> None:
         """Has what others are compared with kept for a chunk, where it is not. Only of the model that is the reference."""
         if not self._kept(chunk):
-            self._original(chunk)
+            self._original(chunk, must=True)
 
-    def _original(self, chunk: Chunk) -> list[Position]:
+    def _original(self, chunk: Chunk, *, must: bool = False) -> list[Position]:
         """Scores a chunk with `original`, for others to be compared with."""
         if self._job.reference:
             gone = f"What was kept of {self._job.reference.name} for chunk {chunk.index} is gone from the cache folder"
@@ -192,21 +196,29 @@ class Runner:
         self._configure(Routing("original"), self.llm.layout.n_expert, DEFAULT)
         for _ in score(self.llm, [chunk], watch=_keeping(own), prompt=self._prompt):
             pass
-        self._keep(chunk, own)
+        self._keep(chunk, own, must=must)
         return own
 
     def _kept(self, chunk: Chunk) -> list[Position] | None:
         if self._reference is None or self._reference[0] != chunk.index:
             found = reference.read(self._job.references, chunk) if self._job.references else None
+            found = found or self._unwritten.get(chunk.index)
             if found is None:
                 return None
             self._reference = chunk.index, found
         return self._reference[1]
 
-    def _keep(self, chunk: Chunk, positions: list[Position]) -> None:
+    def _keep(self, chunk: Chunk, positions: list[Position], *, must: bool = False) -> None:
         self._reference = chunk.index, positions
         if self._job.references:
-            reference.write(self._job.references, chunk, positions)
+            try:
+                reference.write(self._job.references, chunk, positions)
+            except CacherouteError:
+                if must:  # another file's session reads it from there
+                    raise
+                self._unwritten[chunk.index] = positions
+                if len(self._unwritten) > _UNWRITTEN:
+                    del self._unwritten[next(iter(self._unwritten))]
 
     def _prompt(self, chunk: Chunk) -> None:
         assert self._configured

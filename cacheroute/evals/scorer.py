@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, processes, reference
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Cell, Job, Request, Runner, compute
-from cacheroute.evals.session import header_of, kept_scores, opened, score_file
+from cacheroute.evals.session import floats32, header_of, is_count, is_number, kept_scores, opened, score_file
 from cacheroute.evals.text import Chunk, first_ones
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.routing.strategies import Routing
@@ -163,14 +164,31 @@ def _to_json(cell: Cell) -> dict[str, Any]:
 
 
 def _from_json(line: dict[str, Any]) -> Cell:
-    kl32 = line.get("kl32")
-    own = {
-        "nll32": base64.b64decode(line["nll32"]),
-        "kl32": None if kl32 is None else base64.b64decode(kl32),
-        "misses": tuple(line["misses"]),
-        "swapped": tuple(line["swapped"]),
-    }
-    return Cell(**{name: value for name, value in line.items() if name != "kl"} | own)  # format 2 had a sum named so
+    """Raises ValueError, KeyError or TypeError for what no session has written."""
+    cell = Cell(
+        **{name: value for name, value in line.items() if name != "kl"}  # format 2 had a sum named so
+        | {
+            "nll32": floats32(line["nll32"]),
+            "kl32": None if line.get("kl32") is None else floats32(line["kl32"]),
+            "misses": tuple(line["misses"]),
+            "swapped": tuple(line["swapped"]),
+        }
+    )
+    counts = (cell.chunk, cell.selected, cell.dropped, cell.examined, cell.missed_bytes, cell.budget, *cell.misses, *cell.swapped)
+    texts = (cell.routing, cell.eviction, cell.timing)
+    if not (is_count(*counts) and is_number(cell.seconds) and all(isinstance(text, str) for text in texts)):
+        raise TypeError("a value is of another type")
+    same = (cell.same_top is None) if cell.kl32 is None else is_count(cell.same_top) and len(cell.kl32) == len(cell.nll32)
+    if not same or len(cell.misses) != len(cell.swapped) or (cell.same_top or 0) > cell.n:
+        raise ValueError("the lengths differ")
+    return cell
+
+
+def _check(line: dict[str, Any], chunks: Sequence[Chunk], n_layers: int) -> None:
+    """Raises ValueError, KeyError or TypeError for a line that is not of these chunks and this model."""
+    cell = _from_json(line)
+    if cell.chunk >= len(chunks) or cell.n != chunks[cell.chunk].n_scored or len(cell.misses) != n_layers:
+        raise ValueError("it is of another text or model")
 
 
 @contextmanager
@@ -219,12 +237,15 @@ def session(
         )
         if scheduler:
             job = replace(job, n_threads=max(threads // size, 1) if threads else 0, io=own.asked_io)
-        kept = _kept_cells(path, job.text, reference_model)
+        check = partial(_check, chunks=whole, n_layers=len(own.llm.layout.layers))
+        kept = _kept_cells(path, job.text, check, reference_model)
         yield Scorer(own.llm, first_ones(whole, source.limit), job, kept, executor)
 
 
-def _kept_cells(model: Path, text: str, reference_model: Path | None = None) -> ResultsFile:
-    kept = kept_scores(model, text, score_files.FORMAT, _from_json, reference_model)
+def _kept_cells(
+    model: Path, text: str, check: Callable[[dict[str, Any]], object], reference_model: Path | None = None
+) -> ResultsFile:
+    kept = kept_scores(model, text, score_files.FORMAT, check, reference_model)
     if reference_model is None and score_file(header_of(model, text, score_files.EARLIER)).exists():
-        kept.lines = [*kept_scores(model, text, score_files.EARLIER, _from_json).lines, *kept.lines]
+        kept.lines = [*kept_scores(model, text, score_files.EARLIER, check).lines, *kept.lines]
     return kept

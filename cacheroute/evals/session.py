@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -11,6 +13,8 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import loading, processes
@@ -77,20 +81,71 @@ def kept_scores(
     """
     header = header_of(model, text, kind)
     if reference_model:
-        header["reference"] = gguf_file.fingerprint(reference_model)
+        header["reference"] = gguf_file.content_fingerprint(reference_model)
     file = score_file(header)
     try:
-        kept = ResultsFile(file, header)
+        kept = KeptScores(file, header)
         for line in kept.lines:
             parse(line)
         return kept
-    except (UsageError, KeyError, TypeError, ValueError, AttributeError):
+    except (UsageError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         print(f"{file} is damaged: what it kept is computed again.", file=sys.stderr)
     try:
-        file.unlink()
+        file.unlink(missing_ok=True)
     except OSError as e:
-        raise CacherouteError(f"{file} is damaged and cannot be removed ({e.strerror}); remove it.") from None
-    return ResultsFile(file, header)
+        return KeptScores(file, header, unkept=f"It cannot be removed ({e.strerror})")
+    return KeptScores(file, header)
+
+
+class KeptScores(ResultsFile):
+    """Scores in the user's cache. Where they cannot be written, that is said once, and nothing more is kept.
+
+    `unkept`: why nothing is to be kept from the start, "" where it is.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], *, unkept: str = "") -> None:
+        self.path, self.lines, self._kept = path, [], True
+        if unkept:
+            self._give_up(unkept)
+            return
+        try:
+            super().__init__(path, header)
+        except UsageError:
+            raise
+        except CacherouteError as e:
+            self._give_up(str(e))
+
+    def append(self, line: dict[str, Any]) -> None:
+        if not self._kept:
+            return
+        try:
+            super().append(line)
+        except CacherouteError as e:
+            self._give_up(str(e))
+
+    def _give_up(self, why: str) -> None:
+        self._kept = False
+        print(f"{why.rstrip('.')}; scores are not kept, and another run computes them again.", file=sys.stderr)
+
+
+def is_count(*values: object) -> bool:
+    """Whether each is a whole number of things, as JSON has it."""
+    return all(type(v) is int and v >= 0 for v in values)
+
+
+def is_number(*values: object) -> bool:
+    """Whether each is a number, and not NaN or infinity."""
+    return all(type(v) in (int, float) and math.isfinite(v) for v in values)  # type: ignore[arg-type]
+
+
+def floats32(text: object, n: int | None = None) -> bytes:
+    """Finite little-endian float32 values, `n` of them where that is given, that were kept as base64. Raises ValueError for
+    anything else."""
+    data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    values = np.frombuffer(data, "<f4") if data and len(data) % 4 == 0 else None
+    if values is None or not np.isfinite(values).all() or n not in (None, len(values)):
+        raise ValueError("these are not the values of so many tokens")
+    return data
 
 
 def header_of(model: Path, text: str, kind: str) -> dict[str, Any]:
@@ -100,7 +155,7 @@ def header_of(model: Path, text: str, kind: str) -> dict[str, Any]:
         "version": VERSION,
         "engine": patched_llama_cpp.module().__version__,
         "router": sha256(Path(bindings.lib._name))[:16],
-        "model": gguf_file.fingerprint(model),
+        "model": gguf_file.content_fingerprint(model),
         "text": text,
     }
 

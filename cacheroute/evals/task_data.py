@@ -37,14 +37,19 @@ class Found:
     files: dict[str, Path]
 
 
+def check(data: Path) -> None:
+    """Raises UsageError where there is nothing."""
+    if not data.exists():
+        raise UsageError(f"There is no file or folder {data}; --data is where the files of a task are.")
+
+
 def find(data: Path, name: str, config: str | None) -> Found:
     """The splits of a configuration of the data set `name`, as in "cais/mmlu" and "anatomy".
 
     Raises UsageError when there is no test or validation split, or a file is not what it should be.
     """
     short = name.rpartition("/")[2]
-    if not data.exists():
-        raise UsageError(f"There is no file or folder {data}; --data is where the files of a task are.")
+    check(data)
     files = dict(_in_folder(data, short, config)) if data.is_dir() else dict(_beside(data))
     if not files.keys() & {"test", "validation"}:
         tried = ", ".join(f"{place}.csv" for place in list(_places("test", short, config))[:3])

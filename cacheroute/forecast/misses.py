@@ -84,7 +84,7 @@ def recorded(model: Path, capacity: int, eviction: str) -> dict[str, tuple[int, 
     found: dict[str, tuple[int, int]] = {}
     try:
         files = sorted((cache_dir() / "scores").glob("*.jsonl"))
-        fingerprint = gguf_file.fingerprint(model) if files else ""
+        fingerprint = gguf_file.content_fingerprint(model) if files else ""
     except (OSError, CacherouteError):
         return found
     seen: set[tuple[str, str, int]] = set()
@@ -100,12 +100,15 @@ def recorded(model: Path, capacity: int, eviction: str) -> dict[str, tuple[int, 
                     cell = json.loads(line)
                     if cell["budget"] != capacity or cell["eviction"] != eviction:
                         continue
+                    counts = (*cell["misses"], cell["selected"])
+                    if not all(type(n) is int and n >= 0 for n in counts):
+                        raise ValueError("a damaged line")
                     place = str(head.get("text")), str(cell["routing"]), int(cell["chunk"])
                     if place in seen:  # scored by two versions
                         continue
                     seen.add(place)
                     missed, ran = found.get(place[1], (0, 0))
-                    found[place[1]] = missed + sum(cell["misses"]), ran + int(cell["selected"])
+                    found[place[1]] = missed + sum(counts[:-1]), ran + counts[-1]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
             continue  # being written, or of another version
     return {routing: counts for routing, counts in found.items() if counts[1] > 0}

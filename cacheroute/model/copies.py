@@ -38,7 +38,7 @@ def read(paths: Sequence[Path]) -> tuple[Copy, ...]:
     Raises UsageError naming the first thing that two of them differ in other than their types, and for a file given twice.
     """
     headers = [gguf_file.read(path) for path in paths]
-    prints = [gguf_file.fingerprint(path) for path in paths]
+    prints = [gguf_file.content_fingerprint(path) for path in paths]
     for i, found in enumerate(prints):
         if found in prints[:i]:
             raise UsageError(f"{paths[i]} and {paths[prints.index(found)]} are the same file; name each one once.")

@@ -380,12 +380,18 @@ def fingerprint(path: Path) -> str:
 
 
 def content_fingerprint(path: Path) -> str:
-    """As fingerprint(), and over 4 KiB of each MiB up to 1,024 places: models of one shape with other weights differ."""
+    """As fingerprint(), and over 4 KiB of each MiB up to 1,024 places: models of one shape with other weights differ. Read once
+    in a process for a file that stays as it is."""
+    stats = [(str(shard), shard.stat()) for shard in read(path).paths]
+    return _content(path, tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats))
+
+
+@functools.lru_cache(maxsize=32)
+def _content(path: Path, shards: tuple[tuple[str, int, int, int], ...]) -> str:
     digest = hashlib.sha256(fingerprint(path).encode())
-    for shard in read(path).paths:
-        size = shard.stat().st_size
+    for shard, _, size, _ in shards:
         step = max(size // 1024, 1 << 20)
-        with shard.open("rb") as f:
+        with open(shard, "rb") as f:
             for at in range(0, size, step):
                 f.seek(at)
                 digest.update(f.read(4096))

@@ -43,7 +43,7 @@ def chart(files: Sequence[Path], kind: str = "", layer: int | None = None) -> Ch
         return traces.layers(trace) if kind == "layers" else traces.residency(trace, layer)
     if kind in _OF_TRACES:
         raise UsageError(f"{files[0]} is not a trace, which {kind} is of.")
-    contents = [rows.read(path) for path in files]
+    contents = [rows.latest(rows.read(path)) for path in files]
     raws = [raw for content in contents for raw in content]
     if kind == "bench" or (not kind and raws and all(bench_bars.is_row(raw) for raw in raws)):
         return bench_bars.bars(raws)

@@ -58,6 +58,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return raws
 
 
+def latest(content: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a file of `frontier`, each setting's last row: a resumed run adds a row where what it finds cannot be used."""
+    if not content or not str(content[0].get("format")).startswith("cacheroute-frontier"):
+        return list(content)
+    names = ("fingerprint", "memory_mib", "budget", "budget_experts", "eviction", "routing")
+    return list({tuple(str(raw.get(name)) for name in names): raw for raw in content}.values())
+
+
 def of(path: Path, content: Sequence[dict[str, Any]]) -> list[Row]:
     """Rows of decoded tokens, all layers together, of what was read from `path`. Raises UsageError when there are none."""
     try:

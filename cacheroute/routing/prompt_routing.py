@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import UsageError, did_you_mean
+from cacheroute.errors import CacherouteError, UsageError, did_you_mean
 from cacheroute.files import cache_dir, read_json, write_json
 from cacheroute.model import experts, gguf_file
 from cacheroute.routing import budget as budgets
@@ -92,8 +92,11 @@ def tuned_path(model: Path, capacity: int) -> Path:
 
 
 def save(found: PromptRouting, path: Path, notes: dict[str, Any]) -> None:
-    """Replaces an earlier file. `notes`: how it was found."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replaces an earlier file. `notes`: how it was found. Raises CacherouteError when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise CacherouteError(f"{path.parent} cannot be made ({e.strerror}).") from None
     write_json(path, {"format": _FORMAT, "version": _VERSION, "prompt_routing": found.key, "notes": notes}, force=True)
 
 

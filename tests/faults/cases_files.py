@@ -381,7 +381,7 @@ SIDE_FILES = [
     Case("a trace that is nested deeply", lambda p: ["simulate", _json(p, "t.trace", _DEEP)], sentence="is not a trace"),
     Case(
         "a results file with a line that is no row",
-        lambda p: ["frontier", str(p.file("r.jsonl", '{"format": "cacheroute-frontier-2"}\n7\n')), "-m", str(p.tiny)],
+        lambda p: ["frontier", str(p.file("r.jsonl", '{"format": "cacheroute-frontier-3"}\n7\n')), "-m", str(p.tiny)],
         sentence="is not a results file",
     ),
 ]
