@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pty
-import re
 import select
 import signal
 import subprocess
@@ -140,7 +139,7 @@ def test_lines_of_a_pipe_are_messages_and_commands(tmp_path: Path) -> None:
         "//quoted",
         "/quit",
         "never",
-        more=("-v",),
+        more=("-v", "--budget", "50%"),
     )
     assert done.returncode == 0, done.stderr
     kept = [m["content"] for m in json.loads(file.read_text())["messages"]]
@@ -148,8 +147,7 @@ def test_lines_of_a_pipe_are_messages_and_commands(tmp_path: Path) -> None:
     answers = done.stdout
     assert answers.startswith(kept[1]) and kept[3] in answers
     said = done.stderr
-    assert re.search(r"(?m)^cache-prior:lambda=0\.2 (is lossy|changes nothing here)", said), "by the memory that is free"
-    assert "A budget of 1% keeps 0 of 16 experts" in said
+    assert "cache-prior:lambda=0.2 is lossy" in said and "A budget of 1% keeps 0 of 16 experts" in said
     assert "There is no command /what; /help lists them." in said and "Nothing has been asked yet." in said
     assert said.count("first token") == 4  # a line for each answer
     assert said.count(" swapped (") >= 3, "also of an answer in which a lossy routing chose nothing else"
