@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from cacheroute import Llama
 from cacheroute.cli import app
+from cacheroute.cli import eval as evaluation
 from cacheroute.errors import UsageError
 from cacheroute.evals import loading, text
 from cacheroute.evals.perplexity import ChunkScore, score, summary
@@ -218,6 +220,17 @@ def test_the_command_pairs_with_original(tiny: Path, prose: Path) -> None:
     assert no_misses["missed_mib_per_token"] < first["missed_mib_per_token"]
     again = json.loads(run(*arguments, "--routing", "cache-prior:lambda=1").stdout)
     assert [r | {"seconds": 0} for r in again] == [r | {"seconds": 0} for r in rows]
+
+
+@pytest.mark.parametrize("low, high, clear", [(-0.4, 0.1, False), (0.0, 0.5, False), (0.1, 0.5, True), (None, None, True)])
+def test_a_change_that_may_be_none_is_called_so(low: float | None, high: float | None, clear: bool) -> None:
+    own = {"budget": "50%", "eviction": "lru", "kl": None, "kl_low": None, "kl_high": None, "kl_p99": None, "top1": None}
+    own |= {"top1_se": None, "ppl_increase": 0.2, "ppl_increase_low": low, "ppl_increase_high": high}
+    pairs = (("original", 2.0), ("pruning:k=3", 1.0))
+    rows: Any = [SimpleNamespace(**own, routing=routing, missed_mib_per_token=mib) for routing, mib in pairs]
+    said = " ".join(evaluation._conclusions(rows))
+    assert said.startswith("Fewest misses at 50%: pruning:k=3 (lossy), misses 1.00 of 2.00 MiB a token, for +0.20 [")
+    assert ("% of perplexity, which is not clear of 0" in said) is not clear
 
 
 @pytest.mark.usefixtures("own_cache")

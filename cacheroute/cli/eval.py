@@ -168,6 +168,12 @@ def _change(r: PerplexityRow) -> str:
     return f"{r.ppl_increase:+.2f} [{table.signed(r.ppl_increase_low)},{table.signed(r.ppl_increase_high)}]"
 
 
+def _clear(r: PerplexityRow) -> str:
+    """What there is to add where the interval of a change includes none."""
+    low, high = r.ppl_increase_low, r.ppl_increase_high
+    return ", which is not clear of 0" if low is not None and high is not None and low <= 0 <= high else ""
+
+
 def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
     """At each budget the routing that missed least, and its price."""
     for budget in dict.fromkeys(r.budget for r in rows):
@@ -181,7 +187,8 @@ def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
             yield f"Nothing missed less than original at {budget}"
             continue
         missed = f"misses {best.missed_mib_per_token:.2f} of {base.missed_mib_per_token:.2f} MiB a token"
-        yield f"Fewest misses at {budget}: {tuned.short(best.routing)} (lossy), {missed}, for {_change(best)} % of perplexity"
+        price = f"{_change(best)} % of perplexity{_clear(best)}"
+        yield f"Fewest misses at {budget}: {tuned.short(best.routing)} (lossy), {missed}, for {price}"
         kl, p99 = brief_kl(best.kl, best.kl_low, best.kl_high), table.number(best.kl_p99, 1000, digits=0)
         yield f"  Mean KLD {kl} and 99.0% KLD {p99} millinats, Same top p {same_top(best.top1, best.top1_se)} %"
 
