@@ -71,6 +71,8 @@ def test_one_run_has_no_spread() -> None:
     alone = bench_table.view(pairs(row(eviction="lru", samples_ts=(40.1,)), row(samples_ts=(43.0,), vs_lru=1.07)))
     assert not any("±" in cell for line in (*alone.brief, *alone.whole) for cell in line)
     assert "1 run," in alone.above[0]
+    assert alone.below == ["One run of each has no spread, so none is called the best: -r 3 or more tells them apart."]
+    assert bench_table.view(pairs(row(samples_ts=(40.1,)))).below == [], "one arm is compared with nothing"
 
 
 def test_a_difference_within_the_spread_is_called_so() -> None:

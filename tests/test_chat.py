@@ -139,7 +139,7 @@ def test_lines_of_a_pipe_are_messages_and_commands(tmp_path: Path) -> None:
         "//quoted",
         "/quit",
         "never",
-        more=("-v",),
+        more=("-v", "--budget", "50%"),
     )
     assert done.returncode == 0, done.stderr
     kept = [m["content"] for m in json.loads(file.read_text())["messages"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +108,19 @@ def test_what_is_wrong_in_the_file_is_one_sentence(
     assert run("inspect", "--help") == 0, "help helps with it"
 
 
+def test_a_sentence_on_something_else_is_not_blamed_on_a_number() -> None:
+    setting, blamed = defaults.Setting, defaults.blamed
+    where = "CACHEROUTE_GENERATE_TEMP"
+    settings = {"temp": setting("--temp", "0", where), "ctx_size": setting("--ctx-size", "99999", "CACHEROUTE_CTX_SIZE")}
+    settings["routing"] = setting("--routing", "cache-prior:lambda=9", "CACHEROUTE_ROUTING")
+    ctx = SimpleNamespace(meta={defaults.META: settings}, get_parameter_source=lambda name: None)
+    memory = "m.gguf needs 403 MiB of memory (0 bytes of experts), and 0 bytes are free: no budget fits."
+    assert blamed(memory, ctx) == memory
+    assert blamed("A context of 99999 tokens takes 3 GiB: give fewer.", ctx).endswith("(--ctx-size is from CACHEROUTE_CTX_SIZE).")
+    assert blamed("--temp 0 is too cold.", ctx).endswith(f"(--temp is from {where}).")
+    assert blamed("lambda of cache-prior:lambda=9 is at most 1.", ctx).endswith("(--routing is from CACHEROUTE_ROUTING).")
+
+
 @pytest.mark.parametrize("value", ["many", "1.5", "-3"])
 def test_a_value_of_a_wrong_type_names_where_it_is(
     config: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
@@ -175,7 +189,7 @@ def test_a_lossy_routing_of_the_file_is_said_at_the_start(
     config: Any, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", None)
-    words = ("generate", "--raw", "-p", "the", "-n", 2, "-c", 256, "-t", 1, "-m", tiny)
+    words = ("generate", "--raw", "-p", "the", "-n", 2, "-c", 256, "-t", 1, "-m", tiny, "--budget", "50%")
     config('[common]\nrouting = "cache-prior:lambda=0.5"\n')
     assert run(*words) == 0
     said = capsys.readouterr().err
@@ -185,6 +199,6 @@ def test_a_lossy_routing_of_the_file_is_said_at_the_start(
     said = capsys.readouterr().err
     assert "is from" not in said and "lossy" not in said
     config('[common]\nbudget = "1%"\n')
-    assert run(*words) == 2
+    assert run(*words[:-2]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "1%" in said and "config.toml, [common] budget" in said

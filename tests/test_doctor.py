@@ -121,6 +121,8 @@ def test_the_command_tells_and_fails_when_something_does(tmp_path: Path) -> None
     )
     assert found["engine"]["state"] == "ok"
     text = cacheroute("doctor", "-m", path)
-    assert text.stdout.count("\n") == len(found) and all(line[:4].strip() in ("ok", "warn") for line in text.stdout.splitlines())
+    begun = [line for line in text.stdout.splitlines() if not line.startswith("      ")]
+    assert len(begun) == len(found) and all(line[:4].strip() in ("ok", "warn") for line in begun)
+    assert all(len(line) <= 80 or len(line.split()[-1]) > 70 for line in text.stdout.splitlines()), "a long path stays whole"
     gone = cacheroute("doctor", "-m", tmp_path / "nothing.gguf")
     assert gone.returncode in (1, 2) and gone.stderr.count("\n") == 1

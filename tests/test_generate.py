@@ -103,6 +103,16 @@ def test_a_lossy_routing_is_announced_and_its_swaps_are_counted(demo_model: Path
     assert "give one of them" in sentence(cacheroute("generate", "-p", "Hi", "-v", "-q"), 2)
 
 
+def test_a_routing_with_all_experts_in_memory_is_not_called_lossy(demo_model: Path) -> None:
+    whole = ("--temp", 0, "-c", 256, "-t", 1, "--budget", "all")
+    prior = cacheroute("generate", "-p", "Hi", "-n", 2, "--routing", "cache-prior:lambda=0.2", *whole)
+    assert "cache-prior:lambda=0.2 changes nothing here: all experts are in memory" in prior.stderr
+    assert "lossy" not in prior.stderr and "swapped" not in prior.stderr
+    assert prior.stdout == cacheroute("generate", "-p", "Hi", "-n", 2, *whole).stdout
+    pruned = cacheroute("generate", "-p", "Hi", "-n", 2, "--routing", "pruning:k=1", *whole)
+    assert "pruning:k=1 is lossy" in pruned.stderr and "left out" in pruned.stderr
+
+
 def test_a_closed_pipe_ends_without_a_message(demo_model: Path) -> None:
     command = f"{sys.executable} -m cacheroute generate -q -p 'Count to one hundred.' -n 200 -c 256 </dev/null | head -c 1"
     done = subprocess.run(

@@ -7,6 +7,7 @@ import re
 import shutil
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -127,6 +128,9 @@ def test_more_threads_than_processors_are_mentioned(monkeypatch: pytest.MonkeyPa
         (["generate", "-fa", "on", "-p", "Hi"], "There is no option -fa here."),
         (["eval", "perplexity", "--chnk", "5"], "did you mean --chunk? See `cacheroute eval perplexity --help`."),
         (["bench", "--rooting", "original"], "did you mean --routing?"),
+        (["eval", "prompt", "--limit", "5"], "There is no option --limit; did you mean --places?"),
+        (["eval", "long", "--limit=5"], "There is no option --limit; did you mean --places?"),
+        (["eval", "perplexity", "--places", "5"], "There is no option --places; did you mean --limit?"),
         (["generate", "-p", "a", "-p", "b"], "-p is given 2 times; write one text, or many with --prompts."),
         (["generate", "-p", "a", "--prompt", "b"], "-p is given 2 times"),
         (["generate", "-n", "-3", "-p", "a"], "Invalid value for '-n'"),
@@ -287,3 +291,12 @@ def test_names_of_models_in_python(demo_model: Path, tmp_path: Path, monkeypatch
     shutil.copy(tiny, tmp_path / "demo")  # a path comes first, as ever
     with closing(Llama("demo", n_ctx=64, verbose=False)) as llm:
         assert llm.layout.n_expert == 32 and llm.model_path == "demo"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("asked", [{"n_gpu_layers": -1}, {"n_gpu_layers": 20}, {"main_gpu": 1}, {"tensor_split": [0.5, 0.5]}])
+def test_a_gpu_is_not_passed_over(tiny: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"^{next(iter(asked))}=.* asks for a GPU, .*: leave it out.$"):
+        Llama(str(tiny), n_ctx=64, verbose=False, **asked)
+    with closing(Llama(str(tiny), n_ctx=64, verbose=False, n_gpu_layers=0, tensor_split=None)) as llm:
+        assert llm.n_ctx() == 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from cacheroute import Llama
 from cacheroute.cli import app
+from cacheroute.cli import eval as evaluation
 from cacheroute.errors import UsageError
 from cacheroute.evals import loading, text
 from cacheroute.evals.perplexity import ChunkScore, score, summary
@@ -220,17 +222,32 @@ def test_the_command_pairs_with_original(tiny: Path, prose: Path) -> None:
     assert [r | {"seconds": 0} for r in again] == [r | {"seconds": 0} for r in rows]
 
 
+@pytest.mark.parametrize("low, high, clear", [(-0.4, 0.1, False), (0.0, 0.5, False), (0.1, 0.5, True), (None, None, True)])
+def test_a_change_that_may_be_none_is_called_so(low: float | None, high: float | None, clear: bool) -> None:
+    own = {"budget": "50%", "eviction": "lru", "kl": None, "kl_low": None, "kl_high": None, "kl_p99": None, "top1": None}
+    own |= {"top1_se": None, "ppl_increase": 0.2, "ppl_increase_low": low, "ppl_increase_high": high}
+    pairs = (("original", 2.0), ("pruning:k=3", 1.0))
+    rows: Any = [SimpleNamespace(**own, routing=routing, missed_mib_per_token=mib) for routing, mib in pairs]
+    said = " ".join(evaluation._conclusions(rows))
+    assert said.startswith("Fewest misses at 50%: pruning:k=3 (lossy), misses 1.00 of 2.00 MiB a token, for +0.20 [")
+    assert ("% of perplexity, which is not clear of 0" in said) is not clear
+
+
 @pytest.mark.usefixtures("own_cache")
 def test_the_table(tiny: Path, prose: Path) -> None:
     settings = ("-m", tiny, "-f", prose, "--chunk", CHUNK, "--limit", 20, "-t", 1, "--routing", "pruning:k=3")
     result = run(*settings)
     assert result.exit_code == 0, result.output
-    above, empty, head, first, second, _, last, kl = result.stdout.splitlines()
-    assert above.endswith("16 experts of each layer (50%), soft-lfu; KLD in millinats, MiB missed per token") and empty == ""
+    above, cells, below = (part.splitlines() for part in result.stdout.split("\n\n"))
+    said = " ".join(line.strip() for line in above)
+    assert said.endswith("16 experts of each layer (50%), soft-lfu; KLD in millinats, MiB missed per token")
+    (head, first, second), last = cells, below[0]
+    kl = next(line for line in below if "Mean KLD" in line)
     assert head.split() == ["routing", "ppl", "change", "%", "[95%]", "Mean", "KLD", "[95%]", "miss", "%", "MiB"]
     assert "baseline" in first and second.startswith("pruning:k=3 ") and max(map(len, (head, first, second))) <= 80
     assert last.startswith("Fewest misses at 50%: pruning:k=3 (lossy), misses ")
-    assert kl.startswith("  Mean KLD ") and "99.0% KLD" in kl and "Same top p" in kl
+    assert kl.startswith("  Mean KLD ") and all(name in " ".join(below) for name in ("99.0% KLD", "Same top p"))
+    assert max(map(len, result.stdout.splitlines())) <= 80
     assert "| pruning:k=3 " in run(*settings, "-o", "md").stdout
     assert "one chunk alone gives no interval; a smaller --chunk or a larger --limit gives more" in result.stderr
     assert "?" not in last + kl and "[?,?]" in second

@@ -70,7 +70,7 @@ def test_json_is_the_forecast(tiny: Path, capsys: pytest.CaptureFixture[str]) ->
     found = json.loads(out)
     assert list(found) == [
         "model", "path", "n_expert", "n_used", "n_ctx", "fits", "refusal", "memory", "budgets", "routings", "prompts",
-        "decisions", "inputs",
+        "decisions", "inputs", "crowded",
     ]  # fmt: skip
     assert (
         found["path"] == str(tiny) and found["fits"] and [b["name"] for b in found["budgets"]] == ["least", "suggested", "full"]
@@ -139,6 +139,31 @@ def test_a_measurement_is_told(tiny: Path, capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(speed, "measure", lambda types, n: dataclasses.replace(real(types, n), crowded=True))
     out, err = run(capsys, model=str(tiny), ctx_size=512)
     assert [line.split()[0] for line in err.splitlines()] == ["measuring", "other"] and "it is too slow" in " ".join(out.split())
+    assert re.search(r"(?m)^suggested .* \d+ !$", out) and re.search(r"(?m)^original .*\d !", out), out
+    out, err = run(capsys, ram="8GiB", flash_mbps=1000.0)
+    fast = [line for line in out.splitlines()[1:] if " needs " not in line]
+    assert fast and all(re.search(r"\d !", line) for line in fast) and "! behind tok/s: measured while other" in err
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_what_the_disk_has_no_room_for_comes_after_what_it_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = catalogue.load_catalogue().values()
+    room = sorted(entry.nbytes for entry in entries)[len(entries) // 2]
+    monkeypatch.setattr(command, "free_disk", lambda _: room)
+    rows = json.loads(run(capsys, ram="64GiB", flash_mbps=1000.0, output="json")[0])
+    assert {r["name"]: r["fits_disk"] for r in rows} == {entry.name: entry.nbytes <= room for entry in entries}
+    fitting = [r["fits_disk"] for r in rows if r["fits"]]
+    assert fitting == sorted(fitting, reverse=True) and {*fitting} == {True, False}
+    out, err = run(capsys, ram="64GiB", flash_mbps=1000.0)
+    assert sum("no room" in line for line in out.splitlines()) == sum(not r["fits_disk"] for r in rows)
+    assert all(len(line) <= 80 for line in out.splitlines()) and "no room: not on this disk" in err
+    large = next(r["name"] for r in rows if r["fits"] and not r["fits_disk"])
+    assert re.search(r"of disk and .* are free, so that", " ".join(run(capsys, model=large, ram="64GiB")[1].split()))
+    assert "There would fit: " in command._instead(64 * GIB, 4096)
+    monkeypatch.setattr(command, "free_disk", lambda _: 0)
+    assert command._instead(64 * GIB, 4096) == "", "none of them is here"
 
 
 def test_in_a_phones_window(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,13 @@ def test_the_tables_have_what_the_figures_draw(rows: list[simulate.Row], tmp_pat
     frontier = figures.chart([path]).cells
     assert frontier[0][3:5] == ["missed MiB/token", "lost router mass, %"] and len(frontier) == 1 + 15
     missed = [float(cells[3]) for cells in frontier[1:]]
-    assert missed == sorted(missed) and frontier[1][5] == "*"
+    assert missed == sorted(missed)
+    for budget in ("25%", "50%", "75%"):
+        own = [cells for cells in frontier[1:] if cells[0] == budget and cells[2] != "belady"]
+        at = [(float(cells[3]), float(cells[4])) for cells in own]
+        beaten = [any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in at) for p in at]
+        assert [cells[5] for cells in own] == ["" if b else "*" for b in beaten]
+    assert not any(cells[5] for cells in frontier[1:] if cells[2] == "belady"), "it needs the future"
     misses = figures.chart([path], "misses").cells
     assert misses[0][2:] == ["6 experts", "12 experts", "18 experts"]
     belady, lru = (next(c for c in misses if c[:2] == ["original", e]) for e in ("belady", "lru"))
@@ -281,10 +287,49 @@ def test_the_words_have_the_gain_for_a_small_loss(tmp_path: Path) -> None:
         return figures.chart([tmp_path / "r.json"], kind).alt
 
     found = result_rows(["original", "pruning:k=6", "cache-prior:lambda=0.1", "pruning:k=1"], [0.0, 0.004, 0.008, 0.9])
-    assert alt(found).endswith("For 0.8%, cache prior λ 0.1 at 50% has 4.8 in place of 5.")
+    assert alt(found).endswith("For 0.8%, cache prior λ 0.1 at 50% has 4.8 in place of 5 (-4%).")
     timed = [{**row, "ts": ts} for row, ts in zip(found, (10, 30, 20, 90), strict=True)]
-    assert alt(timed, "speed").endswith("For 0.4%, pruning k 6 at 50% has 30 in place of 10.")
+    assert alt(timed, "speed").endswith("For 0.4%, pruning k 6 at 50% has 30 in place of 10 (+200%).")
     assert alt(found[:1]).endswith("in memory: original (lossless).")
+
+
+def alt_and_marks(found: list[dict[str, object]], folder: Path) -> tuple[str, list[str]]:
+    (folder / "r.json").write_text(json.dumps(found))
+    chart = figures.chart([folder / "r.json"])
+    return chart.alt.partition(": ")[2].partition(". ")[2], [f"{c[2]} {c[0]} {c[1]}{c[5]}" for c in chart.cells[1:]]
+
+
+def test_the_words_name_no_point_that_another_beats(tmp_path: Path) -> None:
+    base = {"model": "m", "budget": "75%", "budget_experts": 12, "miss_rate": 0.1}
+    own = [("original", "lru", 1.03, 0), ("original", "soft-lfu", 0.85, 0), ("original", "belady", 0.5, 0)]
+    own += [("cache-prior:lambda=0.1", "lru", 0.651, 0.0046), ("cache-prior:lambda=0.1", "soft-lfu", 0.568, 0.0042)]
+    found = [{**base, "routing": r, "eviction": e, "missed_mib_per_token": x, "lost_mass": y} for r, e, x, y in own]
+    said, marks = alt_and_marks(found, tmp_path)
+    assert said == "For 0.42%, cache prior λ 0.1 with soft LFU at 75% has 0.568 in place of 0.85 (-33%)."
+    assert {m for m in marks if m.endswith("*")} == {"soft-lfu 75% original*", "soft-lfu 75% cache-prior:lambda=0.1*"}
+    less = {"budget": "50%", "budget_experts": 8}
+    more = [{**row, **less, "missed_mib_per_token": 3 * row["missed_mib_per_token"] - 1} for row in found]  # type: ignore[operator]
+    said, marks = alt_and_marks([*found, *more], tmp_path)
+    assert said == "The greatest gain: for 0.42%, cache prior λ 0.1 with soft LFU at 50% has 0.704 in place of 1.55 (-55%)."
+    assert sum(m.endswith("*") for m in marks) == 4, "each budget has its best"
+
+
+def test_a_change_that_may_be_none_is_not_called_better(tmp_path: Path) -> None:
+    found = result_rows(["original", "max-rank:m=6", "pruning:k=6"], [0.0, -0.0015, 0.004])
+    found[1] |= {"delta_nll_low": -0.004, "delta_nll_high": 0.001}
+    found[2] |= {"delta_nll_low": 0.002, "delta_nll_high": 0.006, "missed_mib_per_token": 4.95}
+    said, marks = alt_and_marks(found, tmp_path)
+    assert said == "For 0.4%, pruning k 6 at 50% has 4.95 in place of 5 (-1%)."
+    assert [m[-1] for m in marks] == ["?", "*", "*"]
+    said, marks = alt_and_marks(found[:2], tmp_path)
+    assert said.endswith("(-2%), and its perplexity increase is not clear of 0 (95% interval -0.4% to 0.1%).")
+    result = run(tmp_path / "r.json")
+    assert "interval of its change includes 0" in result.stderr and "*: at its budget" in result.stderr
+
+
+def test_the_fewest_misses_are_of_a_choice(rows: list[simulate.Row], tmp_path: Path) -> None:
+    alt = figures.chart([write(rows, tmp_path / "r.json")], "misses").alt
+    assert "the fewest, " in alt and "Belady" not in alt
 
 
 def test_words_of_routings() -> None:

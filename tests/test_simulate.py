@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ ROUTINGS = (
     "drop-cold:f=0.8",
     "dynamic-k:p=0.6:k=2",
 )
+command = importlib.import_module("cacheroute.cli.simulate")
 ONLINE = tuple(evictions.ONLINE)
 
 
@@ -209,6 +211,20 @@ def test_the_figures_by_hand() -> None:
     # 0 runs (1, none cached); ranks 0 and 1 are {1, 0}: 0 is cached; 0; {2, 0}: 0; {1, 0}: 0
     assert (lossy.misses, lossy.swapped) == (1, 3)
     assert lossy.lost_mass == pytest.approx(3 / 5 * (1 - np.exp(-1)))
+
+
+def test_the_fewest_misses_at_a_tie_are_of_the_default() -> None:
+    rows = simulate.run(
+        fed(False), [Arm("50%", parse(r), e) for r in ("cache-prior:lambda=0.1", "original") for e in ("lru", evictions.DEFAULT)]
+    )
+
+    def said(**misses: float) -> str:
+        own = [replace(row, missed_mib_per_token=misses.get(row.routing.partition(":")[0], 0.5)) for row in rows]
+        return " ".join(command._conclusions(own))
+
+    assert "Fewest misses at 50%: original with soft-lfu, misses 0.50 of 0.50" in said()
+    prior = said(original=0.7)
+    assert f"cache-prior:lambda=0.1 (lossy) with {evictions.DEFAULT}, misses 0.50 of 0.70" in prior
 
 
 def bad_arms() -> Iterator[tuple[Arm, str]]:

@@ -24,6 +24,23 @@ def test_three_figures_of_a_lossless_answer() -> None:
     assert summary.brief(run(n_tokens=0, first=None, last=None), Counters(), Counters()) == "0 tokens"
 
 
+def test_a_first_token_that_was_waited_for_is_named() -> None:
+    usual = "43 tokens, 42.0 tok/s, 31% of experts read from disk"
+    assert summary.brief(run(started=8.5), DECODE, Counters()) == usual, "two seconds are no wait"
+    assert summary.brief(run(started=7.5), DECODE, Counters()) == f"{usual}, first token after 3.0 s"
+    assert summary.brief(run(started=-147.5), DECODE, Counters()) == f"{usual}, first token after 158 s"
+    assert summary.turn(run(started=7.5), DECODE, Counters(), verbose=False) == f"{usual}, first token after 3.0 s"
+    assert summary.turn(run(started=7.5), DECODE, Counters(), verbose=True).count("first token") == 1
+
+
+def test_a_routing_that_has_nothing_to_do_has_no_figure() -> None:
+    held = Counters(tokens=42, examined=480, hits=480)
+    for routing in ("cache-prior:lambda=0.1", "max-rank:m=6", "cumsum:p=0.9", "drop-cold:f=0.5"):
+        assert summary.brief(run(routing, io="load"), held, Counters()).endswith(", all experts in memory")
+    assert summary.brief(run("pruning:k=6", io="load"), held, Counters()).endswith(", 0% swapped (0 of 480)")
+    assert "swapped (0 of 480)" in summary.brief(run("cache-prior:lambda=0.1"), held, Counters()), "another cache may miss"
+
+
 def test_what_was_not_read_is_not_called_read() -> None:
     assert summary.brief(run(io="load"), Counters(hits=9), Counters()).endswith(", all experts in memory")
     assert summary.brief(run(io="none"), DECODE, Counters()).endswith(", 31% of experts missed, and not read")

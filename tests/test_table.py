@@ -55,6 +55,17 @@ def test_a_long_name_takes_several_lines() -> None:
     assert max(map(len, table.as_text([["n", "m"], ["x" * 99, "1"]], 5).splitlines())) == 15, "a name keeps 12 letters"
 
 
+def test_lines_in_words_are_broken_in_a_pipe_and_nothing_else_is(capsys: pytest.CaptureFixture[str]) -> None:
+    words = " ".join(["word"] * 40)
+    table.show(["a" * 200], [words], [f"! {words}"])
+    above, cells, below = capsys.readouterr().out.split("\n\n")
+    assert all(len(line) <= table.WIDTH for part in (above, below) for line in part.splitlines()) and cells == "a" * 200
+    assert above.replace("\n  ", " ") == words and below.rstrip("\n").replace("\n  ", " ") == f"! {words}"
+    for output in ("md", "csv", "json", "jsonl", "sql"):
+        table.write([Row(words, 1, 1.0, True, (), ())], output, View([["n"], [words]], [["n"], [words]], below=[words]))
+        assert words in capsys.readouterr().out, "for programs nothing is broken"
+
+
 def test_control_characters_of_a_name_are_escaped() -> None:
     assert table.as_text([["n"], ["a\x1b[31m"]]).splitlines()[1] == "a\\x1b[31m"
 

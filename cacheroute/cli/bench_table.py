@@ -153,6 +153,9 @@ def _phase(row: Row) -> str:
 def _conclusions(arms: Sequence[_Arm]) -> Iterator[str]:
     """Which arm was fastest at each budget, among those that can be trusted, and which of those without loss."""
     budgets = list(dict.fromkeys(arm.row.budget for arm in arms))
+    if len(arms) > len(budgets) and max(len(arm.row.samples_ts) for arm in arms) < 2:
+        yield "One run of each has no spread, so none is called the best: -r 3 or more tells them apart."
+        return
     for budget in budgets:
         own = [arm for arm in arms if arm.row.budget == budget]
         trusted = [arm for arm in own if not arm.doubts] or own

@@ -229,9 +229,16 @@ def blamed(sentence: str, ctx: Any) -> str:
     for name, setting in ctx.meta.get(META, {}).items():
         value = str(setting.value)
         told = re.search(rf"(?<![\w.]){re.escape(value)}(?![\w%])", sentence) if value else None
-        if told and not _is_typed(ctx, name):
+        if told and (not value.isalnum() or _speaks_of(sentence, name, setting)) and not _is_typed(ctx, name):
             return f"{sentence.rstrip('.')} ({setting.option} is from {setting.origin})."
     return sentence
+
+
+def _speaks_of(sentence: str, name: str, setting: Setting) -> bool:
+    """Whether a sentence names an option: its value alone, as 0 or text, may stand there for something else."""
+    words = {word for text in (name, setting.option) for word in re.split(r"[-_]", text) if len(word) > 1}
+    words |= {"context"} if "ctx" in words else set()
+    return any(re.search(rf"\b{re.escape(word)}", sentence, re.IGNORECASE) for word in words)
 
 
 def lossy(ctx: Any) -> list[str]:

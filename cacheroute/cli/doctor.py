@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cacheroute.cli import defaults, options
-from cacheroute.cli.terminal import columns, folded
+from cacheroute.cli import defaults, options, table
+from cacheroute.cli.terminal import folded
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import as_json, printable, size
 from cacheroute.install import android, checkup
@@ -153,6 +153,5 @@ def _print(check: Check) -> None:
     state = f"{check.state:4}"
     if sys.stdout.isatty():
         state = typer.style(state, fg=_COLOURS[check.state])
-    width = columns(sys.stdout)
-    first, *rest = folded(printable(_line(check)), width and width - 6, 2)
+    first, *rest = folded(printable(_line(check)), table.columns() - 6, 2)
     print("\n".join([f"{state}  {first}", *(f"      {more}" for more in rest)]), flush=True)

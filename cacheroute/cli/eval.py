@@ -184,6 +184,12 @@ def known(figure: str) -> str:
     return re.sub(r" \[\?, ?\?\]$", "", figure)
 
 
+def _clear(r: PerplexityRow) -> str:
+    """What there is to add where the interval of a change includes none."""
+    low, high = r.ppl_increase_low, r.ppl_increase_high
+    return ", which is not clear of 0" if low is not None and high is not None and low <= 0 <= high else ""
+
+
 def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
     """At each budget the routing that missed least, and its price."""
     for budget in dict.fromkeys(r.budget for r in rows):
@@ -197,7 +203,7 @@ def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
             yield f"Nothing missed less than original at {budget}"
             continue
         missed = f"misses {best.missed_mib_per_token:.2f} of {base.missed_mib_per_token:.2f} MiB a token"
-        price = f"for {known(_change(best))} % of perplexity"
+        price = f"for {known(_change(best))} % of perplexity{_clear(best)}"
         yield f"Fewest misses at {budget}: {tuned.short(best.routing)} (lossy), {missed}, {price}"
         kl, p99 = known(brief_kl(best.kl, best.kl_low, best.kl_high)), table.number(best.kl_p99, 1000, digits=0)
         yield f"  Mean KLD {kl} and 99.0% KLD {p99} millinats, Same top p {same_top(best.top1, best.top1_se)} %"

@@ -140,9 +140,17 @@ def say_slow(routings: Iterable[Routing]) -> None:
             say(f"{routing}: Python is called for every token and layer, which is slower.")
 
 
-def say_lossy(llm: Llama) -> None:
-    """Lines on stderr for what may run other experts than the model chooses."""
-    if llm.routing and llm.routing.lossy:
+def changes_nothing(llm: Llama) -> bool:
+    """Whether a lossy routing has nothing to do: the model was loaded with all experts, which then stay, and none is missed."""
+    return bool(llm.io == "load" and llm.routing and llm.routing.lossy and llm.routing.needs_misses)
+
+
+def say_lossy(llm: Llama, *, quiet: bool = False) -> None:
+    """Lines on stderr for what may run other experts than the model chooses; of one that cannot here, unless it is `quiet`."""
+    if changes_nothing(llm):
+        if not quiet:
+            say(f"{llm.routing} changes nothing here: all experts are in memory, and it acts only where some are missing.")
+    elif llm.routing and llm.routing.lossy:
         say(f"{llm.routing} is lossy: it may run other experts than the model chooses.")
         say_slow([llm.routing])
     if llm.prompt_routing.lossy:

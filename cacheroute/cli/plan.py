@@ -12,6 +12,7 @@ import typer
 
 from cacheroute import files
 from cacheroute.cli import options, table
+from cacheroute.cli.models import free_disk
 from cacheroute.cli.terminal import columns, folded, say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import GIB, MIB, as_json, printable, size
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cacheroute.forecast.forecast import Forecast, RoutingForecast
 
 _WIDTH = 80
+_NO_ROOM = "no room"
 _USABLE = 5.0  # tokens a second: about as fast as one reads
 _BLOCK = 2 * MIB  # as large as the experts of most models, to measure a filesystem without one
 
@@ -72,7 +74,11 @@ def _one(model: str, free: int | None, flash_mbps: float | None, n_ctx: int, n_t
     entry = catalogue.load_catalogue().get(model.lower())
     if entry and not catalogue.entry_path(entry):
         candidate = candidates.of_entry(entry, n_ctx=n_ctx, free=free)
-        say(f"{model} is not here: this is by the catalogue's numbers; `cacheroute pull {model}` downloads it")
+        how = f"`cacheroute pull {model}` downloads it"
+        if not _has_room(candidate, free_disk(catalogue.hub_cache())):
+            room = size(free_disk(catalogue.hub_cache()) or 0)
+            how = f"it needs {size(candidate.nbytes)} of disk and {room} are free, so that `cacheroute pull` refuses it"
+        say(f"{model} is not here: this is by the catalogue's numbers; {how}")
     else:
         candidate = candidates.of_file(catalogue.resolve(model), name=model, n_ctx=n_ctx, free=free)
     found = _forecasts([candidate], flash_mbps, n_threads, reason, given=free is not None)[0]
@@ -89,23 +95,30 @@ def _one(model: str, free: int | None, flash_mbps: float | None, n_ctx: int, n_t
 def _instead(free: int | None, n_ctx: int) -> str:
     """Which models would fit, largest first."""
     from cacheroute.forecast import candidates
+    from cacheroute.model import catalogue
 
-    fitting = [c for c in candidates.everything(n_ctx=n_ctx, free=free, say=lambda _: None) if c.plan.capacity is not None]
+    disk = free_disk(catalogue.hub_cache())
+    every = candidates.everything(n_ctx=n_ctx, free=free, say=lambda _: None)
+    fitting = [c for c in every if c.plan.capacity is not None and _has_room(c, disk)]
     names = [c.name for c in sorted(fitting, key=lambda c: -c.nbytes) if c.name != "demo"]
     return f"There would fit: {', '.join(names[:4])}." if names else ""
 
 
 def _all(free: int | None, flash_mbps: float | None, n_ctx: int, n_threads: int, reason: str, output: str) -> None:
     from cacheroute.forecast import candidates
+    from cacheroute.model import catalogue
 
+    disk = free_disk(catalogue.hub_cache())
     every = list(candidates.everything(n_ctx=n_ctx, free=free, say=lambda text: say(f"cacheroute: {text}")))
     found = list(zip(every, _forecasts(every, flash_mbps, n_threads, reason, given=free is not None), strict=True))
-    found.sort(key=lambda pair: _rank(*pair), reverse=True)
+    found.sort(key=lambda pair: _rank(pair[0], pair[1], disk), reverse=True)
     if output == "json":
-        rows = [{"name": c.name, "nbytes": c.nbytes, "here": c.path is not None, **asdict(f)} for c, f in found]
-        print(as_json(rows))
+        own = [
+            {"name": c.name, "nbytes": c.nbytes, "here": c.path is not None, "fits_disk": _has_room(c, disk)} for c, _ in found
+        ]
+        print(as_json([known | asdict(f) for known, (_, f) in zip(own, found, strict=True)]))
         return
-    print("\n".join(_table(found)))
+    print("\n".join(_table(found, disk)))
     known = next((f.memory.free for _, f in found if f.memory.free is not None), None)
     memory = "free memory is not known" if known is None else f"{size(known)} of memory"
     context = f"a context of {n_ctx} tokens" if n_ctx else "the whole context"
@@ -113,6 +126,13 @@ def _all(free: int | None, flash_mbps: float | None, n_ctx: int, n_threads: int,
         f"for {memory}, {context}, -t {n_threads}; best first: the largest that give {_USABLE:g} tok/s, then the fastest; "
         "`cacheroute plan -m NAME` has the rest"
     )
+    if not all(_has_room(c, disk) for c in every):
+        say(
+            f"{_NO_ROOM}: not on this disk, and larger than the {size(disk or 0)} that are free; such models come after those "
+            "that are here or have room"
+        )
+    if any(f.crowded for _, f in found):
+        say(f"{table.MARK} behind tok/s: measured while other programs computed, and too slow")
 
 
 def _forecasts(
@@ -177,22 +197,30 @@ def _drive_without_model(candidates: Sequence[Candidate], flash_mbps: float | No
     return Drive("direct", flash_mbps * 1e6, GIVEN) if flash_mbps else None
 
 
-def _rank(c: Candidate, f: Forecast) -> tuple[int, float]:
-    """Larger is better: what fits and is usable by its size, what fits by its speed, what does not fit by how little it lacks."""
+def _has_room(c: Candidate, disk: int | None) -> bool:
+    """Whether a model is here, or would fit `disk` bytes; None: nobody knows how many are free."""
+    return c.path is not None or disk is None or c.nbytes <= disk
+
+
+def _rank(c: Candidate, f: Forecast, disk: int | None) -> tuple[int, float]:
+    """Larger is better: what fits and is usable by its size, what fits by its speed, what the disk has no room for, what does not
+    fit by how little it lacks."""
     if not f.fits:
         return 0, -float(c.plan.needed(c.plan.n_used))
+    if not _has_room(c, disk):
+        return 1, -float(c.nbytes)
     speed = f.routings[0].tokens_per_s
     if speed is not None and speed >= _USABLE:
-        return 2, float(c.nbytes)
-    return 1, speed or 0.0
+        return 3, float(c.nbytes)
+    return 2, speed or 0.0
 
 
-def _table(found: Sequence[tuple[Candidate, Forecast]]) -> list[str]:
+def _table(found: Sequence[tuple[Candidate, Forecast]], disk: int | None) -> list[str]:
     head = ("MODEL", "GiB", "HERE", "BUDGET", "TOK/S", "LOSSY", "512 TOKENS")
-    cells = [head]
+    cells: list[tuple[str, ...]] = [head]
     for c, f in found:
         gib = f"{c.nbytes / GIB:.1f}"
-        here = "yes" if c.path else "no"
+        here = "yes" if c.path else "no" if _has_room(c, disk) else _NO_ROOM
         if not f.fits:
             cells.append((c.name, gib, here, f"needs {size(c.plan.least)}", "", "", ""))
             continue
@@ -200,7 +228,8 @@ def _table(found: Sequence[tuple[Candidate, Forecast]]) -> list[str]:
         budget = "all" if capacity == f.n_expert else f"{capacity} of {f.n_expert}"
         lossy = max((r for r in f.routings if r.lossy), key=lambda r: r.tokens_per_s or 0, default=None)
         first = f.prompts[0].seconds if f.prompts else None
-        cells.append((c.name, gib, here, budget, _range(f.routings[0]), _range(lossy) if lossy else "", _seconds(first)))
+        speeds = [_speed(_range(r), f) if r else "" for r in (f.routings[0], lossy)]
+        cells.append((c.name, gib, here, budget, *speeds, _seconds(first)))
     if _width() < _WIDTH:
         return table.fitted(cells, _width())
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
@@ -235,7 +264,7 @@ def _text(f: Forecast, model: str) -> list[str]:
     for b in f.budgets:
         sizes = [f"{b.expert_bytes / GIB:.2f}", f"{b.needed / GIB:.2f}", f"{b.mib_per_token:.1f}"]
         speed = "?" if b.tokens_per_s is None else _amount(b.tokens_per_s)
-        budgets.append([b.name, f"{b.experts} of {f.n_expert}", *sizes, speed, "" if b.fits else "does not fit"])
+        budgets.append([b.name, f"{b.experts} of {f.n_expert}", *sizes, _speed(speed, f), "" if b.fits else "does not fit"])
     routings = [["routing", "miss", "MiB/token", "tok/s", "misses"]]
     for r in f.routings:
         note = (
@@ -243,7 +272,7 @@ def _text(f: Forecast, model: str) -> list[str]:
             + (", lossy" if r.lossy else "")
             + (f": {r.loss:g}%" if r.loss is not None and r.kl is None else "")
         )
-        routings.append([r.routing, f"{100 * r.miss_rate:.1f}%", f"{r.mib_per_token:.1f}", _range(r), note])
+        routings.append([r.routing, f"{100 * r.miss_rate:.1f}%", f"{r.mib_per_token:.1f}", _speed(_range(r), f), note])
     prompts = [["prompt", "first token", "MiB read", "passes"]]
     for p in f.prompts:
         prompts.append([f"{p.tokens} tokens", _seconds(p.seconds), f"{p.read_mib:.0f}", str(p.passes)])
@@ -296,6 +325,11 @@ def _range(r: RoutingForecast) -> str:
         return "?"
     low, high = _amount(r.low), _amount(r.high)
     return low if low == high else f"{low}-{high}"
+
+
+def _speed(text: str, f: Forecast) -> str:
+    """A cell of tok/s, marked where it is of a machine that others used."""
+    return f"{text} {table.MARK}" if f.crowded and text != "?" else text
 
 
 def _amount(value: float) -> str:

@@ -47,4 +47,6 @@ def plot(
         chart.save(figure, output, force=force)
         say(f"{output} is written. In words: {figure.alt}")
     else:
-        print(table.as_markdown(figure.cells))
+        print(table.as_markdown(figure.cells), flush=True)
+        if figure.legend:
+            say(figure.legend)

@@ -256,7 +256,7 @@ class _Run:
             if s.decode.hits + s.decode.misses:
                 parts.append(f"{100 * s.decode.miss_rate:.0f}% of experts read from disk")
             parts.append(f"read {s.prefill.read_mib:.1f} MiB for prompts, {s.decode.read_mib:.1f} for answers")
-        if self.llm.routing and self.llm.routing.lossy:
+        if self.llm.routing and self.llm.routing.lossy and not options.changes_nothing(self.llm):
             parts.append(f"swapped {s.decode.swapped}/{s.decode.examined}")
         if s.decode.dropped:
             parts.append(f"dropped {s.decode.dropped}/{s.decode.examined}")

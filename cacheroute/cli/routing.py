@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from cacheroute.cli.terminal import columns, folded
+from cacheroute.cli import table
+from cacheroute.cli.terminal import folded
 from cacheroute.routing import prompt_routing, strategies
 from cacheroute.routing.strategies import Parameter
 
@@ -24,13 +24,13 @@ def routing() -> None:
 
 
 def _print(form: str, meaning: str) -> None:
-    width = columns(sys.stdout)
-    print("\n".join([*folded(form, width, 4), *(f"    {line}" for line in folded(meaning, width and width - 4))]))
+    width = table.columns()
+    print("\n".join([*folded(form, width, 4), *(f"    {line}" for line in folded(meaning, width - 4))]))
 
 
 def _print_parameters(known: Sequence[Parameter]) -> None:
     for p in known:
         high = "" if p.high is None else f"..{p.high:g}"
-        width = columns(sys.stdout)
-        lines = folded(f"{p.name:9} {p.low:g}{high or ' or more'}: {p.meaning}", width and width - 4, 10)
+        width = table.columns()
+        lines = folded(f"{p.name:9} {p.low:g}{high or ' or more'}: {p.meaning}", width - 4, 10)
         print("\n".join(f"    {line}" for line in lines))

@@ -47,7 +47,12 @@ def serve(
 
     /v1/chat/completions and /v1/completions with streaming, stop strings, JSON schemas and logprobs; /v1/models, /health, and
     /metrics for Prometheus. `usage` has cacheroute's own counters. A client that leaves stops its answer. Without --host only
-    this machine is heard. Ctrl-C ends the server.
+    this machine is heard. Ctrl-C or SIGTERM ends the server.
+
+    \b
+    curl http://127.0.0.1:8080/v1/chat/completions \\
+      -H "Content-Type: application/json" \\
+      -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
     if not is_text(api_key or "") or not is_text(alias):
         raise UsageError("A key and a name are UTF-8 text.")
@@ -84,7 +89,7 @@ def serve(
                 bound,
                 Limits(max_body * MIB, timeout, queue),
                 key=api_key or "",
-                started=lambda: say(f"{name}: listening on {server.url(bound)} (Ctrl-C ends it)"),
+                started=lambda: say(f"{name}: listening on {server.url(bound)} (Ctrl-C or SIGTERM ends it)"),
                 fault=lambda e: say(f"cacheroute: a request failed ({type(e).__name__}: {e})."),
                 line=say if verbose else lambda _: None,
             )

@@ -57,7 +57,7 @@ def say_start(llm: Llama, asked: Settings, *, quiet: bool = False) -> None:
         nothing_read = llm.routing and not llm.routing.lossy and llm.budget.capacity == llm.layout.n_expert
         if asked.routing == tuned.NAME and nothing_read:
             say("all experts are in memory: nothing is read, so a tuned routing has nothing to save")
-    options.say_lossy(llm)
+    options.say_lossy(llm, quiet=quiet)
     llm.budget_changed = said_changes(llm.layout, llm.budget)
 
 

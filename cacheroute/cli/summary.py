@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cacheroute import interrupts
+from cacheroute.cli import options
 from cacheroute.cli.terminal import say
 from cacheroute.engine.stats import Counters, Stats
 from cacheroute.files import MIB, as_json
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from cacheroute.engine.completion import Completion
 
 INTERRUPTED = "interrupted"  # a finish_reason
+_LONG_SECONDS = 2.0  # from which on the time to the first token is named unasked
 
 
 def report(run: Completion, output: str, path: Path, *, verbose: bool, quiet: bool) -> None:
@@ -54,7 +56,12 @@ def as_object(run: Completion, path: Path) -> dict[str, Any]:
 
 
 def brief(run: Completion, decode: Counters, prompt: Counters) -> str:
-    """Tokens, speed and misses; of a lossy routing how often it chose other experts. The counters are those of this answer."""
+    """Tokens, speed and misses; of a lossy routing how often it chose other experts; a first token that was waited for. The
+    counters are those of this answer."""
+    return ", ".join([*_brief(run, decode, prompt), *_waited(run)])
+
+
+def _brief(run: Completion, decode: Counters, prompt: Counters) -> list[str]:
     llm = run.llm
     parts = [_speed(run)]
     if llm.io == "load":
@@ -62,11 +69,17 @@ def brief(run: Completion, decode: Counters, prompt: Counters) -> str:
     elif decode.hits + decode.misses:
         what = "missed, and not read" if llm.io == "none" else "read from disk"
         parts.append(f"{_percent(decode.miss_rate)} of experts {what}")
-    if llm.routing and llm.routing.lossy:
+    if llm.routing and llm.routing.lossy and (decode.swapped or decode.dropped or not options.changes_nothing(llm)):
         parts.append(_swaps(decode))
     if llm.prompt_routing.lossy:
         parts.append(f"prompt {_swaps(prompt)}")
-    return ", ".join(parts)
+    return parts
+
+
+def _waited(run: Completion) -> list[str]:
+    """The time to the first token, where it was long: the tokens per second do not have it."""
+    seconds = run.first - run.started if run.first else 0.0
+    return [f"first token after {seconds:.{0 if seconds >= 10 else 1}f} s"] if seconds > _LONG_SECONDS else []
 
 
 def whole(run: Completion) -> str:
@@ -95,7 +108,7 @@ def whole(run: Completion) -> str:
 
 def turn(run: Completion, decode: Counters, prompt: Counters, *, verbose: bool) -> str:
     """The line under an answer of `chat`, from the counters of that turn."""
-    text = brief(run, decode, prompt)
+    text = ", ".join([*_brief(run, decode, prompt), *([] if verbose else _waited(run))])
     if verbose and run.first:
         text += f", first token {run.first - run.started:.1f} s ({prompt.tokens} of {len(run.prompt.tokens)} evaluated)"
         text += f", read {prompt.read_mib:.1f} MiB for the prompt and {decode.read_mib_per_token:.2f} MiB/token"

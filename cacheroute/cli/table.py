@@ -68,8 +68,11 @@ def columns() -> int:
 
 
 def show(table: Sequence[str], above: Sequence[str] = (), below: Sequence[str] = ()) -> None:
-    """Prints the lines of a table of text with lines in words around it: on a terminal its head in bold, and doubts in yellow."""
+    """Prints the lines of a table of text with lines in words around it: on a terminal its head in bold, and doubts in yellow.
+    The lines in words are broken where a terminal ends, or would."""
     above, below = [printable(line) for line in above], [printable(line) for line in below]
+    if not sys.stdout.isatty():
+        above, below = ([part for line in lines for part in terminal.folded(line, columns(), 2)] for lines in (above, below))
     lines = [*above, *([""] if above else []), *table, *([""] if below else []), *below]
     if not sys.stdout.isatty():
         print("\n".join(lines))

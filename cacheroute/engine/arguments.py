@@ -11,6 +11,7 @@ from cacheroute.errors import UsageError, did_you_mean
 
 OWN = ("use_mmap", "use_mlock", "lazy_mode")  # not for the caller
 _PATCHED = ("lazy_mode", "use_extra_bufts")  # patches/0002-lazy-experts.patch takes them out of **kwargs
+_GPU = {"n_gpu_layers": 0, "main_gpu": 0, "tensor_split": None}  # and what leaves everything on the CPU
 _SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_threads": 1, "n_threads_batch": 1}  # and their least
 
 
@@ -37,12 +38,15 @@ def check_names(arguments: Collection[str], *classes: type) -> None:
 
 
 def check(arguments: dict[str, Any]) -> None:
-    """Raises UsageError for one that is not for the caller, or a number that C cannot hold."""
+    """Raises UsageError for one that is not for the caller, for what asks for a GPU, or a number that C cannot hold."""
     for name in OWN:
         if name in arguments:
             raise UsageError(
                 f"{name} is not for the caller to choose: what is mapped and what is read follows from budget and io."
             )
+    for name, none in _GPU.items():
+        if arguments.get(name, none) not in (none, None):
+            raise UsageError(f"{name}={arguments[name]!r} asks for a GPU, and experts run on the CPU here: leave it out.")
     for name, least in _SIZES.items():
         if arguments.get(name) is not None and not least <= arguments[name] < 2**31:
             raise UsageError(f"{name} is at least {least} and below 2^31, not {arguments[name]}.")

@@ -139,7 +139,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Forecast:
-    """`fits` False: no budget does, `refusal` says why, and there are no decisions."""
+    """`fits` False: no budget does, `refusal` says why, and there are no decisions. `crowded`: other programs computed while this
+    machine was measured, so that it is faster than this."""
 
     model: str
     path: str | None
@@ -154,6 +155,7 @@ class Forecast:
     prompts: tuple[PromptForecast, ...]
     decisions: tuple[Decision, ...]
     inputs: tuple[Input, ...]
+    crowded: bool = False
 
     @property
     def capacity(self) -> int | None:
@@ -196,7 +198,20 @@ def of(
         refusal = str(memory_plan.refusal(plan, work.name))
         inputs = tuple(_inputs(work, plan, machine, (), given_memory))
         return Forecast(
-            work.name, _text(path), work.n_expert, work.n_used, n_ctx, False, refusal, memory, budgets, (), (), (), inputs
+            work.name,
+            _text(path),
+            work.n_expert,
+            work.n_used,
+            n_ctx,
+            False,
+            refusal,
+            memory,
+            budgets,
+            (),
+            (),
+            (),
+            inputs,
+            machine.speed.crowded,
         )
     wanted: list[Tuned] = [Tuned(strategies.parse(name), evictions.DEFAULT, None) for name in ROUTINGS]
     if capacity == plan.n_expert:
@@ -209,7 +224,7 @@ def of(
     inputs = tuple(_inputs(work, plan, machine, routings, given_memory))
     return Forecast(
         work.name, _text(path), work.n_expert, work.n_used, n_ctx, True, None, memory, budgets, routings, prompts,
-        tuple(decisions), inputs,
+        tuple(decisions), inputs, machine.speed.crowded,
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def check_budget(model: GgufFile, layout: ExpertLayout, n_ctx: int, budget_bytes
     left = free - layout.dense_bytes - context
     experts = min(max(left, 0) // layout.resident_bytes, layout.n_expert - whole)
     raise UsageError(
-        f"{layout.paths[0]} needs {size(dense + context + budget_bytes)} of memory ({size(dense)} of dense weights, "
+        f"{layout.paths[0].name} needs {size(dense + context + budget_bytes)} of memory ({size(dense)} of dense weights, "
         f"{size(context)} of context, {size(budget_bytes)} of experts), and {size(free)} are free: {_advice(experts, layout)}."
     )
 

@@ -22,6 +22,7 @@ class Chart:
     """`draw` fills a figure of style.WIDTH and `height` inches; `cells` are the same as a table; the first row is the head.
 
     `alt` says in a sentence or two what is to be seen, for those who do not see it; it is written into the file, too.
+    `legend` says what marks in the table mean.
     """
 
     cells: list[list[str]]
@@ -29,6 +30,7 @@ class Chart:
     alt: str
     note: str = ""
     height: float = 5
+    legend: str = ""
 
 
 def save(chart: Chart, path: Path, *, force: bool = False) -> None:

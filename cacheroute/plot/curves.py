@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ _SPEEDUPS = (1.25, 1.5, 2.0)  # over `original` at the same budget: where strate
 _NEAR = 0.06  # of an axis: labels of points closer than that would cover each other
 _LITTLE = 1.0  # percent of loss
 _FEW = 3  # points above the axis that are labelled one by one
+_UNCLEAR = "?"  # in place of the mark of the best
 _FILLS = ("full", "none", "bottom", "left")  # of marks, by eviction
 
 
@@ -34,6 +35,11 @@ class _Quality:
     read: Callable[[float], float]
     low: str = ""
     high: str = ""
+
+    @property
+    def is_change(self) -> bool:
+        """Whether it is what a routing changes, in percent, 0 of `original`."""
+        return "%" in self.label
 
 
 # the most exact first
@@ -58,6 +64,20 @@ class _Point:
     def variant(self) -> tuple[str, bool]:
         return self.row.eviction, self.row.shuffled
 
+    @property
+    def choosable(self) -> bool:
+        """Whether a run can have it: the offline optimum needs the future, and tokens in random order are no text."""
+        return self.row.eviction != "belady" and not self.row.shuffled
+
+    @property
+    def unclear(self) -> bool:
+        """Whether its interval includes no change, so that it cannot be called better or worse than `original`."""
+        return self.low is not None and self.high is not None and self.low <= 0 <= self.high and self.row.strategy != "original"
+
+
+_Better = Callable[[_Point, _Point], bool]
+"""Whether the first point's MiB, or tok/s, are better than the second's."""
+
 
 def have_quality(rows: Sequence[Row]) -> bool:
     """Whether a quality can be shown of any of them."""
@@ -74,13 +94,19 @@ def frontier(rows: Sequence[Row]) -> Chart:
     kind = kinds.pop()
     quality, known, note = _qualities(rows)
     points = sorted((_point(row, row.mib_per_token, quality) for row in known), key=lambda p: (p.x, p.y))
-    best = _best(points)
+    best = _best(points, _fewer)
     cells = [["budget", "routing", "eviction", f"{kind} MiB/token", quality.label, "best"]]
     for p in points:
-        mark = "*" * (p in best)
+        mark = _UNCLEAR if quality.is_change and p.unclear else "*" * (p in best)
         cells.append([p.row.budget, name(p.row), p.row.eviction, f"{p.x:.3f}", f"{p.y:.3f}", mark])
     x = f"MiB {kind} per token"
-    return Chart(cells, _drawing(points, best, x, quality.label), _alt(points, quality, x), note)
+    of = quality.label.replace(", %", "")
+    legend = f"*: at its budget nothing that can be chosen has both fewer MiB and less {of.replace(' increase', '')}"
+    if not all(p.choosable for p in points):
+        legend += "; belady needs the future, and shuffled tokens are no text"
+    if any(row[-1] == _UNCLEAR for row in cells):
+        legend += f"; {_UNCLEAR}: the 95% interval of its change includes 0, so it is not compared"
+    return Chart(cells, _drawing(points, best, x, quality.label), _alt(points, quality, x, _fewer), note, legend=f"{legend}.")
 
 
 def _qualities(rows: Sequence[Row]) -> tuple[_Quality, list[Row], str]:
@@ -101,12 +127,29 @@ def _point(row: Row, x: float, quality: _Quality) -> _Point:
     return _Point(row, x, quality.read(getattr(row, quality.field)), read(quality.low), read(quality.high))
 
 
-def _best(points: Sequence[_Point]) -> list[_Point]:
-    """Those than which no other has fewer MiB and loses less. `points` by x, then y."""
-    return [p for i, p in enumerate(points) if all(p.y < before.y for before in points[:i])]
+def _fewer(a: _Point, b: _Point) -> bool:
+    """Whether `a` has fewer MiB than `b`."""
+    return a.x < b.x
 
 
-def _alt(points: Sequence[_Point], quality: _Quality, x: str) -> str:
+def _faster(a: _Point, b: _Point) -> bool:
+    """Whether `a` has more tok/s than `b`."""
+    return a.x > b.x
+
+
+def _best(points: Sequence[_Point], better: _Better) -> list[_Point]:
+    """At each budget those that can be chosen, and whose change is clear, that no other such one beats in both figures, or in one
+    and equals in the other."""
+    known = [p for p in points if p.choosable and not p.unclear]
+
+    def beaten(p: _Point) -> bool:
+        same = (q for q in known if q.row.budget_experts == p.row.budget_experts)
+        return any((better(q, p) and q.y <= p.y) or (q.y < p.y and not better(p, q)) for q in same)
+
+    return [p for p in known if not beaten(p)]
+
+
+def _alt(points: Sequence[_Point], quality: _Quality, x: str, better: _Better) -> str:
     """What there is to see, and the greatest gain for at most _LITTLE percent of loss."""
     series = dict.fromkeys(words.strategy(p.row.strategy) for p in points)
     budgets = dict.fromkeys(words.budget(p.row.budget) for p in sorted(points, key=lambda p: p.row.budget_experts))
@@ -115,14 +158,31 @@ def _alt(points: Sequence[_Point], quality: _Quality, x: str) -> str:
         f"{what[0].upper()}{what[1:]} against {x}, {points[0].row.model or 'one model'}, with {words.listed(list(budgets))} "
         f"of the experts in memory: {words.listed(list(series))}."
     )
-    base = {(p.row.budget, p.variant): p for p in points if p.row.strategy == "original"}
-    pairs = [(p, base[p.row.budget, p.variant]) for p in points if (p.row.budget, p.variant) in base]
-    cheap = [(p, o) for p, o in pairs if p is not o and p.y <= _LITTLE and min(p.x, o.x) > 0] if "%" in quality.label else []
+    return " ".join([said, *_gain(points, quality, better)]) if quality.is_change else said
+
+
+def _gain(points: Sequence[_Point], quality: _Quality, better: _Better) -> Iterator[str]:
+    """The choice with the greatest gain over `original` of its own budget and eviction. Where there is one whose change is clear,
+    it is one that none beats in both figures."""
+    own = [p for p in points if p.choosable]
+    base = {(p.row.budget, p.variant): p for p in own if p.row.strategy == "original"}
+    pairs = [(p, base[p.row.budget, p.variant]) for p in own if (p.row.budget, p.variant) in base]
+    cheap = [(p, o) for p, o in pairs if p is not o and p.y <= _LITTLE and min(p.x, o.x) > 0 and better(p, o)]
+    best = _best(points, better)
+    cheap = [(p, o) for p, o in cheap if p in best] or [(p, o) for p, o in cheap if p.unclear]
     if not cheap:
-        return said
+        return
     p, o = max(cheap, key=lambda pair: abs(math.log(pair[0].x / pair[1].x)))
-    routing, budget = words.routing(p.row.routing), words.budget(p.row.budget)
-    return f"{said} For {p.y:.2g}%, {routing} at {budget} has {p.x:.3g} in place of {o.x:.3g}."
+    several = len({q.row.eviction for q in own}) > 1
+    routing = words.routing(p.row.routing) + (f" with {words.eviction(p.row.eviction)}" if several else "")
+    has = f"{routing} at {words.budget(p.row.budget)} has {p.x:.3g} in place of {o.x:.3g} ({100 * (p.x / o.x - 1):+.0f}%)"
+    if p.unclear:
+        interval = f"95% interval {p.low:.2g}% to {p.high:.2g}%"
+        found = f"{has}, and its {quality.label.replace(', %', '')} is not clear of 0 ({interval})."
+    else:
+        found = f"for {p.y:.2g}%, {has}."
+    budgets = {q.row.budget_experts for q in own}
+    yield f"The greatest gain: {found}" if len(budgets) > 1 else found[0].upper() + found[1:]
 
 
 def speed(rows: Sequence[Row]) -> Chart:
@@ -143,8 +203,9 @@ def speed(rows: Sequence[Row]) -> Chart:
         cells.append([budget, strategy, eviction, *("-" if loss is None else f"{loss:.3f}" for loss in losses)])
     left = len(rows) - len(points)
     note = f"{left} rows without tok/s are left out." if left else ""
-    best = _best(sorted(points, key=lambda p: (-p.x, p.y)))
-    return Chart(cells, _drawing(points, best, "tok/s", quality.label), _alt(points, quality, "decoded tokens per second"), note)
+    best = _best(points, _faster)
+    alt = _alt(points, quality, "decoded tokens per second", _faster)
+    return Chart(cells, _drawing(points, best, "tok/s", quality.label), alt, note)
 
 
 def _at(speedup: float, base: _Point, own: Sequence[_Point]) -> float | None:

@@ -73,7 +73,7 @@ def automatic(plan: MemoryPlan, layout: ExpertLayout) -> str | int:
     if plan.free is None:
         return default_name(layout)
     if capacity is None:
-        raise memory_plan.refusal(plan, str(layout.paths[0]))
+        raise memory_plan.refusal(plan, layout.paths[0].name)
     return "all" if capacity == layout.n_expert else capacity
 
 

@@ -147,6 +147,11 @@ class Routing:
         return self.name != "original"
 
     @property
+    def needs_misses(self) -> bool:
+        """Whether it chooses as the model does wherever no expert is missing."""
+        return self.name in ("original", "max-rank", "cumsum", "cache-prior", "drop-cold")
+
+    @property
     def speculates(self) -> bool:
         """Whether it chooses by predicted scores, which only a running model has."""
         return self.name == SPECULATE
