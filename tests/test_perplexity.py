@@ -229,7 +229,7 @@ def test_a_change_that_may_be_none_is_called_so(low: float | None, high: float |
     pairs = (("original", 2.0), ("pruning:k=3", 1.0))
     rows: Any = [SimpleNamespace(**own, routing=routing, missed_mib_per_token=mib) for routing, mib in pairs]
     said = " ".join(evaluation._conclusions(rows))
-    assert said.startswith("Fewest misses at 50%: pruning:k=3 (lossy), misses 1.00 of 2.00 MiB a token, for +0.20 [")
+    assert said.startswith("Fewest misses at 50%: pruning:k=3 (lossy), misses 1.00 of 2.00 MiB a token, for +0.20 ")
     assert ("% of perplexity, which is not clear of 0" in said) is not clear
 
 

@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"
 
 def test_there_is_a_tour() -> None:
     tour = "\n".join(BLOCKS)
-    assert all(word in tour for word in ("stream=True", "create_chat_completion", "tuned", "stats()"))
+    assert all(word in tour for word in ("stream=True", "create_chat_completion", "cache-prior", "stats()"))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))

@@ -60,8 +60,7 @@ def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> No
     if free is None or needed <= free:
         return
     dense = sum(t.nbytes for t in model.tensors if "_exps" not in t.name)
-    left = (free - dense) * 7 // 8 - output_bytes(model, n_batch)
-    fits = max(left // max(least_bytes(model, 1), 1), 0)
+    fits = (free - dense) * 7 // 8 // max(least_bytes(model, 1, min(n_batch, 1)), 1)
     advice = f"give at most {fits} tokens with {option}" if fits >= _WORTH else "take a smaller model"
     raise UsageError(
         f"A context of {n_ctx} tokens takes {size(needed)} of memory beside the model, and {size(free)} are free: {advice}."
