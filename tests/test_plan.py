@@ -26,7 +26,7 @@ FAST = TypeSpeed(10e9, 100e9)
 
 @pytest.fixture(autouse=True)
 def machine(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels and drive of fixed speeds, and no models but those of the test."""
+    """Kernels and drive of fixed speeds, a disk with room, and no models but those of the test."""
 
     def measure(types: speed.Types, n_threads: int) -> ComputeSpeed:
         own = ({speed.measured_as(t): FAST for t in of} for of in (types.dense, types.experts, types.repacked))
@@ -38,6 +38,7 @@ def machine(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     readings = [storage.Reading("direct", 1000.0, 1.0), storage.Reading("buffered", 800.0, 1.0)]
     monkeypatch.setattr(storage, "measure", lambda _: readings)
+    monkeypatch.setattr(command, "free_disk", lambda _: 1000 * GIB)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home" / "hf"))
     for name in ("HF_HUB_CACHE", "OLLAMA_MODELS", "XDG_CACHE_HOME"):
