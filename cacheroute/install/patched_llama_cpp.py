@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +40,10 @@ def module() -> ModuleType:
     # today's enum ggml_log_level: llama-cpp-python has an older one, prints warnings as errors and hides errors
     levels = llama_cpp._logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL
     levels.update({1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR})
+    internals = llama_cpp._internals
+    for made in (internals.LlamaModel, internals.LlamaContext, internals.LlamaBatch, internals.LlamaSampler):
+        made._exit_stack = ExitStack()  # of one whose making Ctrl-C has ended: it has none of its own to close
+    internals.LlamaModel.sampler = None
     module: ModuleType = llama_cpp
     return module
 
