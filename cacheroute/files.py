@@ -35,7 +35,7 @@ UNITS = {
 """Bytes of each unit of a size, in small letters."""
 PACKAGE = Path(__file__).resolve().parent
 DEMO_TUNED = PACKAGE / "data" / "demo_tuned.json"
-"""The demo model's routing at a budget of 50%: what `cacheroute tune --budget 50% --limit 20000 --price-tokens 512 --workers 2`
+"""The demo model's routing at a budget of 50%: what `cacheroute tune --budget 50% --limit 10000 --price-tokens 512 --workers 2`
 wrote."""
 VERSION = importlib.metadata.version("cacheroute")
 
@@ -249,6 +249,16 @@ def _finite(content: Any) -> Any:
     if isinstance(content, dict):
         return {_finite(name): _finite(value) for name, value in content.items()}
     return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+def is_count(*values: object) -> bool:
+    """Whether each is a whole number of things, as JSON has it."""
+    return all(type(v) is int and v >= 0 for v in values)
+
+
+def is_number(*values: object) -> bool:
+    """Whether each is a number, and not NaN or infinity."""
+    return all(type(v) in (int, float) and math.isfinite(v) for v in values)  # type: ignore[arg-type]
 
 
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:

@@ -95,7 +95,6 @@ _ONE_TURN = ("-st", "--single-turn")
 _OTHERS = "-fa -fit -fitc -fitt -jinja -lcd -lcs -lm -lv -lzm -md -mg -mli -mm -mmdev -mmu -mu -ofreq -ot -otd -pps -ptc -rea"
 # What one command calls so is called otherwise in another: how much of a text or a task is measured
 _AMOUNTS = ("--limit", "--places", "--chunks")
-_OTHER_NAMES = {name: tuple(other for other in _AMOUNTS if other != name) for name in _AMOUNTS}
 _KILO = re.compile(r"(\d{1,9})[kK]")
 
 
@@ -167,7 +166,8 @@ def not_a_number(parameter: Any, words: Sequence[str]) -> str:
 def no_option(option: str, options: Mapping[str, Any], path: str) -> UsageError:
     """The error for an option that does not exist, with the one that was meant."""
     twin = f"-{option}" if f"-{option}" in options else ""
-    twin = twin or next((name for name in _OTHER_NAMES.get(_dashes(option), ()) if name in options), "")
+    if not twin and _dashes(option) in _AMOUNTS:
+        twin = next((name for name in _AMOUNTS if name in options), "")
     meant = f"did you mean {twin}?" if twin else did_you_mean(option, [name for name in options if len(name) > 2])
     return UsageError(f"There is no option {option}{f'; {meant}' if meant else '.'} See `{path} --help`.")
 

@@ -75,9 +75,11 @@ def _one(model: str, free: int | None, flash_mbps: float | None, n_ctx: int, n_t
     if entry and not catalogue.entry_path(entry):
         candidate = candidates.of_entry(entry, n_ctx=n_ctx, free=free)
         how = f"`cacheroute pull {model}` downloads it"
-        if not _has_room(candidate, free_disk(catalogue.hub_cache())):
-            room = size(free_disk(catalogue.hub_cache()) or 0)
-            how = f"it needs {size(candidate.nbytes)} of disk and {room} are free, so that `cacheroute pull` refuses it"
+        disk = free_disk(catalogue.hub_cache())
+        if not _has_room(candidate, disk):
+            how = (
+                f"it needs {size(candidate.nbytes)} of disk and {size(disk or 0)} are free, so that `cacheroute pull` refuses it"
+            )
         say(f"{model} is not here: this is by the catalogue's numbers; {how}")
     else:
         candidate = candidates.of_file(catalogue.resolve(model), name=model, n_ctx=n_ctx, free=free)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import cache_dir, recalled, remember
+from cacheroute.files import cache_dir, is_number, recalled, remember
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.native import bindings
 
@@ -192,13 +192,9 @@ def speeds(layout: ExpertLayout, rounds: int = 1) -> dict[str, float]:
     """10^6 bytes a second by io, as they were measured on this filesystem with experts of about this size, in so many rounds at
     least; {}: they were not."""
     found = recalled(cache_dir() / _SPEEDS).get(_place(layout.paths[0].stat().st_dev, layout))
-    if not isinstance(found, dict) or not _is_number(found.get(_ROUNDS_KEPT, 0)) or found.get(_ROUNDS_KEPT, 0) < rounds:
+    if not isinstance(found, dict) or not is_number(found.get(_ROUNDS_KEPT, 0)) or found.get(_ROUNDS_KEPT, 0) < rounds:
         return {}
-    return {io: float(found[io]) for io in (DIRECT, BUFFERED) if _is_number(found.get(io)) and 0 < found[io] < _FASTEST}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return {io: float(found[io]) for io in (DIRECT, BUFFERED) if is_number(found.get(io)) and 0 < found[io] < _FASTEST}
 
 
 def remember_speeds(layout: ExpertLayout, measured: dict[str, float], rounds: int = 1) -> None:

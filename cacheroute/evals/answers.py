@@ -25,9 +25,9 @@ from cacheroute.errors import CacherouteError
 from cacheroute.evals.perplexity import missed_bytes
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Job, Loaded
-from cacheroute.evals.session import is_count, is_number, kept_scores, opened
+from cacheroute.evals.session import kept_scores, opened
 from cacheroute.evals.tasks import Heads, TaskScorer
-from cacheroute.files import MIB
+from cacheroute.files import MIB, is_count, is_number
 from cacheroute.routing.strategies import Routing, routing_key
 
 if TYPE_CHECKING:

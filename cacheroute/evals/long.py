@@ -29,8 +29,9 @@ from cacheroute.evals.perplexity import Floats, LogP, log_probabilities, score
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.rows import Arm
 from cacheroute.evals.runner import Job, Loaded
-from cacheroute.evals.session import floats32, is_count, kept_scores, opened
+from cacheroute.evals.session import floats32, kept_scores, opened
 from cacheroute.evals.text import Chunk
+from cacheroute.files import is_count
 from cacheroute.routing.strategies import Routing, parse, routing_key
 
 if TYPE_CHECKING:

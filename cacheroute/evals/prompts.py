@@ -25,9 +25,9 @@ from cacheroute.errors import UsageError
 from cacheroute.evals import loading, paired, text
 from cacheroute.evals.perplexity import Floats, LogP, log_probabilities
 from cacheroute.evals.results import ResultsFile
-from cacheroute.evals.session import floats32, is_count, kept_scores
+from cacheroute.evals.session import floats32, kept_scores
 from cacheroute.evals.text import Chunk
-from cacheroute.files import MIB
+from cacheroute.files import MIB, is_count
 from cacheroute.install.machine import big_cores
 from cacheroute.routing import budget as budgets
 from cacheroute.routing.prompt_routing import PromptRouting

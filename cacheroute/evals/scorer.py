@@ -19,8 +19,9 @@ from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, processes, reference
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Cell, Job, Request, Runner, compute
-from cacheroute.evals.session import floats32, header_of, is_count, is_number, kept_scores, opened, score_file
+from cacheroute.evals.session import floats32, header_of, kept_scores, opened, score_file
 from cacheroute.evals.text import Chunk, first_ones
+from cacheroute.files import is_count, is_number
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.routing.strategies import Routing
 from cacheroute.trace import score_files

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -128,23 +127,12 @@ class KeptScores(ResultsFile):
         print(f"{why.rstrip('.')}; scores are not kept, and another run computes them again.", file=sys.stderr)
 
 
-def is_count(*values: object) -> bool:
-    """Whether each is a whole number of things, as JSON has it."""
-    return all(type(v) is int and v >= 0 for v in values)
-
-
-def is_number(*values: object) -> bool:
-    """Whether each is a number, and not NaN or infinity."""
-    return all(type(v) in (int, float) and math.isfinite(v) for v in values)  # type: ignore[arg-type]
-
-
-def floats32(text: object, n: int | None = None) -> bytes:
-    """Finite little-endian float32 values, `n` of them where that is given, that were kept as base64. Raises ValueError for
-    anything else."""
+def floats32(text: object) -> bytes:
+    """Finite little-endian float32 values that were kept as base64. Raises ValueError for anything else."""
     data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
     values = np.frombuffer(data, "<f4") if data and len(data) % 4 == 0 else None
-    if values is None or not np.isfinite(values).all() or n not in (None, len(values)):
-        raise ValueError("these are not the values of so many tokens")
+    if values is None or not np.isfinite(values).all():
+        raise ValueError("these are not the values of tokens")
     return data
 
 

@@ -65,11 +65,6 @@ class _Point:
         return self.row.eviction, self.row.shuffled
 
     @property
-    def choosable(self) -> bool:
-        """Whether a run can have it: the offline optimum needs the future, and tokens in random order are no text."""
-        return self.row.eviction != "belady" and not self.row.shuffled
-
-    @property
     def unclear(self) -> bool:
         """Whether its interval includes no change, so that it cannot be called better or worse than `original`."""
         return self.low is not None and self.high is not None and self.low <= 0 <= self.high and self.row.strategy != "original"
@@ -102,7 +97,7 @@ def frontier(rows: Sequence[Row]) -> Chart:
     x = f"MiB {kind} per token"
     of = quality.label.replace(", %", "")
     legend = f"*: at its budget nothing that can be chosen has both fewer MiB and less {of.replace(' increase', '')}"
-    if not all(p.choosable for p in points):
+    if not all(p.row.choosable for p in points):
         legend += "; belady needs the future, and shuffled tokens are no text"
     if any(row[-1] == _UNCLEAR for row in cells):
         legend += f"; {_UNCLEAR}: the 95% interval of its change includes 0, so it is not compared"
@@ -140,7 +135,7 @@ def _faster(a: _Point, b: _Point) -> bool:
 def _best(points: Sequence[_Point], better: _Better) -> list[_Point]:
     """At each budget those that can be chosen, and whose change is clear, that no other such one beats in both figures, or in one
     and equals in the other."""
-    known = [p for p in points if p.choosable and not p.unclear]
+    known = [p for p in points if p.row.choosable and not p.unclear]
 
     def beaten(p: _Point) -> bool:
         same = (q for q in known if q.row.budget_experts == p.row.budget_experts)
@@ -164,7 +159,7 @@ def _alt(points: Sequence[_Point], quality: _Quality, x: str, better: _Better) -
 def _gain(points: Sequence[_Point], quality: _Quality, better: _Better) -> Iterator[str]:
     """The choice with the greatest gain over `original` of its own budget and eviction. Where there is one whose change is clear,
     it is one that none beats in both figures."""
-    own = [p for p in points if p.choosable]
+    own = [p for p in points if p.row.choosable]
     base = {(p.row.budget, p.variant): p for p in own if p.row.strategy == "original"}
     pairs = [(p, base[p.row.budget, p.variant]) for p in own if (p.row.budget, p.variant) in base]
     cheap = [(p, o) for p, o in pairs if p is not o and p.y <= _LITTLE and min(p.x, o.x) > 0 and better(p, o)]

@@ -47,7 +47,7 @@ def chart(rows: Sequence[Row]) -> Chart:
         _ticks(axes, rows)
         axes.set_ylim(bottom=0)
 
-    chosen = [row for row in rows if row.eviction != "belady" and not row.shuffled] or rows  # by a run, which has no future
+    chosen = [row for row in rows if row.choosable] or rows
     best = min(chosen, key=lambda row: (row.miss_rate, row.budget_experts))
     alt = (
         f"Share of the chosen experts that had to be read against the experts in memory, {rows[0].model}: {len(series)} lines; "

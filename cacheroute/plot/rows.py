@@ -46,6 +46,11 @@ class Row:
     def strategy(self) -> str:
         return self.routing.partition(":")[0]
 
+    @property
+    def choosable(self) -> bool:
+        """Whether a run can have it: the offline optimum needs the future, and tokens in random order are no text."""
+        return self.eviction != "belady" and not self.shuffled
+
 
 def read(path: Path) -> list[dict[str, Any]]:
     """What a json, jsonl or csv file holds: rows, and perhaps a header. Raises UsageError when it is none of them."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cacheroute.errors import UsageError
-from cacheroute.files import read_json, write_json
+from cacheroute.files import is_count, read_json, write_json
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.trace.trace_file import Trace
 
@@ -67,10 +68,10 @@ def save(profile: TaskProfile, path: Path, *, force: bool = False) -> None:
     write_json(path, {"format": FORMAT, "version": VERSION, **asdict(profile)}, force=force)
 
 
-def _count(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
+def _count(value: Any) -> int:
+    if not is_count(value) or value >= 2**63:
         raise ValueError(f"{value!r} is no number of uses")
-    return value
+    return int(value)
 
 
 def load(path: Path) -> TaskProfile:
