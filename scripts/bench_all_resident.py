@@ -31,7 +31,7 @@ def load(side: str, model: str, n_ctx: int, n_threads: int) -> Any:
     if side == "stock":
         import llama_cpp
 
-        return llama_cpp.Llama(model, **settings)
+        return llama_cpp.Llama(model, flash_attn_type=2, **settings)  # for prompts, as here: engine/flash_attention.py
     from cacheroute import Llama
 
     llm = Llama(model, budget="all", **settings)

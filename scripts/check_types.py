@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheroute import Llama
+from cacheroute.engine.flash_attention import FlashAttention
 from cacheroute.engine.stats import kernel_counters
 from cacheroute.errors import CacherouteError
 from cacheroute.files import MIB
@@ -105,7 +106,9 @@ def check(args: argparse.Namespace) -> int:
     good, options = True, OPTIONS | {"n_ubatch": -(-args.tokens // 2)}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = shapes.write(args.name, Path(folder) / "m.gguf", layers=args.layers, quant=args.type)
-        with contextlib.closing(llama_cpp.Llama(str(path), lazy_mode=3, use_mmap=False, **options)) as plain:
+        with contextlib.closing(
+            llama_cpp.Llama(str(path), flash_attn_type=FlashAttention.PROMPTS, lazy_mode=3, use_mmap=False, **options)
+        ) as plain:
             tokens = [int(t) for t in np.random.default_rng(0).integers(3, plain.n_vocab(), args.tokens + args.n)]
             expected = logits(plain, tokens, args.tokens, lambda: None)
         print("|", " | ".join(COLUMNS), "|")

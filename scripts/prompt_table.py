@@ -192,13 +192,13 @@ def main() -> int:
     parser.add_argument("--prompt-routing", type=several(str), default=["keep:cover=0.7"])
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int, default=cores())
-    parser.add_argument("-fa", "--flash-attn", action="store_true")
+    parser.add_argument("-fa", "--flash-attn", choices=("prompts", "on", "off"), default="prompts")
     args = parser.parse_args()
     longest = args.turns * (args.tokens[0] + DECODED) if args.turns else max(args.tokens)
     try:
         llm = Llama(
             args.model, budget=args.budget, io=args.io, n_ctx=max(longest + 8, micro_batch.LEAST), n_threads=args.threads,
-            n_threads_batch=args.threads, flash_attn=args.flash_attn, verbose=False,
+            n_threads_batch=args.threads, flash_attn={"on": True, "off": False}.get(args.flash_attn), verbose=False,
         )  # fmt: skip
         for line in (conversation if args.turns else table)(llm, args):
             print(line, flush=True)

@@ -19,6 +19,7 @@ from cacheroute import CacherouteError, Llama
 from cacheroute.cli import app
 from cacheroute.engine import stores
 from cacheroute.engine.embeddings import tensor_address
+from cacheroute.engine.flash_attention import FlashAttention
 from cacheroute.errors import UsageError
 from cacheroute.model import context_memory, experts, gguf_file
 from support import tiny_models
@@ -61,7 +62,7 @@ def assert_same_bits(a: Floats, b: Floats) -> None:
 @pytest.mark.parametrize("arch", tiny_models.ARCHS)
 def test_it_is_llama_cpp_as_that_loads_a_model(arch: str, tmp_path: Path) -> None:
     path = tiny_models.write(arch, tmp_path / "m.gguf", quant="MXFP4" if arch == "gpt-oss" else "Q4_0", n_embd=64, n_ff=64)
-    with contextlib.closing(llama_cpp.Llama(str(path), **SIZES)) as stock:
+    with contextlib.closing(llama_cpp.Llama(str(path), flash_attn_type=FlashAttention.PROMPTS, **SIZES)) as stock:
         expected = logits(stock)
     with loaded(path) as llm:
         for routing in ("original", "cache-prior:lambda=1", "original"):

@@ -12,6 +12,7 @@ import pytest
 
 from cacheroute import Llama
 from cacheroute.engine import micro_batch
+from cacheroute.engine.flash_attention import FlashAttention
 from cacheroute.engine.micro_batch import LEAST, MicroBatches
 from cacheroute.files import MIB
 from cacheroute.model import context_memory, experts, gguf_file
@@ -27,7 +28,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batches(model: Path, n_ctx: int = 4096, **settings: Any) -> MicroBatches:
     header = gguf_file.read(model)
-    return MicroBatches(header, experts.layout(header), n_ctx=n_ctx, **{"flash_attn": False, "all_outputs": False, **settings})
+    settings = {"flash_attn": FlashAttention.NEVER, "all_outputs": False} | settings
+    return MicroBatches(header, experts.layout(header), n_ctx=n_ctx, **settings)
 
 
 def plan(
@@ -84,7 +86,7 @@ def test_a_model_that_is_loaded_whole_takes_llama_cpps_passes_or_what_fits(monke
     each = context_memory.compute_bytes(header, layout, 1, 4096, flash_attn=False, n_outputs=0)
     for free, length in ((None, 512), (2**40, 512), (0, LEAST), ((loaded + 200 * each) * 16 // 15 + 16, 200)):
         monkeypatch.setattr(micro_batch, "available_memory", lambda free=free: free)
-        assert micro_batch.length_beside_all(header, layout, 4096, flash_attn=False, all_outputs=False) == length
+        assert micro_batch.length_beside_all(header, layout, 4096, flash_attn=FlashAttention.NEVER, all_outputs=False) == length
 
 
 def test_scores_of_every_token_count(model: Path) -> None:
@@ -98,8 +100,9 @@ GROWTH = """
 import sys
 from cacheroute import Llama
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
-settings = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "flash_attn": len(sys.argv) > 2}
-llm = Llama(sys.argv[1], budget=4, io="direct", **settings)
+settings = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+flash_attn = {"never": False, "always": True, "prompts": None}[sys.argv[2]]
+llm = Llama(sys.argv[1], budget=4, io="direct", flash_attn=flash_attn, **settings)
 llm.eval(list(range(3, 40)))
 llm.reset()
 plan, before = llm.plan(1500), resident()
@@ -110,10 +113,10 @@ print(plan.compute, resident() - before)
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 @pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss", "deepseek2"])
-@pytest.mark.parametrize("flash_attn", [[], ["-fa"]])
-def test_the_estimate_is_not_below_what_a_pass_takes(tmp_path: Path, arch: str, flash_attn: list[str]) -> None:
+@pytest.mark.parametrize("flash_attn", ["never", "always", "prompts"])
+def test_the_estimate_is_not_below_what_a_pass_takes(tmp_path: Path, arch: str, flash_attn: str) -> None:
     path = tiny_models.write(arch, tmp_path / "m.gguf", n_embd=256, n_ff=256)
-    done = subprocess.run([sys.executable, "-c", GROWTH, str(path), *flash_attn], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", GROWTH, str(path), flash_attn], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done
     estimate, growth = map(int, done.stdout.split())
     assert growth < 1.1 * estimate + 8 * MIB

@@ -79,7 +79,8 @@ def limit_for(llm: Llama, budget: str, tokens: Sequence[int], n_prompt: int) -> 
 
 def _request(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int, *, repack: bool) -> Request:
     p = llm.context_params
-    engine = {name: getattr(p, name) for name in ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")}
+    names = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch", "flash_attn_type")
+    engine = {name: getattr(p, name) for name in names}
     return Request(llm.model_path, engine | {"use_extra_bufts": repack}, list(tokens), n_prompt, n_gen)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cacheroute import interrupts
 from cacheroute.engine import callbacks, progress
 from cacheroute.engine.configured import ConfiguredLlama
+from cacheroute.engine.flash_attention import FlashAttention
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import patched_llama_cpp
 from cacheroute.install.machine import available_memory
@@ -118,7 +119,7 @@ class ComputingLlama(ConfiguredLlama):
 
     def _set_threads(self) -> None:
         """Of decoding, fewer beside other work. Flash attention sums in another order with other threads: there it stays."""
-        n = self.n_threads if self.context_params.flash_attn_type > 0 else self._threads.look()
+        n = self.n_threads if self.context_params.flash_attn_type == FlashAttention.ALWAYS else self._threads.look()
         if n != self._n_threads_set:
             self._n_threads_set = n
             self._ctx.set_n_threads(n, self.n_threads_batch)

@@ -18,6 +18,7 @@ from cacheroute.engine import arguments, choice, load_progress, log, progress, s
 from cacheroute.engine.compute_threads import ComputeThreads
 from cacheroute.engine.computing import ComputingLlama
 from cacheroute.engine.embeddings import MappedEmbeddings
+from cacheroute.engine.flash_attention import FlashAttention
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.memory_watch import MemoryWatch
 from cacheroute.engine.micro_batch import UPSTREAM, MicroBatches, length_beside_all
@@ -70,6 +71,8 @@ class Llama(ComputingLlama):
             thread; what it raises is raised when the prompt has been computed. Also an attribute; a pickled model has none.
         prompt_routing: how the experts of prompts are chosen: "original", "keep:cover=0.9", which reads fewer of them and is
             lossy (`cacheroute routing`), or "tuned".
+        flash_attn: True: of every token; False: never; None: of prompts, in passes of 64 tokens and more, where it is faster and
+            takes less memory, while it decodes more slowly.
         Everything else: as llama_cpp.Llama.
 
     Policies act on decoded tokens; prompts are routed by `prompt_routing`. generate() and everything above it know which is
@@ -133,9 +136,10 @@ class Llama(ComputingLlama):
         self.header, self.layout = header, experts.layout(header)
         arguments.check_pace(flash_mbps)
         paced = flash_mbps is not None
+        flash_attn = FlashAttention.of(kwargs.get("flash_attn"), kwargs.get("type_k"), kwargs.get("type_v"))
         plan = None
         if choice.follows_memory(budget, routing, io):
-            own = {"n_ctx": kwargs.get("n_ctx", 512), "flash_attn": bool(kwargs.get("flash_attn"))}
+            own = {"n_ctx": kwargs.get("n_ctx", 512), "flash_attn": flash_attn is not FlashAttention.NEVER}
             whole = io in (stores.AUTO, stores.LOAD) and not paced and not prefetch
             plan = memory_plan.of(header, self.layout, whole=whole, **own)
         budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
@@ -148,7 +152,7 @@ class Llama(ComputingLlama):
             nbytes = settings.budget.nbytes if settings.routing else 0
             context_memory.check_budget(header, self.layout, kwargs.get("n_ctx", 512), nbytes)
         given = [n for n in (n_ubatch, n_batch) if n]
-        n_ctx, flash_attn = kwargs.get("n_ctx", 512), bool(kwargs.get("flash_attn"))
+        n_ctx = kwargs.get("n_ctx", 512)
         all_outputs = bool(kwargs.get("logits_all") or kwargs.get("draft_model"))
         if kwargs.get("embedding"):  # llama.cpp takes n_batch for the number of sequences, too
             given = given or [UPSTREAM]
@@ -164,6 +168,7 @@ class Llama(ComputingLlama):
             length=min(given, default=None),
         )
         kwargs |= {"n_ubatch": self._batches.ceiling, "n_batch": n_batch or max(UPSTREAM if given else 0, self._batches.ceiling)}
+        kwargs["flash_attn_type"] = int(flash_attn)
         kwargs["lazy_mode"] = _LAZY_MODE_OFF if self._loaded else _LAZY_MODE_EXPERTS
         self._files = OpenFiles(self.layout.paths)
         refused: list[str] = []

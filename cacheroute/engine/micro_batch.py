@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cacheroute.engine.flash_attention import FlashAttention
 from cacheroute.install.machine import available_memory, memory, ulimit_room
 from cacheroute.model import context_memory
 from cacheroute.model.experts import ExpertLayout
@@ -51,7 +52,7 @@ class MicroBatches:
         layout: ExpertLayout,
         *,
         n_ctx: int,
-        flash_attn: bool,
+        flash_attn: FlashAttention,
         all_outputs: bool,
         length: int | None = None,
     ) -> None:
@@ -65,13 +66,19 @@ class MicroBatches:
         self.ceiling = min(length or n_ctx, n_ctx)
         if length is None:
             # llama.cpp takes address space for the longest pass with all outputs, and llama-cpp-python for as many scores
-            each = self._bytes(1, n_ctx, all_outputs=True) + context_memory.output_bytes(header, 1)
+            each = self._bytes(1, n_ctx, all_outputs=True, of=n_ctx) + context_memory.output_bytes(header, 1)
             self.ceiling = max(min(n_ctx, _address_space() // 2 // each), min(LEAST, n_ctx))
         self._used = 0  # by the longest pass so far: llama.cpp keeps it
 
-    def _bytes(self, n_tokens: int, n_kv: int, *, all_outputs: bool) -> int:
+    def _bytes(self, n_tokens: int, n_kv: int, *, all_outputs: bool, of: int = 0) -> int:
+        """That `n_tokens` take, of a pass of `of` tokens."""
         return context_memory.compute_bytes(
-            self._header, self._layout, n_tokens, n_kv, flash_attn=self._flash_attn, n_outputs=n_tokens if all_outputs else 0
+            self._header,
+            self._layout,
+            n_tokens,
+            n_kv,
+            flash_attn=self._flash_attn.computes(of or n_tokens),
+            n_outputs=n_tokens if all_outputs else 0,
         )
 
     def plan(self, n_tokens: int, n_past: int, budget: Budget, resident_bytes: int, reserve: int = 0) -> Plan:
@@ -79,7 +86,7 @@ class MicroBatches:
         `reserve`: bytes to leave free at least."""
         free = available_memory()
         n_kv = n_past + n_tokens
-        each = self._bytes(1, n_kv, all_outputs=self._all_outputs)
+        each = self._bytes(1, n_kv, all_outputs=self._all_outputs, of=min(n_tokens, self.fixed or n_tokens))
         over = _over(self._layout, budget)
         if free is None:
             length, left = self.ceiling, _UNLIMITED
@@ -94,7 +101,9 @@ class MicroBatches:
         return Plan(n_tokens, length, passes, min(max(left - compute, 0), over) if free is not None else over, compute)
 
 
-def length_beside_all(header: GgufFile, layout: ExpertLayout, n_ctx: int, *, flash_attn: bool, all_outputs: bool) -> int:
+def length_beside_all(
+    header: GgufFile, layout: ExpertLayout, n_ctx: int, *, flash_attn: FlashAttention, all_outputs: bool
+) -> int:
     """Tokens of a pass where the whole model is in memory, before it is loaded: UPSTREAM, as a longer pass would save no reads,
     or fewer where the model and its context leave no memory for so many."""
     free = available_memory()
@@ -102,7 +111,7 @@ def length_beside_all(header: GgufFile, layout: ExpertLayout, n_ctx: int, *, fla
         return UPSTREAM
     n_ctx = n_ctx or context_memory.trained_context(header)
     n_outputs = 1 if all_outputs else 0
-    each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn, n_outputs=n_outputs)
+    each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn.computes(n_ctx), n_outputs=n_outputs)
     left = int(free * (1 - _MARGIN)) - header.nbytes - context_memory.least_bytes(header, n_ctx)
     return max(min(left // each, UPSTREAM), LEAST)
 

@@ -13,7 +13,7 @@ from cacheroute.model.catalogue import ModelEntry
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 
-_PASS_LEAST, _PASS_MOST, _PASS_SHARE = 64, 512, 1 / 8  # tokens of a prompt for which compute buffers are counted, within a
+_PASS_LEAST, _PASS_MOST, _PASS_SHARE = 64, 2048, 1 / 16  # tokens of a prompt for which compute buffers are counted, within a
 # share of the free memory; longer passes take what is free when they come (engine/micro_batch.py)
 _F16, _F32 = 2, 4
 _UNCOUNTED_SPACE = GIB  # address space of threads, libraries and buffers
@@ -101,16 +101,16 @@ def of(
     layout: ExpertLayout,
     *,
     n_ctx: int,
-    flash_attn: bool = False,
+    flash_attn: bool = True,
     loaded: bool = False,
     whole: bool = True,
     free: int | None = None,
 ) -> MemoryPlan:
     """Of a model with a context of `n_ctx` tokens (0: as it was trained).
 
-    `loaded`: all but its experts is in memory already. `whole`: it may be loaded as llama.cpp does where all experts fit; else
-    they stay in the file, and take whole pages in memory. `free`: bytes, by default what this machine, its control groups and
-    `ulimit` leave this process now.
+    `flash_attn`: prompts are computed with flash attention. `loaded`: all but its experts is in memory already. `whole`: it may
+    be loaded as llama.cpp does where all experts fit; else they stay in the file, and take whole pages in memory. `free`: bytes,
+    by default what this machine, its control groups and `ulimit` leave this process now.
     """
     space = None if free is not None or loaded else min(ulimit_room(), default=None)
     space = None if space is None else space - _UNCOUNTED_SPACE
@@ -139,10 +139,10 @@ def of(
 
 
 def of_entry(entry: ModelEntry, *, n_ctx: int, free: int | None = None) -> MemoryPlan:
-    """Of a model of the catalogue, which has no header here: keys and values are taken to be half as wide as the hidden state,
-    heads to have 64 numbers. `free` as in of()."""
+    """Of a model of the catalogue, which has no header here: keys and values are taken to be half as wide as the hidden
+    state. `free` as in of()."""
     free = available_memory() if free is None else free
-    live = 8 * entry.n_embd + entry.used * (2 * entry.n_ff + entry.n_embd) + (entry.n_embd // 64 + 2) * n_ctx
+    live = 8 * entry.n_embd + entry.used * (2 * entry.n_ff + entry.n_embd) + n_ctx
     n_pass = _pass_tokens(free, live * _F32, n_ctx)
     plan = MemoryPlan(
         free=free,
