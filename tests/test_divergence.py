@@ -232,17 +232,15 @@ def test_what_is_kept_of_a_chunk_is_read_back(own_cache: Path) -> None:
     assert reference.read("f", replace(chunk, first=3)) is reference.read("g", chunk) is None
 
 
-# ---- what an earlier version has kept --------------------------------------------------------------
+# ---- what is kept without a KL --------------------------------------------------------------
 
 
-def as_earlier(own_cache: Path) -> None:
-    """Makes the kept scores those of the format before the KL was kept of each token."""
+def without_kl(own_cache: Path) -> None:
+    """Takes the KL out of the kept scores, and what it is computed against."""
     (file,) = (own_cache / "scores").glob("*.jsonl")
     header, *lines = (json.loads(line) for line in file.read_text().splitlines())
-    header["format"] = "cacheroute-scores-2"
     old = [{k: v for k, v in line.items() if k not in ("kl32", "same_top")} | {"kl": None} for line in lines]
-    file.unlink()
-    scorer.score_file(header).write_text("".join(json.dumps(line) + "\n" for line in [header, *old]))
+    file.write_text("".join(json.dumps(line) + "\n" for line in [header, *old]))
     for kept in (own_cache / "scores").glob("reference-*/*"):
         kept.unlink()
 
@@ -250,7 +248,7 @@ def as_earlier(own_cache: Path) -> None:
 def test_scores_without_a_kl_are_completed(own_cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("eval", "perplexity", *text_of(tiny, prose), "--routing", LOSSY, "-o", "json")
     expected = json.loads(run(*arguments).stdout)
-    as_earlier(own_cache)
+    without_kl(own_cache)
     only = json.loads(run(*arguments[:-4], "--routing", "original", "-o", "json").stdout)  # needs none: nothing is scored
     assert only == [{**expected[0], **dict.fromkeys(("kl", "kl_low", "kl_high", "kl_p99", "top1", "top1_se"))}]
     again = run(*arguments)
@@ -266,7 +264,7 @@ def test_scores_without_a_kl_are_completed(own_cache: Path, tiny: Path, prose: P
 
 def test_tune_says_what_lacks_a_kl(own_cache: Path, tiny: Path, prose: Path) -> None:
     assert run("eval", "perplexity", *text_of(tiny, prose), "--routing", LOSSY).exit_code == 0
-    as_earlier(own_cache)
+    without_kl(own_cache)
     told = run("tune", *text_of(tiny, prose), "--uniform", "--max-kl", 5)
     assert told.exit_code == 0 and "16 of them are without a KL; those that are wanted are scored again" in told.stderr
 

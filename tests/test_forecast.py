@@ -21,10 +21,11 @@ from cacheroute.forecast.speed import ComputeSpeed
 from cacheroute.forecast.workload import Amount, Workload
 from cacheroute.model import catalogue, experts, gguf_file, memory_plan
 from cacheroute.routing import strategies
+from cacheroute.trace import score_files
 from support import tiny_models
 
 FAST = TypeSpeed(10e9, 100e9)
-SPEED = ComputeSpeed(2, 0.0, 0.0, *({t: FAST for t in kernels.TYPES} for _ in range(3)))
+SPEED = ComputeSpeed(2, 0.0, 1e-11, *({t: FAST for t in kernels.TYPES} for _ in range(3)))
 SLOW_DRIVE, FAST_DRIVE = (Drive("direct", n, drive.MEASURED) for n in (0.5e9, 500e9))
 # ten layers: 1 ms of dense weights, 1 ms for each expert in all layers, 2 ms to read it from the slow drive
 WORK = Workload(
@@ -69,7 +70,7 @@ def test_more_misses_and_slower_drives_take_longer() -> None:
 def test_a_prompt_reads_each_expert_once_a_pass_beside_the_layer_before() -> None:
     one = timing.prompt(WORK, SPEED, SLOW_DRIVE, 8, 512, 512, spare=1)
     assert one.passes == 1 and one.read_bytes == pytest.approx(32 * 10**6, rel=1e-6)
-    compute = 512 * (2 * 10**7 + 4 * 2 * 10**7) / 100e9 + 512 * 512 * 8 * 10 * 128 / 100e9
+    compute = 512 * (2 * 10**7 + 4 * 2 * 10**7) / 100e9 + 512 * 512 / 2 * 8 * 10 * 64 * 1e-11
     assert one.seconds == pytest.approx(timing._TOKEN_SECONDS + 0.0064 + compute, rel=0.01)  # the first layer's reads stand alone
     two = timing.prompt(WORK, SPEED, SLOW_DRIVE, 8, 512, 256, spare=1)
     assert two.passes == 2 and two.read_bytes == pytest.approx((32 + 24) * 10**6, rel=1e-6)
@@ -101,9 +102,8 @@ def test_the_prior_is_the_demo_models_on_its_shape() -> None:
     assert misses.expected(32, 8, 32, ORIGINAL, "soft-lfu") == misses.MissRate(0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("kind", ["cacheroute-scores-2", "cacheroute-scores-3"])
-def test_what_was_scored_counts_before_the_prior(own_cache: Path, tiny: Path, kind: str) -> None:
-    head = {"format": kind, "model": gguf_file.content_fingerprint(tiny), "text": "a"}
+def test_what_was_scored_counts_before_the_prior(own_cache: Path, tiny: Path) -> None:
+    head = {"format": score_files.FORMAT, "model": gguf_file.content_fingerprint(tiny), "text": "a"}
     cell = {"chunk": 0, "routing": "original", "budget": 16, "eviction": "soft-lfu", "selected": 4000, "misses": [300, 500]}
     other = [{**cell, "budget": 8}, {**cell, "eviction": "lru"}, {**cell, "routing": "pruning:k=2.0"}]
     scores = own_cache / "scores"
@@ -235,7 +235,7 @@ def test_the_kernels_are_measured_once(own_cache: Path, monkeypatch: pytest.Monk
     assert set(found.dense) == {"f16", "q4_k"} and set(found.experts) == {"q6_k"} and set(found.repacked) == {"q4_k"}
     speeds = [*found.dense.values(), *found.experts.values(), *found.repacked.values()]
     assert all(1e7 < s.bytes_per_s < 1e12 and 1e8 < s.batch_per_s < 1e14 for s in speeds)
-    assert 0 < found.node_seconds < 1e-2 and 0 < found.softmax_seconds < 1e-5
+    assert 0 < found.node_seconds < 1e-2 and 0 < found.attention_seconds < 1e-7
     monkeypatch.setattr(kernels, "Kernels", None)  # no second measurement
     assert speed.known(1) == speed.measure(types, 1) == found
     assert speed.known(2) is None

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from cacheroute.cli import app
 from cacheroute.errors import UsageError
-from cacheroute.evals import frontier, scorer
+from cacheroute.evals import frontier, scorer, session
 from cacheroute.evals.results import ResultsFile
 from cacheroute.model import experts, gguf_file
 from cacheroute.plot import rows as plot_rows
 from cacheroute.routing import strategies
+from cacheroute.trace import score_files
 from support import tiny_models
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -143,10 +144,10 @@ def test_a_file_of_something_else_is_left_alone(tiny: Path, prose: Path, tmp_pat
 
 
 def test_a_damaged_score_cache_is_computed_again(tiny: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kept = scorer._kept_cells(tiny, "t", scorer._from_json)
+    kept = session.kept_scores(tiny, "t", score_files.FORMAT, scorer._from_json)
     with kept.path.open("ab") as file:
         file.write(b'{"routing": 7}\n{"half')
-    again = scorer._kept_cells(tiny, "t", scorer._from_json)
+    again = session.kept_scores(tiny, "t", score_files.FORMAT, scorer._from_json)
     assert again.lines == [] and "is damaged: what it kept is computed again" in capsys.readouterr().err
 
 

@@ -202,7 +202,14 @@ def made_up(file: str, routing: str, kl: float, missed: float, ts: float | None 
         **dict.fromkeys(("delta_nll_low", "delta_nll_high", "ppl_increase_low", "ppl_increase_high"), 1.0),
         **{"carry": False, "kl_low": kl * 0.9, "kl_high": kl * 1.1, "kl_p99": kl, "top1": 0.9, "top1_se": 0.01},
         **{"budget": "50%", "budget_experts": 4, "ts": None, "chunk_nll": (1.0,), "reference": "Q8"},
-        **{"fingerprint": file, "routing_digest": routing, "memory_mib": 10.0, "experts_mib": 20.0, "dense_mib": 1.0},
+        **{
+            "fingerprint": file,
+            "routing_digest": routing,
+            "timed_with": "",
+            "memory_mib": 10.0,
+            "experts_mib": 20.0,
+            "dense_mib": 1.0,
+        },
         **{"whole": False, "chunk_kl": (kl,), "chunk_missed": (missed * MIB,)},
     }
     return FilesRow(

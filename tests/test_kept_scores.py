@@ -142,21 +142,6 @@ def test_a_policy_of_ones_own_is_scored_again(
     assert "has 1 of 2 rows already" in result.stderr and set(scored) == {"python:kept_policy:Best"}
 
 
-@pytest.mark.engine
-def test_rows_of_an_earlier_version_are_taken_by_their_name(own_cache: Path, tiny: Path, prose: Path, tmp_path: Path) -> None:
-    results = tmp_path / "f.jsonl"
-    command = ("frontier", results, *few(tiny, prose), "--routing", f"{LOSSY},pruning:k=1", "-o", "json")
-    expected = json.loads(run(*command).stdout)
-    new = ("routing_digest", "timed_with")
-    old = [{name: value for name, value in line.items() if name not in new} for line in lines(results)]
-    write(results, old)
-    again = run(*command)
-    assert "has 3 of 3 rows already" in again.stderr and json.loads(again.stdout) == expected
-    fewer = run(*command[:-4], "--routing", "cache-prior:lambda=0.40", "-o", "json")
-    assert "has 2 of 2 rows already" in fewer.stderr  # of those that are wanted
-    assert [row["routing"] for row in json.loads(fewer.stdout)] == ["original", "cache-prior:lambda=0.40"]
-
-
 # ---- of another speed ------------------------------------------------------------------------------
 
 

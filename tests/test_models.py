@@ -272,7 +272,7 @@ def test_a_model_that_does_not_fit_reports_what_it_needs(
     monkeypatch.setattr(command, "free_disk", lambda _: 100 * GIB)
     command.models("json")
     mixtral = next(m for m in json.loads(capsys.readouterr().out)["models"] if m["name"] == "mixtral-8x7b")
-    assert (mixtral["fits"], mixtral["suggested_budget"]) == ("needs 9.2 GiB of memory", None)
+    assert (mixtral["fits"], mixtral["suggested_budget"]) == ("needs 9.1 GiB of memory", None)
 
 
 def test_an_unknown_output_lists_what_there_is() -> None:

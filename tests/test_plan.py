@@ -30,11 +30,11 @@ def machine(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def measure(types: speed.Types, n_threads: int) -> ComputeSpeed:
         own = ({speed.measured_as(t): FAST for t in of} for of in (types.dense, types.experts, types.repacked))
-        return ComputeSpeed(n_threads, 1e-6, 1e-9, *own)  # what is not asked for has no speed
+        return ComputeSpeed(n_threads, 1e-6, 1e-11, *own)  # what is not asked for has no speed
 
     monkeypatch.setattr(speed, "measure", measure)
     monkeypatch.setattr(
-        speed, "known", lambda n: ComputeSpeed(n, 1e-6, 1e-9, *({t: FAST for t in kernels.TYPES} for _ in range(3)))
+        speed, "known", lambda n: ComputeSpeed(n, 1e-6, 1e-11, *({t: FAST for t in kernels.TYPES} for _ in range(3)))
     )
     readings = [storage.Reading("direct", 1000.0, 1.0), storage.Reading("buffered", 800.0, 1.0)]
     monkeypatch.setattr(storage, "measure", lambda _: readings)

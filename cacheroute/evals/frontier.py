@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,13 @@ FORMAT = "cacheroute-frontier-3"
 @dataclass(frozen=True, kw_only=True)
 class FrontierRow(PerplexityRow):
     """`ts`: decoded tokens per second, scoring included; null where the session does not measure it. `chunk_nll`: sums of nll
-    over each chunk, which rows that are computed later are paired with. `routing_digest` of the routing in full, "" in a row of
-    an earlier version. `timed_with`: the io, threads and pace of `ts`, "" where there is none."""
+    over each chunk, which rows that are computed later are paired with. `routing_digest` of the routing in full.
+    `timed_with`: the io, threads and pace of `ts`, "" where there is none."""
 
     ts: float | None
     chunk_nll: tuple[float, ...]
-    routing_digest: str = ""
-    timed_with: str = ""
+    routing_digest: str
+    timed_with: str
 
     @property
     def key(self) -> Key:
@@ -98,8 +97,8 @@ def header(model: Path, source: Source) -> dict[str, Any]:
 
 
 def finished(lines: Iterable[dict[str, Any]], timed_with: str = "") -> dict[Key, FrontierRow]:
-    """The rows in the lines of a results file that need not be scored again. Those without a KL, which an earlier version has
-    written, and those of policies in Python do; and where a speed is wanted, `timed_with` of these, those without it.
+    """The rows in the lines of a results file that need not be scored again. Those without a KL and those of policies in
+    Python do; and where a speed is wanted, `timed_with` of these, those without it.
 
     Raises UsageError for a line that is no row.
     """
@@ -113,11 +112,7 @@ def finished(lines: Iterable[dict[str, Any]], timed_with: str = "") -> dict[Key,
     for row in found:
         if row.kl is None or is_custom(row) or (timed_with and row.timed_with != timed_with):
             continue
-        if not row.routing_digest and row.routing.partition(":")[0] in strategies.STRATEGIES:
-            with suppress(UsageError):  # a name whose parameters are no longer known
-                row = replace(row, routing_digest=routing_digest(strategies.parse(row.routing)))
-        if row.routing_digest:
-            kept[row.key] = row if timed_with else replace(row, ts=None, timed_with="")
+        kept[row.key] = row if timed_with else replace(row, ts=None, timed_with="")
     return kept
 
 

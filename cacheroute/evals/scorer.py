@@ -19,7 +19,7 @@ from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, processes, reference
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Cell, Job, Request, Runner, compute
-from cacheroute.evals.session import floats32, header_of, kept_scores, opened, score_file
+from cacheroute.evals.session import floats32, kept_scores, opened
 from cacheroute.evals.text import Chunk, first_ones
 from cacheroute.files import is_count, is_number
 from cacheroute.routing.eviction import DEFAULT
@@ -239,14 +239,5 @@ def session(
         if scheduler:
             job = replace(job, n_threads=max(threads // size, 1) if threads else 0, io=own.asked_io)
         check = partial(_check, chunks=whole, n_layers=len(own.llm.layout.layers))
-        kept = _kept_cells(path, job.text, check, reference_model)
+        kept = kept_scores(path, job.text, score_files.FORMAT, check, reference_model)
         yield Scorer(own.llm, first_ones(whole, source.limit), job, kept, executor)
-
-
-def _kept_cells(
-    model: Path, text: str, check: Callable[[dict[str, Any]], object], reference_model: Path | None = None
-) -> ResultsFile:
-    kept = kept_scores(model, text, score_files.FORMAT, check, reference_model)
-    if reference_model is None and score_file(header_of(model, text, score_files.EARLIER)).exists():
-        kept.lines = [*kept_scores(model, text, score_files.EARLIER, check).lines, *kept.lines]
-    return kept

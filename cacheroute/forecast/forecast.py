@@ -6,7 +6,7 @@ Knows no command line; opens no model. Everything that it rests on is an argumen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cacheroute.engine import stores
@@ -137,7 +137,7 @@ class Input:
     detail: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """`fits` False: no budget does, `refusal` says why, and there are no decisions. `crowded`: other programs computed while this
     machine was measured, so that it is faster than this."""
@@ -151,10 +151,10 @@ class Forecast:
     refusal: str | None
     memory: Memory
     budgets: tuple[BudgetForecast, ...]
-    routings: tuple[RoutingForecast, ...]
-    prompts: tuple[PromptForecast, ...]
-    decisions: tuple[Decision, ...]
-    inputs: tuple[Input, ...]
+    routings: tuple[RoutingForecast, ...] = ()
+    prompts: tuple[PromptForecast, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    inputs: tuple[Input, ...] = ()
     crowded: bool = False
 
     @property
@@ -194,42 +194,34 @@ def of(
     one = _One(work, plan, machine, path, min(n_ctx, _DEPTH))
     names = {"least": plan.n_used, **({} if capacity is None else {"suggested": capacity}), "full": plan.n_expert}
     budgets = tuple(one.budget(name, c, fits=capacity is not None and c <= capacity) for name, c in names.items())
+    found = Forecast(
+        model=work.name,
+        path=None if path is None else str(path),
+        n_expert=work.n_expert,
+        n_used=work.n_used,
+        n_ctx=n_ctx,
+        fits=capacity is not None,
+        refusal=str(memory_plan.refusal(plan, work.name)) if capacity is None else None,
+        memory=memory,
+        budgets=budgets,
+        inputs=tuple(_inputs(work, plan, machine, (), given_memory)),
+        crowded=machine.speed.crowded,
+    )
     if capacity is None:
-        refusal = str(memory_plan.refusal(plan, work.name))
-        inputs = tuple(_inputs(work, plan, machine, (), given_memory))
-        return Forecast(
-            work.name,
-            _text(path),
-            work.n_expert,
-            work.n_used,
-            n_ctx,
-            False,
-            refusal,
-            memory,
-            budgets,
-            (),
-            (),
-            (),
-            inputs,
-            machine.speed.crowded,
-        )
+        return found
     wanted: list[Tuned] = [Tuned(strategies.parse(name), evictions.DEFAULT, None) for name in ROUTINGS]
     if capacity == plan.n_expert:
         wanted = wanted[:1]  # nothing is missed
     elif tuned:
         wanted.append(tuned)
     routings = tuple(one.routing(t, capacity) for t in wanted)
-    prompts = tuple(one.prompt(n, capacity) for n in PROMPTS if n < n_ctx)
-    decisions = _decisions(one, plan, capacity, budgets, routings, cores_reason)
-    inputs = tuple(_inputs(work, plan, machine, routings, given_memory))
-    return Forecast(
-        work.name, _text(path), work.n_expert, work.n_used, n_ctx, True, None, memory, budgets, routings, prompts,
-        tuple(decisions), inputs, machine.speed.crowded,
-    )  # fmt: skip
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+    return replace(
+        found,
+        routings=routings,
+        prompts=tuple(one.prompt(n, capacity) for n in PROMPTS if n < n_ctx),
+        decisions=tuple(_decisions(one, plan, capacity, budgets, routings, cores_reason)),
+        inputs=tuple(_inputs(work, plan, machine, routings, given_memory)),
+    )
 
 
 @dataclass(frozen=True)

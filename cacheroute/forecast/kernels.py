@@ -24,7 +24,7 @@ USED = 8  # experts of a token
 BATCH, EXPERTS_IN_BATCH = 128, 32  # tokens; experts, so that each gets as many as in a prompt of some hundred tokens
 _LEAST_SECONDS, _LEAST_RUNS = 0.02, 2
 _NODES = 200
-_SOFTMAX = (512, 1024)
+_HEAD_WIDTH, _HEADS, _QUERIES, _KEYS = 128, 4, 256, 1024  # of attention
 _PATTERN = 0x2C  # 0x2c2c is 0.065 as F16 and no scale of a block becomes a subnormal number, which would be slow
 _BUFFER_AT = 8  # of struct ggml_tensor, in ggml.h
 _I32 = 26
@@ -66,7 +66,7 @@ def _library() -> tuple[ctypes.CDLL, ctypes.CDLL]:
         (base, "ggml_mul_mat_id", p, [p, p, p, p]),
         (base, "ggml_add", p, [p, p, p]),
         (base, "ggml_rms_norm", p, [p, p, ctypes.c_float]),
-        (base, "ggml_soft_max", p, [p, p]),
+        (base, "ggml_flash_attn_ext", p, [p, p, p, p, p, ctypes.c_float, ctypes.c_float, ctypes.c_float]),
         (base, "ggml_new_graph_custom", p, [p, c_size_t, c_bool]),
         (base, "ggml_build_forward_expand", None, [p, p]),
         (base, "ggml_backend_reg_dev_get", p, [p, c_size_t]),
@@ -187,13 +187,15 @@ class Kernels:
             base.ggml_build_forward_expand(graph, y)
             return self._seconds(context, graph, [x]) / _NODES
 
-    def softmax_seconds(self) -> float:
-        """Of one attention score of a prompt."""
+    def attention_seconds(self) -> float:
+        """Of one pair of tokens in one head of a prompt, for each number of the head, by flash attention."""
         base = self._base
         with self._context() as context, self._graph(context, 1) as graph:
-            x = base.ggml_new_tensor_2d(context, _F32, *_SOFTMAX)
-            base.ggml_build_forward_expand(graph, base.ggml_soft_max(context, x))
-            return self._seconds(context, graph, [x]) / (_SOFTMAX[0] * _SOFTMAX[1])
+            query = base.ggml_new_tensor_3d(context, _F32, _HEAD_WIDTH, _QUERIES, _HEADS)
+            key, value = (base.ggml_new_tensor_3d(context, TYPES["f16"], _HEAD_WIDTH, _KEYS, _HEADS) for _ in range(2))
+            attended = base.ggml_flash_attn_ext(context, query, key, value, None, _HEAD_WIDTH**-0.5, 0.0, 0.0)
+            base.ggml_build_forward_expand(graph, attended)
+            return self._seconds(context, graph, [query, key, value]) / (_QUERIES * _KEYS * _HEADS * _HEAD_WIDTH)
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[Any]:

@@ -94,7 +94,7 @@ def recorded(model: Path, capacity: int, eviction: str) -> dict[str, tuple[int, 
                 continue
             with file.open(encoding="utf-8") as lines:
                 head = json.loads(next(lines))
-                if head.get("format") not in (score_files.FORMAT, score_files.EARLIER) or head.get("model") != fingerprint:
+                if head.get("format") != score_files.FORMAT or head.get("model") != fingerprint:
                     continue
                 for line in lines:
                     cell = json.loads(line)

@@ -38,13 +38,14 @@ class Types:
 class ComputeSpeed:
     """Of one number of threads. `dense`, `experts` and `repacked` as Types, by type of weights.
 
-    node_seconds: of a small operation between two multiplications; softmax_seconds: of one attention score of a prompt.
+    node_seconds: of a small operation between two multiplications; attention_seconds: of one pair of tokens in one
+    head of a prompt, for each number of the head.
     crowded: other programs took the processors meanwhile.
     """
 
     n_threads: int
     node_seconds: float
-    softmax_seconds: float
+    attention_seconds: float
     dense: Mapping[str, TypeSpeed] = field(default_factory=dict)
     experts: Mapping[str, TypeSpeed] = field(default_factory=dict)
     repacked: Mapping[str, TypeSpeed] = field(default_factory=dict)
@@ -91,7 +92,7 @@ def measure(types: Types, n_threads: int) -> ComputeSpeed:
     look = Look()
     with kernels.Kernels(n_threads) as own:
         if not found:
-            found = ComputeSpeed(n_threads, own.node_seconds(), own.softmax_seconds())
+            found = ComputeSpeed(n_threads, own.node_seconds(), own.attention_seconds())
         new = found.lacks(types)
         found = replace(
             found,
@@ -135,7 +136,7 @@ def _of(kept: Any, n_threads: int) -> ComputeSpeed | None:
         dense, experts, repacked = (
             {str(t): _type_speed(s) for t, s in kept[name].items()} for name in ("dense", "experts", "repacked")
         )
-        return ComputeSpeed(n_threads, float(kept["node_seconds"]), float(kept["softmax_seconds"]), dense, experts, repacked)
+        return ComputeSpeed(n_threads, float(kept["node_seconds"]), float(kept["attention_seconds"]), dense, experts, repacked)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 

@@ -124,9 +124,8 @@ def _batch_seconds(work: Workload, speed: ComputeSpeed, n: int, past: int, disti
     for kind, a in work.expert.items():
         own = speed.of_repacked(kind) if whole else speed.of_experts(kind)
         seconds += distinct * _batch(a, own, each, kernels.BATCH * kernels.USED / kernels.EXPERTS_IN_BATCH)
-    pairs = n * (past + n) * work.heads * work.kv_layers  # llama.cpp computes the masked ones, too
-    seconds += pairs * (2 * work.head_width / speed.of_dense("f16").batch_per_s + speed.softmax_seconds)
-    return seconds
+    pairs = n * (past + n / 2) * work.heads * work.kv_layers  # tokens that are masked for all of a tile are skipped
+    return seconds + pairs * work.head_width * speed.attention_seconds
 
 
 def _batch(a: Amount, own: TypeSpeed, n: float, measured: float) -> float:
