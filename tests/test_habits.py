@@ -124,8 +124,7 @@ def test_more_threads_than_processors_are_mentioned(monkeypatch: pytest.MonkeyPa
         (["generate", "-prompt", "Hi"], "There is no option -prompt; did you mean --prompt?"),
         (["generate", "-sis", "Hi"], "There is no option -sis; did you mean -sys?"),
         (["generate", "--promt=Hi"], "There is no option --promt; did you mean --prompt?"),
-        (["generate", "-fa", "-p", "Hi"], "There is no option -fa here."),
-        (["generate", "-fa", "on", "-p", "Hi"], "There is no option -fa here."),
+        (["generate", "-mu", "on", "-p", "Hi"], "There is no option -mu here."),
         (["eval", "perplexity", "--chnk", "5"], "did you mean --chunk? See `cacheroute eval perplexity --help`."),
         (["bench", "--rooting", "original"], "did you mean --routing?"),
         (["eval", "prompt", "--limit", "5"], "There is no option --limit; did you mean --places?"),
@@ -167,6 +166,9 @@ def options() -> dict[str, object]:
         (["--hf-repo=a/b"], ["--model", "hf:a/b"]),
         (["-ngl", "99", "-p", "Hi"], ["-p", "Hi"]),
         (["--n-gpu-layers=99", "--cpu-moe"], []),
+        (["-fa", "-p", "Hi"], ["-p", "Hi"]),
+        (["-fa", "on", "-p", "Hi"], ["-p", "Hi"]),
+        (["--flash-attn=auto", "Hi"], ["Hi"]),
         (["-c", "4k"], ["-c", "4096"]),
         (["-c32K"], ["-c32768"]),
         (["--ctx_size=4k", "--ctx_size", "512"], ["--ctx-size=4096", "--ctx-size", "512"]),
@@ -183,6 +185,7 @@ def test_options_that_mean_the_same(words: list[str], become: list[str], capsys:
     assert habits.arguments("cacheroute generate", words, options()) == become
     said = capsys.readouterr().err
     assert ("changes nothing: experts run on the CPU" in said) == (bool({"-ngl", "--n-gpu-layers=99"} & set(words[:1])))
+    assert ("changes nothing: prompts are computed with flash" in said) == (words[0] in ("-fa", "--flash-attn=auto"))
 
 
 def test_options_of_other_tools_work(tiny: Path) -> None:

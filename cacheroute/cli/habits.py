@@ -89,10 +89,11 @@ _SAME = {"--temperature": "--temp", "--predict": "--n-predict", "-no-cnv": "--ra
 _MODELS = ("-hf", "-hfr", "--hf-repo")
 _NO_GPU = {"-ngl": True, "--n-gpu-layers": True, "--gpu-layers": True, "-ncmoe": True, "--n-cpu-moe": True}
 _NO_GPU |= {"-cmoe": False, "--cpu-moe": False}  # whether they have a value
+_FLASH, _SWITCH = ("-fa", "--flash-attn"), ("on", "off", "auto", "1", "0")  # the value may be missing
 _TALK = ("-i", "-if", "-cnv", "--interactive", "--interactive-first", "--conversation")
 _ONE_TURN = ("-st", "--single-turn")
-# Options of llama.cpp that would be read as a letter and its value: -fa as the file "a", and so on
-_OTHERS = "-fa -fit -fitc -fitt -jinja -lcd -lcs -lm -lv -lzm -md -mg -mli -mm -mmdev -mmu -mu -ofreq -ot -otd -pps -ptc -rea"
+# Options of llama.cpp that would be read as a letter and its value: -mm as the model "m", and so on
+_OTHERS = "-fit -fitc -fitt -jinja -lcd -lcs -lm -lv -lzm -md -mg -mli -mm -mmdev -mmu -mu -ofreq -ot -otd -pps -ptc -rea"
 # What one command calls so is called otherwise in another: how much of a text or a task is measured
 _AMOUNTS = ("--limit", "--places", "--chunks")
 _KILO = re.compile(r"(\d{1,9})[kK]")
@@ -135,6 +136,10 @@ def arguments(path: str, words: Sequence[str], options: Mapping[str, Any]) -> li
             if _NO_GPU[option] and not equals and rest:
                 rest.popleft()
             say(f"{option} changes nothing: experts run on the CPU here, from memory or read when they are needed.")
+        elif option in _FLASH and "--model" in options:
+            if not equals and rest and rest[0] in _SWITCH:
+                rest.popleft()
+            say(f"{option} changes nothing: prompts are computed with flash attention, tokens decoded without, as is faster.")
         elif option in _TALK and name in ("generate", "chat"):
             if name == "generate":
                 raise UsageError(f"{option}: `generate` answers one prompt; `{_chat(words)}` holds a conversation.")
