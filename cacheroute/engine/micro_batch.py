@@ -66,27 +66,21 @@ class MicroBatches:
         self.ceiling = min(length or n_ctx, n_ctx)
         if length is None:
             # llama.cpp takes address space for the longest pass with all outputs, and llama-cpp-python for as many scores
-            each = self._bytes(1, n_ctx, all_outputs=True, of=n_ctx) + context_memory.output_bytes(header, 1)
+            each = self._each(n_ctx, n_ctx, all_outputs=True) + context_memory.output_bytes(header, 1)
             self.ceiling = max(min(n_ctx, _address_space() // 2 // each), min(LEAST, n_ctx))
         self._used = 0  # by the longest pass so far: llama.cpp keeps it
 
-    def _bytes(self, n_tokens: int, n_kv: int, *, all_outputs: bool, of: int = 0) -> int:
-        """That `n_tokens` take, of a pass of `of` tokens."""
-        return context_memory.compute_bytes(
-            self._header,
-            self._layout,
-            n_tokens,
-            n_kv,
-            flash_attn=self._flash_attn.computes(of or n_tokens),
-            n_outputs=n_tokens if all_outputs else 0,
-        )
+    def _each(self, length: int, n_kv: int, *, all_outputs: bool) -> int:
+        """Bytes for one token of a pass of `length` tokens that look back on `n_kv`."""
+        flash_attn, n_outputs = self._flash_attn.computes(length), 1 if all_outputs else 0
+        return context_memory.compute_bytes(self._header, self._layout, 1, n_kv, flash_attn=flash_attn, n_outputs=n_outputs)
 
     def plan(self, n_tokens: int, n_past: int, budget: Budget, resident_bytes: int, reserve: int = 0) -> Plan:
         """Of a prompt of `n_tokens` after `n_past` others. `resident_bytes`: of experts that are not counted as free memory;
         `reserve`: bytes to leave free at least."""
         free = available_memory()
         n_kv = n_past + n_tokens
-        each = self._bytes(1, n_kv, all_outputs=self._all_outputs, of=min(n_tokens, self.fixed or n_tokens))
+        each = self._each(min(n_tokens, self.fixed or n_tokens), n_kv, all_outputs=self._all_outputs)
         over = _over(self._layout, budget)
         if free is None:
             length, left = self.ceiling, _UNLIMITED
