@@ -87,9 +87,14 @@ def _removal(names: Sequence[str]) -> str:
 
 _SAME = {"--temperature": "--temp", "--predict": "--n-predict", "-no-cnv": "--raw", "--no-conversation": "--raw"}
 _MODELS = ("-hf", "-hfr", "--hf-repo")
-_NO_GPU = {"-ngl": True, "--n-gpu-layers": True, "--gpu-layers": True, "-ncmoe": True, "--n-cpu-moe": True}
-_NO_GPU |= {"-cmoe": False, "--cpu-moe": False}  # whether they have a value
-_FLASH, _SWITCH = ("-fa", "--flash-attn"), ("on", "off", "auto", "1", "0")  # the value may be missing
+_ON_CPU = "experts run on the CPU here, from memory or read when they are needed"
+_FLASH = "prompts are computed with flash attention, tokens decoded without, as is faster"
+# Options that change nothing here: the values that may follow (None: any), and why
+_IDLE: dict[str, tuple[tuple[str, ...] | None, str]] = {
+    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers", "-ncmoe", "--n-cpu-moe"), (None, _ON_CPU)),
+    **dict.fromkeys(("-cmoe", "--cpu-moe"), ((), _ON_CPU)),
+    **dict.fromkeys(("-fa", "--flash-attn"), (("on", "off", "auto", "1", "0"), _FLASH)),
+}
 _TALK = ("-i", "-if", "-cnv", "--interactive", "--interactive-first", "--conversation")
 _ONE_TURN = ("-st", "--single-turn")
 # Options of llama.cpp that would be read as a letter and its value: -mm as the model "m", and so on
@@ -132,14 +137,11 @@ def arguments(path: str, words: Sequence[str], options: Mapping[str, Any]) -> li
             out += ["--model", repository]
         elif option in ("-hff", "--hf-file"):
             raise UsageError(f"{option}: write the file behind the repository, as in -hf OWNER/REPO:FILE.")
-        elif option in _NO_GPU and "--model" in options:
-            if _NO_GPU[option] and not equals and rest:
+        elif option in _IDLE and "--model" in options:
+            values, why = _IDLE[option]
+            if not equals and rest and (values is None or rest[0] in values):
                 rest.popleft()
-            say(f"{option} changes nothing: experts run on the CPU here, from memory or read when they are needed.")
-        elif option in _FLASH and "--model" in options:
-            if not equals and rest and rest[0] in _SWITCH:
-                rest.popleft()
-            say(f"{option} changes nothing: prompts are computed with flash attention, tokens decoded without, as is faster.")
+            say(f"{option} changes nothing: {why}.")
         elif option in _TALK and name in ("generate", "chat"):
             if name == "generate":
                 raise UsageError(f"{option}: `generate` answers one prompt; `{_chat(words)}` holds a conversation.")

@@ -71,7 +71,10 @@ class ConfiguredLlama(SequenceLlama):
         elif choice.follows_memory(budget, routing, io):
             free = available_memory(ulimits=False)
             more = None if free is None else free + self.resident_bytes
-            plan = memory_plan.of(self.header, self.layout, n_ctx=self._n_ctx, loaded=True, whole=False, free=more)
+            flash_attn = bool(self.context_params.flash_attn_type)
+            plan = memory_plan.of(
+                self.header, self.layout, n_ctx=self._n_ctx, flash_attn=flash_attn, loaded=True, whole=False, free=more
+            )
         budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, **own)
         if settings.routing and settings.io not in ("none", "load"):

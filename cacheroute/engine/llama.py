@@ -136,23 +136,22 @@ class Llama(ComputingLlama):
         self.header, self.layout = header, experts.layout(header)
         arguments.check_pace(flash_mbps)
         paced = flash_mbps is not None
+        n_ctx = kwargs.get("n_ctx", 512)
         flash_attn = FlashAttention.of(kwargs.get("flash_attn"), kwargs.get("type_k"), kwargs.get("type_v"))
         plan = None
         if choice.follows_memory(budget, routing, io):
-            own = {"n_ctx": kwargs.get("n_ctx", 512), "flash_attn": flash_attn is not FlashAttention.NEVER}
             whole = io in (stores.AUTO, stores.LOAD) and not paced and not prefetch
-            plan = memory_plan.of(header, self.layout, whole=whole, **own)
+            plan = memory_plan.of(header, self.layout, n_ctx=n_ctx, flash_attn=bool(flash_attn), whole=whole)
         budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, paced=paced)
         self._loaded = settings.io == stores.LOAD
         arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
         if self._loaded:
-            context_memory.check_budget(header, self.layout, kwargs.get("n_ctx", 512), self.layout.all_expert_bytes, whole=True)
+            context_memory.check_budget(header, self.layout, n_ctx, self.layout.all_expert_bytes, whole=True)
         elif settings.io != "none":
             nbytes = settings.budget.nbytes if settings.routing else 0
-            context_memory.check_budget(header, self.layout, kwargs.get("n_ctx", 512), nbytes)
+            context_memory.check_budget(header, self.layout, n_ctx, nbytes)
         given = [n for n in (n_ubatch, n_batch) if n]
-        n_ctx = kwargs.get("n_ctx", 512)
         all_outputs = bool(kwargs.get("logits_all") or kwargs.get("draft_model"))
         if kwargs.get("embedding"):  # llama.cpp takes n_batch for the number of sequences, too
             given = given or [UPSTREAM]
@@ -168,7 +167,7 @@ class Llama(ComputingLlama):
             length=min(given, default=None),
         )
         kwargs |= {"n_ubatch": self._batches.ceiling, "n_batch": n_batch or max(UPSTREAM if given else 0, self._batches.ceiling)}
-        kwargs["flash_attn_type"] = int(flash_attn)
+        kwargs["flash_attn_type"] = flash_attn
         kwargs["lazy_mode"] = _LAZY_MODE_OFF if self._loaded else _LAZY_MODE_EXPERTS
         self._files = OpenFiles(self.layout.paths)
         refused: list[str] = []

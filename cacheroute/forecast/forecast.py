@@ -204,11 +204,10 @@ def of(
         refusal=str(memory_plan.refusal(plan, work.name)) if capacity is None else None,
         memory=memory,
         budgets=budgets,
-        inputs=tuple(_inputs(work, plan, machine, (), given_memory)),
         crowded=machine.speed.crowded,
     )
     if capacity is None:
-        return found
+        return replace(found, inputs=tuple(_inputs(work, plan, machine, (), given_memory)))
     wanted: list[Tuned] = [Tuned(strategies.parse(name), evictions.DEFAULT, None) for name in ROUTINGS]
     if capacity == plan.n_expert:
         wanted = wanted[:1]  # nothing is missed
