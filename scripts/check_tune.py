@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cacheroute.cli import frontier_files, options, table
-from cacheroute.cli.eval import whole_kl
+from cacheroute.cli import frontier_files, interval, options, table
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import choose, loading, pricing, scorer, tune
 from cacheroute.model import catalogue
@@ -119,7 +118,7 @@ def check_files(a: argparse.Namespace, source: loading.Source, n_workers: int) -
                 )
             within += t.passed
             missed = "0" if best.whole else f"{t.missed_mib_per_token:.2f}"
-            kl = whole_kl(t.kl.kl, t.kl.kl_low, t.kl.kl_high)
+            kl = interval.mean_kl(t.kl)
             cells.append([str(trial), best.copy.name, str(t.routing), str(t.difference.n_tokens), kl, missed, t.within])
             print(" | ".join(cells[-1]), file=sys.stderr, flush=True)
     print(table.as_markdown(cells))
@@ -165,10 +164,10 @@ def check(session: scorer.Scorer, a: argparse.Namespace) -> int:
         t = search.trial(outcome.chosen.routing, unseen, validates=True)
         d = t.difference
         within += t.passed
-        change = f"{d.ppl_increase:+.2f} [{table.signed(d.ppl_increase_low)}, {table.signed(d.ppl_increase_high)}]"
+        change = interval.ppl_change(d)
         saved = f"{100 * (1 - t.missed_mib_per_token / t.original_missed_mib_per_token):.0f}%"
         missed = f"{t.missed_mib_per_token:.2f}"
-        kl = whole_kl(t.kl.kl, t.kl.kl_low, t.kl.kl_high)
+        kl = interval.mean_kl(t.kl)
         cells.append([str(trial), str(t.routing), str(d.n_tokens), change, kl, missed, saved, t.within])
         print(" | ".join(cells[-1]), file=sys.stderr, flush=True)
     print(table.as_markdown(cells))

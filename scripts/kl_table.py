@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cacheroute.cli import options, table
+from cacheroute.cli import interval, options, table
 from cacheroute.evals import loading, paired, scorer
 from cacheroute.evals.perplexity import miss_rate, missed_mib_per_token
 from cacheroute.evals.runner import Cell
@@ -70,7 +70,7 @@ def _figures(base: list[Cell], cells: list[Cell], routing: Routing) -> list[str]
         f"{100 * sum(sum(c.swapped) for c in cells) / examined:.1f}%",
         f"{100 * sum(c.dropped for c in cells) / examined:.1f}%",
         f"{kl.mean():.1f} ± {2 * kl.std(ddof=1) / len(kl) ** 0.5:.1f}",
-        f"{d.ppl_increase:+.2f} [{table.signed(d.ppl_increase_low)}, {table.signed(d.ppl_increase_high)}]",
+        interval.ppl_change(d),
     ]
 
 

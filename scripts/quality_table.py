@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cacheroute.cli import options, table
+from cacheroute.cli import interval, options, table
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, paired, scorer, tune
 from cacheroute.evals.perplexity import missed_mib_per_token
@@ -123,8 +123,14 @@ def row(outcome: tune.Outcome, strategy: str, eviction: str, per_layer: bool, lr
     d = v.difference
     layers = [r.parameters["lambda"] for r in v.routing.layers]
     value = f"{min(layers):.2g}..{max(layers):.2g}" if layers else str(v.routing).partition(":")[2]
-    change = f"{d.ppl_increase:+.2f} [{table.signed(d.ppl_increase_low)}, {table.signed(d.ppl_increase_high)}]"
-    return [name, eviction, value, change, f"{v.missed_mib_per_token:.2f}", f"{100 * v.missed_mib_per_token / lru:.0f}%"]
+    return [
+        name,
+        eviction,
+        value,
+        interval.ppl_change(d),
+        f"{v.missed_mib_per_token:.2f}",
+        f"{100 * v.missed_mib_per_token / lru:.0f}%",
+    ]
 
 
 def compare_with_batch(path: Path, session: scorer.Scorer, threads: int | None) -> None:
@@ -141,10 +147,8 @@ def compare_with_batch(path: Path, session: scorer.Scorer, threads: int | None) 
     stepped = session.cells(Routing("original"), session.llm.layout.n_expert, "lru", range(len(session.chunks)))
     d = paired.compare(sums, [c.nll_sum for c in stepped], [c.n for c in stepped])
     ppl = math.exp(sum(sums) / d.n_tokens)
-    low, high = table.signed(d.ppl_increase_low, 3), table.signed(d.ppl_increase_high, 3)
-    print(
-        f"batched, unhooked, llama-perplexity's definition: {ppl:.4f}; stepped original {d.ppl_increase:+.3f}% [{low}, {high}]\n"
-    )
+    change = interval.figure(d.ppl_increase, d.ppl_increase_low, d.ppl_increase_high, digits=3)
+    print(f"batched, unhooked, llama-perplexity's definition: {ppl:.4f}; stepped original {change} %\n")
 
 
 def batch_nll(llm: Llama, chunk: Chunk) -> float:

@@ -311,7 +311,7 @@ def test_the_first_line_says_what_is_known_and_no_more(own_cache: Path, tiny: Pa
     header = gguf_file.read(tiny)
     layout = experts.layout(header)
     bare = line.first_line(header, layout, 16, n_threads=2)
-    assert bare.endswith(" MB of experts in memory") and " of " in bare and bare.count(";") == 0
+    assert bare.endswith(" MiB of experts in memory") and " of " in bare and bare.count(";") == 0
     stores.remember_speeds(layout, {"direct": 1300.0, "buffered": 900.0})
     assert line.first_line(header, layout, 16, n_threads=2) == bare + ", direct reads at 1.3 GB/s"
     assert line.first_line(header, layout, 16, flash_mbps=100, n_threads=2) == bare + ", direct reads at 0.1 GB/s"

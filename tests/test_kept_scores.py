@@ -330,7 +330,7 @@ def test_frontier_warns_of_few_chunks_as_eval_does(own_cache: Path, tiny: Path, 
     for command in (("eval", "perplexity"), ("frontier", tmp_path / "f.jsonl"), ("frontier", tmp_path / "f.jsonl")):
         result = run(*command, *one)
         assert result.stderr.count(HOLDS_NO_INTERVAL) == 1, result.output
-        assert not [line for line in result.stdout.splitlines() if "[?,?]" in line and "Fewest misses" in line]
+        assert "?" not in result.stdout
 
 
 @pytest.mark.parametrize("name", ["kl", "KLD", "ppl", "perplexty", "mean_kld"])

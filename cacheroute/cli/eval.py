@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from cacheroute.cli import groups, habits, options, progress, table
+from cacheroute.cli import groups, habits, interval, options, progress, table
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.evals import paired
@@ -149,7 +148,9 @@ def perplexity_view(rows: Sequence[PerplexityRow]) -> table.View:
     head = [*([] if one_budget else ["budget"]), "routing", "ppl", "change % [95%]", "Mean KLD [95%]"]
     cells = [[*head, *(["miss %"] if one_budget else []), "MiB"]]  # at several budgets the misses would not fit a line
     for r, name in zip(rows, names, strict=True):
-        change, kl = ("baseline", "") if r.routing == "original" else (_change(r), brief_kl(r.kl, r.kl_low, r.kl_high))
+        change, kl = "baseline", ""
+        if r.routing != "original":
+            change, kl = interval.ppl_change(r, tight=True), interval.mean_kl(r, tight=True)
         missed = [*([f"{100 * r.miss_rate:.1f}"] if one_budget else []), f"{r.missed_mib_per_token:.2f}"]
         cells.append([*([] if one_budget else [r.budget]), name, f"{r.ppl:.2f}", change, kl, *missed])
     units = "KLD in millinats, MiB missed per token"
@@ -157,31 +158,9 @@ def perplexity_view(rows: Sequence[PerplexityRow]) -> table.View:
     return table.View(cells, perplexity_cells(rows), above=[above], below=list(_conclusions(rows)))
 
 
-def brief_kl(kl: float | None, low: float | None, high: float | None) -> str:
-    """A KL in millinats, given in nats; without spaces inside the interval: it has to fit a line."""
-    mean, *ends = (table.number(value, 1000, digits=1) for value in (kl, low, high))
-    return f"{mean} [{','.join(ends)}]"
-
-
-def whole_kl(kl: float | None, low: float | None, high: float | None) -> str:
-    """The same with spaces and one more digit."""
-    mean, *ends = (table.number(value, 1000, digits=2) for value in (kl, low, high))
-    return f"{mean} [{', '.join(ends)}]"
-
-
 def same_top(top1: float | None, error: float | None) -> str:
     """llama-perplexity's Same top p with its standard error, in %."""
     return f"{table.number(top1, 100, digits=2)} ± {table.number(error, 100, digits=2)}"
-
-
-def _change(r: PerplexityRow) -> str:
-    """Without spaces inside the interval: it has to fit a line."""
-    return f"{r.ppl_increase:+.2f} [{table.signed(r.ppl_increase_low)},{table.signed(r.ppl_increase_high)}]"
-
-
-def known(figure: str) -> str:
-    """Without an interval that there is none of, which a table shows as [?,?]."""
-    return re.sub(r" \[\?, ?\?\]$", "", figure)
 
 
 def _clear(r: PerplexityRow) -> str:
@@ -203,9 +182,9 @@ def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
             yield f"Nothing missed less than original at {budget}"
             continue
         missed = f"misses {best.missed_mib_per_token:.2f} of {base.missed_mib_per_token:.2f} MiB a token"
-        price = f"for {known(_change(best))} % of perplexity{_clear(best)}"
+        price = f"for {interval.ppl_change(best, tight=True)} % of perplexity{_clear(best)}"
         yield f"Fewest misses at {budget}: {tuned.short(best.routing)} (lossy), {missed}, {price}"
-        kl, p99 = known(brief_kl(best.kl, best.kl_low, best.kl_high)), table.number(best.kl_p99, 1000, digits=0)
+        kl, p99 = interval.mean_kl(best, tight=True), table.number(best.kl_p99, 1000, digits=0)
         yield f"  Mean KLD {kl} and 99.0% KLD {p99} millinats, Same top p {same_top(best.top1, best.top1_se)} %"
 
 
@@ -228,15 +207,15 @@ def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
     ]
     cells = [head]
     for r in rows:
-        change = "baseline" if r.routing == "original" else _interval(r.ppl_increase, r.ppl_increase_low, r.ppl_increase_high, 2)
-        kl, top = whole_kl(r.kl, r.kl_low, r.kl_high), same_top(r.top1, r.top1_se)
+        change = "baseline" if r.routing == "original" else interval.ppl_change(r)
+        kl, top = interval.mean_kl(r), same_top(r.top1, r.top1_se)
         cells.append(
             [
                 f"{r.budget} ({r.budget_experts})",
                 tuned.short(r.routing),
                 r.eviction,
                 f"{r.ppl:.3f} ± {r.ppl_se:.3f}",
-                "" if r.routing == "original" else _interval(r.delta_nll, r.delta_nll_low, r.delta_nll_high, 4),
+                "" if r.routing == "original" else interval.figure(r.delta_nll, r.delta_nll_low, r.delta_nll_high, digits=4),
                 change,
                 *(("", "", "") if r.routing == "original" else (kl, table.number(r.kl_p99, 1000, digits=1), top)),
                 f"{100 * r.miss_rate:.1f}%",
@@ -246,10 +225,6 @@ def perplexity_cells(rows: Sequence[PerplexityRow]) -> list[list[str]]:
             ]
         )
     return cells
-
-
-def _interval(value: float, low: float | None, high: float | None, digits: int) -> str:
-    return f"{value:+.{digits}f} [{table.signed(low, digits)}, {table.signed(high, digits)}]"
 
 
 class AnyTask(typer.core.TyperGroup):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cacheroute.cli import options, progress, table
+from cacheroute.cli import interval, options, progress, table
 from cacheroute.cli.eval import ColumnOption, IoOption, TextOption
 from cacheroute.cli.terminal import say
 from cacheroute.evals import paired, rows
@@ -115,8 +115,8 @@ def _view(found: Sequence[LongRow]) -> table.View:
 
 def _conclusion(r: LongRow) -> str:
     change, low, high = (None if v is None else paired.percent(v) for v in (r.delta_nll, r.delta_nll_low, r.delta_nll_high))
-    interval = f"{table.signed(change, 1)} [{table.signed(low, 1)},{table.signed(high, 1)}] %"
-    return f"{r.decoding}, {tuned.short(r.routing)} at {r.budget} (lossy): perplexity of its texts {interval}"
+    percent = interval.figure(change, low, high, digits=1, tight=True)
+    return f"{r.decoding}, {tuned.short(r.routing)} at {r.budget} (lossy): perplexity of its texts {percent} %"
 
 
 def _cells(found: Sequence[LongRow]) -> list[list[str]]:
@@ -124,7 +124,7 @@ def _cells(found: Sequence[LongRow]) -> list[list[str]]:
     head += ["same first", "ppl", "cold", "warm", "change of nll [95%]", "miss cold", "warm", "texts", "tokens"]
     cells = [head]
     for r in found:
-        interval = f"{r.delta_nll:+.4f} [{table.signed(r.delta_nll_low, 4)}, {table.signed(r.delta_nll_high, 4)}]"
+        change = interval.figure(r.delta_nll, r.delta_nll_low, r.delta_nll_high, digits=4)
         cells.append(
             [
                 r.decoding,
@@ -136,7 +136,7 @@ def _cells(found: Sequence[LongRow]) -> list[list[str]]:
                 str(r.longest_repeat_most),
                 f"{r.same:.0f}",
                 *(f"{v:.2f}" for v in (r.ppl, r.ppl_cold, r.ppl_warm)),
-                "baseline" if r.routing == "original" else interval,
+                "baseline" if r.routing == "original" else change,
                 *(f"{100 * v:.1f}%" for v in (r.miss_cold, r.miss_warm)),
                 str(r.n_texts),
                 str(r.n_tokens),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cacheroute.cli import options, progress, table
+from cacheroute.cli import interval, options, progress, table
 from cacheroute.cli.eval import ColumnOption, TextOption
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
@@ -147,8 +147,7 @@ BRIEF = ("prompt routing", "read MiB", "saved %", "swapped %", "KL millinats [95
 
 def brief_figures(r: Summary) -> list[str]:
     """The cells of BRIEF after the first."""
-    low, high = (None if end is None else 1000 * end for end in (r.kl_low, r.kl_high))
-    kl = f"{1000 * r.kl:.1f} [{table.number(low, digits=1)},{table.number(high, digits=1)}]"
+    kl = interval.mean_kl(r, tight=True)
     return [f"{r.read_mib:.1f}", f"{100 * r.saved:.0f}", f"{100 * r.swap_rate:.1f}", kl, f"{100 * r.top1:.1f}"]
 
 
@@ -176,5 +175,4 @@ def figures(r: Summary) -> list[str]:
 
 def millinats(value: float, low: float | None, high: float | None) -> str:
     """A figure with its interval, given in nats."""
-    ends = (None if end is None else 1000 * end for end in (low, high))
-    return f"{1000 * value:+.1f} [{', '.join(table.signed(end, 1) for end in ends)}]"
+    return interval.figure(value, low, high, factor=1000, digits=1)

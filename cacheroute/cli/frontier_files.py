@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cacheroute.cli import options, progress, table
-from cacheroute.cli.eval import brief_kl, known, same_top, say_few, whole_kl
+from cacheroute.cli import interval, options, progress, table
+from cacheroute.cli.eval import same_top, say_few
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB
@@ -209,13 +209,13 @@ def view(rows: Sequence[FilesRow]) -> table.View:
         best = across.front(group)
         for r in sorted(group, key=lambda r: r.kl or 0.0):
             name = r.label if r.whole or not several else f"{r.label}, {r.eviction}"
-            kl = brief_kl(r.kl, r.kl_low, r.kl_high)
+            kl = interval.mean_kl(r, tight=True)
             brief.append([r.budget, name + " *" * (r in best), kl, f"{r.missed_mib_per_token:.2f}", _ts(r.predicted_ts)])
-            change = f"{r.ppl_increase:+.2f} [{table.signed(r.ppl_increase_low)}, {table.signed(r.ppl_increase_high)}]"
+            change = interval.ppl_change(r)
             whole.append(
                 [
                     *(r.budget, f"{r.memory_mib:.1f}", r.file, "all in memory" if r.whole else tuned.short(r.routing)),
-                    *("" if r.whole else r.eviction, str(r.budget_experts), whole_kl(r.kl, r.kl_low, r.kl_high)),
+                    *("" if r.whole else r.eviction, str(r.budget_experts), interval.mean_kl(r)),
                     *(table.number(r.kl_p99, 1000, digits=1), same_top(r.top1, r.top1_se), f"{r.ppl:.3f}", change),
                     *(f"{100 * r.miss_rate:.1f}%", f"{r.missed_mib_per_token:.2f}", _ts(r.predicted_ts), _ts(r.ts)),
                     "*" * (r in best),
@@ -239,14 +239,14 @@ def _plain(budget: str, group: Sequence[FilesRow]) -> Iterator[str]:
         plain = [min(lossless, key=lambda r: (r.experts_mib, r.missed_mib_per_token))] if lossless else []
     for p in plain:
         faster = [r for r in group if r is not p and _no_slower(r, p) and (r.kl or 0.0) < (p.kl or 0.0)]
-        said = f"{budget}: {p.label} has a KL of {known(brief_kl(p.kl, p.kl_low, p.kl_high))} at {_speed(p)}"
+        said = f"{budget}: {p.label} has a KL of {interval.mean_kl(p, tight=True)} at {_speed(p)}"
         if not faster:
             yield f"{said}; nothing as fast has less"
             continue
         best = min(faster, key=lambda r: r.kl or 0.0)
         sure = best.kl_high is not None and p.kl_low is not None and best.kl_high < p.kl_low
         yield f"{said}; {'better' if sure else 'perhaps better'}:"
-        yield f"  {best.label}, {known(brief_kl(best.kl, best.kl_low, best.kl_high))} at {_speed(best)}"
+        yield f"  {best.label}, {interval.mean_kl(best, tight=True)} at {_speed(best)}"
 
 
 def _no_slower(r: FilesRow, p: FilesRow) -> bool:

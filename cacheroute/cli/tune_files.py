@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacheroute.cli import progress, table, tune_prompt
-from cacheroute.cli.eval import brief_kl, known, whole_kl
+from cacheroute.cli import interval, progress, table, tune_prompt
 from cacheroute.cli.frontier_files import Chosen, Settings, machine, speed
 from cacheroute.cli.terminal import say
-from cacheroute.cli.tune_report import TrialRow, change_of, limit_of, save, trial_row
+from cacheroute.cli.tune_report import TrialRow, limit_of, save, trial_row
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import paired
 from cacheroute.files import MIB, as_json, size
@@ -183,8 +182,8 @@ def _search(
     def report(copy: Copy, trial: Trial) -> None:
         trials.append((copy, trial))
         say(
-            f"{copy.name}, {trial.routing}: {change_of(trial.difference)} % of perplexity, "
-            f"{known(whole_kl(trial.kl.kl, trial.kl.kl_low, trial.kl.kl_high))} millinats of KL "
+            f"{copy.name}, {trial.routing}: {interval.ppl_change(trial.difference)} % of perplexity, "
+            f"{interval.mean_kl(trial.kl)} millinats of KL "
             f"on {trial.difference.n_tokens} tokens"
         )
 
@@ -300,7 +299,7 @@ def _saved(best: Found, goal: Goal, chosen: Chosen, source: Source, nbytes: int,
 def _answer(row: FileRow, reference: Copy, goal: Goal, nbytes: int, flash_mbps: float | None) -> str:
     """One sentence."""
     what = "as it is, all its experts in memory" if row.whole else f"with {row.routing}"
-    kl = f"a KL of {known(brief_kl(row.kl, row.kl_low, row.kl_high))} millinats against {reference.name} on unseen text"
+    kl = f"a KL of {interval.mean_kl(row, tight=True)} millinats against {reference.name} on unseen text"
     change = "" if goal.max_kl is not None or row.ppl_increase is None else f", {row.ppl_increase:+.2f}% of perplexity"
     within = f"within {limit_of(goal.max_ppl_increase, goal.max_kl)}: {row.within}"
     pace = f" behind {flash_mbps:g} MB/s" if flash_mbps else ""
@@ -333,7 +332,7 @@ def _brief(report: FilesReport) -> list[list[str]]:
             tried = any(t.file == f.file for t in report.trials)
             cells.append([f.file, held, "too lossy as it is" if tried else "not searched", "", "", "", "no" if tried else ""])
             continue
-        kl = brief_kl(f.kl, f.kl_low, f.kl_high)
+        kl = interval.mean_kl(f, tight=True)
         numbers = [f"{f.missed_mib_per_token:.2f}", "?" if f.predicted_ts is None else f"{f.predicted_ts:.1f}"]
         cells.append([f.file, held, f.routing.removeprefix("cache-prior per layer, "), kl, *numbers, f.within or ""])
     return cells
@@ -352,15 +351,17 @@ def _whole(report: FilesReport) -> list[list[str]]:
     ]
     cells = [[*head, f"within {limit_of(report.max_ppl_increase, report.max_kl)}"]]
     for t in report.trials:
-        kl = [whole_kl(t.kl, t.kl_low, t.kl_high), f"{1000 * t.kl_p99:.1f}"]
-        cells.append([t.file, t.routing, t.part, str(t.n_tokens), change_of(t), *kl, f"{t.missed_mib_per_token:.2f}", t.within])
+        kl = [interval.mean_kl(t), f"{1000 * t.kl_p99:.1f}"]
+        cells.append(
+            [t.file, t.routing, t.part, str(t.n_tokens), interval.ppl_change(t), *kl, f"{t.missed_mib_per_token:.2f}", t.within]
+        )
     return cells
 
 
 def _why_not(trials: Sequence[tuple[Copy, Trial]], goal: Goal) -> str:
     loss = (lambda pair: pair[1].difference.delta_nll) if goal.max_kl is None else (lambda pair: pair[1].kl.kl)
     copy, t = min(trials, key=loss)
-    kl = f"{known(whole_kl(t.kl.kl, t.kl.kl_low, t.kl.kl_high))} millinats and {change_of(t.difference)} % of perplexity"
+    kl = f"{interval.mean_kl(t.kl)} millinats and {interval.ppl_change(t.difference)} % of perplexity"
     return (
         f"Nothing fits {limit_of(goal.max_ppl_increase, goal.max_kl)}: the mildest, {copy.name} with {t.routing}, loses {kl}; "
         "allow more, give a larger file or budget, or more text (--limit) if the interval is too wide."

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cacheroute.cli import table
-from cacheroute.cli.eval import brief_kl, known, same_top, whole_kl
+from cacheroute.cli import interval, table
+from cacheroute.cli.eval import same_top
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError
-from cacheroute.evals import paired
 from cacheroute.evals.divergence import Divergence
 from cacheroute.files import as_json
 from cacheroute.routing import tuned
@@ -73,17 +72,10 @@ class Report:
 
 def say_trial(trial: Trial) -> None:
     say(
-        f"{trial.routing}: {change_of(trial.difference)} % of perplexity, {kl_of(trial.kl)} millinats of KL on "
-        f"{trial.difference.n_tokens} tokens, missed {trial.missed_mib_per_token:.2f} MiB/token",
+        f"{trial.routing}: {interval.ppl_change(trial.difference)} % of perplexity, "
+        f"{interval.mean_kl(trial.kl)} millinats of KL on {trial.difference.n_tokens} tokens, "
+        f"missed {trial.missed_mib_per_token:.2f} MiB/token",
     )
-
-
-def change_of(d: paired.Difference | TrialRow) -> str:
-    return f"{d.ppl_increase:+.2f} [{table.signed(d.ppl_increase_low)}, {table.signed(d.ppl_increase_high)}]"
-
-
-def kl_of(d: Divergence) -> str:
-    return whole_kl(d.kl, d.kl_low, d.kl_high)
 
 
 def save(routing: tuned.TunedRouting, path: Path) -> None:
@@ -164,13 +156,12 @@ def _brief(report: Report) -> list[list[str]]:
     per_layer = "cache-prior per layer, "  # in every row or in none: the last line has it
     cells = [["routing", "text", "change % [95%]", "Mean KLD [95%]", "MiB", "fits"]]
     for t in report.trials:
-        change = f"{t.ppl_increase:+.2f} [{table.signed(t.ppl_increase_low)},{table.signed(t.ppl_increase_high)}]"
         cells.append(
             [
                 t.routing.removeprefix(per_layer),
                 t.part.removeprefix("fit, "),
-                change,
-                brief_kl(t.kl, t.kl_low, t.kl_high),
+                interval.ppl_change(t, tight=True),
+                interval.mean_kl(t, tight=True),
                 f"{t.missed_mib_per_token:.2f}",
                 t.within,
             ]
@@ -184,7 +175,7 @@ def _conclusion(report: Report) -> list[str]:
     if last is None:
         return []
     missed = f"misses {last.missed_mib_per_token:.2f} of {last.original_missed_mib_per_token:.2f} MiB a token"
-    kl = f"Mean KLD {known(brief_kl(last.kl, last.kl_low, last.kl_high))} and 99.0% KLD {1000 * last.kl_p99:.0f} millinats"
+    kl = f"Mean KLD {interval.mean_kl(last, tight=True)} and 99.0% KLD {1000 * last.kl_p99:.0f} millinats"
     limit = limit_of(report.max_ppl_increase, report.max_kl)
     return [
         f"Chosen: {report.routing} (lossy), {missed}, for {last.ppl_increase:+.2f}% of perplexity on unseen text",
@@ -198,8 +189,8 @@ def _whole(report: Report) -> list[list[str]]:
     cells = [["routing", "text", "tokens", "ppl change % [95%]", *kl_head, "missed MiB/token", "saved", "miss", limit]]
     for t in report.trials:
         missed = (f"{t.missed_mib_per_token:.2f}", f"{100 * t.saved:.0f}%", f"{100 * t.miss_rate:.1f}%")
-        kl = (whole_kl(t.kl, t.kl_low, t.kl_high), f"{1000 * t.kl_p99:.1f}", same_top(t.top1, t.top1_se))
-        cells.append([t.routing, t.part, str(t.n_tokens), change_of(t), *kl, *missed, t.within])
+        kl = (interval.mean_kl(t), f"{1000 * t.kl_p99:.1f}", same_top(t.top1, t.top1_se))
+        cells.append([t.routing, t.part, str(t.n_tokens), interval.ppl_change(t), *kl, *missed, t.within])
     return cells
 
 
@@ -223,7 +214,9 @@ def why_not(outcome: Outcome, goal: Goal) -> str:
         return "Nothing fits: no layer misses less by another choice of experts at this budget."
     d = mildest.difference
     change = (
-        f"changes the perplexity by {change_of(d)} %" if goal.max_kl is None else f"has a KL of {kl_of(mildest.kl)} millinats"
+        f"changes the perplexity by {interval.ppl_change(d)} %"
+        if goal.max_kl is None
+        else f"has a KL of {interval.mean_kl(mildest.kl)} millinats"
     )
     limit = f"{goal.max_ppl_increase:g}%" if goal.max_kl is None else f"{1000 * goal.max_kl:g} millinats"
     return (

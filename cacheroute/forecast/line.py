@@ -6,6 +6,7 @@ import contextlib
 
 from cacheroute.engine import stores
 from cacheroute.errors import CacherouteError
+from cacheroute.files import GIB, MIB
 from cacheroute.forecast import candidates, drive, misses, speed, timing, workload
 from cacheroute.forecast.drive import Drive
 from cacheroute.forecast.speed import ComputeSpeed, Types
@@ -32,7 +33,7 @@ def first_line(
     n_threads: int | None = None,
     flash_mbps: float | None = None,
 ) -> str:
-    """As in "Qwen3-30B-A3B: 3.9 of 15.6 GB of experts in memory, direct reads at 1.3 GB/s; about 5 tok/s; 12 at 1% loss with
+    """As in "Qwen3-30B-A3B: 3.6 of 14.5 GiB of experts in memory, direct reads at 1.3 GB/s; about 5 tok/s; 12 at 1% loss with
     --routing tuned".
 
     capacity: experts of each layer in memory. io: as the engine takes it. routing: the one that runs, None: `original`.
@@ -77,9 +78,9 @@ def _known(
 
 
 def held(layout: ExpertLayout, capacity: int) -> str:
-    """As in "3.9 of 15.6 GB": of the experts, with `capacity` of each layer."""
+    """As in "3.6 of 14.5 GiB", the units of budgets: of the experts, with `capacity` of each layer."""
     every, some = layout.all_expert_bytes, capacity * layout.expert_bytes
-    unit, name = (1e9, "GB") if every >= 1e9 else (1e6, "MB")
+    unit, name = (GIB, "GiB") if every >= GIB else (MIB, "MiB")
     return f"all {every / unit:.1f} {name}" if some == every else f"{some / unit:.1f} of {every / unit:.1f} {name}"
 
 
