@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from faults import cases_cli, cases_files, cases_load, cases_prompt_cache, cases_system
+from faults import cases_cli, cases_files, cases_load, cases_models, cases_prompt_cache, cases_system
 from faults.runner import Case, Place, check, run
 
-CASES: list[Case] = [*cases_cli.CASES, *cases_files.CASES, *cases_load.CASES, *cases_prompt_cache.CASES, *cases_system.CASES]
+MODULES = (cases_cli, cases_files, cases_load, cases_models, cases_prompt_cache, cases_system)
+CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 
 def test_names_are_unique() -> None:
