@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from cacheroute.engine import stores
 from cacheroute.engine.embeddings import tensor_address
 from cacheroute.engine.flash_attention import FlashAttention
 from cacheroute.errors import UsageError
+from cacheroute.install import processor
 from cacheroute.model import context_memory, experts, gguf_file
 from support import tiny_models
 
@@ -94,6 +98,30 @@ def test_experts_are_repacked_where_llama_cpp_does_it_and_the_user_allows_it(rep
         for model in (plain, mapped):
             model.eval(tokens)
         assert_same_bits(*(np.array(np.ctypeslib.as_array(m._ctx.get_logits_ith(-1), (m.n_vocab(),))) for m in (plain, mapped)))
+
+
+_WHICH = """
+import llama_cpp, sys
+from cacheroute.engine.embeddings import tensor_address
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=64, verbose=False)
+print(*(tensor_address(llm._model.model, f"blk.0.{name}.weight") is None for name in ("attn_q", "ffn_down_exps")))
+"""
+
+
+@pytest.mark.skipif("avx2" not in processor.features(), reason="without AVX2 llama.cpp has no tiled kernels")
+@pytest.mark.skipif("amx_int8" in processor.features(), reason="AMX takes the weights first")
+def test_weights_stay_as_they_are_for_the_tiled_kernels(tmp_path: Path) -> None:
+    """patches/0010-tiled-not-repacked.patch: experts, and dense weights with AVX-512 VNNI; without those kernels as upstream."""
+    path = tiny_models.write("qwen3moe", tmp_path / "m.gguf", mix="Q4_K_M", n_embd=256, n_ff=256)
+
+    def repacked(tiled: str) -> list[str]:
+        command = [sys.executable, "-c", _WHICH, str(path)]
+        done = subprocess.run(command, env=os.environ | {"GGML_CPU_TILED_MM": tiled}, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert repacked("0") == ["True", "True"]
+    assert repacked("1") == [str("avx512_vnni" not in processor.features()), "False"]
 
 
 def maps(address: int | None) -> str:

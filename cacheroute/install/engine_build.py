@@ -40,7 +40,7 @@ from cacheroute.install.tools import (
     workdir,
 )
 
-REVISION = 8  # counts changes that only the patches make
+REVISION = 9  # counts changes that only the patches make
 LOCAL_VERSION = f"{VERSION}+cacheroute.{REVISION}"
 
 # Read by upstream's build, scikit-build-core, with any version of pip (`--config-settings` needs a recent one).
