@@ -156,3 +156,25 @@ def test_what_will_be_compiled_is_said(own_cache: Path, monkeypatch: pytest.Monk
     (kept / "engine.whl").touch()
     assert engine_build.to_compile(BuildOptions(replace=True)) is None, "it is in the cache"
     assert engine_build.to_compile(BuildOptions(replace=True, portable=True)) is not None
+
+
+@pytest.mark.parametrize(
+    ("typed", "extra", "options"),
+    [
+        ([], ".", ""),
+        (["dev"], ".[dev]", ""),
+        (["--wheel", "a b.whl"], ".", "--wheel,a b.whl"),
+        (["dev", "--jobs", "1"], ".[dev]", "--jobs,1"),
+    ],
+)
+def test_the_script_takes_an_extra_and_options_of_setup(typed: list[str], extra: str, options: str, tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/setup", tmp_path / "scripts")
+    for name in ("python", "cacheroute"):
+        program = tmp_path / ".venv/bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f'#!/bin/sh\nIFS=,\necho "$*" >{name}.arguments\n')
+        program.chmod(0o755)
+    subprocess.run([tmp_path / "scripts/setup", *typed], check=True, timeout=60)
+    assert (tmp_path / "python.arguments").read_text().strip().endswith(f",{extra}")
+    assert (tmp_path / "cacheroute.arguments").read_text().strip() == ",".join(["setup", *([options] if options else [])])

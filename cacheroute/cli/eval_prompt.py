@@ -164,15 +164,10 @@ def figures(r: Summary) -> list[str]:
         f"{r.read_mib:.2f}",
         f"{100 * r.saved:.0f}%",
         f"{100 * r.swap_rate:.1f}%",
-        millinats(r.kl, r.kl_low, r.kl_high),
+        interval.mean_kl(r),
         f"{1000 * r.kl_p99:.0f}",
         f"{1000 * r.kl_first:.1f}",
-        millinats(r.delta_nll, r.delta_nll_low, r.delta_nll_high),
+        interval.figure(r.delta_nll, r.delta_nll_low, r.delta_nll_high, factor=1000, digits=1),
         f"{100 * r.top1:.1f}%",
         str(r.n_tokens),
     ]
-
-
-def millinats(value: float, low: float | None, high: float | None) -> str:
-    """A figure with its interval, given in nats."""
-    return interval.figure(value, low, high, factor=1000, digits=1)

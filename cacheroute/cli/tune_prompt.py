@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cacheroute.cli import progress, table
-from cacheroute.cli.eval_prompt import BRIEF, brief_figures, figures, millinats, say_few
+from cacheroute.cli import interval, progress, table
+from cacheroute.cli.eval_prompt import BRIEF, brief_figures, figures, say_few
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import as_json
@@ -117,7 +117,7 @@ def say_result(report: Report, outcome: Outcome) -> None:
     if not outcome.chosen or not outcome.validation:
         s = max(outcome.trials, key=lambda t: t.prompt_routing.cover).summary
         raise CacherouteError(
-            f"Nothing fits {1000 * max_kl:g} millinats: the mildest costs {millinats(s.kl, s.kl_low, s.kl_high)}; "
+            f"Nothing fits {1000 * max_kl:g} millinats: the mildest costs {interval.mean_kl(s)}; "
             "allow more, or give more --places if the interval is too wide."
         )
     s = outcome.validation.summary
@@ -140,7 +140,7 @@ def _verdict(row: TrialRow, max_kl: float) -> str:
 
 def _say_trial(trial: Trial) -> None:
     s = trial.summary
-    say(f"{trial.prompt_routing}: KL {millinats(s.kl, s.kl_low, s.kl_high)} millinats, {100 * s.saved:.0f}% less read")
+    say(f"{trial.prompt_routing}: KL {interval.mean_kl(s)} millinats, {100 * s.saved:.0f}% less read")
 
 
 def _row(trial: Trial) -> TrialRow:
