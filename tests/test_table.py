@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cacheroute.cli import table
+from cacheroute.cli import interval, table
 from cacheroute.cli.table import View
 from cacheroute.errors import UsageError
+from cacheroute.evals.divergence import Divergence
 
 
 @dataclass(frozen=True)
@@ -118,3 +119,22 @@ def test_a_terminal_has_colour_and_its_own_width() -> None:
     os.close(ours)
     assert "\x1b[1mname  x\x1b[0m" in said and "\x1b[33m! why\x1b[0m" in said and "Best: b\r\n" in said
     assert said.endswith("123\r\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [
+        (0.634, -0.22, 1.54, "+0.63 [-0.22, +1.54]"),
+        (0.634, None, None, "+0.63"),
+        (0.634, None, 1.54, "+0.63 [?, +1.54]"),
+        (None, None, None, "?"),
+    ],
+)
+def test_a_figure_and_its_interval(value: float | None, low: float | None, high: float | None, expected: str) -> None:
+    assert interval.figure(value, low, high) == expected
+    assert interval.figure(value, low, high, tight=True) == expected.replace(", ", ",")
+
+
+def test_a_kl_is_in_millinats_and_has_no_sign() -> None:
+    found = Divergence(kl=0.0179, kl_low=0.0168, kl_high=0.0191, kl_p99=0.1, top1=0.9, top1_se=0.01)
+    assert interval.mean_kl(found) == "17.90 [16.80, 19.10]" and interval.mean_kl(found, tight=True) == "17.9 [16.8,19.1]"
