@@ -105,19 +105,18 @@ def main() -> int:
         ratios = [b / q for q, b in zip(quiet, loaded, strict=True)]
         row: dict[str, object] = {
             "arm": arm,
-            "quiet_ts": _spread(quiet),
-            "busy_ts": _spread(loaded),
-            "busy/quiet": _spread(ratios),
+            "quiet_ts": spread(quiet),
+            "busy_ts": spread(loaded),
+            "busy/quiet": spread(ratios),
         }
         row |= {
-            name: _spread([run["cpu"] for run in runs[arm, n]], 3)
-            for name, n in (("quiet_cpu_s", 0), ("busy_cpu_s", args.others))
+            name: spread([run["cpu"] for run in runs[arm, n]], 3) for name, n in (("quiet_cpu_s", 0), ("busy_cpu_s", args.others))
         }
         print(json.dumps(row))
     return 0
 
 
-def _spread(values: list[float], digits: int = 2) -> str:
+def spread(values: list[float], digits: int = 2) -> str:
     """The median and what lies between."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
 

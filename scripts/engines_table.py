@@ -18,7 +18,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SEED, LEAST = 0, 64  # tokens before those that are timed
+from busy_table import spread
+
+WARM_UP = 64  # tokens before those that are timed
 
 
 def measured(args: argparse.Namespace) -> dict[str, float]:
@@ -26,9 +28,10 @@ def measured(args: argparse.Namespace) -> dict[str, float]:
     import numpy as np
 
     from cacheroute import Llama
+    from cacheroute.bench.runs import decode
 
-    n_ctx = max(*args.tokens, LEAST, args.n_gen) + LEAST
-    tokens = [int(t) for t in np.random.default_rng(SEED).integers(5, 3000, n_ctx)]
+    n_ctx = max(*args.tokens, args.n_gen) + WARM_UP
+    tokens = [int(t) for t in np.random.default_rng(0).integers(5, 3000, n_ctx)]
     threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
     start = time.perf_counter()
     llm = Llama(args.model, budget="all", n_ctx=n_ctx, verbose=False, io="auto" if args.loaded else "direct", **threads)
@@ -36,7 +39,7 @@ def measured(args: argparse.Namespace) -> dict[str, float]:
     if not args.loaded:
         for layer in range(len(llm.layout.layers)):
             llm.load_experts(layer, range(llm.layout.n_expert))
-    llm.eval(tokens[:LEAST])
+    llm.eval(tokens[:WARM_UP])
     for n in args.tokens:
         llm.rewind()
         start = time.perf_counter()
@@ -44,10 +47,9 @@ def measured(args: argparse.Namespace) -> dict[str, float]:
         found[f"{n} tokens"] = time.perf_counter() - start
     llm.rewind()
     with llm.decoding():
-        llm.eval(tokens[:1])
+        decode(llm, tokens[:1])
         start = time.perf_counter()
-        for token in tokens[1 : args.n_gen + 1]:
-            llm.eval([token])
+        decode(llm, tokens[1 : args.n_gen + 1])
     found["a decoded token"] = (time.perf_counter() - start) / args.n_gen
     return found
 
@@ -71,8 +73,7 @@ def table(args: argparse.Namespace) -> Iterator[str]:
     for name in samples[args.old][0]:
         old, new = ([sample[name] for sample in samples[checkout]] for checkout in (args.old, args.new))
         ratios = [b / a for a, b in zip(old, new, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
-        yield f"| {name} | {statistics.median(old):.4f} | {statistics.median(new):.4f} | {spread} |"
+        yield f"| {name} | {statistics.median(old):.4f} | {statistics.median(new):.4f} | {spread(ratios)} |"
 
 
 def main() -> None:

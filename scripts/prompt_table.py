@@ -61,29 +61,23 @@ def prompt(llm: Llama, tokens: list[int]) -> Measured:
     )
 
 
-def compute_seconds(llm: Llama, tokens: list[int], io: str) -> float:
-    """Of the prompt with all experts in memory, after a short one that touches the buffers."""
+def fill(llm: Llama, io: str) -> float:
+    """Brings all experts into memory, one layer after the other: MB/s of the device."""
     llm.configure(budget="all", io=io)
     llm.flash_mbps = None
+    start = time.perf_counter()
     for layer in range(len(llm.layout.layers)):
         llm.load_experts(layer, range(llm.layout.n_expert))
-    prompt(llm, tokens[:64])
+    return llm.layout.all_expert_bytes / MB / (time.perf_counter() - start)
+
+
+def compute_seconds(llm: Llama, tokens: list[int]) -> float:
+    """Of the prompt with all experts in memory (see fill), after a short one that touches the buffers."""
+    prompt(llm, tokens[: micro_batch.LEAST])
     llm.rewind()
     got = prompt(llm, tokens)
     assert not got.read, f"{got.read:.0f} MiB were read, though all experts were to be in memory"
     return got.seconds
-
-
-def own_speed(llm: Llama, io: str) -> float:
-    """MB/s of the device, reading experts of one layer after the other."""
-    llm.configure(budget="all", io=io)
-    llm.flash_mbps = None
-    layers, n = len(llm.layout.layers), llm.layout.n_expert
-    start, read = time.perf_counter(), 0
-    for layer in range(min(layers, 4)):
-        llm.load_experts(layer, range(n))
-        read += llm.layout.layers[layer].expert_bytes * n
-    return read / MB / (time.perf_counter() - start)
 
 
 def control_seconds(llm: Llama, budget: str, tokens: list[int], repetitions: int) -> list[float]:
@@ -106,8 +100,8 @@ def table(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
         shares: dict[tuple[float, str], list[float]] = {}
         rows: dict[float, list[tuple[float, float, Measured]]] = {}
         for repetition in range(args.repetitions):
-            compute = compute_seconds(llm, tokens, args.io)
-            disk = own_speed(llm, args.io)
+            disk = fill(llm, args.io)
+            compute = compute_seconds(llm, tokens)
             for flash in args.flash_mbps:
                 names = args.arms[:: 1 if repetition % 2 else -1]
                 for name in names:

@@ -12,6 +12,7 @@ import pytest
 from cacheroute.errors import CacherouteError
 from cacheroute.install import android, checkup, engine_build, machine, patched_llama_cpp, processor
 from cacheroute.install.engine_build import EngineState
+from support import programs
 
 BIG = "fp asimd evtstrm aes crc32 atomics fphp asimdhp cpuid asimdrdm asimddp sve i8mm bf16"
 LITTLE = "fp asimd evtstrm aes crc32 atomics fphp asimdhp cpuid asimdrdm asimddp"
@@ -172,9 +173,7 @@ def test_an_engine_without_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_property_that_cannot_be_asked_for_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert android.getprop("ro.build.version.sdk") == ""
-    program = tmp_path / "getprop"
-    program.write_text("#!/bin/sh\necho 34\n")
-    program.chmod(0o755)
+    programs.write(tmp_path / "getprop", "echo 34\n")
     assert android.getprop("ro.build.version.sdk") == "34"
 
 

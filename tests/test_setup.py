@@ -22,6 +22,7 @@ import cacheroute
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.install import engine_build, engine_source, tools
 from cacheroute.install.engine_build import BuildOptions
+from support import programs
 from support.cli import cacheroute as run
 from support.environments import of_python, with_cacheroute
 
@@ -171,10 +172,7 @@ def test_the_script_takes_an_extra_and_options_of_setup(typed: list[str], extra:
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/setup", tmp_path / "scripts")
     for name in ("python", "cacheroute"):
-        program = tmp_path / ".venv/bin" / name
-        program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text(f'#!/bin/sh\nIFS=,\necho "$*" >{name}.arguments\n')
-        program.chmod(0o755)
+        programs.write(tmp_path / ".venv/bin" / name, f'IFS=,\necho "$*" >{name}.arguments\n')
     subprocess.run([tmp_path / "scripts/setup", *typed], check=True, timeout=60)
     assert (tmp_path / "python.arguments").read_text().strip().endswith(f",{extra}")
     assert (tmp_path / "cacheroute.arguments").read_text().strip() == ",".join(["setup", *([options] if options else [])])

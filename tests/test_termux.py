@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import cacheroute
+from support import programs
 
 ROOT = Path(cacheroute.__file__).parent.parent
 LOGS = 'echo "$(basename "$0") $*" >>{root}/log\n'
@@ -18,11 +19,6 @@ case "$*" in
   "-c "*) echo "filelock>=3.10" ;;
 esac
 """
-
-
-def program(path: Path, body: str) -> None:
-    path.write_text(f"#!/bin/bash\n{body}")
-    path.chmod(0o755)
 
 
 @pytest.fixture
@@ -36,11 +32,11 @@ def phone(tmp_path: Path) -> Path:
         (checkout / name).write_text((ROOT / name).read_text())
     logs = LOGS.format(root=tmp_path)
     for name in ("pkg", "termux-wake-lock", "termux-wake-unlock"):
-        program(bins / name, logs)
-    program(bins / "python", logs + PYTHON.format(root=tmp_path))
-    program(bins / "dpkg", f'grep -qx "$2" {tmp_path}/packages 2>/dev/null\n')
-    program(bins / "uname", "echo aarch64\n")
-    program(tmp_path / "cacheroute", logs)
+        programs.write(bins / name, logs)
+    programs.write(bins / "python", logs + PYTHON.format(root=tmp_path))
+    programs.write(bins / "dpkg", f'grep -qx "$2" {tmp_path}/packages 2>/dev/null\n')
+    programs.write(bins / "uname", "echo aarch64\n")
+    programs.write(tmp_path / "cacheroute", logs)
     (bins / "sh").symlink_to("/bin/sh")
     return tmp_path
 
@@ -91,14 +87,14 @@ def test_it_does_it(phone: Path) -> None:
 
 def test_it_goes_on_after_a_kill(phone: Path) -> None:
     (phone / "packages").write_text("python\npython-pip\nclang\n")
-    program(phone / "cacheroute", "kill -9 $$\n")
+    programs.write(phone / "cacheroute", "kill -9 $$\n")
     done = script(phone)
     assert done.returncode == 137
     lines = log(phone)
     assert lines[1] == "pkg install -y python-ensurepip-wheels python-numpy cmake ninja git", "only what is missing"
     assert lines[0] == "termux-wake-lock" and lines[-1] == "termux-wake-unlock"
     assert not (bins(phone) / "cr").exists()
-    program(phone / "home/cacheroute/.venv/bin/cacheroute", LOGS.format(root=phone))
+    programs.write(phone / "home/cacheroute/.venv/bin/cacheroute", LOGS.format(root=phone))
     (phone / "log").unlink()
     again = script(phone)
     assert again.returncode == 0 and "cacheroute setup" in log(phone)
@@ -106,7 +102,7 @@ def test_it_goes_on_after_a_kill(phone: Path) -> None:
 
 
 def test_what_others_have_put_in_its_place_stays(phone: Path) -> None:
-    program(bins(phone) / "cr", "echo chart-releaser\n")
+    programs.write(bins(phone) / "cr", "echo chart-releaser\n")
     done = script(phone)
     assert done.returncode == 0 and "cr is another program; it stays." in done.stderr
     assert "chart-releaser" in (bins(phone) / "cr").read_text() and (bins(phone) / "cacheroute").exists()
@@ -119,7 +115,7 @@ def test_without_a_wake_lock_it_says_so(phone: Path) -> None:
 
 
 def test_a_dry_run_works_anywhere(phone: Path) -> None:
-    program(bins(phone) / "uname", "echo armv8l\n")
+    programs.write(bins(phone) / "uname", "echo armv8l\n")
     done = script(phone, "--dry-run", PREFIX="")
     assert done.returncode == 0 and log(phone) == [], done.stderr
     assert "elsewhere run scripts/setup" in done.stderr and "this is armv8l" in done.stderr
@@ -135,7 +131,7 @@ def test_a_dry_run_works_anywhere(phone: Path) -> None:
     ],
 )
 def test_what_it_refuses(env: dict[str, str], words: list[str], machine: str, code: int, said: str, phone: Path) -> None:
-    program(bins(phone) / "uname", f"echo {machine}\n")
+    programs.write(bins(phone) / "uname", f"echo {machine}\n")
     done = script(phone, *words, **env)
     assert done.returncode == code and said in done.stderr and done.stderr.count("\n") == 1 and log(phone) == []
 
