@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cacheroute import Llama
 from cacheroute.bench import control
-from cacheroute.engine import micro_batch
+from cacheroute.engine import flash_attention
 from cacheroute.errors import CacherouteError
 from cacheroute.files import MIB
 from cacheroute.install.machine import cores
@@ -73,7 +73,7 @@ def fill(llm: Llama, io: str) -> float:
 
 def compute_seconds(llm: Llama, tokens: list[int]) -> float:
     """Of the prompt with all experts in memory (see fill), after a short one that touches the buffers."""
-    prompt(llm, tokens[: micro_batch.LEAST])
+    prompt(llm, tokens[: flash_attention.LEAST])
     llm.rewind()
     got = prompt(llm, tokens)
     assert not got.read, f"{got.read:.0f} MiB were read, though all experts were to be in memory"
@@ -195,7 +195,7 @@ def main() -> int:
     longest = args.turns * (args.tokens[0] + DECODED) if args.turns else max(args.tokens)
     try:
         llm = Llama(
-            args.model, budget=args.budget, io=args.io, n_ctx=max(longest + 8, micro_batch.LEAST), n_threads=args.threads,
+            args.model, budget=args.budget, io=args.io, n_ctx=max(longest + 8, flash_attention.LEAST), n_threads=args.threads,
             n_threads_batch=args.threads, flash_attn={"on": True, "off": False}.get(args.flash_attn), verbose=False,
         )  # fmt: skip
         for line in (conversation if args.turns else table)(llm, args):

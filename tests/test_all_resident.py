@@ -24,6 +24,7 @@ from cacheroute.engine import stores
 from cacheroute.engine.embeddings import tensor_address
 from cacheroute.engine.flash_attention import FlashAttention
 from cacheroute.errors import UsageError
+from cacheroute.files import MIB
 from cacheroute.install import processor
 from cacheroute.model import context_memory, experts, gguf_file
 from support import tiny_models
@@ -195,10 +196,13 @@ def test_whatever_happens_to_the_sequence_all_experts_are_there(tiny: Path) -> N
         assert llm.stats().decode.tokens == 100 and llm.stats().decode.misses == 0
 
 
-def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = tiny_models.write("qwen3moe", tmp_path / "m.gguf", n_layer=8)  # a layer's reserve is little of all experts
     header = gguf_file.read(tiny)
     layout = experts.layout(header)
-    needed = header.nbytes + context_memory.least_bytes(header, SIZES["n_ctx"])
+    n_ctx = SIZES["n_ctx"]
+    compute = context_memory.compute_bytes(header, layout, min(n_ctx, 128), n_ctx, flash_attn=True, n_outputs=1)
+    needed = header.nbytes + context_memory.least_bytes(header, n_ctx) + compute + 48 * MIB
     monkeypatch.setattr(context_memory, "available_memory", lambda **_: needed - 1)
     with (
         pytest.raises(UsageError, match=r"needs .* of experts\), and .* are free: --budget (\d+) fits\.$") as refused,

@@ -9,6 +9,7 @@ import pytest
 
 from cacheroute import Llama
 from cacheroute.errors import UsageError
+from cacheroute.files import MIB
 from cacheroute.model import context_memory, experts, gguf_file
 from cacheroute.model.gguf_file import GgufFile
 from support import tiny_models
@@ -51,25 +52,32 @@ def test_a_context_beyond_free_memory_is_refused(tiny: Path, monkeypatch: pytest
         context_memory.check(tiny, 0)
 
 
+def beside(path: Path) -> int:
+    """Bytes that a context of 64 tokens takes, a prompt in it and the process itself."""
+    header = gguf_file.read(path)
+    compute = context_memory.compute_bytes(header, experts.layout(header), 64, 64, flash_attn=True, n_outputs=1)
+    return context_memory.least_bytes(header, 64) + compute + 48 * MIB
+
+
 def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context_memory, "available_memory", lambda **_: 1024 * 1024)
     layout = experts.layout(gguf_file.read(tiny))
-    parts = r"\(.* of dense weights, .* of context, .* of experts\)"
+    parts = r"\(.* of dense weights, .* of context, .* to compute, .* of experts\)"
     with pytest.raises(UsageError, match=rf"^[^/]*\.gguf needs .* {parts}, and 1.0 MiB are free"):
         Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
     monkeypatch.setattr(context_memory, "available_memory", lambda **_: 1024)
     with pytest.raises(UsageError, match=r"no budget fits; free memory, or take a smaller model\.$"):
         Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
     for routing, io in ((None, "buffered"), ("original", "none")):
-        monkeypatch.setattr(context_memory, "available_memory", lambda **_: 10 * layout.all_expert_bytes)
+        monkeypatch.setattr(context_memory, "available_memory", lambda **_: layout.dense_bytes + beside(tiny))
         with closing(Llama(str(tiny), n_ctx=64, budget="all", io=io, routing=routing, verbose=False)) as llm:
             llm.eval([5])
 
 
 def test_the_advice_fits(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = experts.layout(gguf_file.read(tiny))
-    dense = gguf_file.read(tiny).nbytes - layout.all_expert_bytes
-    free = dense + context_memory.least_bytes(gguf_file.read(tiny), 64) + 10 * layout.resident_bytes
+    layer = max(layer.resident_bytes for layer in layout.layers)  # of which all experts are in memory while it computes
+    free = layout.dense_bytes + beside(tiny) + 10 * layout.resident_bytes + (layout.n_expert - 10) * layer
     monkeypatch.setattr(context_memory, "available_memory", lambda **_: free)
     with pytest.raises(UsageError, match=r": --budget 10 fits\.$"):
         Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 
 from cacheroute import Llama
 from cacheroute.engine import micro_batch
-from cacheroute.engine.flash_attention import FlashAttention
-from cacheroute.engine.micro_batch import LEAST, MicroBatches
+from cacheroute.engine.flash_attention import LEAST, FlashAttention
+from cacheroute.engine.micro_batch import MicroBatches
 from cacheroute.files import MIB
 from cacheroute.model import context_memory, experts, gguf_file
+from cacheroute.model.context_memory import ROOM
 from cacheroute.routing import budget as budgets
 from support import tiny_models
 from support.systems import LINUX
@@ -62,7 +64,16 @@ def test_as_few_passes_as_fit_and_all_of_them_alike(monkeypatch: pytest.MonkeyPa
 
 def test_however_little_is_free_some_tokens_are_computed_together(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     made = plan(monkeypatch, model, 0)
-    assert made.length <= LEAST and made.passes == 63 and made.ahead == 0
+    assert (made.passes, made.length, made.ahead) == (4000 // LEAST, LEAST + 1, 0)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 127, 128, 191, 1124])
+def test_no_pass_is_so_short_that_it_is_computed_in_another_way(
+    monkeypatch: pytest.MonkeyPatch, model: Path, n_tokens: int
+) -> None:
+    cuts = plan(monkeypatch, model, 0, n_tokens).cuts()
+    lengths = [end - begin for begin, end in itertools.pairwise(cuts)]
+    assert cuts[0] == 0 and cuts[-1] == n_tokens and min(lengths) >= min(n_tokens, LEAST) and max(lengths) < ROOM == 2 * LEAST
 
 
 def test_the_users_length_is_kept(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
@@ -84,7 +95,7 @@ def test_a_model_that_is_loaded_whole_takes_llama_cpps_passes_or_what_fits(monke
     layout = experts.layout(header)
     loaded = header.nbytes + context_memory.least_bytes(header, 4096)
     each = context_memory.compute_bytes(header, layout, 1, 4096, flash_attn=False, n_outputs=0)
-    for free, length in ((None, 512), (2**40, 512), (0, LEAST), ((loaded + 200 * each) * 16 // 15 + 16, 200)):
+    for free, length in ((None, 512), (2**40, 512), (0, ROOM), ((loaded + 200 * each) * 16 // 15 + 16, 200)):
         monkeypatch.setattr(micro_batch, "available_memory", lambda free=free: free)
         assert micro_batch.length_beside_all(header, layout, 4096, flash_attn=FlashAttention.NEVER, all_outputs=False) == length
 
@@ -132,5 +143,21 @@ def test_several_passes_give_the_logits_of_that_split(monkeypatch: pytest.Monkey
             monkeypatch.setattr(llm._batches, "plan", lambda *_, made=made: made)
         llm.eval(tokens)
         found.append(np.array(llm.scores[:150]))
+        llm.close()
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("n_tokens", [130, 700])
+def test_an_answer_does_not_depend_on_the_memory_that_is_free(
+    monkeypatch: pytest.MonkeyPatch, model: Path, n_tokens: int
+) -> None:
+    tokens = [int(t) for t in np.random.default_rng(0).integers(3, 60, n_tokens)]
+    found = []
+    for free in (2**40, 0):
+        llm = Llama(str(model), budget=4, n_ctx=1024, n_threads=2, logits_all=True, verbose=False)
+        monkeypatch.setattr(micro_batch, "available_memory", lambda free=free, **_: free)
+        assert (llm.plan(n_tokens).passes == 1) == bool(free)
+        llm.eval(tokens)
+        found.append(np.array(llm.scores[:n_tokens]))
         llm.close()
     assert np.array_equal(*found)

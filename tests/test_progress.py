@@ -60,8 +60,8 @@ def test_a_short_micro_batch_reads_almost_as_much_as_a_long_one() -> None:
 
 def test_a_prompt_is_split_as_llama_cpp_does(tiny: Path) -> None:
     layout = experts.layout(gguf_file.read(tiny))
-    assert Prompt.of(300, 128, 50, layout).micro_batches == (50, 50, 28, 50, 50, 28, 44)
-    assert Prompt.of(0, 128, 50, layout).tokens == 0
+    assert Prompt.of([300], 128, 50, layout).micro_batches == (50, 50, 28, 50, 50, 28, 44)
+    assert Prompt.of([0], 128, 50, layout).tokens == 0
 
 
 def test_a_model_that_reads_nothing_has_a_time_left() -> None:

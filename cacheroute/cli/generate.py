@@ -74,7 +74,11 @@ def generate(
     ubatch_size: Annotated[
         int | None,
         typer.Option(
-            "-ub", "--ubatch-size", min=1, help="Tokens of a prompt computed together; default: as many as fit free memory."
+            "-ub",
+            "--ubatch-size",
+            min=1,
+            help="Tokens of a prompt computed together; fewer than 64 are computed in another way, and an answer may differ. "
+            "Default: as many as fit free memory, at least 64.",
         ),
     ] = None,
     verbose: Annotated[

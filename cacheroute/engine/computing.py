@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,13 +65,15 @@ class ComputingLlama(ConfiguredLlama):
                 super().eval(tokens)
                 return
             plan = self.plan(len(tokens))
-            step = max(len(tokens), 1) if self._batches.fixed else plan.length  # a fixed split is llama.cpp's own
-            prompt = progress.Prompt.of(len(tokens), min(step, self.n_batch), self.context_params.n_ubatch, self.layout)
+            cuts = [0, len(tokens)] if self._batches.fixed else plan.cuts()  # a fixed split is llama.cpp's own
+            parts = [tokens[begin:end] for begin, end in itertools.pairwise(cuts)]
+            lengths = [len(part) for part in parts]
+            prompt = progress.Prompt.of(lengths, self.n_batch, self.context_params.n_ubatch, self.layout)
             if self._hook:
                 self._hook.read_ahead(plan.ahead if self._read_ahead else 0)
             with progress.of_prompt(self._hook, self.n_tokens, prompt, self.prompt_progress):
-                for at in range(0, max(len(tokens), 1), step):
-                    super().eval(tokens[at : at + step])
+                for part in parts:
+                    super().eval(part)
 
     def plan(self, n_tokens: int) -> Plan:
         """How a prompt of so many more tokens, after those evaluated, would be computed with the memory that is free now."""

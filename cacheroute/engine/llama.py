@@ -146,17 +146,17 @@ class Llama(ComputingLlama):
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, paced=paced)
         self._loaded = settings.io == stores.LOAD
         arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
-        if self._loaded:
-            context_memory.check_budget(header, self.layout, n_ctx, self.layout.all_expert_bytes, whole=True)
-        elif settings.io != "none":
-            nbytes = settings.budget.nbytes if settings.routing else 0
-            context_memory.check_budget(header, self.layout, n_ctx, nbytes)
+        if self._loaded or settings.io != "none":
+            capacity = self.layout.n_expert if self._loaded else settings.budget.capacity if settings.routing else 0
+            prompts = flash_attn.computes(context_memory.ROOM)
+            context_memory.check_budget(header, self.layout, n_ctx, capacity, flash_attn=prompts, whole=self._loaded)
         given = [n for n in (n_ubatch, n_batch) if n]
         all_outputs = bool(kwargs.get("logits_all") or kwargs.get("draft_model"))
+        most = None
         if kwargs.get("embedding"):  # llama.cpp takes n_batch for the number of sequences, too
             given = given or [UPSTREAM]
-        elif self._loaded:
-            given = given or [length_beside_all(header, self.layout, n_ctx, flash_attn=flash_attn, all_outputs=all_outputs)]
+        elif self._loaded and not given:
+            most = length_beside_all(header, self.layout, n_ctx, flash_attn=flash_attn, all_outputs=all_outputs)
         self._read_ahead = read_ahead
         self._batches = MicroBatches(
             header,
@@ -165,6 +165,7 @@ class Llama(ComputingLlama):
             flash_attn=flash_attn,
             all_outputs=all_outputs,
             length=min(given, default=None),
+            most=most,
         )
         kwargs |= {"n_ubatch": self._batches.ceiling, "n_batch": n_batch or max(UPSTREAM if given else 0, self._batches.ceiling)}
         kwargs["flash_attn_type"] = flash_attn

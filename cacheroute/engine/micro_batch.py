@@ -1,6 +1,8 @@
 """How many tokens of a prompt are computed together: every pass over the layers reads their experts again.
 
-So there are as few passes as the memory beside the budget allows. Knows sizes and free memory; knows no tokens and no hook.
+So there are as few passes as the memory beside the budget allows. None is so short that llama.cpp would compute it in another
+way: else the memory that is free would decide about the last bits of an answer. Knows sizes and free memory; knows no tokens and
+no hook.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cacheroute.engine.flash_attention import FlashAttention
+from cacheroute.engine.flash_attention import LEAST, FlashAttention
 from cacheroute.install.machine import available_memory, memory, ulimit_room
 from cacheroute.model import context_memory
 from cacheroute.model.experts import ExpertLayout
@@ -19,8 +21,6 @@ from cacheroute.routing.budget import Budget
 
 UPSTREAM = 512
 """Tokens that llama.cpp computes together if nothing else is said."""
-LEAST = 64
-"""Tokens that are computed together whatever memory is free, as llama.cpp does with its own number."""
 _MARGIN = 1 / 16  # of the free memory is left
 _UNLIMITED = 2**62
 
@@ -39,9 +39,13 @@ class Plan:
     ahead: int
     compute: int
 
+    def cuts(self) -> list[int]:
+        """Where each pass begins, and the end; of passes that memory alone decides: all alike, to one token."""
+        return [self.n_tokens * i // self.passes for i in range(self.passes + 1)]
+
 
 class MicroBatches:
-    """Of one context. `fixed`: the length of every pass, None: as memory allows.
+    """Of one context. `fixed`: the length of every pass but the last, None: as memory allows.
 
     ceiling: the longest pass for which llama.cpp is to make room; it takes memory when it is used.
     """
@@ -55,19 +59,21 @@ class MicroBatches:
         flash_attn: FlashAttention,
         all_outputs: bool,
         length: int | None = None,
+        most: int | None = None,
     ) -> None:
         """`n_ctx` tokens of context, 0: as the model was trained.
 
-        `all_outputs`: scores of the vocabulary are wanted of every token. `length`: of every pass, None: as memory allows.
+        `all_outputs`: scores of the vocabulary are wanted of every token. `length`: of every pass, None: as memory allows, and
+        no longer than `most`.
         """
         self._header, self._layout, self._flash_attn, self._all_outputs = header, layout, flash_attn, all_outputs
         n_ctx = n_ctx or context_memory.trained_context(header)
         self.fixed = length
-        self.ceiling = min(length or n_ctx, n_ctx)
-        if length is None:
+        self.ceiling = min(length or most or n_ctx, n_ctx)
+        if length is None and most is None:
             # llama.cpp takes address space for the longest pass with all outputs, and llama-cpp-python for as many scores
             each = self._each(n_ctx, n_ctx, all_outputs=True) + context_memory.output_bytes(header, 1)
-            self.ceiling = max(min(n_ctx, _address_space() // 2 // each), min(LEAST, n_ctx))
+            self.ceiling = max(min(n_ctx, _address_space() // 2 // each), min(context_memory.ROOM, n_ctx))
         self._used = 0  # by the longest pass so far: llama.cpp keeps it
 
     def _each(self, length: int, n_kv: int, *, all_outputs: bool) -> int:
@@ -88,11 +94,20 @@ class MicroBatches:
             taken = max(budget.nbytes - resident_bytes, 0) + over + context_memory.least_bytes(self._header, n_tokens)
             left = free - max(int(free * _MARGIN), reserve) - taken + self._used
             length = self.fixed or max(min(left // each, self.ceiling), LEAST)
-        passes = math.ceil(n_tokens / min(length, self.ceiling))
-        length = min(self.fixed, self.ceiling, n_tokens) if self.fixed else math.ceil(n_tokens / passes)
+        if self.fixed:
+            length = min(self.fixed, self.ceiling, n_tokens)
+            passes = math.ceil(n_tokens / length)
+        else:
+            passes = passes_of(n_tokens, min(length, self.ceiling))
+            length = math.ceil(n_tokens / passes)
         compute = length * each
         self._used = max(self._used, min(compute, max(left, 0)))
         return Plan(n_tokens, length, passes, min(max(left - compute, 0), over) if free is not None else over, compute)
+
+
+def passes_of(n_tokens: int, length: int) -> int:
+    """The fewest passes of at most `length` tokens; a few tokens more where they would be shorter than LEAST."""
+    return min(math.ceil(n_tokens / length), max(n_tokens // LEAST, 1))
 
 
 def length_beside_all(
@@ -107,7 +122,7 @@ def length_beside_all(
     n_outputs = 1 if all_outputs else 0
     each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn.computes(n_ctx), n_outputs=n_outputs)
     left = int(free * (1 - _MARGIN)) - header.nbytes - context_memory.least_bytes(header, n_ctx)
-    return max(min(left // each, UPSTREAM), LEAST)
+    return max(min(left // each, UPSTREAM), context_memory.ROOM)
 
 
 def _over(layout: ExpertLayout, budget: Budget) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,9 +52,9 @@ class Prompt:
     n_expert: int
 
     @staticmethod
-    def of(n_tokens: int, n_batch: int, n_ubatch: int, layout: ExpertLayout) -> Prompt:
-        """As llama.cpp splits it: into batches, and each of those into micro-batches."""
-        batches = (min(n_batch, n_tokens - i) for i in range(0, n_tokens, n_batch))
+    def of(lengths: Sequence[int], n_batch: int, n_ubatch: int, layout: ExpertLayout) -> Prompt:
+        """Parts of so many tokens, as llama.cpp splits each: into batches, and those into micro-batches."""
+        batches = (min(n_batch, n - i) for n in lengths for i in range(0, n, n_batch))
         parts = tuple(min(n_ubatch, n - i) for n in batches for i in range(0, n, n_ubatch))
         return Prompt(parts, len(layout.layers), layout.n_used, layout.n_expert)
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cacheroute.engine import stores
-from cacheroute.engine.micro_batch import LEAST, UPSTREAM
+from cacheroute.engine.flash_attention import LEAST
+from cacheroute.engine.micro_batch import UPSTREAM
 from cacheroute.files import MIB
 from cacheroute.forecast import misses, timing
 from cacheroute.forecast.drive import GIVEN, Drive

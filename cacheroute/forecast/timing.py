@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cacheroute.engine.micro_batch import passes_of
 from cacheroute.forecast import kernels
 from cacheroute.forecast.drive import Drive
 from cacheroute.forecast.kernels import TypeSpeed
@@ -84,7 +85,7 @@ def prompt(
     work: Workload, speed: ComputeSpeed, drive: Drive | None, capacity: int, n_tokens: int, longest: int, spare: int = 0
 ) -> Prompt:
     """`longest`: tokens of a pass. `drive`: None where all experts are in memory."""
-    passes = -(-n_tokens // longest)
+    passes = passes_of(n_tokens, longest)
     length = -(-n_tokens // passes)
     # experts that a pass uses, if each token's are drawn evenly
     distinct = work.n_expert * (1 - (1 - work.n_used / work.n_expert) ** length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cacheroute.errors import UsageError
-from cacheroute.files import size
+from cacheroute.files import MIB, size
 from cacheroute.install.machine import available_memory
 from cacheroute.model import gguf_file
 from cacheroute.model.experts import ExpertLayout
@@ -14,6 +14,10 @@ from cacheroute.model.gguf_file import GgufFile
 _F16, _F32 = 2, 4
 _WORTH = 64  # tokens: a context worth advising
 _SLACK = 1.25  # what a matrix multiplication makes of its input, and what lies between buffers
+_PROCESS = 48 * MIB  # vocabulary, samplers, libraries: 32 to 45 MiB of the demo model's process beside what is counted
+ROOM = 128
+"""Tokens of a prompt that can be computed together whatever memory is free: twice flash_attention.LEAST, as fewer cannot be cut
+into passes of so many."""
 
 
 def least_bytes(model: GgufFile, n_ctx: int, n_batch: int = 0) -> int:
@@ -67,23 +71,39 @@ def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> No
     )
 
 
-def check_budget(model: GgufFile, layout: ExpertLayout, n_ctx: int, budget_bytes: int, *, whole: bool = False) -> None:
-    """Raises UsageError when dense weights, a context and a budget of so many bytes do not fit the memory that is free.
+def check_budget(
+    model: GgufFile, layout: ExpertLayout, n_ctx: int, capacity: int, *, flash_attn: bool = True, whole: bool = False
+) -> None:
+    """Raises UsageError when a budget of `capacity` experts of each layer does not fit the memory that is free, beside dense
+    weights, a context of `n_ctx` tokens, the least buffers of a prompt, and the experts of a layer that is computed.
 
-    `whole`: the model is loaded whole, token embeddings too. The budget is then of all experts, and the advice is a smaller one.
+    A capacity of 0 has experts in the system's page cache only, which needs no room. `flash_attn`: prompts are computed with it.
+    `whole`: the model is loaded whole, token embeddings too; the capacity is then all experts, and the advice is a smaller one.
 
     The free memory is that of the machine, of every enclosing control group and of `ulimit`.
     """
     free = available_memory()
-    dense = layout.dense_bytes + (layout.embedding_bytes if whole else 0)
-    context = least_bytes(model, n_ctx or _number(model, "context_length", 0))
-    if free is None or dense + context + budget_bytes <= free:
+    n_ctx = n_ctx or trained_context(model)
+    dense, context = layout.dense_bytes + (layout.embedding_bytes if whole else 0), least_bytes(model, n_ctx)
+    compute = compute_bytes(model, layout, min(ROOM, n_ctx), n_ctx, flash_attn=flash_attn, n_outputs=1) + _PROCESS
+    layer = max(layer.resident_bytes for layer in layout.layers)
+
+    def experts(n: int) -> int:
+        if whole and n == layout.n_expert:
+            return layout.all_expert_bytes
+        return n * layout.resident_bytes + (layer * (layout.n_expert - n) if n else 0)
+
+    needed = dense + context + compute + experts(capacity)
+    if free is None or needed <= free:
         return
-    left = free - layout.dense_bytes - context
-    experts = min(max(left, 0) // layout.resident_bytes, layout.n_expert - whole)
+    left = free - layout.dense_bytes - context - compute
+    fits = max((n for n in range(1, layout.n_expert + 1 - whole) if experts(n) <= left), default=0)
+    advice = _advice(fits, layout)
+    if fits < layout.n_used and context * 7 // 8 >= experts(layout.n_used) - left:
+        advice = "give a smaller context with -c"
     raise UsageError(
-        f"{layout.paths[0].name} needs {size(dense + context + budget_bytes)} of memory ({size(dense)} of dense weights, "
-        f"{size(context)} of context, {size(budget_bytes)} of experts), and {size(free)} are free: {_advice(experts, layout)}."
+        f"{layout.paths[0].name} needs {size(needed)} of memory ({size(dense)} of dense weights, {size(context)} of context, "
+        f"{size(compute)} to compute, {size(experts(capacity))} of experts), and {size(free)} are free: {advice}."
     )
 
 

@@ -13,8 +13,9 @@ from cacheroute.model.catalogue import ModelEntry
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 
-_PASS_LEAST, _PASS_MOST, _PASS_SHARE = 64, 2048, 1 / 16  # tokens of a prompt for which compute buffers are counted, within a
-# share of the free memory; longer passes take what is free when they come (engine/micro_batch.py)
+# tokens of a prompt for which compute buffers are counted, within a share of the free memory; longer passes take what is free
+# when they come (engine/micro_batch.py)
+_PASS_LEAST, _PASS_MOST, _PASS_SHARE = context_memory.ROOM, 2048, 1 / 16
 _F16, _F32 = 2, 4
 _UNCOUNTED_SPACE = GIB  # address space of threads, libraries and buffers
 _RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST = 1 / 16, 64 * MIB, GIB  # for others, and for what is not counted
