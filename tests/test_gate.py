@@ -346,8 +346,40 @@ def test_two_answers_at_once_are_an_error_and_not_wrong_text(tiny: Path) -> None
         next(one)
         two = llm.generate(OTHER, temp=0.0)
         assert [next(two) for _ in range(6)] == expected
-        with pytest.raises(CacherouteError, match="Another answer was begun before this one ended"):
+        with pytest.raises(CacherouteError, match="Another answer was begun before this answer ended"):
             next(one)
+
+
+@pytest.mark.parametrize("change", ["configure", "reset", "load_state", "eval"])
+def test_an_answer_whose_sequence_was_changed_is_an_error_and_not_wrong_text(tiny: Path, change: str) -> None:
+    with loaded(tiny) as llm:
+        llm.eval(OTHER)
+        state = llm.save_state()
+        answer = llm.generate(PROMPT, temp=0.0)
+        next(answer)
+        arguments = {"configure": {"budget": 8}, "load_state": {"state": state}, "eval": {"tokens": [5]}}
+        getattr(llm, change)(**arguments.get(change, {}))
+        with pytest.raises(CacherouteError, match="The sequence was changed before this answer ended"):
+            next(answer)
+
+
+def test_a_call_that_is_refused_leaves_the_answer_of_another_thread_alone(tiny: Path) -> None:
+    with loaded(tiny) as llm:
+        expected = [t for t, _ in zip(llm.generate(PROMPT, temp=0.0), range(8), strict=False)]
+        answer, refused = llm.generate(PROMPT, temp=0.0), []
+        got = [next(answer)]
+
+        def ask() -> None:
+            with pytest.raises(CacherouteError, match="in use by another thread") as e:
+                next(llm.generate(OTHER, temp=0.0))
+            refused.append(e)
+
+        with llm._alone():  # as while a token is computed
+            other = threading.Thread(target=ask)
+            other.start()
+            other.join()
+        got += [next(answer) for _ in range(7)]
+        assert refused and got == expected
 
 
 def test_two_threads_are_an_error_and_not_a_crash(tiny: Path) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import typer
 
-from cacheroute import Llama, UsageError
+from cacheroute import CacherouteError, Llama, UsageError
 from cacheroute.cli import app, habits
 from cacheroute.cli import options as shared
 from cacheroute.errors import did_you_mean
 from cacheroute.model import catalogue, experts, gguf_file
 from cacheroute.routing import budget as budgets
+from cacheroute.routing import strategies
 from faults.runner import Outcome, in_process
 from support.cli import cacheroute, sentence
 
@@ -303,3 +304,46 @@ def test_a_gpu_is_not_passed_over(tiny: Path, asked: dict[str, Any]) -> None:
         Llama(str(tiny), n_ctx=64, verbose=False, **asked)
     with closing(Llama(str(tiny), n_ctx=64, verbose=False, n_gpu_layers=0, tensor_split=None)) as llm:
         assert llm.n_ctx() == 64
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"routing": 3}, "routing is a text, a Routing, or None, not 3"),
+        ({"eviction": None}, "eviction is a text, not None"),
+        ({"prompt_routing": None}, "prompt_routing is a text or a PromptRouting"),
+        ({"prefetch": 1.5}, "prefetch is a whole number, not 1.5"),
+        ({"prefetch": "2"}, "prefetch is a whole number, not '2'"),
+        ({"budget": [1]}, "budget is a text such as"),
+        ({"prompt_progress": 3}, "prompt_progress is a function or None"),
+        ({"budget_changed": 3}, "budget_changed is a function or None"),
+        ({"n_ctx": "512"}, "n_ctx is a whole number of at least 0"),
+        ({"type_k": 99}, r"type_k=99 is no type for keys and values: 0 \(F32\)"),
+        ({"vocab_only": True}, "vocab_only leaves out the weights"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_in_a_sentence(tiny: Path, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Llama(str(tiny), **{"n_ctx": 64, "verbose": False} | asked)
+
+
+@pytest.mark.engine
+def test_configure_takes_no_other_types_either_and_nothing_changes(tiny: Path) -> None:
+    with closing(Llama(str(tiny), budget=8, n_ctx=64, verbose=False)) as llm:
+        for asked in ({"routing": 3}, {"eviction": None}, {"prompt_routing": None}, {"prefetch": 1.5}):
+            with pytest.raises(UsageError, match=f"^{next(iter(asked))} is "):
+                llm.configure(**asked)
+        assert llm.budget.capacity == 8 and llm.routing == strategies.Routing("original")
+        with pytest.raises(UsageError, match="give a prompt that is not empty"):
+            llm.sample()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("made", [None, b"no GGUF", "tiny"])
+def test_what_is_no_adapter_is_refused(tiny: Path, tmp_path: Path, made: bytes | str | None) -> None:
+    adapter = tiny if made == "tiny" else tmp_path / "adapter.gguf"
+    if isinstance(made, bytes):
+        adapter.write_bytes(made)
+    with pytest.raises(CacherouteError, match=f"^llama.cpp cannot load the LoRA adapter {adapter}: "):
+        Llama(str(tiny), n_ctx=64, verbose=False, lora_path=str(adapter))

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection
+import os
+from collections.abc import Callable, Collection
+from numbers import Integral, Real
 from typing import Any
 
 from cacheroute.errors import UsageError, did_you_mean
+from cacheroute.routing.prompt_routing import PromptRouting
+from cacheroute.routing.strategies import Routing
 
 OWN = ("use_mmap", "use_mlock", "lazy_mode")  # not for the caller
 _PATCHED = ("lazy_mode", "use_extra_bufts")  # patches/0002-lazy-experts.patch takes them out of **kwargs
 _GPU = {"n_gpu_layers": 0, "main_gpu": 0, "tensor_split": None}  # and what leaves everything on the CPU
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "model_path": ((str, os.PathLike), "a path or a name"),
+    "budget": ((str, Real, type(None)), 'a text such as "50%", a number, or None'),
+    "routing": ((str, Routing, type(None)), "a text, a Routing, or None"),
+    "eviction": ((str,), "a text"),
+    "io": ((str,), "a text"),
+    "prefetch": ((Integral,), "a whole number"),
+    "prompt_routing": ((str, PromptRouting), "a text or a PromptRouting"),
+    "prompt_progress": ((Callable, type(None)), "a function or None"),  # type: ignore[dict-item]
+    "budget_changed": ((Callable, type(None)), "a function or None"),  # type: ignore[dict-item]
+}
+_CACHE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "IQ4_NL": 20, "BF16": 30}
+"""What keys and values may be kept in, by their numbers in ggml.h; others would end the process."""
 _SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_threads": 1, "n_threads_batch": 1}  # and their least
+
+
+def check_types(**given: object) -> None:
+    """Raises UsageError for one of our own arguments that is of another type than it may be."""
+    for name, value in given.items():
+        types, what = _KINDS[name]
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise UsageError(f"{name} is {what}, not {value!r}.")
 
 
 def check_pace(value: object) -> None:
@@ -47,6 +72,13 @@ def check(arguments: dict[str, Any]) -> None:
     for name, none in _GPU.items():
         if arguments.get(name, none) not in (none, None):
             raise UsageError(f"{name}={arguments[name]!r} asks for a GPU, and experts run on the CPU here: leave it out.")
+    if arguments.get("vocab_only"):
+        raise UsageError("vocab_only leaves out the experts, which are what is kept here: take llama_cpp.Llama for it.")
+    for name in ("type_k", "type_v"):
+        if arguments.get(name) not in (None, *_CACHE_TYPES.values()):
+            known = ", ".join(f"{number} ({kind})" for kind, number in _CACHE_TYPES.items())
+            raise UsageError(f"{name}={arguments[name]!r} is no type for keys and values: {known}.")
     for name, least in _SIZES.items():
-        if arguments.get(name) is not None and not least <= arguments[name] < 2**31:
-            raise UsageError(f"{name} is at least {least} and below 2^31, not {arguments[name]}.")
+        value = arguments.get(name)
+        if value is not None and not (isinstance(value, Integral) and least <= int(value) < 2**31):
+            raise UsageError(f"{name} is a whole number of at least {least} and below 2^31, not {value!r}.")

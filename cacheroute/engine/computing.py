@@ -33,7 +33,6 @@ class ComputingLlama(ConfiguredLlama):
     _n_ctx: int
     _decoding: bool
     _read_ahead: bool
-    _generation: object
     _batches: MicroBatches
     _threads: ComputeThreads
     _n_threads_set: int
@@ -139,10 +138,10 @@ class ComputingLlama(ConfiguredLlama):
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """As llama_cpp.Llama.generate; the prompt is prefill, what follows is decode.
 
-        A model has one sequence: where another generate() has begun meanwhile, the next token raises CacherouteError.
+        A model has one sequence: where another generate() has begun meanwhile, or the sequence was changed, the next token
+        raises CacherouteError.
         """
         tokens = list(tokens)
-        own = self._generation = object()
         processors = callbacks.Processors(kwargs.get("logits_processor") or ())
         if kwargs.get("logits_processor"):
             kwargs["logits_processor"] = _llama_cpp.LogitsProcessorList([processors])
@@ -151,6 +150,7 @@ class ComputingLlama(ConfiguredLlama):
         with self._alone():
             if kwargs.get("reset", True):
                 self._begin_prompt(tokens)
+            own = self._generation = object()  # not before: a call that is refused leaves another thread's answer alone
         inner = super().generate(tokens, *args, **kwargs)
         try:
             with self._alone():
@@ -158,9 +158,11 @@ class ComputingLlama(ConfiguredLlama):
                 self._keep_point()
             while True:
                 processors.check()
+                n_tokens = self.n_tokens
                 more = yield token
-                if self._generation is not own:
-                    raise CacherouteError("Another answer was begun before this one ended; end one first, or load two.")
+                if self._generation is not own or self.n_tokens != n_tokens:
+                    what = "Another answer was begun" if self._generation not in (own, None) else "The sequence was changed"
+                    raise CacherouteError(f"{what} before this answer ended; end it first, or load the model twice.")
                 if self.n_tokens >= self._n_ctx:
                     return  # full: the last token was sampled and cannot be evaluated
                 with self._alone(), self.decoding():  # only while it runs: a generator that is left alone changes nothing

@@ -64,6 +64,8 @@ class ConfiguredLlama(SequenceLlama):
         When it fails, nothing has changed but that experts may have left memory.
         """
         self._check_usable()
+        arguments.check_types(budget=budget, routing=routing, eviction=eviction, io=io, prefetch=prefetch)
+        arguments.check_types(prompt_routing=prompt_routing)
         own = {"paced": self._flash_mbps is not None, "loaded": self._loaded}
         plan = None
         if self._loaded and budgets.is_auto(budget):

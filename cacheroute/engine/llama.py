@@ -122,7 +122,6 @@ class Llama(ComputingLlama):
         self._decoding = False
         self._lock = threading.RLock()  # held by the thread that computes
         self._settling = False  # set_capacity() holds it for a moment
-        self._generation: object = None  # the generate() that began last
         self._untouched = False
         self._new_sequence()
         self._trace_sink: Callable[[bytes], None] | None = None
@@ -130,6 +129,10 @@ class Llama(ComputingLlama):
         self._flash_mbps = flash_mbps
         self._owner = os.getpid()
         arguments.check_names(kwargs, Llama, _llama_cpp.Llama)
+        arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
+        own = {"eviction": eviction, "io": io, "prefetch": prefetch, "prompt_routing": prompt_routing}
+        arguments.check_types(model_path=model_path, budget=budget, routing=routing, **own)
+        arguments.check_types(prompt_progress=prompt_progress, budget_changed=budget_changed)
         # a file comes before a model of the same name: this has always taken paths
         path = Path(model_path) if os.path.isfile(model_path) else catalogue.resolve(os.fspath(model_path))
         header = gguf_file.read(path)
@@ -145,7 +148,6 @@ class Llama(ComputingLlama):
         budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, paced=paced)
         self._loaded = settings.io == stores.LOAD
-        arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
         if self._loaded or settings.io != "none":
             capacity = self.layout.n_expert if self._loaded else settings.budget.capacity if settings.routing else 0
             prompts = flash_attn.computes(context_memory.ROOM)
@@ -182,6 +184,10 @@ class Llama(ComputingLlama):
         finally:
             if self._loading:
                 self._loading.end()
+        if self.lora_path and not self._lora_adapter:  # upstream takes a null pointer for an adapter
+            raise CacherouteError(
+                f"llama.cpp cannot load the LoRA adapter {self.lora_path}: {log.reason(refused) or 'it is none'}."
+            )
         self._embeddings = MappedEmbeddings(self.layout, self._model.model, loaded=self._loaded)
         self._has_chat_format = bool(kwargs.get("chat_format") or kwargs.get("chat_handler"))
         # llama.cpp rounds the context up; ids and scores have room for what was asked for

@@ -69,6 +69,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     _task: TaskProfile | None
     _untouched: bool  # no token since the last reset: resetting once more would read a warm cache twice
     _broken_off: bool  # the last batch did not end: its tokens have changed the routing state and are not in the sequence
+    _generation: object  # of the generate() that began last, None where the sequence is another since
     _points: Points
     _logits: bytes | None  # of the token that follows, where the sequence is at a point and llama.cpp has those of another token
 
@@ -79,7 +80,8 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         raise NotImplementedError
 
     def _new_sequence(self) -> None:
-        """The KV cache holds other tokens, or another hook acts: no point is left."""
+        """The KV cache holds other tokens, or another hook acts: no point is left, and no answer can go on."""
+        self._generation = None
         self._points, self._logits, self._broken_off, self._two_budgets = Points(), None, False, False
 
     def _tokens(self) -> list[int]:
@@ -104,6 +106,8 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         """As llama_cpp.Llama.sample. Raises CacherouteError where a grammar leaves no token: llama.cpp would end the process."""
         self._check_usable()
+        if not self.n_tokens:
+            raise UsageError("There is no token to go on from: give a prompt that is not empty.")
         if self._logits is None and not kwargs.get("grammar"):
             return super().sample(*args, **kwargs)
         idx = kwargs.pop("idx", None)
