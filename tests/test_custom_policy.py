@@ -36,6 +36,17 @@ class MaxRank(TopK):
         near = [e for e in ranked[1:7] if resident[e]]
         return (ranked[:1] + near + [e for e in ranked[1:] if e not in near])[: self.n_used]
 
+class Prints(TopK):
+    print("imported")
+    def __init__(self, *sizes):
+        print("made")
+        super().__init__(*sizes)
+    def reset(self):
+        print("reset")
+    def choose(self, *scores):
+        print("chosen")
+        return super().choose(*scores)
+
 class Late(TopK):
     wrong = [0, 0, 0, 0]
     def choose(self, layer, z, mass, resident):
@@ -113,6 +124,13 @@ def test_a_policy_that_chooses_the_top_k_gives_the_logits_of_original(model: Lla
     assert TopK.n_calls == 20 * 2  # no prompt tokens
     model.reset()
     assert TopK.n_resets > 0
+
+
+def test_what_a_policy_prints_is_no_result(model: Llama, capfd: pytest.CaptureFixture[str]) -> None:
+    run(model, policy("Prints"))
+    model.reset()
+    said = capfd.readouterr()
+    assert said.out == "" and {"made", "reset", "chosen"} <= set(said.err.split())
 
 
 def test_a_python_policy_equals_the_native_strategy_live_and_simulated(model: Llama) -> None:

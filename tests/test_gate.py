@@ -422,7 +422,7 @@ def test_a_grammar_that_cannot_be_parsed_is_an_error(tiny: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{"n_batch": -1}, {"n_batch": 0}, {"n_ctx": -1}, {"n_ubatch": -1}, {"n_threads": 0}])
 def test_sizes_that_cannot_be_are_refused_by_name(tiny: Path, wrong: dict[str, int]) -> None:
-    with pytest.raises(UsageError, match=rf"^{next(iter(wrong))} is at least [01] and below 2\^31, not"):
+    with pytest.raises(UsageError, match=rf"^{next(iter(wrong))} is a whole number of at least [01] and below 2\^31, not"):
         Llama(str(tiny), verbose=False, **wrong)
 
 

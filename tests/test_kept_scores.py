@@ -249,6 +249,7 @@ def test_json_has_no_nan() -> None:
 
 def test_a_results_file_that_is_removed_is_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, header = tmp_path / "r" / "f.jsonl", {"format": "x"}
+    path.parent.mkdir()
     ResultsFile(path, header).append({"a": 0})
     file = ResultsFile(path, header)
     file.append({"a": 1})

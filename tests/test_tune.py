@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cacheroute.cli import app
+from cacheroute.cli import app, tune_report
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import loading, paired, pricing, tune
 from cacheroute.evals.processes import pool
@@ -70,7 +70,7 @@ class CurveScorer:
             examined=N,
             misses=(round(N * (1 - x)),),
             swapped=(0,),
-            missed_bytes=2**20,
+            missed_bytes=round(2**20 * (1 - x)),
             seconds=0.0,
             routing=str(routing),
             budget=budget,
@@ -123,6 +123,15 @@ def test_clear_rungs_are_left_early() -> None:
     assert asked[0.15] == 120  # the choice is scored on everything
     assert all(n <= 12 for x, n in asked.items() if x >= 0.3)
     assert [t.complete for t in outcome.trials][-2:] == [True, True] and not all(t.complete for t in outcome.trials)
+
+
+def test_what_saves_nothing_is_not_chosen() -> None:
+    scorer = CurveScorer(slope=0.05, noise=0)
+    scorer.cell = lambda *a, of=scorer.cell, **k: replace(of(*a, **k), missed_bytes=2**20)  # type: ignore[method-assign]
+    outcome = search(scorer, 1.1).run(RUNGS)
+    assert outcome.chosen is None and outcome.validation is None
+    said = tune_report.why_not(outcome, tune.Goal(16, "lru", 1.1))
+    assert said.startswith("Nothing is saved: on unseen text cache-prior") and said.endswith("at this budget.")
 
 
 def test_nothing_fits() -> None:

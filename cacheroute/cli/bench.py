@@ -24,6 +24,7 @@ _SECONDS_TO_STOP = 5.0  # a run; then Ctrl-C ends the program without a table
 
 
 def bench(
+    ctx: typer.Context,
     model: options.ModelOption = None,
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", min=0, help="Number of prompt tokens.")] = 512,
     n_gen: Annotated[
@@ -91,6 +92,8 @@ def bench(
     A row that is not to be trusted is marked with !, and the reason is below the table. Ctrl-C keeps the runs that are finished.
     """
     table.check(output, wide=wide)
+    if not control:
+        options.refuse_unused(ctx, "control_repack", "is of --control; give both, or neither.")
     repacks = options.names(control_repack)
     if not repacks or set(repacks) - {"off", "on"}:
         raise UsageError(f"--control-repack is off, on, or both, not {control_repack!r}.")

@@ -218,7 +218,7 @@ def of(parent: Any, name: str, command: Any) -> dict[str, Setting]:
 def refused(error: Any, settings: Mapping[str, Setting]) -> str | None:
     """What to say instead of a BadParameter whose value is one of `settings`; None where it was typed."""
     name = str(getattr(error.param, "name", ""))
-    if name not in settings or _is_typed(error.ctx, name):
+    if name not in settings or is_typed(error.ctx, name):
         return None
     message = " ".join(str(error.message).split())
     return f"{settings[name].origin} is wrong: {message[:1].lower()}{message[1:]}"
@@ -229,7 +229,7 @@ def blamed(sentence: str, ctx: Any) -> str:
     for name, setting in ctx.meta.get(META, {}).items():
         value = str(setting.value)
         told = re.search(rf"(?<![\w.]){re.escape(value)}(?![\w%])", sentence) if value else None
-        if told and (not value.isalnum() or _speaks_of(sentence, name, setting)) and not _is_typed(ctx, name):
+        if told and (not value.isalnum() or _speaks_of(sentence, name, setting)) and not is_typed(ctx, name):
             return f"{sentence.rstrip('.')} ({setting.option} is from {setting.origin})."
     return sentence
 
@@ -248,11 +248,12 @@ def lossy(ctx: Any) -> list[str]:
     return [
         f"{setting.option} {setting.value} is from {setting.origin}."
         for name, setting in ctx.meta.get(META, {}).items()
-        if name in ("routing", "prompt_routing") and setting.value != "original" and not _is_typed(ctx, name)
+        if name in ("routing", "prompt_routing") and setting.value != "original" and not is_typed(ctx, name)
     ]
 
 
-def _is_typed(ctx: Any, name: str) -> bool:
+def is_typed(ctx: Any, name: str) -> bool:
+    """Whether an option, by the name of its parameter, stands on the command line of that context."""
     source = ctx.get_parameter_source(name) if ctx else None
     return source is not None and source.name == "COMMANDLINE"
 

@@ -71,6 +71,10 @@ def frontier(
     """
     table.check(output, wide=wide)
     frontier_files.check_options(ctx, files, reference)
+    if routing:
+        options.refuse_unused(ctx, "points", "is of the grid, which --routing takes the place of; leave it out.")
+    if files is None and io in (None, "none"):
+        options.refuse_unused(ctx, "flash_mbps", "is the pace of reads; give --io direct or buffered, too.")
     if scheduler and workers > 1:
         raise UsageError("Give --workers or --scheduler; a cluster has its own workers.")
     from cacheroute.evals import frontier as frontiers

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cacheroute.cli import interval, options, progress, table
+from cacheroute.cli.defaults import is_typed
 from cacheroute.cli.eval import same_top, say_few
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
@@ -83,8 +84,7 @@ class Settings:
 
 def check_options(ctx: typer.Context, files: str | None, reference: str | None) -> None:
     """Raises UsageError for --files beside -m, and for --reference without --files."""
-    source = ctx.get_parameter_source("model")
-    if files is not None and source is not None and source.name == "COMMANDLINE":
+    if files is not None and is_typed(ctx, "model"):
         raise UsageError("--files takes the place of -m; leave -m out.")
     if reference is not None and files is None:
         raise UsageError("--reference is for --files, which names the files that are compared with it.")

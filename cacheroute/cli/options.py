@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cacheroute.cli import prompt
+from cacheroute.cli.defaults import is_typed
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.install.machine import big_cores, cores
@@ -32,6 +33,12 @@ def check_number(name: str, value: object) -> None:
         raise UsageError(f"{name} is at most {limit}, not {value}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} is a number, not {value}.")
+
+
+def refuse_unused(ctx: typer.Context, name: str, why: str) -> None:
+    """Raises UsageError for an option that was typed where nothing uses it. `name`: of its parameter."""
+    if is_typed(ctx, name):
+        raise UsageError(f"--{name.replace('_', '-')} {why}")
 
 
 ModelOption = Annotated[

@@ -20,6 +20,7 @@ from cacheroute.trace.simulate import Row
 
 
 def simulate(
+    ctx: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace from `cacheroute trace`.")],
     budget: options.BudgetsOption = "25%,50%,75%",
     routing: Annotated[
@@ -48,6 +49,8 @@ def simulate(
     expert.
     """
     table.check(output, wide=wide)
+    if not shuffle:
+        options.refuse_unused(ctx, "seed", "is of --shuffle; give both, or neither.")
     of_prompts = prompts.parse_list(prompt_routing)
     arms = simulator.arms(options.names(budget), strategies.parse_list(routing), options.names(eviction), of_prompts)
     if not arms:

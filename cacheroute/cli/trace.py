@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def trace(
+    ctx: typer.Context,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write the trace to.")],
     model: options.ModelOption = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The text to run.")] = None,
@@ -53,6 +54,10 @@ def trace(
     """
     if prompt is not None and file is not None:
         raise UsageError("Give one text, with -p or with -f.")
+    if n_predict:
+        options.refuse_unused(
+            ctx, "n_prompt", "is of a text that is decoded; with -n all of it is a prompt. Leave one of them out."
+        )
     text = options.text(file) if prompt is None else prompt
     if not text.strip():
         raise UsageError("The text is empty; give one with -p or -f.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cacheroute.cli import frontier_files, options, progress, table, tune_files, tune_prompt
+from cacheroute.cli.defaults import is_typed
 from cacheroute.cli.eval import ChunkOption, ColumnOption, IoOption, TextOption
 from cacheroute.cli.eval_prompt import AfterOption, HistoryOption, PlacesOption, PromptTokensOption
 from cacheroute.cli.frontier_files import FilesOption, ReferenceOption
@@ -100,12 +101,12 @@ def tune(
     if flash_mbps is not None and files is None:
         raise UsageError("--flash-mbps is for the forecast of --files; leave it out.")
     for name in _OF_TOKENS if prompt and files is None else () if prompt else _OF_PROMPTS:
-        if _given(ctx, name):
+        if is_typed(ctx, name):
             option = "--places" if name == "n_places" else "--" + name.replace("_", "-")
             raise UsageError(f"{option} is not an option {'with' if prompt else 'without'} --prompt; leave it out.")
     table.check(output, ("text", "md", "json"), wide=wide)
-    ppl_given = _given(ctx, "max_ppl_increase")
-    if ppl_given and _given(ctx, "max_kl"):
+    ppl_given = is_typed(ctx, "max_ppl_increase")
+    if ppl_given and is_typed(ctx, "max_kl"):
         raise UsageError("Give --max-ppl-increase or --max-kl, not both.")
     from cacheroute.evals.prompts import Lengths
 
@@ -147,6 +148,8 @@ def tune(
     if uniform:
         _check_strategy(strategy, layout)
     capacity = budgets.parse(budget, layout).capacity
+    if capacity == layout.n_expert:
+        raise UsageError(f"A budget of {budget} has all experts in memory: nothing is missed, and there is nothing to tune.")
     budget = budget or budgets.default_name(layout)
     goal = tuning.Goal(budget=capacity, eviction=eviction, seed=seed, **limits, **prices)
     with scorer.session(path, source, threads=threads, n_workers=workers, io=io, evictions=[eviction]) as session:
@@ -202,8 +205,3 @@ def _percent(text: str) -> float:
     if not match or not 0 < float(match[1]) <= 100:
         raise UsageError(f"{text!r} is not a limit; give percent above 0 and up to 100, such as 1%.")
     return float(match[1])
-
-
-def _given(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"

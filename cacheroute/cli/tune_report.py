@@ -212,6 +212,10 @@ def why_not(outcome: Outcome, goal: Goal) -> str:
     mildest = min(outcome.trials, key=loss, default=None)
     if mildest is None:
         return "Nothing fits: no layer misses less by another choice of experts at this budget."
+    last = outcome.trials[-1]
+    if last.validates and last.passed:
+        missed = f"{last.missed_mib_per_token:.2f} MiB a token, and `original` {last.original_missed_mib_per_token:.2f}"
+        return f"Nothing is saved: on unseen text {last.routing} misses {missed}; keep the model's own routing at this budget."
     d = mildest.difference
     change = (
         f"changes the perplexity by {interval.ppl_change(d)} %"

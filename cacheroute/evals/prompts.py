@@ -155,7 +155,7 @@ def summary(base: Sequence[PromptScore], scores: Sequence[PromptScore], n_layers
         n_places=len(scores),
         n_tokens=sum(n),
         kl=kl.delta_nll,
-        kl_low=kl.low,
+        kl_low=None if kl.low is None else max(kl.low, 0.0),
         kl_high=kl.high,
         kl_p99=float(np.quantile(np.concatenate([s.kl for s in scores]), 0.99)),
         kl_first=float(np.mean([s.kl[0] for s in scores])),

@@ -20,7 +20,7 @@ class ResultsFile:
     written again, with all that it had.
 
     Args:
-        path: created with its folder when it is not there.
+        path: created when it is not there, its folder not: a mistyped one is an error.
         header: everything that results of one file have in common; "format" names the kind of file.
 
     Raises UsageError when the file is of another kind, model, text, version or setting: those are never mixed. A last line
@@ -32,7 +32,6 @@ class ResultsFile:
         self.lines: list[dict[str, Any]] = []
         self._content: list[bytes] = [as_json(header).encode()]  # the header and all lines that the file should have
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 check_regular(path, "a results file")
             old = path.read_bytes() if path.exists() else b""

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,8 @@ class KeptScores(ResultsFile):
         if unkept:
             self._give_up(unkept)
             return
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             super().__init__(path, header)
         except UsageError:

@@ -12,6 +12,7 @@ from cacheroute.errors import UsageError
 from cacheroute.files import check_regular, read_text
 
 DOCUMENT_BREAK = "\n\f\n"  # a line that holds only a form feed, as in data/heldout.txt
+_JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ def read(path: Path | None, column: str = "text") -> str:
 
     None is the held-out text of the package. Raises UsageError for what cannot be read, is not UTF-8 or has no such column.
     """
+    if column != "text" and (path is None or path.suffix not in (".parquet", *_JSON_LINES)):
+        raise UsageError(f"{path or 'The held-out text'} has no columns, as .jsonl and .parquet have; leave --column out.")
     try:
         if path is None:
             text = files("cacheroute").joinpath("data/heldout.txt").read_text(encoding="utf-8")
         elif path.suffix == ".parquet":
             text = "\n\n".join(_parquet(path, column))
-        elif path.suffix in (".jsonl", ".ndjson"):
+        elif path.suffix in _JSON_LINES:
             text = "\n\n".join(_jsonl(path, column))
         else:
             text = read_text(path).decode("utf-8")

@@ -106,10 +106,15 @@ class Trial:
     complete: bool
     validates: bool = False
 
+    @property
+    def saves(self) -> bool:
+        """Whether it misses fewer bytes than `original`."""
+        return self.missed_mib_per_token < self.original_missed_mib_per_token
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """`chosen` and its `validation` on unseen chunks are None when nothing fits."""
+    """`chosen` and its `validation` on unseen chunks are None when nothing fits, or what fits saves nothing."""
 
     chosen: Trial | None
     validation: Trial | None
@@ -165,7 +170,9 @@ class Search:
             if validation.passed:
                 break
             best = self.descend(rungs, rungs.index(best.routing) - 1)
-        return Outcome(best, validation if best else None, tuple(self.trials))
+        if best is None or validation is None or not validation.saves:
+            return Outcome(None, None, tuple(self.trials))
+        return Outcome(best, validation, tuple(self.trials))
 
     def climb(self, rungs: Sequence[Routing], start: int | None = None) -> Trial | None:
         """The highest rung that passes on the whole fit part, None when none does. Loss is taken to rise along the rungs."""

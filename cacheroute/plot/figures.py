@@ -34,6 +34,8 @@ def chart(files: Sequence[Path], kind: str = "", layer: int | None = None) -> Ch
     if kind and kind not in KINDS:
         raise UsageError(f"There is no plot {kind!r}; there are {', '.join(KINDS)}.")
     are_traces = [_is_trace(path) for path in files]
+    if layer is not None and not (any(are_traces) and kind in ("", "residency")):
+        raise UsageError("--layer is of --kind residency, which shows one layer of a trace; leave it out.")
     if any(are_traces):
         if len(files) > 1:
             raise UsageError("A trace is plotted alone; give one file.")

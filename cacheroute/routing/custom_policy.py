@@ -20,13 +20,15 @@ A complete example, in a file my_policy.py in the current folder (`--routing pyt
 are the scores that the model ranks, -inf where an expert may not be chosen, mass[E] its router mass, resident[E] whether an
 expert is in the cache. It returns K distinct experts; their order does not matter, and their weights are the model's own. An
 optional reset() is called when a sequence starts. The arrays are copies. An exception, and a result that is not K
-distinct experts, stop the run. Live and simulated runs call it in the same way; both are slower than with a strategy in C++.
+distinct experts, stop the run; what the class prints goes to stderr. Live and simulated runs call it in the same way; both are
+slower than with a strategy in C++.
 
 Does not depend on a model or a trace.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from pathlib import Path
@@ -39,6 +41,11 @@ from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.native import bindings
 
 
+def _stdout_to_stderr() -> contextlib.AbstractContextManager[Any]:
+    """What a user's code prints is no result."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def load(name: str) -> type[Any]:
     """The class of `package.module:ClassName`. Raises UsageError when there is none or it has no choose()."""
     module_name, _, class_name = name.partition(":")
@@ -46,7 +53,8 @@ def load(name: str) -> type[Any]:
     if here not in sys.path and "" not in sys.path:  # the `cacheroute` program does not search it, `python -m` does
         sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
+        with _stdout_to_stderr():
+            module = importlib.import_module(module_name)
     except (Exception, SystemExit) as e:  # any error of the user's module
         raise UsageError(f"{module_name} cannot be imported ({type(e).__name__}: {e}).") from e
     found = getattr(module, class_name, None)
@@ -62,7 +70,8 @@ class Policy:
         cls = load(name)
         self._name, self._n_expert, self._n_used = cls.__name__, n_expert, n_used
         try:
-            self._policy = cls(n_expert, n_used, n_layers)
+            with _stdout_to_stderr():
+                self._policy = cls(n_expert, n_used, n_layers)
         except (Exception, SystemExit) as e:
             raise CacherouteError(f"{self._name} could not be made ({type(e).__name__}: {e}).") from e
         self._tokens = [0] * n_layers
@@ -74,7 +83,8 @@ class Policy:
         """A sequence starts."""
         self._tokens = [0] * len(self._tokens)
         try:
-            getattr(self._policy, "reset", lambda: None)()
+            with _stdout_to_stderr():
+                getattr(self._policy, "reset", lambda: None)()
         except (Exception, SystemExit) as e:
             raise CacherouteError(f"{self._name}.reset failed ({type(e).__name__}: {e}).") from e
 
@@ -96,7 +106,9 @@ class Policy:
             self._tokens[layer] += 1
             n = (self._n_expert,)
             arrays = [np.ctypeslib.as_array(pointer, n).copy() for pointer in (z, mass, resident)]
-            wrong = self._accept(self._policy.choose(layer, arrays[0], arrays[1], arrays[2].astype(bool)), out)
+            with _stdout_to_stderr():
+                chosen = self._policy.choose(layer, arrays[0], arrays[1], arrays[2].astype(bool))
+            wrong = self._accept(chosen, out)
             cause = None
         except KeyboardInterrupt:
             self._interrupted = True

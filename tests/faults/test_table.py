@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from faults import cases_cli, cases_files, cases_load, cases_models, cases_prompt_cache, cases_system
+from faults import cases_cli, cases_files, cases_load, cases_models, cases_prompt_cache, cases_system, cases_unused
 from faults.runner import Case, Place, check, run
 
-MODULES = (cases_cli, cases_files, cases_load, cases_models, cases_prompt_cache, cases_system)
+MODULES = (cases_cli, cases_files, cases_load, cases_models, cases_prompt_cache, cases_system, cases_unused)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 
