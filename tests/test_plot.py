@@ -79,6 +79,24 @@ def test_the_tables_have_what_the_figures_draw(rows: list[simulate.Row], tmp_pat
     assert all(float(b[:-1]) <= float(a[:-1]) for b, a in zip(belady[2:], lru[2:], strict=True))
 
 
+def test_rows_of_other_tokens_are_told(tmp_path: Path) -> None:
+    row = {
+        "eviction": "lru",
+        "budget": "50%",
+        "budget_experts": 8,
+        "miss_rate": 0.1,
+        "text": "a.txt",
+        "nll": 3.0,
+        "delta_nll": 0.0,
+    }
+    row |= {"routing": "original", "missed_mib_per_token": 2.0, "chunk": 32, "n_tokens": 60}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    (tmp_path / "b.json").write_text(json.dumps([{**row, "chunk": 128, "n_tokens": 315}]))
+    assert figures.chart([tmp_path / "a.json"]).note == ""
+    note = figures.chart([tmp_path / "a.json", tmp_path / "b.json"]).note
+    assert note.startswith("These rows are not of the same tokens (a.txt, 60 in chunks of 32; a.txt, 315 in chunks of 128)")
+
+
 def test_quality_is_the_most_exact_measure_in_the_rows(tmp_path: Path) -> None:
     base = {"eviction": "lru", "budget": "50%", "budget_experts": 8, "miss_rate": 0.1}
     rows = [

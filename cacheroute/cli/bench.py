@@ -124,6 +124,8 @@ def bench(
     loads = stores.LOAD in ios
     if loads and (len(ios) > 1 or floor):
         raise UsageError("With --io load nothing is read: it stands alone, and has no floor of reads to be compared with.")
+    if loads and len(budgets) > 1:
+        raise UsageError("With --io load all experts are in memory: it goes with --budget all alone.")
     settings = (budgets, typed, evictions, ios, prefetch_counts, prompts_typed)
     context_memory.check(path, n_prompt + n_gen, n_prompt, option="-p and -n")
     arms = [

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cacheroute.engine import stores
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import loading, processes
 from cacheroute.evals.results import ResultsFile
@@ -24,6 +25,8 @@ from cacheroute.install import patched_llama_cpp
 from cacheroute.install.machine import big_cores
 from cacheroute.model import gguf_file
 from cacheroute.native import bindings
+
+_IOS = tuple(io for io in stores.ALL if io != stores.LOAD)
 
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
@@ -61,6 +64,8 @@ def opened(
 
     Raises UsageError for settings that do not fit, CacherouteError when the model cannot be loaded.
     """
+    if io is not None and io not in _IOS:
+        raise UsageError(f"There is no io {io!r} for scores; there are {', '.join(_IOS[:-1])} and {_IOS[-1]}.")
     each = max((threads or big_cores()) // n_workers, 1)
     with closing(loading.load(path, n_ctx, each)) as llm:
         io = io or loading.default_io(llm.layout)

@@ -6,7 +6,9 @@ Rows are read by the names of their fields; matplotlib is imported only to draw.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cacheroute.errors import UsageError
 from cacheroute.files import check_regular
@@ -54,7 +56,19 @@ def chart(files: Sequence[Path], kind: str = "", layer: int | None = None) -> Ch
     found = [row for path, content in zip(files, contents, strict=True) for row in rows.of(path, content)]
     if kind == "misses" or (not kind and not curves.have_quality(found)):
         return misses.chart(found)
-    return curves.speed(found) if kind == "speed" else curves.frontier(found)
+    chart = curves.speed(found) if kind == "speed" else curves.frontier(found)
+    return replace(chart, note=" ".join(filter(None, (chart.note, _mixed(raws)))))
+
+
+def _mixed(raws: Sequence[dict[str, Any]]) -> str:
+    """A warning where scored rows are not of the same tokens: neither misses nor losses of one compare with those of another."""
+    kinds = dict.fromkeys(
+        (str(raw["text"]), str(raw["chunk"]), str(raw.get("n_tokens"))) for raw in raws if raw.keys() >= {"text", "chunk", "nll"}
+    )
+    if len(kinds) < 2:
+        return ""
+    each = "; ".join(f"{text}, {n} in chunks of {chunk}" for text, chunk, n in kinds)
+    return f"These rows are not of the same tokens ({each}): compare each with its own only, and plot one at a time for marks."
 
 
 def _is_trace(path: Path) -> bool:

@@ -18,5 +18,7 @@ CASES: list[Case] = [
     _unused("eval perplexity -m {tiny} --column words", r"The held-out text has no columns"),
     _unused("simulate {dir}/t --seed 7", r"--seed is of --shuffle"),
     _unused("plot {tiny} --layer 3", r"--layer is of --kind residency"),
+    _unused("eval perplexity -m {tiny} --io load --budget all", r"There is no io 'load' for scores; there are auto, direct"),
+    _unused("bench -m {tiny} --io load --budget all,50%", r"With --io load all experts are in memory: it goes with --budget all"),
     _unused("bench -m {tiny} --control-repack on", r"--control-repack is of --control"),
 ]
