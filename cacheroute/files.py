@@ -251,6 +251,16 @@ def _finite(content: Any) -> Any:
     return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
+def one_of_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads(object_pairs_hook=), which would keep the last of keys that are alike. Raises ValueError for such keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:60]!r} is there twice")
+    return found
+
+
 def is_count(*values: object) -> bool:
     """Whether each is a whole number of things, as JSON has it."""
     return all(type(v) is int and v >= 0 for v in values)
