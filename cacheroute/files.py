@@ -251,13 +251,20 @@ def _finite(content: Any) -> Any:
     return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
+class TwiceError(ValueError):
+    """An object of JSON that has a key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key[:60]!r} is there twice")
+        self.key = key[:60]
+
+
 def one_of_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads(object_pairs_hook=), which would keep the last of keys that are alike. Raises ValueError for such keys."""
+    """For json.loads(object_pairs_hook=), which would keep the last of keys that are alike. Raises TwiceError for such keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:60]!r} is there twice")
+        raise TwiceError(next(name for name in found if names.count(name) > 1))
     return found
 
 

@@ -301,6 +301,22 @@ def test_a_request_is_a_line(server: Served) -> None:
         ({"messages": HELLO, "stop": ["x"] * 17}, "stop"),
         ({"messages": HELLO, "logit_bias": {"x": 1}}, "logit_bias names tokens by their numbers"),
         ({"messages": HELLO, "logit_bias": {"999999": 1}}, "logit_bias names tokens by their numbers"),
+        ({"messages": HELLO, "logit_bias": {"5": 1, "05": 2}}, "logit_bias names tokens by their numbers"),
+        ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs needs `logprobs: true` beside it."),
+        ({"messages": HELLO, "top_logprobs": 2, "logprobs": False}, "top_logprobs needs `logprobs: true` beside it."),
+        ({"messages": HELLO, "stream_options": {"include_usage": True}}, "stream_options needs `stream: true` beside it."),
+        ({"messages": HELLO, "stream_options": {}, "stream": False}, "stream_options needs `stream: true` beside it."),
+        ({"messages": HELLO, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens and max_completion_tokens are two limits"),
+        (b'{"messages": [], "seed": 1, "seed": 2}', "The body has the key 'seed' twice in one object; leave out one."),
+        (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "The body has the key 'content' twice"),
+        (
+            {"messages": HELLO, "response_format": {"type": "text", "json_schema": {"schema": {}}}},
+            "response_format.json_schema needs",
+        ),
+        (
+            {"messages": HELLO, "response_format": {"type": "text", "schema": {}}},
+            "response_format.schema needs `type: json_object`",
+        ),
         ({"messages": HELLO, "response_format": {"type": "xml"}}, "response_format.type: "),
         ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "A response_format of json_schema needs"),
         ({"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "The parameter 'resp"),
@@ -324,6 +340,12 @@ def test_a_prompt_that_does_not_fit_is_refused(server: Served) -> None:
 def test_prompts_that_are_none(server: Served, prompt: Any, words: str) -> None:
     answer = server.text(prompt)
     assert answer.status == 400 and answer.error.startswith(words)
+
+
+def test_parameters_that_go_with_others_are_taken_with_them(server: Served) -> None:
+    null: dict[str, Any] = {"stream_options": None, "top_logprobs": 0, "max_tokens": 2, "max_completion_tokens": 2}
+    assert server.chat(**null).status == server.chat(max_tokens=1, logprobs=True, top_logprobs=2).status == 200
+    assert server.text(stream_options={"include_usage": True}).status == 400
 
 
 def test_an_empty_prompt_begins_a_text(server: Served, llm: Llama) -> None:

@@ -92,7 +92,9 @@ def _task(llm: Llama, asked: Asked, prompt: Prompt, max_tokens: int | None, n_lo
 
 
 def _bias(llm: Llama, given: dict[str, float]) -> dict[int, float]:
-    if not all(token.isascii() and token.isdigit() and len(token) < 10 and int(token) < llm.n_vocab() for token in given):
+    if not all(
+        token.isdecimal() and len(token) < 10 and token == str(int(token)) and int(token) < llm.n_vocab() for token in given
+    ):
         raise ApiError(400, f"logit_bias names tokens by their numbers, 0 to {llm.n_vocab() - 1}.", param="logit_bias")
     return {int(token): value for token, value in given.items()}
 

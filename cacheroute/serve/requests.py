@@ -5,11 +5,13 @@ What the server does not do is refused and not ignored. `top_k`, `min_p` and `re
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from cacheroute.files import TwiceError, one_of_each
 from cacheroute.serve.failures import ApiError
 
 MAX_TOP_LOGPROBS = 20
@@ -69,6 +71,13 @@ class ResponseFormat(_Shape):
             return {"type": "object"} if self.schema_ is None else self.schema_
         return None
 
+    def check(self) -> None:
+        """Raises ApiError for a schema that no answer of this type is kept to."""
+        for name, own, kind in (("json_schema", self.json_schema, "json_schema"), ("schema", self.schema_, "json_object")):
+            if own is not None and self.type != kind:
+                words = f"response_format.{name} needs `type: {kind}` beside it, and the type is {self.type!r}."
+                raise ApiError(400, words, param="response_format")
+
 
 class Asked(_Shape):
     """What both kinds of completion share."""
@@ -93,6 +102,11 @@ class Asked(_Shape):
     metadata: dict[str, str] = Field(default_factory=dict)
     store: Literal[False] = False
 
+    def check(self) -> None:
+        """Raises ApiError for parameters that mean nothing without another one, or beside it."""
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise ApiError(400, "stream_options needs `stream: true` beside it.", param="stream_options")
+
     @property
     def stops(self) -> tuple[str, ...]:
         return tuple(s for s in ([self.stop] if isinstance(self.stop, str) else self.stop) if s)
@@ -106,6 +120,16 @@ class ChatRequest(Asked):
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat = ResponseFormat(type="text")
+
+    def check(self) -> None:
+        """As Asked's."""
+        super().check()
+        self.response_format.check()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs `logprobs: true` beside it.", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            words = "max_tokens and max_completion_tokens are two limits of one answer; leave out one."
+            raise ApiError(400, words, param="max_tokens")
 
     @property
     def n_logprobs(self) -> int | None:
@@ -132,17 +156,22 @@ Request = TypeVar("Request", bound=Asked)
 
 
 def parse(body: bytes, shape: type[Request]) -> Request:
-    """The request of a body. Raises ApiError, 400, for what is no JSON or does not fit."""
+    """The request of a body. Raises ApiError, 400, for what is no JSON, does not fit, or would be ignored."""
     try:
         data = from_json(body, allow_inf_nan=False)
+        json.loads(body, object_pairs_hook=one_of_each)
+    except TwiceError as e:
+        raise ApiError(400, f"The body has the key {e.key!r} twice in one object; leave out one.", param=e.key) from None
     except ValueError as e:
         raise ApiError(400, f"The body is no JSON text in UTF-8 ({e}).") from None
     if not isinstance(data, dict):
         raise ApiError(400, "The body is no JSON object.")
     try:
-        return shape.model_validate(data)
+        asked = shape.model_validate(data)
     except ValidationError as e:
         raise _refused(e) from None
+    asked.check()
+    return asked
 
 
 def _refused(error: ValidationError) -> ApiError:
