@@ -61,6 +61,12 @@ NUMBERS = [
     _usage("a negative budget", f"{RAW} --budget=-5", r"'-5' is not a budget"),
     _usage("a budget that is nan", f"{RAW} --budget nan", r"'nan' is not a budget"),
     _usage("a parameter that is nan", f"{RAW} --routing cache-prior:lambda=nan", r"lambda is a number, not nan"),
+    _usage(
+        "a parameter twice",
+        f"{RAW} --routing cache-prior:lambda=0.1:lambda=0.2",
+        r"cache-prior has lambda twice; its form is cache-prior:lambda=",
+    ),
+    _usage("a parameter of prompts twice", f"{RAW} --prompt-routing keep:cover=0.9:cover=0.8", r"keep has cover twice"),
     _usage("a parameter without end", f"{RAW} --routing max-rank:m=inf", r"m is a number, not inf"),
     _usage("a limit that C would wrap", f"eval perplexity -m {{tiny}} --limit {HUGE}", r"--limit is at most"),
     _usage("a seed of simulate below 0", "simulate t --shuffle -s -1", r"Invalid value for '-s'"),
