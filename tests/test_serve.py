@@ -289,7 +289,15 @@ def test_a_request_is_a_line(server: Served) -> None:
         ({"messages": []}, "messages: "),
         ({"messages": "Hello"}, "messages: "),
         ({"messages": [{"role": "queen", "content": "x"}]}, "messages.0.role: "),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type: Input should be 'text'.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "The parameter 'messages.0.content.0.text' is missing.",
+        ),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a text, or a list of parts"),
         ({"messages": HELLO, "tools": []}, "This server has no parameter 'tools'."),
         ({"messages": HELLO, "n": 2}, "n: "),
         ({"messages": HELLO, "max_tokens": "5"}, "max_tokens: "),
@@ -298,7 +306,9 @@ def test_a_request_is_a_line(server: Served) -> None:
         ({"messages": HELLO, "temperature": 3}, "temperature: "),
         ({"messages": HELLO, "temperature": True}, "temperature: "),
         ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
-        ({"messages": HELLO, "stop": ["x"] * 17}, "stop"),
+        ({"messages": HELLO, "stop": ["x"] * 17}, "stop: List should have at most 16 items"),
+        ({"messages": HELLO, "stop": ["x", 5]}, "stop.1: Input should be a valid string."),
+        ({"messages": HELLO, "stop": 5}, "stop: Input should be a text, or a list of at most 16 texts."),
         ({"messages": HELLO, "logit_bias": {"x": 1}}, "logit_bias names tokens by their numbers"),
         ({"messages": HELLO, "logit_bias": {"999999": 1}}, "logit_bias names tokens by their numbers"),
         ({"messages": HELLO, "logit_bias": {"5": 1, "05": 2}}, "logit_bias names tokens by their numbers"),
@@ -336,7 +346,19 @@ def test_a_prompt_that_does_not_fit_is_refused(server: Served) -> None:
     assert long.status == 400 and "does not fit" in long.error
 
 
-@pytest.mark.parametrize("prompt, words", [(["a", "b"], "A request has one prompt"), ([10**6], "The model has tokens 0 to")])
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        (["a", "b"], "A request has one prompt"),
+        ([10**6], "The model has tokens 0 to"),
+        ([[1, 2]], "prompt: Input should be a text, or one list of texts or of tokens."),
+        (5, "prompt: Input should be a text, or one list of texts or of tokens."),
+        ([1, "a"], "prompt.1: Input should be a valid integer."),
+        (["a", 1], "prompt.1: Input should be a valid string."),
+        ([True], "prompt.0: Input should be a valid integer."),
+        ([1.5], "prompt.0: Input should be a valid integer."),
+    ],
+)
 def test_prompts_that_are_none(server: Served, prompt: Any, words: str) -> None:
     answer = server.text(prompt)
     assert answer.status == 400 and answer.error.startswith(words)

@@ -6,9 +6,10 @@ What the server does not do is refused and not ignored. `top_k`, `min_p` and `re
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import from_json
 
 from cacheroute.files import TwiceError, one_of_each
@@ -16,6 +17,25 @@ from cacheroute.serve.failures import ApiError
 
 MAX_TOP_LOGPROBS = 20
 MAX_INT = 2**31 - 1
+
+
+# the kinds that one parameter may have: what is wrong is said of the one that was sent
+_TEXT, _LIST, _TOKENS = "<text>", "<list>", "<tokens>"
+
+
+def _kind(value: Any) -> str | None:
+    return _TEXT if isinstance(value, str) else _LIST if isinstance(value, list) else None
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    """None for lists in a list, as for other types: several prompts."""
+    if not isinstance(value, list) or any(isinstance(part, list | dict) for part in value):
+        return _TEXT if isinstance(value, str) else None
+    return _TOKENS if value and isinstance(value[0], int | float) else _LIST
+
+
+def _either(kind: Callable[[Any], str | None], kinds: str) -> Discriminator:
+    return Discriminator(kind, custom_error_type="kind", custom_error_message=f"Input should be a text, or {kinds}")
 
 
 class _Shape(BaseModel):
@@ -38,7 +58,9 @@ class TextPart(_Shape):
 
 class Message(_Shape):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] = ""
+    content: Annotated[
+        Annotated[str, Tag(_TEXT)] | Annotated[list[TextPart], Tag(_LIST)], _either(_kind, "a list of parts of type text")
+    ] = ""
     name: str = ""
 
     def plain(self) -> dict[str, str]:
@@ -93,7 +115,10 @@ class Asked(_Shape):
     repeat_penalty: float = Field(default=1.0, gt=0, le=10)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    stop: str | Annotated[list[str], Field(max_length=16)] = Field(default_factory=list)
+    stop: Annotated[
+        Annotated[str, Tag(_TEXT)] | Annotated[list[str], Field(max_length=16), Tag(_LIST)],
+        _either(_kind, "a list of at most 16 texts"),
+    ] = Field(default_factory=list)
     seed: int | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict, max_length=1024)
     n: Literal[1] = 1
@@ -140,7 +165,10 @@ class ChatRequest(Asked):
 class TextRequest(Asked):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | list[int]
+    prompt: Annotated[
+        Annotated[str, Tag(_TEXT)] | Annotated[list[str], Tag(_LIST)] | Annotated[list[int], Tag(_TOKENS)],
+        _either(_kind_of_prompt, "one list of texts or of tokens"),
+    ]
     max_tokens: int | None = Field(default=16, ge=0, le=MAX_INT)  # OpenAI's default
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: Literal[False] = False
@@ -175,13 +203,12 @@ def parse(body: bytes, shape: type[Request]) -> Request:
 
 
 def _refused(error: ValidationError) -> ApiError:
-    """The first thing that is wrong; of a value that may have several types, whatever is said of the first."""
+    """The first thing that is wrong."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     name = str(first["loc"][0]) if first["loc"] else None
+    where = ".".join(str(part) for part in first["loc"] if part not in (_TEXT, _LIST, _TOKENS))
     if first["type"] == "extra_forbidden":
-        where = ".".join(str(part) for part in first["loc"])
         return ApiError(400, f"This server has no parameter {where!r}.", param=name, code="unknown_parameter")
     if first["type"] == "missing":
-        where = ".".join(str(part) for part in first["loc"])
         return ApiError(400, f"The parameter {where!r} is missing.", param=name)
-    return ApiError(400, f"{'.'.join(map(str, first['loc']))}: {first['msg'].rstrip('.')}.", param=name)
+    return ApiError(400, f"{where}: {first['msg'].rstrip('.')}.", param=name)
