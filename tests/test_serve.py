@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -403,6 +404,17 @@ def test_names_of_other_sites_are_refused(server: Served) -> None:
         assert answer.status in (400, 403) and (answer.status == 400 or answer.error.startswith("This server is not called"))
     for name in ("localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:80"):
         assert server.ask("/v1/models", Host=name).status == 200
+
+
+def test_a_client_without_a_name_for_the_server_is_no_browser(server: Served) -> None:
+    for path, host, status in (
+        ("/health", b"", b"200"),
+        ("/v1/models", b"", b"200"),
+        ("/health", b"Host: evil.example\r\n", b"403"),
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            connection.sendall(b"GET " + path.encode() + b" HTTP/1.0\r\n" + host + b"\r\n")
+            assert connection.recv(1000).split()[1] == status
 
 
 def test_a_key_opens_all_but_the_page_and_the_health(llm: Llama) -> None:
