@@ -14,6 +14,7 @@ import select
 import stat
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -285,8 +286,7 @@ def one_of_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """For json.loads(object_pairs_hook=), which would keep the last of keys that are alike. Raises TwiceError for such keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise TwiceError(next(name for name in found if names.count(name) > 1))
+        raise TwiceError(Counter(name for name, _ in pairs).most_common(1)[0][0])
     return found
 
 
