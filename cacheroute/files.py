@@ -14,6 +14,7 @@ import select
 import stat
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def expanded(path: str, name: str = "") -> Path:
-    """A path whose ~ or ~user is filled in. Raises UsageError when there is no such user; `name`: of the variable it is from."""
+    """A path whose ~ or ~user is filled in. Raises UsageError for "" and for no such user; `name`: of the variable it is from."""
+    if not path:
+        raise UsageError("The name of a file is empty; write one.")
     whole = os.path.expanduser(path)
     if whole.startswith("~") and not Path(whole).exists():
         user, _, _ = whole.partition("/")
@@ -149,6 +152,26 @@ _KINDS = {
 _MOST_JSON = 256 * MIB
 
 
+def broken_link(path: Path) -> str:
+    """Why a symbolic link leads nowhere; "" for one that leads somewhere, and for what is no link."""
+    try:
+        target = os.readlink(path)
+    except (OSError, ValueError):
+        return ""
+    try:
+        path.stat()
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            return f"it is a link to {target}, which leads back to it"
+        return f"it is a link to {target}, where nothing is" if e.errno in (errno.ENOENT, errno.ENOTDIR) else ""
+    return ""
+
+
+def unreadable(path: Path, e: Exception) -> UsageError:
+    """For a file that somebody has named, with the system's reason for this error, or what is wrong with the link."""
+    return UsageError(f"{path} cannot be read ({broken_link(path) or getattr(e, 'strerror', None) or e}).")
+
+
 def check_regular(path: Path, what: str, *, missing: str = "") -> None:
     """Raises UsageError where `path` is no file whose bytes lie on a disk: reading a pipe or a device may never end.
 
@@ -157,9 +180,9 @@ def check_regular(path: Path, what: str, *, missing: str = "") -> None:
     try:
         mode = path.stat().st_mode
     except OSError as e:
-        if missing and e.errno in (errno.ENOENT, errno.ENOTDIR):
+        if missing and e.errno in (errno.ENOENT, errno.ENOTDIR) and not broken_link(path):
             raise UsageError(f"There is no file {path}; {missing}") from None
-        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+        raise unreadable(path, e) from None
     except ValueError:  # a NUL in the name
         raise UsageError(f"{str(path)!r} cannot be the name of a file.") from None
     if not stat.S_ISREG(mode):
@@ -202,7 +225,7 @@ def read_text(path: Path) -> bytes:
             os.set_blocking(pipe, True)
             return file.read()
     except OSError as e:
-        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+        raise unreadable(path, e) from None
 
 
 def _is_terminal(path: Path) -> bool:
@@ -251,6 +274,22 @@ def _finite(content: Any) -> Any:
     return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
+class TwiceError(ValueError):
+    """An object of JSON that has a key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key[:60]!r} is there twice")
+        self.key = key[:60]
+
+
+def one_of_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads(object_pairs_hook=), which would keep the last of keys that are alike. Raises TwiceError for such keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise TwiceError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
+
+
 def is_count(*values: object) -> bool:
     """Whether each is a whole number of things, as JSON has it."""
     return all(type(v) is int and v >= 0 for v in values)
@@ -286,8 +325,8 @@ def replaced(path: Path) -> Iterator[Path]:
     """Gives the name of a new file beside `path`, which becomes `path` when the context ends without an error. Of a symbolic
     link, the file that it names is replaced.
 
-    Until then, and when the process is killed at any time, what was at `path` stays. Raises CacherouteError when it cannot be
-    written, with nothing left behind.
+    Until then, and when the process is killed at any time, what was at `path` stays. Raises what unwritable() gives when it
+    cannot be written, with nothing left behind.
     """
     target = path.resolve() if path.is_symlink() else path  # the link stays
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -297,10 +336,17 @@ def replaced(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(part, target)
     except OSError as e:
-        raise CacherouteError(f"{path} cannot be written ({e.strerror or e}).") from None
+        raise unwritable(path, e) from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, e: OSError) -> CacherouteError:
+    """For a file that cannot be written: a UsageError where its folder is not there, which another name mends."""
+    if e.errno in (errno.ENOENT, errno.ENOTDIR) and not path.parent.is_dir():
+        return UsageError(f"{path} cannot be written: there is no folder {path.parent}; make it, or write to another one.")
+    return CacherouteError(f"{path} cannot be written ({e.strerror or e}).")
 
 
 def recalled(file: Path) -> dict[str, Any]:

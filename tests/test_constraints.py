@@ -109,7 +109,8 @@ def test_a_bias_makes_a_token_likelier_or_impossible(llm: Llama) -> None:
         ({"grammar": 'root ::= "\0"'}, r"a NUL character"),
         ({"json_schema": "{"}, r"^The JSON schema is not valid JSON \(.+\); a file is @FILE\.$"),
         ({"json_schema": "[]"}, r"has to be an object"),
-        ({"json_schema": '{"type": "nonsense"}'}, r"Unrecognized schema"),
+        ({"json_schema": '{"type": "nonsense"}'}, r"there is no type 'nonsense'; there are object, array,"),
+        ({"json_schema": '{"type": "string", "type": "null"}'}, r"not valid JSON \(the key 'type' is there twice\)"),
         ({"json_schema": '{"$ref": "https://example.org/x"}'}, r"refers to another document"),
         ({"json_schema": '{"$ref": "#/nowhere"}'}, r"The JSON schema cannot be used"),
         ({"json_schema": '{"properties": 5}'}, r"The JSON schema cannot be used"),
@@ -126,6 +127,105 @@ def test_what_cannot_be_meant(own: dict[str, Any], wrong: str, capfd: pytest.Cap
         constraints.of(**own)
     assert "\n" not in str(e.value)
     assert capfd.readouterr() == ("", ""), "what llama.cpp prints is in the sentence"
+
+
+KEPT: list[dict[str, Any]] = [
+    {"type": "integer", "title": "t", "description": "d", "default": 3, "examples": [1], "$schema": "s", "$id": "i"},
+    {"type": "null", "$comment": "c", "deprecated": True, "readOnly": True, "x-own": 1},
+    {"type": "array", "items": {"type": "null"}, "uniqueItems": False, "minItems": 0},
+    {"type": "array", "items": {"type": "null"}, "minItems": 2, "maxItems": 2},
+    {"type": "array", "prefixItems": [{"type": "null"}], "items": False, "minItems": 1, "maxItems": 1},
+    {"type": "string", "minLength": 2, "maxLength": 3},
+    {"type": "string", "enum": ["a", "b"]},
+    {"type": ["string", "null"], "enum": ["a", None]},
+    {"type": "string", "format": "date-time"},
+    {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+    {"type": "object", "additionalProperties": {"type": "null"}},
+    {"properties": {"not": {"type": "null"}, "minimum": {"type": "null"}, "$ref": {"type": "null"}}, "required": ["not"]},
+    {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"type": "object", "properties": {"x": {"type": "null"}}}}},
+    {"$ref": "#/$defs/my_node", "$defs": {"my_node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/my_node"}}}}},
+]
+
+
+@pytest.mark.parametrize("schema", KEPT, ids=json.dumps)
+def test_a_schema_that_an_answer_is_kept_to(schema: dict[str, Any]) -> None:
+    assert constraints.of(json_schema=json.dumps(schema)).of_schema
+
+
+NOT_KEPT: list[tuple[dict[str, Any], str]] = [
+    *(
+        (
+            {"type": "object", "properties": {"a": {"anyOf": [own, {"type": "null"}]}}},
+            rf"'{list(own)[-1]}'.* at #/properties/a/anyOf/0",
+        )
+        for own in (
+            {"type": "integer", "minimum": 1000},
+            {"type": "integer", "maximum": 1010},
+            {"type": "number", "exclusiveMinimum": 0},
+            {"type": "number", "exclusiveMaximum": 0},
+            {"type": "integer", "multipleOf": 7},
+            {"type": "array", "items": {"type": "null"}, "uniqueItems": True},
+            {"type": "array", "minItems": 3},
+            {"type": "array", "contains": {"type": "null"}},
+            {"type": "object", "minProperties": 2},
+            {"type": "object", "maxProperties": 2},
+            {"type": "object", "propertyNames": {"pattern": "^a$"}},
+            {"type": "object", "patternProperties": {"^a$": {"type": "null"}}},
+            {"type": "object", "dependentRequired": {"a": ["b"]}},
+            {"type": "object", "required": ["a"]},
+            {"type": "string", "if": {"minLength": 2}},
+            {"type": "string", "not": {"const": "a"}},
+            {"type": "string", "contentEncoding": "base64"},
+            {"type": ["string", "null"], "minLength": 2},
+            {"pattern": "^a*$", "minLength": 2},
+            {"enum": ["a"], "minLength": 2},
+            {"anyOf": [{"type": "string"}], "minLength": 2},
+            {"properties": {}, "allOf": [{"properties": {}}]},
+            {"type": "boolean", "unknown": 1},
+        )
+    ),
+    ({"not": {}}, "'not'"),
+    ({"type": "string", "format": "email"}, "there are date, time, date-time and uuid, not 'email'"),
+    ({"type": "array", "items": {"type": "null"}, "minItems": 3, "maxItems": 2}, "'minItems' is larger than 'maxItems'"),
+    ({"type": "string", "minLength": 3, "maxLength": 2}, "'minLength' is larger than 'maxLength'"),
+    ({"type": "string", "minLength": 1.5}, "'minLength' is a whole number"),
+    ({"enum": []}, "at least one value"),
+    ({"anyOf": []}, "at least one schema"),
+    ({"allOf": []}, "at least one schema"),
+    ({"type": []}, "'type' names none"),
+    ({"type": "integer", "enum": ["a"]}, "'enum' has a value that is no integer"),
+    ({"type": "char"}, "there is no type 'char'"),
+    ({"const": float("inf")}, "not JSON"),
+    ({"properties": {"a": {"type": "null"}}, "required": ["b"]}, "'required' has 'b', which 'properties' lacks"),
+    ({"type": "array", "prefixItems": [{"type": "null"}], "minItems": 2}, "as many items as 'prefixItems', 1"),
+    ({"allOf": [{"type": "string"}]}, "only be objects with properties at #/allOf/0"),
+    ({"allOf": [{"properties": {"a": {"type": "null"}}}] * 2}, "have the property 'a'"),
+    ({"title": "anything"}, "it names no type"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "a pattern or a reference in it has no grammar"),
+    ({"type": "string", "pattern": "^\0$"}, "a pattern or a reference in it has no grammar"),
+]
+
+
+@pytest.mark.parametrize(("schema", "wrong"), NOT_KEPT, ids=lambda part: json.dumps(part) if isinstance(part, dict) else "")
+def test_a_schema_that_an_answer_would_not_be_kept_to(schema: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(UsageError, match=rf"^The JSON schema cannot be used \(.*{wrong}.*\)\.$"):
+        constraints.of(json_schema=json.dumps(schema))
+
+
+@pytest.mark.parametrize("value", ['a"b', "c\\d", "\n", "\0", "\x7f", "é", "😀", {'q"': ["\\"]}])
+def test_a_value_is_answered_as_it_is(llm: Llama, value: Any) -> None:
+    for schema, expected in (({"const": value}, value), ({"properties": {str(value): {"const": 1}}}, {str(value): 1})):
+        own = constraints.of(json_schema=json.dumps(schema | ({"required": [str(value)]} if "properties" in schema else {})))
+        assert json.loads(answer(llm, own).text) == expected
+
+
+def test_a_reference_is_not_mistaken_for_a_property_of_its_name(llm: Llama) -> None:
+    schema = {
+        "properties": {"address": {"const": 1}, "home": {"$ref": "#/$defs/address"}},
+        "required": ["address", "home"],
+        "$defs": {"address": {"const": 2}},
+    }
+    assert json.loads(answer(llm, constraints.of(json_schema=json.dumps(schema))).text) == {"address": 1, "home": 2}
 
 
 def test_a_grammar_of_python_is_checked_too(llm: Llama) -> None:

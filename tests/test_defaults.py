@@ -12,6 +12,7 @@ import typer
 
 from cacheroute import cli
 from cacheroute.cli import defaults
+from cacheroute.errors import UsageError
 
 COMMANDS = defaults.options_of_all(typer.main.get_command(cli.app))
 
@@ -94,6 +95,12 @@ def test_values_are_read_as_they_would_be_typed(config: Any, monkeypatch: pytest
         ("[common]\noutput = 'json'\n", "[common] output: [common] has budget, ctx-size, "),
         ("[pull]\nforce = true\n", "[pull] force: `cacheroute pull` has no such option"),
         ("[plot]\nforce = true\n", "[plot] force: `cacheroute plot` has no such option"),
+        (
+            "[generate]\nn-predict = 2\nn_predict = 3\n",
+            "[generate] n_predict: the section sets n-predict already; leave out one.",
+        ),
+        ("[chat]\nsystem = 'a'\nsystem-prompt = 'b'\n", "[chat] system-prompt: the section sets system already;"),
+        ("[inspect]\noutput = ['json']\n", "{file}, [inspect] output is wrong: it is one value; write it without brackets."),
         ("output = \n", "config.toml is not TOML (Invalid value"),
         ("[inspect]\noutput = 'xml'\n", "no output 'xml'; there are text and json (--output is from {file}, [inspect] output)."),
     ],
@@ -106,6 +113,25 @@ def test_what_is_wrong_in_the_file_is_one_sentence(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said.format(file=path) in err and path.name in err
     assert run("inspect", "--help") == 0, "help helps with it"
+
+
+@pytest.mark.parametrize(
+    "command, text, said",
+    [
+        ("generate", "temp = [1]", "it is one value"),
+        ("generate", "temp = []", "it is one value"),
+        ("generate", "budget = ['25%']", "it is one value"),
+        ("generate", "stop = [['a']]", "without lists or tables in it"),
+        ("generate", "stop = [{a = 1}]", "without lists or tables in it"),
+        ("bench", "repetitions = [3]", "it is one value"),
+        ("bench", "budget = [['25%', '50%'], '75%']", "without lists or tables in it"),
+    ],
+)
+def test_a_list_is_taken_where_several_values_are(config: Any, command: str, text: str, said: str) -> None:
+    config(f"[{command}]\n{text}\n")
+    with pytest.raises(UsageError, match=said):
+        chosen(command)
+    assert chosen("chat") == {}, "which has no part in it"
 
 
 def test_a_sentence_on_something_else_is_not_blamed_on_a_number() -> None:

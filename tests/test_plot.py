@@ -384,7 +384,7 @@ def test_a_trace_has_a_table_too(tmp_path: Path) -> None:
         (["t", "--kind", "misses"], "A trace has no misses of its own"),
         (["t", "--layer", "7"], "The trace has no layer 7; it has 0..1"),
         (["t", "r.json"], "A trace is plotted alone"),
-        (["r.json", "-o", "no/f.png"], "cannot be written"),
+        (["r.json", "-o", "no/f.png"], "no/f.png cannot be written: there is no folder no; make it, or write to another one."),
     ],
 )
 def test_what_cannot_be_drawn_is_one_sentence(
@@ -397,8 +397,8 @@ def test_what_cannot_be_drawn_is_one_sentence(
     Path("broken.json").write_text('[{"routing": "original",')
     Path("other.json").write_text('{"text": "hello"}')
     Path("begun.jsonl").write_text('{"format": "cacheroute-frontier-files-2"}\n')
-    if sentence == "cannot be written":
+    if "cannot be written" in sentence:
         pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     result = run(*arguments)
-    assert result.exit_code in (1, 2) and result.stderr.count("\n") == 1 and result.stdout == ""
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and result.stdout == ""
     assert sentence in result.stderr

@@ -159,6 +159,7 @@ def test_what_does_not_go_together(tiny: Path, tmp_path: Path, words: tuple[str,
     [
         (b"caf\xe9", "is not UTF-8 text"),
         (b'{"prompt": 5}', "has no prompt"),
+        (b'{"prompt": "a", "prompt": "b"}', "has the key 'prompt' twice; leave out one."),
         (b'{"prompt": " "}', "has no prompt"),
         (b"{}", "has no prompt"),
         (b'{"prompt": "a", "system": 5}', "system is a text"),

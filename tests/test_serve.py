@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,12 +143,16 @@ def test_an_answer_fits_its_schema(server: Served) -> None:
         {"type": "string", "pattern": "^\\q$"},
         {"enum": ["x" * 1000] * 90},
         {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1500)}},
+        {"type": "string", "pattern": "^\0$"},
+        {"type": "integer", "minimum": 1000},
+        {"type": "array", "items": {"type": "string"}, "minItems": 3, "maxItems": 2},
     ],
 )
 def test_a_schema_that_cannot_be_kept_to_is_refused(server: Served, schema: dict[str, Any]) -> None:
     asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     answer = server.chat(response_format=asked, max_tokens=4)
-    assert answer.status == 400 and answer.error.startswith(("The JSON schema cannot be used (", "The grammar cannot be parsed"))
+    assert answer.status == 400 and answer.error.startswith("The JSON schema cannot be used (")
+    assert answer.json["error"]["param"] == "response_format"
 
 
 def test_logprobs_are_of_the_models_distribution(server: Served, llm: Llama) -> None:
@@ -285,7 +290,15 @@ def test_a_request_is_a_line(server: Served) -> None:
         ({"messages": []}, "messages: "),
         ({"messages": "Hello"}, "messages: "),
         ({"messages": [{"role": "queen", "content": "x"}]}, "messages.0.role: "),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type: Input should be 'text'.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "The parameter 'messages.0.content.0.text' is missing.",
+        ),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a text, or a list of parts"),
         ({"messages": HELLO, "tools": []}, "This server has no parameter 'tools'."),
         ({"messages": HELLO, "n": 2}, "n: "),
         ({"messages": HELLO, "max_tokens": "5"}, "max_tokens: "),
@@ -294,9 +307,27 @@ def test_a_request_is_a_line(server: Served) -> None:
         ({"messages": HELLO, "temperature": 3}, "temperature: "),
         ({"messages": HELLO, "temperature": True}, "temperature: "),
         ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
-        ({"messages": HELLO, "stop": ["x"] * 17}, "stop"),
+        ({"messages": HELLO, "stop": ["x"] * 17}, "stop: List should have at most 16 items"),
+        ({"messages": HELLO, "stop": ["x", 5]}, "stop.1: Input should be a valid string."),
+        ({"messages": HELLO, "stop": 5}, "stop: Input should be a text, or a list of at most 16 texts."),
         ({"messages": HELLO, "logit_bias": {"x": 1}}, "logit_bias names tokens by their numbers"),
         ({"messages": HELLO, "logit_bias": {"999999": 1}}, "logit_bias names tokens by their numbers"),
+        ({"messages": HELLO, "logit_bias": {"5": 1, "05": 2}}, "logit_bias names tokens by their numbers"),
+        ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs needs `logprobs: true` beside it."),
+        ({"messages": HELLO, "top_logprobs": 2, "logprobs": False}, "top_logprobs needs `logprobs: true` beside it."),
+        ({"messages": HELLO, "stream_options": {"include_usage": True}}, "stream_options needs `stream: true` beside it."),
+        ({"messages": HELLO, "stream_options": {}, "stream": False}, "stream_options needs `stream: true` beside it."),
+        ({"messages": HELLO, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens and max_completion_tokens are two limits"),
+        (b'{"messages": [], "seed": 1, "seed": 2}', "The body has the key 'seed' twice in one object; leave out one."),
+        (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "The body has the key 'content' twice"),
+        (
+            {"messages": HELLO, "response_format": {"type": "text", "json_schema": {"schema": {}}}},
+            "response_format.json_schema needs",
+        ),
+        (
+            {"messages": HELLO, "response_format": {"type": "text", "schema": {}}},
+            "response_format.schema needs `type: json_object`",
+        ),
         ({"messages": HELLO, "response_format": {"type": "xml"}}, "response_format.type: "),
         ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "A response_format of json_schema needs"),
         ({"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "The parameter 'resp"),
@@ -316,10 +347,28 @@ def test_a_prompt_that_does_not_fit_is_refused(server: Served) -> None:
     assert long.status == 400 and "does not fit" in long.error
 
 
-@pytest.mark.parametrize("prompt, words", [(["a", "b"], "A request has one prompt"), ([10**6], "The model has tokens 0 to")])
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        (["a", "b"], "A request has one prompt"),
+        ([10**6], "The model has tokens 0 to"),
+        ([[1, 2]], "prompt: Input should be a text, or one list of texts or of tokens."),
+        (5, "prompt: Input should be a text, or one list of texts or of tokens."),
+        ([1, "a"], "prompt.1: Input should be a valid integer."),
+        (["a", 1], "prompt.1: Input should be a valid string."),
+        ([True], "prompt.0: Input should be a valid integer."),
+        ([1.5], "prompt.0: Input should be a valid integer."),
+    ],
+)
 def test_prompts_that_are_none(server: Served, prompt: Any, words: str) -> None:
     answer = server.text(prompt)
     assert answer.status == 400 and answer.error.startswith(words)
+
+
+def test_parameters_that_go_with_others_are_taken_with_them(server: Served) -> None:
+    null: dict[str, Any] = {"stream_options": None, "top_logprobs": 0, "max_tokens": 2, "max_completion_tokens": 2}
+    assert server.chat(**null).status == server.chat(max_tokens=1, logprobs=True, top_logprobs=2).status == 200
+    assert server.text(stream_options={"include_usage": True}).status == 400
 
 
 def test_an_empty_prompt_begins_a_text(server: Served, llm: Llama) -> None:
@@ -355,6 +404,17 @@ def test_names_of_other_sites_are_refused(server: Served) -> None:
         assert answer.status in (400, 403) and (answer.status == 400 or answer.error.startswith("This server is not called"))
     for name in ("localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:80"):
         assert server.ask("/v1/models", Host=name).status == 200
+
+
+def test_a_client_without_a_name_for_the_server_is_no_browser(server: Served) -> None:
+    for path, host, status in (
+        ("/health", b"", b"200"),
+        ("/v1/models", b"", b"200"),
+        ("/health", b"Host: evil.example\r\n", b"403"),
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            connection.sendall(b"GET " + path.encode() + b" HTTP/1.0\r\n" + host + b"\r\n")
+            assert connection.recv(1000).split()[1] == status
 
 
 def test_a_key_opens_all_but_the_page_and_the_health(llm: Llama) -> None:

@@ -258,7 +258,7 @@ def test_an_interrupted_command_leaves_a_readable_part(tiny: Path, tmp_path: Pat
 
 def test_an_unwritable_folder_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
     result = cacheroute("trace", "-m", tiny, "-o", tmp_path / "no" / "t")
-    assert result.exit_code == 1 and "t.part cannot be written (No such file or directory)." in result.stderr
+    assert result.exit_code == 2 and "t.part cannot be written: there is no folder" in result.stderr
 
 
 def test_the_header_does_not_move_the_layout() -> None:

@@ -91,7 +91,12 @@ class _Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words = args if ctx.resilient_parsing else habits.arguments(ctx.command_path, args, habits.options_of(self))
-        return list(super().parse_args(ctx, words))
+        rest = list(super().parse_args(ctx, words))
+        for parameter in () if ctx.resilient_parsing else self.params:
+            value = ctx.params.get(parameter.name)
+            for each in value if isinstance(value, list | tuple) else [value]:
+                options.check_path(max(parameter.opts, key=len), each, args)
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups.below(formatter)

@@ -33,6 +33,8 @@ _FOR_ANSWERS = (
 _ANSWERS = ("generate", "chat", "serve")
 _NEVER = ("force", "replace")
 """An option that replaces what a person has is given where it happens."""
+_LISTS = ("budget", "routing", "prompt-routing", "eviction", "io", "prefetch", "control-repack", "files")
+"""What commands that compare take several of, with commas between them; those that answer take one."""
 _PREFIX = "CACHEROUTE_"
 _OTHER_VARIABLES = ("CACHEROUTE_CACHE", "CACHEROUTE_CONFIG", "CACHEROUTE_LIBRARY")
 META = "cacheroute.defaults"
@@ -87,16 +89,27 @@ def read(options: Mapping[str, Mapping[str, Any]]) -> SettingsFile:
         raise UsageError(f"{path} is not TOML ({e}).") from None
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
-    sections = dict(_sections(tables, options))
-    for name, section in sections.items():
-        for key in section:
+    sections: dict[str, dict[str, Any]] = {}
+    for name, section in _sections(tables, options):
+        own = sections.setdefault(name, {})
+        for typed, value in section.items():
+            key = typed.replace("_", "-")
             _check(path, name, key, options)
+            before = next((k for k in own if k == key or _same_option(options.get(name, {}), k, key)), None)
+            if before is not None:
+                raise UsageError(f"{path}, {_place(name, typed)}: the section sets {before} already; leave out one.")
+            own[key] = value
     return SettingsFile(path, sections)
+
+
+def _same_option(options: Mapping[str, Any], one: str, other: str) -> bool:
+    """Whether two keys are names of one option."""
+    return one in options and other in options and options[one].name == options[other].name
 
 
 def _sections(tables: Mapping[str, Any], options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Each table with its own keys, and those of the tables in it."""
-    own = {key.replace("_", "-"): value for key, value in tables.items() if not isinstance(value, dict)}
+    own = {key: value for key, value in tables.items() if not isinstance(value, dict)}
     if own or above in options or above == COMMON:
         yield above, own
     elif above and not any(name.startswith(above + " ") for name in options):
@@ -167,8 +180,19 @@ def chosen(file: SettingsFile, command: str, options: Mapping[str, Any]) -> dict
         for key, option in options.items():
             setting = look(key)
             if setting and str(option.name) not in found:  # the first of its names
+                _check_lists(setting, key, option, several=command not in _ANSWERS)
                 found[str(option.name)] = Setting(setting.option, _typed(setting.value, option), setting.origin)
     return found
+
+
+def _check_lists(setting: Setting, key: str, option: Any, *, several: bool) -> None:
+    """Raises UsageError for a list where one value is meant, and for lists in lists. `several`: of a command that compares."""
+    if not isinstance(setting.value, list):
+        return
+    if not getattr(option, "multiple", False) and not (several and key in _LISTS):
+        raise UsageError(f"{setting.origin} is wrong: it is one value; write it without brackets.")
+    if any(isinstance(part, list | dict) for part in setting.value):
+        raise UsageError(f"{setting.origin} is wrong: it is a list of values, without lists or tables in it.")
 
 
 def _from_environment(command: str, key: str) -> Setting | None:

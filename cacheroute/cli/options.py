@@ -41,6 +41,13 @@ def refuse_unused(ctx: typer.Context, name: str, why: str) -> None:
         raise UsageError(f"--{name.replace('_', '-')} {why}")
 
 
+def check_path(name: str, value: object, words: Iterable[str]) -> None:
+    """Raises UsageError for a path that was typed as "", which Python takes for the folder it is in. `words`: all that was."""
+    if isinstance(value, Path) and value == Path() and "." not in {word.rstrip("/").rpartition("=")[2] for word in words}:
+        option = name.startswith("-")
+        raise UsageError(f"{name if option else name.upper()} is empty; name a file{', or leave it out' if option else ''}.")
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
-from cacheroute.files import decoded, read_text
+from cacheroute.files import decoded, read_text, unreadable
 
 MAX_BYTES = 64 * 1024 * 1024
 _SECONDS_BEFORE_WORD = 2.0
@@ -49,7 +49,7 @@ def from_file(path: Path) -> str:
         with path.open("rb", buffering=0) as opened:
             data = _read(opened.fileno(), str(path))
     except OSError as e:
-        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+        raise unreadable(path, e) from None
     return decoded(data, str(path))
 
 

@@ -16,7 +16,7 @@ from cacheroute import interrupts
 from cacheroute.cli import options, progress, prompt
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError, did_you_mean
-from cacheroute.files import as_json, check_regular, decoded, expanded, is_text
+from cacheroute.files import TwiceError, as_json, check_regular, decoded, expanded, is_text, one_of_each, unreadable
 
 if TYPE_CHECKING:
     from cacheroute.engine.completion import Prompt
@@ -69,7 +69,7 @@ class Source:
                 with path.open("rb") as file:
                     total = sum(1 for line in file if line.strip())
         except (OSError, ValueError) as e:
-            raise UsageError(f"{name} cannot be read ({getattr(e, 'strerror', None) or e}).") from None
+            raise unreadable(path, e) from None
         if total == 0:
             raise UsageError(f"{name} has no prompt: write one a line.")
         return Source(name, number, total)
@@ -133,7 +133,9 @@ def _parsed(index: int, raw: bytes, where: str) -> Asked:
     if not text.lstrip().startswith("{"):
         return Asked(index, text)
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=one_of_each)
+    except TwiceError as e:
+        return Asked(index, error=f"{where} has the key {e.key!r} twice; leave out one.")
     except (ValueError, RecursionError) as e:
         if not text.lstrip().startswith('{"'):
             return Asked(index, text)  # a text that begins with a brace

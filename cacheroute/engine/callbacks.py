@@ -36,14 +36,22 @@ class Processors:
             raise self._error
 
 
+class GrammarError(UsageError):
+    """A grammar that cannot be parsed, with the parser's `reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The grammar cannot be parsed ({reason}); llama.cpp's grammars/README.md describes the form.")
+        self.reason = reason
+
+
 def check_grammar(vocabulary: Any, grammar: Any) -> None:
-    """Raises UsageError for a grammar that llama.cpp cannot parse; it would add a null sampler and crash.
+    """Raises GrammarError, a UsageError, for a grammar that llama.cpp cannot parse; it would add a null sampler and crash.
 
     `vocabulary` None: before there is a model; a grammar that names tokens (`<think>`) is then passed over.
     """
     text = grammar._grammar
     if "\0" in text:
-        raise UsageError("The grammar cannot be parsed: it has a NUL character.")
+        raise GrammarError("it has a NUL character")
     if not text.strip():
         raise UsageError("The grammar is empty; llama.cpp's grammars/README.md describes the form.")
     if vocabulary is None and "<" in text:
@@ -53,7 +61,7 @@ def check_grammar(vocabulary: Any, grammar: Any) -> None:
         sampler = api.llama_sampler_init_grammar(vocabulary, text.encode(), grammar._root.encode())
     if not sampler:
         reason = _reason(said[0] if said else "") or log.reason(lines)
-        raise UsageError(f"The grammar cannot be parsed ({reason}); llama.cpp's grammars/README.md describes the form.")
+        raise GrammarError(reason)
     api.llama_sampler_free(sampler)
 
 

@@ -5,16 +5,15 @@ What can be wrong with them is found before a model is loaded; that a token exis
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cacheroute.engine import callbacks
+from cacheroute.engine.json_schema import SchemaError, to_grammar
 from cacheroute.errors import UsageError
 from cacheroute.install import patched_llama_cpp
 
@@ -24,19 +23,18 @@ if TYPE_CHECKING:
 
 _BIAS = re.compile(r"\s*(\d{1,9})\s*([+-])\s*(inf|\d+(?:\.\d*)?|\.\d+)\s*")
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t"}
-# llama-cpp-python's rule of a character lets control characters into strings, where JSON has none; llama.cpp's own does not
-_CHARACTER = re.compile(r'^char ::= \[\^"\\\\\]', re.MULTILINE)
-_JSON_CHARACTER = r'char ::= [^"\\\\\\x7F\\x00-\\x1F]'
 _ONLY_ESCAPES = re.compile(r"(?:\\[nrt])+")
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """`stop`: texts that end an answer and are no part of it. `grammar`: GBNF, "" for none. `bias`: token -> added logit."""
+    """`stop`: texts that end an answer and are no part of it. `grammar`: GBNF, "" for none. `bias`: token -> added logit.
+    `of_schema`: whether the grammar was made of a JSON schema, which is then what is wrong where it cannot be parsed."""
 
     stop: tuple[str, ...] = ()
     grammar: str = ""
     bias: Mapping[int, float] = field(default_factory=dict)
+    of_schema: bool = False
 
     def ending(self, prompt: Prompt) -> Prompt:
         """The prompt, whose answer ends at the stop strings, too."""
@@ -47,7 +45,7 @@ class Constraints:
         arguments: dict[str, Any] = {}
         if self.grammar:
             arguments["grammar"] = _grammar(self.grammar)
-            callbacks.check_grammar(llm._model.vocab, arguments["grammar"])
+            _check(llm._model.vocab, arguments["grammar"], of_schema=self.of_schema)
         beyond = [token for token in self.bias if token >= llm.n_vocab()]
         if beyond:
             raise UsageError(f"The model has no token {beyond[0]} to give a bias to; it has {llm.n_vocab()}, from 0 on.")
@@ -61,42 +59,26 @@ def of(stop: Sequence[str] = (), grammar: str = "", json_schema: str = "", bias:
     if grammar and json_schema:
         raise UsageError("An answer follows one grammar: give a grammar or a JSON schema.")
     if json_schema:
-        grammar = from_schema(json_schema)
+        grammar = to_grammar(json_schema)
     if grammar:
-        callbacks.check_grammar(None, _grammar(grammar))
+        _check(None, _grammar(grammar), of_schema=bool(json_schema))
     if not all(stop):
         raise UsageError("A stop string has at least one letter.")
-    return Constraints(tuple(map(_unescaped, stop)), grammar, _biases(bias))
-
-
-def from_schema(text: str) -> str:
-    """The GBNF of a JSON schema, by llama-cpp-python's converter. Raises UsageError for what is none, or none that it knows."""
-    try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"The JSON schema is not valid JSON ({_line(e)}); a file is @FILE.") from None
-    if not isinstance(schema, dict):
-        raise UsageError('The JSON schema has to be an object, such as {"type": "object"}.')
-    converter = import_module(f"{patched_llama_cpp.module().__name__}.llama_grammar")
-    try:
-        return _CHARACTER.sub(_JSON_CHARACTER, str(converter.json_schema_to_gbnf(text)))
-    except Exception as e:  # it raises whatever it stumbles over
-        reason = "it refers to another document" if "allow-fetch" in str(e) else _line(e)
-        raise UsageError(f"The JSON schema cannot be used ({reason}).") from None
-
-
-def _line(e: Exception) -> str:
-    said = " ".join(str(e).split()).rstrip(".")
-    known = {RecursionError: "it is nested too deeply", KeyError: "it refers to what it does not have"}
-    if type(e) in known:
-        return known[type(e)]
-    if isinstance(e, AttributeError | TypeError):
-        return "a part of it is no schema"
-    return f"{said[:120]}" if type(e) in (AssertionError, ValueError, json.JSONDecodeError) and said else type(e).__name__
+    return Constraints(tuple(map(_unescaped, stop)), grammar, _biases(bias), of_schema=bool(json_schema))
 
 
 def _grammar(text: str) -> Any:
     return patched_llama_cpp.module().LlamaGrammar.from_string(text, verbose=False)
+
+
+def _check(vocabulary: Any, grammar: Any, *, of_schema: bool) -> None:
+    """As callbacks.check_grammar(), in the words of what was asked for."""
+    try:
+        callbacks.check_grammar(vocabulary, grammar)
+    except callbacks.GrammarError as e:
+        if not of_schema:
+            raise
+        raise SchemaError(f"a pattern or a reference in it has no grammar: {e.reason}") from None
 
 
 def _unescaped(stop: str) -> str:

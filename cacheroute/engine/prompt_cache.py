@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import MIB, check_regular, replaced
+from cacheroute.errors import UsageError
+from cacheroute.files import MIB, check_regular, replaced, unwritable
 
 MAGIC, VERSION = b"CRPROMPT", 2
 _HEAD = struct.Struct("=8sII32s")
@@ -50,7 +50,7 @@ class Kept:
 
 def check(path: Path) -> None:
     """Raises what can be said before anything is computed: UsageError for a file that is not a prompt cache, which is never
-    overwritten, CacherouteError where none is and none can be made."""
+    overwritten, and for a folder that is not there; CacherouteError where no file can be made otherwise."""
     if path.exists():
         with _opened(path) as file:
             _header(path, file)
@@ -60,7 +60,7 @@ def check(path: Path) -> None:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT, 0o600))
         part.unlink()
     except OSError as e:
-        raise CacherouteError(f"{path} cannot be written ({e.strerror}).") from None
+        raise unwritable(path, e) from None
 
 
 def write(path: Path, kept: Kept, settings: Settings) -> None:

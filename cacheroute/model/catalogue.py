@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError, did_you_mean
-from cacheroute.files import cache_dir, expanded, home, packaged
+from cacheroute.files import broken_link, cache_dir, expanded, home, packaged
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -127,6 +127,8 @@ def resolve(name_or_path: str | None) -> Path:
     path = expanded(text)
     if path.exists():
         return path
+    if broken := broken_link(path):
+        raise UsageError(f"{text} cannot be read: {broken}; mend the link, or give the file itself.")
     if text.startswith("hf:"):
         return _hub_path(text)
     for prefix, models in (("ollama:", ollama_models), ("lmstudio:", lmstudio_models)):
@@ -158,7 +160,7 @@ def _hub_path(text: str) -> Path:
 def _no_file(text: str, path: Path) -> UsageError:
     """The error for a path where nothing is, with the model beside it whose name comes nearest."""
     try:
-        beside = [str(Path(text).parent / p.name) for p in path.parent.iterdir() if p.suffix.lower() == ".gguf"]
+        beside = [str(Path(text).parent / p.name) for p in path.parent.iterdir() if p.suffix.lower() == ".gguf" and p.exists()]
     except (OSError, ValueError):
         beside = []
     meant = did_you_mean(str(Path(text)), beside, "`cacheroute models` lists the models that are here.")

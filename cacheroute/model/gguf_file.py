@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import UsageError
 from cacheroute.files import check_regular
 
 Scalar = int | float | bool | str
@@ -148,8 +148,8 @@ def _silence(lib: ctypes.CDLL) -> Iterator[None]:
 def read(path: str | os.PathLike[str]) -> GgufFile:
     """Reads the header of `path`, the only or the first shard of a model.
 
-    Raises UsageError where there is no such file, it is no GGUF, not the first shard, or a shard is missing or of another
-    model; CacherouteError where tensor data ends early.
+    Raises UsageError where there is no such file, it is no GGUF, ends early, is not the first shard, or a shard is missing or of
+    another model.
     """
     first = Path(path)
     head = _read_one(first, 0)
@@ -252,7 +252,7 @@ def _read_one(path: Path, file: int) -> GgufFile:
         lib.gguf_free(handle)
     size, needed = path.stat().st_size, max((t.offset + t.nbytes for t in head.tensors), default=0)
     if needed > size:
-        raise CacherouteError(f"{path} is cut short: {needed} bytes are needed and {size} are there; download it again.")
+        raise UsageError(f"{path} is cut short: {needed} bytes are needed and {size} are there; download it again.")
     return dataclasses.replace(head, duplicate_token=duplicate, texts=texts)
 
 

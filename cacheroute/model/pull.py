@@ -60,9 +60,13 @@ def pull(name: str) -> Path:
 
 
 def _parse(name: str) -> tuple[str, str]:
+    if not name.strip():
+        raise UsageError("The model has no name: `cacheroute models` lists what can be downloaded.")
     if name.startswith("hf:"):
         return catalogue.split_hub_name(name)
     entry = catalogue.load_catalogue().get(name.lower())
+    if entry is None and os.path.isfile(os.path.expanduser(name)):
+        raise UsageError(f"{name} is a file on this disk already, with nothing to download; run it with -m {name}.")
     if entry is None and catalogue.is_hub_name(name):
         return catalogue.split_hub_name(f"hf:{name}")
     if entry is None:

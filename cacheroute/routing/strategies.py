@@ -231,13 +231,15 @@ def form(name: str, known: Sequence[Parameter]) -> str:
 
 
 def parse_parameters(name: str, known: Sequence[Parameter], pairs: Sequence[str]) -> dict[str, float]:
-    """The key=value parts behind a name. Raises UsageError for unknown, missing or wrong ones."""
+    """The key=value parts behind a name. Raises UsageError for unknown, missing, repeated or wrong ones."""
     by_name = {p.name: p for p in known}
     values: dict[str, float] = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
         if key not in by_name:
             raise UsageError(f"{name} has no parameter {key!r}; its form is {form(name, known)}.")
+        if key in values:
+            raise UsageError(f"{name} has {key} twice; its form is {form(name, known)}.")
         values[key] = _value(name, by_name[key], value)
     missing = [p.name for p in known if p.required and p.name not in values]
     if missing:

@@ -62,7 +62,7 @@ class Limits:
 class Access:
     """`key` "": none is asked for, and then `hosts` are the names by which the server may be called, None: any.
 
-    A page of the internet that has its name resolved to 127.0.0.1 is thus refused.
+    A page of the internet that has its name resolved to 127.0.0.1 is thus refused. A request without a name is from no browser.
     """
 
     key: str = ""
@@ -76,7 +76,11 @@ class Access:
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.key.encode()):
                 what = "The API key is wrong." if given else "An API key is needed: send it as `Authorization: Bearer KEY`."
                 raise ApiError(401, what, code="invalid_api_key")
-        elif self.hosts is not None and (name := _host_name(request.headers.get("host", ""))) not in self.hosts:
+        elif (
+            self.hosts is not None
+            and "host" in request.headers
+            and (name := _host_name(request.headers["host"])) not in self.hosts
+        ):
             raise ApiError(403, f"This server is not called {name!r}; with --api-key it answers to any name.", code="wrong_host")
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cacheroute.engine import constraints
 from cacheroute.engine.completion import Prompt, TemplateError, chat_prompt, has_chat_template, raw_prompt
 from cacheroute.engine.constraints import Constraints
+from cacheroute.engine.json_schema import SchemaError, to_grammar
 from cacheroute.errors import UsageError
 from cacheroute.serve.failures import ApiError
 from cacheroute.serve.requests import Asked, ChatRequest, TextRequest
@@ -86,13 +86,15 @@ def _task(llm: Llama, asked: Asked, prompt: Prompt, max_tokens: int | None, n_lo
             param="messages" if isinstance(asked, ChatRequest) else "prompt",
         )
     sampling = {name: getattr(asked, name) for name in _SAMPLING} | {"temp": asked.temperature}
-    own = Constraints(asked.stops, grammar, _bias(llm, asked.logit_bias))
+    own = Constraints(asked.stops, grammar, _bias(llm, asked.logit_bias), of_schema=bool(grammar))
     seed = secrets.randbelow(2**31) if asked.seed is None else asked.seed % _SEEDS
     return Task(own.ending(prompt), max_tokens, seed, sampling, own, n_logprobs)
 
 
 def _bias(llm: Llama, given: dict[str, float]) -> dict[int, float]:
-    if not all(token.isascii() and token.isdigit() and len(token) < 10 and int(token) < llm.n_vocab() for token in given):
+    if not all(
+        token.isdecimal() and len(token) < 10 and token == str(int(token)) and int(token) < llm.n_vocab() for token in given
+    ):
         raise ApiError(400, f"logit_bias names tokens by their numbers, 0 to {llm.n_vocab() - 1}.", param="logit_bias")
     return {int(token): value for token, value in given.items()}
 
@@ -104,18 +106,14 @@ def _grammar(schema: dict[str, Any]) -> str:
         text = json.dumps(schema)
         if len(text) > _MAX_SCHEMA_BYTES:
             raise ValueError(f"it has more than {_MAX_SCHEMA_BYTES} bytes")
-        grammar = constraints.from_schema(text)
+        grammar = to_grammar(text)
         if len(grammar) > _MAX_GRAMMAR_BYTES:
             raise ValueError("its grammar is too large")
     except UsageError as e:
         raise ApiError(400, str(e), param="response_format") from None
     except (ValueError, RecursionError) as e:
-        raise _no_grammar(str(e)) from None
+        raise ApiError(400, str(SchemaError(str(e))), param="response_format") from None
     return grammar
-
-
-def _no_grammar(reason: str) -> ApiError:
-    return ApiError(400, f"The JSON schema cannot be used ({reason.rstrip('.')}).", param="response_format")
 
 
 def _check(schema: Any) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cacheroute.engine.completion import Completion
+from cacheroute.engine.json_schema import SchemaError
 from cacheroute.engine.stats import Stats
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.serve.failures import ApiError, failed, stopping
@@ -205,7 +206,8 @@ class Worker:
             if not job.cancelled and not self.stopping:
                 raise  # Ctrl-C
         except UsageError as e:
-            finish_reason, end = "failed", ApiError(400, str(e))
+            param = "response_format" if isinstance(e, SchemaError) else None
+            finish_reason, end = "failed", ApiError(400, str(e), param=param)
         except CacherouteError as e:
             finish_reason, end = "failed", ApiError(500, str(e), kind="server_error")
         except Exception as e:

@@ -109,7 +109,8 @@ def record_dtype(n_expert: int, n_used: int, *, mass: bool) -> np.dtype[np.void]
 class TraceWriter:
     """Writes FILE.part as records come, and makes it FILE when it is closed without an error; used with `with`.
 
-    Raises UsageError when FILE or FILE.part exists and `force` is not given, CacherouteError when it cannot write.
+    Raises UsageError when FILE or FILE.part exists and `force` is not given or there is no such folder, CacherouteError when it
+    cannot write.
     """
 
     def __init__(self, path: Path, header: Header, *, force: bool = False) -> None:
@@ -125,7 +126,7 @@ class TraceWriter:
         try:
             self._file = self.part.open("wb" if force else "xb", buffering=0)
         except OSError as e:
-            raise CacherouteError(f"{self.part} cannot be written ({e.strerror}).") from None
+            raise files.unwritable(self.part, e) from None
 
     def __enter__(self) -> TraceWriter:
         return self

@@ -61,6 +61,12 @@ NUMBERS = [
     _usage("a negative budget", f"{RAW} --budget=-5", r"'-5' is not a budget"),
     _usage("a budget that is nan", f"{RAW} --budget nan", r"'nan' is not a budget"),
     _usage("a parameter that is nan", f"{RAW} --routing cache-prior:lambda=nan", r"lambda is a number, not nan"),
+    _usage(
+        "a parameter twice",
+        f"{RAW} --routing cache-prior:lambda=0.1:lambda=0.2",
+        r"cache-prior has lambda twice; its form is cache-prior:lambda=",
+    ),
+    _usage("a parameter of prompts twice", f"{RAW} --prompt-routing keep:cover=0.9:cover=0.8", r"keep has cover twice"),
     _usage("a parameter without end", f"{RAW} --routing max-rank:m=inf", r"m is a number, not inf"),
     _usage("a limit that C would wrap", f"eval perplexity -m {{tiny}} --limit {HUGE}", r"--limit is at most"),
     _usage("a seed of simulate below 0", "simulate t --shuffle -s -1", r"Invalid value for '-s'"),
@@ -82,6 +88,25 @@ COMMAND_LINE = [
     _usage("a model of blanks", "generate -m ' ' -p the", r"The model has no name"),
     _usage("nothing to inspect", "inspect ''", r"The model has no name"),
     _usage("a trace of a model without a name", "trace -m '' -o t", r"The model has no name"),
+    _usage("nothing to pull", "pull ''", r"The model has no name: `cacheroute models` lists what can be downloaded\.$"),
+    *(
+        _usage(f"an empty name of a file for {words}", f"{words} ''", rf"{name} is empty; name a file, or leave it out\.$")
+        for words, name in (
+            ("generate -m {tiny} -p the --prompt-cache", "--prompt-cache"),
+            ("generate -m {tiny} -f", "--file"),
+            ("generate -m {tiny} -p the --grammar-file", "--grammar-file"),
+            ("generate -m {tiny} -p the --warm-start", "--warm-start"),
+            ("chat -m {tiny} --load", "--load"),
+            ("trace -m {tiny} -o", "--output"),
+            ("plot rows.json -o", "--output"),
+        )
+    ),
+    _usage("an empty name of a file with a sign", "generate -p the --prompt-cache=", r"--prompt-cache is empty"),
+    _usage("an empty name of a trace", "simulate ''", r"FILE is empty; name a file\.$"),
+    _usage("an empty name of a file to plot", "plot ''", r"FILES? is empty; name a file\.$"),
+    _usage("an empty name of a file of prompts", "generate --prompts ''", r"The name of a file is empty"),
+    _usage("a file of a schema without a name", "generate -p the -j @", r"The name of a file is empty"),
+    _usage("a model on this disk to pull", "pull {tiny}", r"is a file on this disk already, with nothing to download"),
     _usage("two texts for a trace", "trace -m {tiny} -o t -p a -f b", r"-p or with -f"),
     _usage("an empty text for a trace", "trace -m {tiny} -o t -p ''", r"The text is empty"),
     _usage("control characters in an argument", "inspect 'a\x1b[31mb.gguf'", r"no file a\\x1b\[31mb\.gguf"),
@@ -269,7 +294,7 @@ RESULTS = [
     Case("a task profile that stays", _old_profile_stays, 1, r"p\.json cannot be", more=True, leaves=("a.trace", "p.json")),
     Case("a figure on a full disk", _plot_on_full_disk, 1, r"a\.svg cannot be written", more=True, leaves=("rows.json",)),
     Case("results on a full disk", _results_on_full_disk, 1, r"f\.jsonl cannot be written", more=True, leaves=()),
-    Case("a trace where no folder is", "trace -m {tiny} -p the -o no/a.trace -t 1", 1, r"no/a\.trace\.part cannot be", more=True),
+    Case("a trace where no folder is", "trace -m {tiny} -p the -o no/a.trace -t 1", 2, r"no/a\.trace\.part cannot be", more=True),
     Case("a trace that exists", lambda p: ["trace", "-m", str(p.tiny), "-o", str(p.file("t", ""))], 2, r"/t exists; --force"),
     Case(
         "a cache folder that is a file",

@@ -23,6 +23,11 @@ def _socket(place: Place) -> str:
     return str(place.folder / "socket")
 
 
+def _link(place: Place, target: str) -> str:
+    (place.folder / "link.gguf").symlink_to(target)
+    return "link.gguf"
+
+
 def _json(place: Place, name: str, content: object) -> str:
     return str(place.file(name, content if isinstance(content, str) else json.dumps(content)))
 
@@ -32,6 +37,14 @@ KINDS: list[tuple[str, Callable[[Place], str], str]] = [
     ("/dev/zero", lambda place: "/dev/zero", "it is a device"),
     ("a directory", lambda place: str(place.folder), "it is a directory"),
     ("a socket", _socket, "it is a socket"),
+]
+LINKS: list[tuple[str, Callable[[Place], str], str]] = [
+    ("a link to nothing", lambda place: _link(place, "gone"), r"cannot be read.*it is a link to gone, where nothing is"),
+    (
+        "a link to itself",
+        lambda place: _link(place, "link.gguf"),
+        r"cannot be read.*it is a link to link\.gguf, which leads",
+    ),
 ]
 READERS: list[tuple[str, Callable[[Place, str], list[str]]]] = [
     ("model", lambda place, path: ["inspect", path]),
@@ -46,7 +59,7 @@ NO_FILES = (
     [
         Case(f"{kind} as {what}", lambda place, make=make, words=words: words(place, make(place)), sentence=sentence)  # type: ignore[misc]
         for what, words in READERS
-        for kind, make, sentence in KINDS
+        for kind, make, sentence in [*KINDS, *(LINKS if what != "results file" else [])]
     ]
     + [
         Case(
@@ -54,7 +67,11 @@ NO_FILES = (
             lambda place, make=make: ["trace", "-m", str(place.tiny), "-o", "o", "-f", make(place)],
             sentence=sentence + "|Is a directory|more than 64 MiB|No such device",
         )  # type: ignore[misc]
-        for kind, make, sentence in KINDS[1:]
+        for kind, make, sentence in [*KINDS[1:], *LINKS]
+    ]
+    + [
+        Case(f"{kind} as prompts", lambda place, make=make: ["generate", "--prompts", make(place)], sentence=sentence)  # type: ignore[misc]
+        for kind, make, sentence in LINKS
     ]
 )
 

@@ -186,8 +186,8 @@ CASES: list[Case] = [
     Case(
         "a prompt cache where no folder is",
         lambda p: [*_ASKED, "no/p", "-m", str(p.tiny), "-p", _TEXT],
-        1,
-        r"no/p cannot be written \(No such file or directory\)\.$",
+        2,
+        r"no/p cannot be written: there is no folder no; make it, or write to another one\.$",
     ),
     Case("a prompt cache in a folder that is read only", _without_rights, 1, r"/p cannot be written \(Permission denied\)\.$"),
     Case(
