@@ -22,7 +22,7 @@ class SchemaError(UsageError):
     """A JSON schema that an answer cannot be kept to."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"The JSON schema cannot be used ({reason.rstrip('.')}).")
+        super().__init__(f"The JSON schema cannot be used ({reason.rstrip('.')}); change that part of it.")
 
 
 def to_grammar(text: str) -> str:
