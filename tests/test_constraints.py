@@ -294,3 +294,22 @@ def test_chat_takes_them_too(demo_model: Path) -> None:
     )
     done = command(*words, stdin="Is it late?\nIs it early?\n")
     assert done.code == 0 and set(done.stdout.split()) <= {"ja", "nein"} and len(done.stdout.split()) == 2
+
+
+@pytest.mark.parametrize("form", ["json_object", "json_schema"])
+def test_a_chat_in_python_keeps_to_a_schema_in_either_form_or_refuses_it(demo_model: Path, form: str) -> None:
+    def wanted(schema: dict[str, Any]) -> dict[str, Any]:
+        return {"type": form} | ({"schema": schema} if form == "json_object" else {"json_schema": {"schema": schema}})
+
+    def ask(response_format: dict[str, Any]) -> str:
+        asked = [{"role": "user", "content": "Is it late?"}]
+        found = llm.create_chat_completion(asked, max_tokens=12, temperature=0.0, response_format=response_format)
+        return str(found["choices"][0]["message"]["content"])
+
+    with closing(Llama(str(demo_model), budget="50%", n_ctx=256, verbose=False)) as llm:
+        late = {"type": "object", "properties": {"late": {"type": "boolean"}}, "required": ["late"]}
+        assert type(json.loads(ask(wanted(late)))["late"]) is bool
+        with pytest.raises(UsageError, match="an answer cannot be kept to 'minimum'"):
+            ask(wanted({"type": "integer", "minimum": 5}))
+        with pytest.raises(UsageError, match=r"^response_format is .*, not \{'type': 'xml'\}"):
+            ask({"type": "xml"})

@@ -41,6 +41,24 @@ def to_grammar(text: str) -> str:
         raise SchemaError(_line(e)) from None
 
 
+def of_response_format(asked: Any) -> str | None:
+    """The GBNF of what `response_format` of a chat asks for; None where that is any text, or any JSON object.
+
+    Raises UsageError for another form or type than the OpenAI API's and llama-cpp-python's, SchemaError as to_grammar() does.
+    """
+    kind = asked.get("type") if isinstance(asked, dict) else None
+    if asked is None or kind == "text":
+        return None
+    if kind == "json_schema" and isinstance(asked.get("json_schema"), dict) and "schema" in asked["json_schema"]:
+        return to_grammar(json.dumps(asked["json_schema"]["schema"]))
+    if kind == "json_object":
+        return None if asked.get("schema") is None else to_grammar(json.dumps(asked["schema"]))
+    raise UsageError(
+        'response_format is {"type": "text"}, {"type": "json_object"}, with a "schema" or without, or {"type": "json_schema", '
+        f'"json_schema": {{"schema": ...}}}}, not {str(asked)[:80]}.'
+    )
+
+
 def _converter(refs: dict[str, dict[str, Any]]) -> Any:
     """llama-cpp-python's, which writes quotes, backslashes and control characters of values and names so that the parser of
     grammars takes them for those, and gives what is referred to a name that no property has."""

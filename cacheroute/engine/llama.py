@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheroute import interrupts
-from cacheroute.engine import arguments, choice, load_progress, log, progress, stores, templates
+from cacheroute.engine import arguments, choice, json_schema, load_progress, log, progress, stores, templates
 from cacheroute.engine.compute_threads import ComputeThreads
 from cacheroute.engine.computing import ComputingLlama
 from cacheroute.engine.embeddings import MappedEmbeddings
@@ -222,9 +222,13 @@ class Llama(ComputingLlama):
 
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
         """As llama_cpp.Llama.create_chat_completion. Raises CacherouteError when the model's template cannot be parsed and no
-        chat_format or chat_handler was given."""
+        chat_format or chat_handler was given, UsageError for a `response_format` that an answer cannot be kept to: upstream would
+        take any JSON, or any text, instead."""
         if self.template_error and not self._has_chat_format:
             raise CacherouteError(f"The model's chat template cannot be used ({self.template_error}); give a chat_format.")
+        grammar = json_schema.of_response_format(kwargs.get("response_format"))
+        if grammar is not None:
+            kwargs |= {"response_format": None, "grammar": _llama_cpp.LlamaGrammar.from_string(grammar, verbose=False)}
         return super().create_chat_completion(*args, **kwargs)
 
     def n_ctx(self) -> int:
