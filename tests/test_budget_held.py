@@ -273,13 +273,13 @@ def test_a_prompt_of_one_token(large: Path) -> None:
         assert llm.create_completion([5], max_tokens=3)["usage"]["completion_tokens"] == 3
 
 
-def test_an_empty_prompt_is_an_error_as_upstream(small: Path) -> None:
+def test_an_empty_prompt_is_a_sentence(small: Path) -> None:
     with loaded(small) as llm:
         llm.eval([])  # nothing to do
         assert llm.n_tokens == 0 and llm.stats().prefill.tokens == 0
-        with pytest.raises(AssertionError):
+        with pytest.raises(UsageError, match="give a prompt that is not empty"):
             next(llm.generate([]))
-        with pytest.raises(AssertionError):
+        with pytest.raises(UsageError, match="give a prompt that is not empty"):
             llm.create_completion([], max_tokens=2)
         llm.eval([5])  # and it still works
         assert llm.n_tokens == 1

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cacheroute.cli import app
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import UsageError
 from cacheroute.evals import frontier, scorer, session
 from cacheroute.evals.results import ResultsFile
 from cacheroute.model import experts, gguf_file
@@ -140,7 +140,7 @@ def test_a_file_of_something_else_is_left_alone(tiny: Path, prose: Path, tmp_pat
         result = run(*settings(tiny, prose, tmp_path / "notes"))
         assert result.exit_code == 2 and "is not a results file" in result.stderr
         assert (tmp_path / "notes").read_text() == notes
-    with pytest.raises(CacherouteError, match="No such file or directory"):
+    with pytest.raises(UsageError, match=r"there is no folder .*; make it, or write to another one"):
         ResultsFile(tmp_path / "new" / "r.jsonl", {"a": 1})  # a mistyped folder is not made
     assert not (tmp_path / "new").exists()
 

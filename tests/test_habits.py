@@ -320,7 +320,7 @@ def test_a_gpu_is_not_passed_over(tiny: Path, asked: dict[str, Any]) -> None:
         ({"budget_changed": 3}, "budget_changed is a function or None"),
         ({"n_ctx": "512"}, "n_ctx is a whole number of at least 0"),
         ({"type_k": 99}, r"type_k=99 is no type for keys and values: 0 \(F32\)"),
-        ({"vocab_only": True}, "vocab_only leaves out the weights"),
+        ({"vocab_only": True}, "vocab_only leaves out the experts"),
     ],
 )
 def test_an_argument_of_another_type_is_refused_in_a_sentence(tiny: Path, asked: dict[str, Any], said: str) -> None:

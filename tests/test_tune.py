@@ -128,7 +128,7 @@ def test_clear_rungs_are_left_early() -> None:
 def test_what_saves_nothing_is_not_chosen() -> None:
     scorer = CurveScorer(slope=0.05, noise=0)
     scorer.cell = lambda *a, of=scorer.cell, **k: replace(of(*a, **k), missed_bytes=2**20)  # type: ignore[method-assign]
-    outcome = search(scorer, 1.1).run(RUNGS)
+    outcome = search(scorer, 1.1).run(RUNGS).if_it_saves()
     assert outcome.chosen is None and outcome.validation is None
     said = tune_report.why_not(outcome, tune.Goal(16, "lru", 1.1))
     assert said.startswith("Nothing is saved: on unseen text cache-prior") and said.endswith("at this budget.")

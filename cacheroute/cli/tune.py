@@ -163,7 +163,7 @@ def tune(
                 say(f"{session.n_kept} scores of earlier runs are used again")
             if session.n_without_kl:
                 say(f"{session.n_without_kl} of them are without a KL; those that are wanted are scored again")
-            outcome = search.tune()
+            outcome = search.tune().if_it_saves()
             past = search.mass_past_k()
     if past is not None and (flat := sum(past) / len(past)) > 0.5:
         say(

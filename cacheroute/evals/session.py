@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,8 +112,11 @@ class KeptScores(ResultsFile):
         if unkept:
             self._give_up(unkept)
             return
-        with suppress(OSError):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            self._give_up(f"{path} cannot be written ({e.strerror})")
+            return
         try:
             super().__init__(path, header)
         except UsageError:

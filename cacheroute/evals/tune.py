@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -114,11 +114,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`chosen` and its `validation` on unseen chunks are None when nothing fits, or what fits saves nothing."""
+    """`chosen` and its `validation` on unseen chunks are None when nothing fits."""
 
     chosen: Trial | None
     validation: Trial | None
     trials: tuple[Trial, ...]
+
+    def if_it_saves(self) -> Outcome:
+        """Without a choice where that misses no fewer bytes on unseen text than `original`."""
+        return replace(self, chosen=None, validation=None) if self.validation and not self.validation.saves else self
 
 
 @dataclass
@@ -170,9 +174,7 @@ class Search:
             if validation.passed:
                 break
             best = self.descend(rungs, rungs.index(best.routing) - 1)
-        if best is None or validation is None or not validation.saves:
-            return Outcome(None, None, tuple(self.trials))
-        return Outcome(best, validation, tuple(self.trials))
+        return Outcome(best, validation if best else None, tuple(self.trials))
 
     def climb(self, rungs: Sequence[Routing], start: int | None = None) -> Trial | None:
         """The highest rung that passes on the whole fit part, None when none does. Loss is taken to rise along the rungs."""
