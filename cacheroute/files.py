@@ -309,7 +309,7 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
         if path.stat().st_size <= _MOST_JSON:
             content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+        raise unreadable(path, e) from None
     except (ValueError, RecursionError):
         pass
     found = content.get("format") if isinstance(content, dict) else None

@@ -88,7 +88,7 @@ def read(options: Mapping[str, Mapping[str, Any]]) -> SettingsFile:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise UsageError(f"{path} is not TOML ({e}).") from None
     except OSError as e:
-        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+        raise files.unreadable(path, e) from None
     sections: dict[str, dict[str, Any]] = {}
     for name, section in _sections(tables, options):
         own = sections.setdefault(name, {})

@@ -87,7 +87,7 @@ class MicroBatches:
         free = available_memory()
         n_kv = n_past + n_tokens
         each = self._each(min(n_tokens, self.fixed or n_tokens), n_kv, all_outputs=self._all_outputs)
-        over = _over(self._layout, budget)
+        over = self._layout.prompt_reserve(budget.capacity)
         if free is None:
             length, left = self.ceiling, _UNLIMITED
         else:
@@ -123,11 +123,6 @@ def length_beside_all(
     each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn.computes(n_ctx), n_outputs=n_outputs)
     left = int(free * (1 - _MARGIN)) - header.nbytes - context_memory.least_bytes(header, n_ctx)
     return max(min(left // each, UPSTREAM), context_memory.ROOM)
-
-
-def _over(layout: ExpertLayout, budget: Budget) -> int:
-    """The most bytes by which the experts of one layer can exceed the budget: all of them are in memory while it computes."""
-    return max(layer.resident_bytes for layer in layout.layers) * (layout.n_expert - budget.capacity)
 
 
 def _address_space() -> int:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cacheroute.errors import UsageError
-from cacheroute.evals import loading, paired, text
+from cacheroute.evals import divergence, loading, paired, text
 from cacheroute.evals.perplexity import Floats, LogP, log_probabilities
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.session import floats32, kept_scores
@@ -148,21 +148,21 @@ class PromptRow(Summary, PromptSettings):
 def summary(base: Sequence[PromptScore], scores: Sequence[PromptScore], n_layers: int, *, seed: int = 0) -> Summary:
     """`base`: of the lossless prompt at the same places."""
     n = [len(s.kl) for s in scores]
-    kl = paired.compare([0.0] * len(n), [float(s.kl.sum()) for s in scores], n, seed=seed)
+    kl = divergence.summary([s.kl for s in scores], [s.agreed for s in scores], seed=seed)
     nll = paired.compare([float(s.nll.sum()) for s in base], [float(s.nll.sum()) for s in scores], n, seed=seed)
     read, before = (sum(s.read_bytes for s in part) for part in (scores, base))
     return Summary(
         n_places=len(scores),
         n_tokens=sum(n),
-        kl=kl.delta_nll,
-        kl_low=None if kl.low is None else max(kl.low, 0.0),
-        kl_high=kl.high,
-        kl_p99=float(np.quantile(np.concatenate([s.kl for s in scores]), 0.99)),
+        kl=kl.kl,
+        kl_low=kl.kl_low,
+        kl_high=kl.kl_high,
+        kl_p99=kl.kl_p99,
         kl_first=float(np.mean([s.kl[0] for s in scores])),
         delta_nll=nll.delta_nll,
         delta_nll_low=nll.low,
         delta_nll_high=nll.high,
-        top1=sum(s.agreed for s in scores) / sum(n),
+        top1=kl.top1,
         swap_rate=sum(s.swapped for s in scores) / max(sum(s.examined for s in scores), 1),
         reads_per_layer=sum(s.reads for s in scores) / n_layers / len(scores),
         read_mib=read / MIB / len(scores),

@@ -86,12 +86,11 @@ def check_budget(
     n_ctx = n_ctx or trained_context(model)
     dense, context = layout.dense_bytes + (layout.embedding_bytes if whole else 0), least_bytes(model, n_ctx)
     compute = compute_bytes(model, layout, min(ROOM, n_ctx), n_ctx, flash_attn=flash_attn, n_outputs=1) + _PROCESS
-    layer = max(layer.resident_bytes for layer in layout.layers)
 
     def experts(n: int) -> int:
         if whole and n == layout.n_expert:
             return layout.all_expert_bytes
-        return n * layout.resident_bytes + (layer * (layout.n_expert - n) if n else 0)
+        return n * layout.resident_bytes + (layout.prompt_reserve(n) if n else 0)
 
     needed = dense + context + compute + experts(capacity)
     if free is None or needed <= free:

@@ -115,6 +115,15 @@ class ExpertLayout:
         return sum(layer.resident_bytes for layer in self.layers)
 
     @property
+    def layer_bytes(self) -> int:
+        """The most that one expert of one layer takes in memory, in whole pages."""
+        return max(layer.resident_bytes for layer in self.layers)
+
+    def prompt_reserve(self, capacity: int) -> int:
+        """The most by which the experts of a layer that computes a prompt, all of them, exceed `capacity`: bytes."""
+        return self.layer_bytes * (self.n_expert - capacity)
+
+    @property
     def all_expert_bytes(self) -> int:
         return self.expert_bytes * self.n_expert
 

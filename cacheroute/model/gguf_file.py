@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cacheroute.errors import UsageError
-from cacheroute.files import check_regular
+from cacheroute.files import check_regular, unreadable
 
 Scalar = int | float | bool | str
 
@@ -208,7 +208,7 @@ def _check_start(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(24)
     except OSError as e:
-        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+        raise unreadable(path, e) from None
     if not start:
         raise UsageError(f"{path} is empty; download it again.")
     if start[:4] != b"GGUF":

@@ -128,7 +128,7 @@ def of(
         compute=n_pass * each + context_memory.output_bytes(header, 1),
         pass_tokens=n_pass,
         expert_bytes=layout.resident_bytes,
-        layer_bytes=max(layer.resident_bytes for layer in layout.layers),
+        layer_bytes=layout.layer_bytes,
         file_expert_bytes=layout.expert_bytes if whole else layout.resident_bytes,
         n_expert=layout.n_expert,
         n_used=layout.n_used,

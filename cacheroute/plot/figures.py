@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import UsageError
-from cacheroute.files import check_regular
+from cacheroute.files import check_regular, unreadable
 from cacheroute.plot import bench_bars, copies, curves, misses, rows, traces
 from cacheroute.plot.chart import Chart
 from cacheroute.trace import trace_file
@@ -77,4 +77,4 @@ def _is_trace(path: Path) -> bool:
         with path.open("rb") as f:
             return trace_file.FORMAT.encode() in f.read(64)
     except OSError as e:
-        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+        raise unreadable(path, e) from None

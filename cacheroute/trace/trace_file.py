@@ -202,7 +202,7 @@ def read(path: Path) -> Trace:
             file.seek(-min(size, len(_END)), os.SEEK_END)
             tail = file.read()
     except OSError as e:
-        raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+        raise files.unreadable(path, e) from None
     header, with_mass = _decode(path, line)
     dtype = record_dtype(header.n_expert, header.n_used, mass=with_mass)
     n, rest = divmod(size - len(line), dtype.itemsize)
