@@ -26,7 +26,7 @@ from cacheroute.engine.flash_attention import FlashAttention
 from cacheroute.errors import UsageError
 from cacheroute.files import MIB
 from cacheroute.install import processor
-from cacheroute.model import context_memory, experts, gguf_file
+from cacheroute.model import context_memory, experts, gguf_file, memory_plan
 from support import tiny_models
 
 Floats = npt.NDArray[np.float32]
@@ -203,7 +203,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, monkeypa
     n_ctx = SIZES["n_ctx"]
     compute = context_memory.compute_bytes(header, layout, min(n_ctx, 128), n_ctx, flash_attn=True, n_outputs=1)
     needed = header.nbytes + context_memory.least_bytes(header, n_ctx) + compute + 48 * MIB
-    monkeypatch.setattr(context_memory, "available_memory", lambda **_: needed - 1)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda **_: needed - 1)
     with (
         pytest.raises(UsageError, match=r"needs .* of experts\), and .* are free: --budget (\d+) fits\.$") as refused,
         loaded(tiny),
@@ -214,7 +214,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tmp_path: Path, monkeypa
     for settings in ({"budget": fits, "io": "direct"}, {"budget": fits}):
         with loaded(tiny, **settings) as llm:
             llm.eval([5])
-    monkeypatch.setattr(context_memory, "available_memory", lambda **_: needed)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda **_: needed)
     with loaded(tiny) as llm:
         llm.eval([5])
 

@@ -10,7 +10,7 @@ import pytest
 from cacheroute import Llama
 from cacheroute.errors import UsageError
 from cacheroute.files import MIB
-from cacheroute.model import context_memory, experts, gguf_file
+from cacheroute.model import context_memory, experts, gguf_file, memory_plan
 from cacheroute.model.gguf_file import GgufFile
 from support import tiny_models
 
@@ -60,16 +60,16 @@ def beside(path: Path) -> int:
 
 
 def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context_memory, "available_memory", lambda **_: 1024 * 1024)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda **_: 1024 * 1024)
     layout = experts.layout(gguf_file.read(tiny))
     parts = r"\(.* of dense weights, .* of context, .* to compute, .* of experts\)"
     with pytest.raises(UsageError, match=rf"^[^/]*\.gguf needs .* {parts}, and 1.0 MiB are free"):
         Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
-    monkeypatch.setattr(context_memory, "available_memory", lambda **_: 1024)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda **_: 1024)
     with pytest.raises(UsageError, match=r"no budget fits; free memory, or take a smaller model\.$"):
         Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
     for routing, io in ((None, "buffered"), ("original", "none")):
-        monkeypatch.setattr(context_memory, "available_memory", lambda **_: layout.dense_bytes + beside(tiny))
+        monkeypatch.setattr(memory_plan, "available_memory", lambda **_: layout.dense_bytes + beside(tiny))
         with closing(Llama(str(tiny), n_ctx=64, budget="all", io=io, routing=routing, verbose=False)) as llm:
             llm.eval([5])
 
@@ -78,7 +78,7 @@ def test_the_advice_fits(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = experts.layout(gguf_file.read(tiny))
     layer = max(layer.resident_bytes for layer in layout.layers)  # of which all experts are in memory while it computes
     free = layout.dense_bytes + beside(tiny) + 10 * layout.resident_bytes + (layout.n_expert - 10) * layer
-    monkeypatch.setattr(context_memory, "available_memory", lambda **_: free)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda **_: free)
     with pytest.raises(UsageError, match=r": --budget 10 fits\.$"):
         Llama(str(tiny), n_ctx=64, budget="all", io="direct", verbose=False)
     with closing(Llama(str(tiny), n_ctx=64, budget=10, io="direct", verbose=False)) as llm:

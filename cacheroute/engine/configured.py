@@ -14,7 +14,7 @@ from cacheroute.engine.sequence import SequenceLlama, alone
 from cacheroute.engine.stats import Stats
 from cacheroute.errors import UsageError
 from cacheroute.install.machine import available_memory
-from cacheroute.model import context_memory, memory_plan
+from cacheroute.model import memory_plan
 from cacheroute.native.counters import Counters
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import eviction as evictions
@@ -80,7 +80,7 @@ class ConfiguredLlama(SequenceLlama):
         budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
         settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, **own)
         if settings.routing and settings.io not in ("none", "load"):
-            context_memory.check_more(self.layout, settings.budget.nbytes, self.resident_bytes)
+            memory_plan.check_more(self.layout, settings.budget.nbytes, self.resident_bytes)
         self._apply(settings, plan)
         super().reset()
         self._warm()

@@ -7,7 +7,7 @@ import re
 from importlib import import_module
 from typing import Any
 
-from cacheroute.engine import schema_check
+from cacheroute.engine import schema_check, schema_strings
 from cacheroute.errors import UsageError
 from cacheroute.files import one_of_each
 from cacheroute.install import patched_llama_cpp
@@ -15,6 +15,7 @@ from cacheroute.install import patched_llama_cpp
 # llama-cpp-python's rule of a character lets control characters into strings, where JSON has none; llama.cpp's own does not
 _CHARACTER = re.compile(r'^char ::= \[\^"\\\\\]', re.MULTILINE)
 _JSON_CHARACTER = r'char ::= [^"\\\\\\x7F\\x00-\\x1F]'
+_ANY_NAME = "string "  # the converter's rule of a name begins so
 _LONGEST_REASON = 240
 
 
@@ -61,7 +62,8 @@ def of_response_format(asked: Any) -> str | None:
 
 def _converter(refs: dict[str, dict[str, Any]]) -> Any:
     """llama-cpp-python's, which writes quotes, backslashes and control characters of values and names so that the parser of
-    grammars takes them for those, and gives what is referred to a name that no property has."""
+    grammars takes them for those, and gives what is referred to a name that no property has. A pattern is kept to within JSON,
+    and a property of `additionalProperties` has none of the names that the object gives a type of their own."""
     module = import_module(f"{patched_llama_cpp.module().__name__}.llama_grammar")
     converter = module.SchemaConverter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
     names: dict[str, str] = {}
@@ -72,7 +74,24 @@ def _converter(refs: dict[str, dict[str, Any]]) -> Any:
             names[ref] = converter.visit(refs[ref], names[ref])
         return names[ref]
 
+    add_rule, build_object = converter._add_rule, converter._build_object_rule
+    own_names: list[list[str]] = []  # of the objects that are being built, the innermost last
+
+    def added(name: str, rule: str) -> str:
+        if name.endswith("additional-kv") and rule.startswith(_ANY_NAME):
+            rule = f"{add_rule(f'{name}-name', schema_strings.others(own_names[-1]))} {rule.removeprefix(_ANY_NAME)}"
+        return str(add_rule(name, rule))
+
+    def built(properties: list[tuple[str, Any]], required: set[str], name: str, additional_properties: Any) -> str:
+        own_names.append([name for name, _ in properties])
+        try:
+            return str(build_object(properties, required, name, additional_properties))
+        finally:
+            own_names.pop()
+
     converter._refs, converter._format_literal, converter._resolve_ref = refs, _literal, resolved
+    converter._add_rule, converter._build_object_rule = added, built
+    converter._visit_pattern = lambda pattern, name: added(name, schema_strings.matching(pattern))
     return converter
 
 

@@ -151,7 +151,7 @@ class Llama(ComputingLlama):
         if self._loaded or settings.io != "none":
             capacity = self.layout.n_expert if self._loaded else settings.budget.capacity if settings.routing else 0
             prompts = flash_attn.computes(context_memory.ROOM)
-            context_memory.check_budget(header, self.layout, n_ctx, capacity, flash_attn=prompts, whole=self._loaded)
+            memory_plan.check_budget(header, self.layout, n_ctx, capacity, flash_attn=prompts, whole=self._loaded)
         given = [n for n in (n_ubatch, n_batch) if n]
         all_outputs = bool(kwargs.get("logits_all") or kwargs.get("draft_model"))
         most = None

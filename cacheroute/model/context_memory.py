@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cacheroute.errors import UsageError
-from cacheroute.files import MIB, size
+from cacheroute.files import size
 from cacheroute.install.machine import available_memory
 from cacheroute.model import gguf_file
 from cacheroute.model.experts import ExpertLayout
@@ -14,7 +14,6 @@ from cacheroute.model.gguf_file import GgufFile
 _F16, _F32 = 2, 4
 _WORTH = 64  # tokens: a context worth advising
 _SLACK = 1.25  # what a matrix multiplication makes of its input, and what lies between buffers
-_PROCESS = 48 * MIB  # vocabulary, samplers, libraries: 32 to 45 MiB of the demo model's process beside what is counted
 ROOM = 128
 """Tokens of a prompt that can be computed together whatever memory is free: twice flash_attention.LEAST, as fewer cannot be cut
 into passes of so many."""
@@ -69,58 +68,6 @@ def check(path: Path, n_ctx: int, n_batch: int = 0, *, option: str = "-c") -> No
     raise UsageError(
         f"A context of {n_ctx} tokens takes {size(needed)} of memory beside the model, and {size(free)} are free: {advice}."
     )
-
-
-def check_budget(
-    model: GgufFile, layout: ExpertLayout, n_ctx: int, capacity: int, *, flash_attn: bool = True, whole: bool = False
-) -> None:
-    """Raises UsageError when a budget of `capacity` experts of each layer does not fit the memory that is free, beside dense
-    weights, a context of `n_ctx` tokens, the least buffers of a prompt, and the experts of a layer that is computed.
-
-    A capacity of 0 has experts in the system's page cache only, which needs no room. `flash_attn`: prompts are computed with it.
-    `whole`: the model is loaded whole, token embeddings too; the capacity is then all experts, and the advice is a smaller one.
-
-    The free memory is that of the machine, of every enclosing control group and of `ulimit`.
-    """
-    free = available_memory()
-    n_ctx = n_ctx or trained_context(model)
-    dense, context = layout.dense_bytes + (layout.embedding_bytes if whole else 0), least_bytes(model, n_ctx)
-    compute = compute_bytes(model, layout, min(ROOM, n_ctx), n_ctx, flash_attn=flash_attn, n_outputs=1) + _PROCESS
-
-    def experts(n: int) -> int:
-        if whole and n == layout.n_expert:
-            return layout.all_expert_bytes
-        return n * layout.resident_bytes + (layout.prompt_reserve(n) if n else 0)
-
-    needed = dense + context + compute + experts(capacity)
-    if free is None or needed <= free:
-        return
-    left = free - layout.dense_bytes - context - compute
-    fits = max((n for n in range(1, layout.n_expert + 1 - whole) if experts(n) <= left), default=0)
-    advice = _advice(fits, layout)
-    if fits < layout.n_used and context * 7 // 8 >= experts(layout.n_used) - left:
-        advice = "give a smaller context with -c"
-    raise UsageError(
-        f"{layout.paths[0].name} needs {size(needed)} of memory ({size(dense)} of dense weights, {size(context)} of context, "
-        f"{size(compute)} to compute, {size(experts(capacity))} of experts), and {size(free)} are free: {advice}."
-    )
-
-
-def check_more(layout: ExpertLayout, budget_bytes: int, resident_bytes: int) -> None:
-    """Raises UsageError when a loaded model's budget of so many bytes does not fit beside what is in memory."""
-    free = available_memory()
-    if free is None or budget_bytes <= free + resident_bytes:
-        return
-    experts = (free + resident_bytes) // layout.resident_bytes
-    raise UsageError(
-        f"A budget of {size(budget_bytes)} of experts does not fit: {size(free + resident_bytes)} are free for them; "
-        f"{_advice(experts, layout)}."
-    )
-
-
-def _advice(experts: int, layout: ExpertLayout) -> str:
-    """`experts` of each layer would fit."""
-    return f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
 
 
 def _number(model: GgufFile, key: str, default: int) -> int:

@@ -18,6 +18,7 @@ from cacheroute.model.gguf_file import GgufFile
 _PASS_LEAST, _PASS_MOST, _PASS_SHARE = context_memory.ROOM, 2048, 1 / 16
 _F16, _F32 = 2, 4
 _UNCOUNTED_SPACE = GIB  # address space of threads, libraries and buffers
+_PROCESS = 48 * MIB  # vocabulary, samplers, libraries: 32 to 45 MiB of the demo model's process beside what is counted
 _RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST = 1 / 16, 64 * MIB, GIB  # for others, and for what is not counted
 
 
@@ -52,8 +53,8 @@ class MemoryPlan:
     def needed(self, capacity: int) -> int:
         """Bytes that the model takes at most with `capacity` experts of each layer in memory, the reserve not counted."""
         if capacity >= self.n_expert:
-            return self._beside + self.embedding + self.n_expert * self.file_expert_bytes
-        return self._beside + capacity * self.expert_bytes + self.prompt_reserve(capacity)
+            return self.beside + self.embedding + self.n_expert * self.file_expert_bytes
+        return self.beside + capacity * self.expert_bytes + self.prompt_reserve(capacity)
 
     @property
     def least(self) -> int:
@@ -62,7 +63,7 @@ class MemoryPlan:
         return min(max(needed + _RESERVE_LEAST, math.ceil(needed / (1 - _RESERVE_SHARE))), needed + _RESERVE_MOST)
 
     @property
-    def _beside(self) -> int:
+    def beside(self) -> int:
         """Bytes beside the experts."""
         return self.dense + self.context + self.compute
 
@@ -74,7 +75,7 @@ class MemoryPlan:
     @property
     def least_space(self) -> int:
         """Bytes of address space that the model takes, used or not."""
-        mapped = self._beside + self.mapped
+        mapped = self.beside + self.mapped
         return min(self.needed(self.n_expert), mapped) if self.whole else mapped
 
     def prompt_reserve(self, capacity: int) -> int:
@@ -90,7 +91,7 @@ class MemoryPlan:
             return None
         if self.free is None or (everything <= self.free - self.reserve and (self.space is None or everything <= self.space)):
             return self.n_expert
-        left = self.free - self.reserve - self._beside - self.layer_bytes * self.n_expert
+        left = self.free - self.reserve - self.beside - self.layer_bytes * self.n_expert
         each = self.expert_bytes - self.layer_bytes
         most = left // each if each else (self.n_expert - 1 if left >= 0 else 0)
         most = min(most, self.n_expert - 1)
@@ -106,19 +107,21 @@ def of(
     loaded: bool = False,
     whole: bool = True,
     free: int | None = None,
+    pass_tokens: int | None = None,
 ) -> MemoryPlan:
     """Of a model with a context of `n_ctx` tokens (0: as it was trained).
 
     `flash_attn`: prompts are computed with flash attention. `loaded`: all but its experts is in memory already. `whole`: it may
     be loaded as llama.cpp does where all experts fit; else they stay in the file, and take whole pages in memory. `free`: bytes,
-    by default what this machine, its control groups and `ulimit` leave this process now.
+    by default what this machine, its control groups and `ulimit` leave this process now. `pass_tokens`: of a prompt, for which
+    buffers are counted; by default as many as a share of the free memory has room for.
     """
     space = None if free is not None or loaded else min(ulimit_room(), default=None)
     space = None if space is None else space - _UNCOUNTED_SPACE
     free = available_memory(ulimits=False) if free is None else free
     n_ctx = n_ctx or context_memory.trained_context(header)
     each = context_memory.compute_bytes(header, layout, 1, n_ctx, flash_attn=flash_attn, n_outputs=0)
-    n_pass = _pass_tokens(free, each, n_ctx)
+    n_pass = min(pass_tokens or _pass_tokens(free, each, n_ctx), n_ctx)
     plan = MemoryPlan(
         free=free,
         reserve=reserve(free),
@@ -202,3 +205,50 @@ def refusal(plan: MemoryPlan, name: str) -> UsageError:
         f"{name} needs at least {size(needed)} of memory ({parts}) and {size(others)} for other programs, and "
         f"{size(free)} are free: free {size(short)}, or {advice}."
     )
+
+
+def check_budget(
+    header: GgufFile, layout: ExpertLayout, n_ctx: int, capacity: int, *, flash_attn: bool = True, whole: bool = False
+) -> None:
+    """Raises UsageError when a budget of `capacity` experts of each layer does not fit the memory that is free, beside dense
+    weights, a context of `n_ctx` tokens, the least buffers of a prompt, and the experts of a layer that is computed.
+
+    A capacity of 0 has experts in the system's page cache only, which needs no room. `flash_attn`: prompts are computed with it.
+    `whole`: the model is loaded whole, token embeddings too; the capacity is then all experts, and the advice is a smaller one.
+
+    The free memory is that of the machine, of every enclosing control group and of `ulimit`.
+    """
+    free = available_memory()
+    if free is None:
+        return
+    plan = of(header, layout, n_ctx=n_ctx, flash_attn=flash_attn, whole=whole, free=free, pass_tokens=_PASS_LEAST)
+    beside, experts = plan.beside + _PROCESS, (plan.needed(capacity) - plan.beside if capacity else 0)
+    if beside + experts <= free:
+        return
+    fits = max((n for n in range(1, layout.n_expert + 1 - whole) if plan.needed(n) + _PROCESS <= free), default=0)
+    advice = _advice(fits, layout)
+    if fits < layout.n_used and plan.context * 7 // 8 >= plan.needed(layout.n_used) + _PROCESS - free:
+        advice = "give a smaller context with -c"
+    embedding = plan.embedding if capacity == layout.n_expert else 0
+    raise UsageError(
+        f"{layout.paths[0].name} needs {size(beside + experts)} of memory ({size(plan.dense + embedding)} of dense weights, "
+        f"{size(plan.context)} of context, {size(plan.compute + _PROCESS)} to compute, {size(experts - embedding)} of experts), "
+        f"and {size(free)} are free: {advice}."
+    )
+
+
+def check_more(layout: ExpertLayout, budget_bytes: int, resident_bytes: int) -> None:
+    """Raises UsageError when a loaded model's budget of so many bytes does not fit beside what is in memory."""
+    free = available_memory()
+    if free is None or budget_bytes <= free + resident_bytes:
+        return
+    experts = (free + resident_bytes) // layout.resident_bytes
+    raise UsageError(
+        f"A budget of {size(budget_bytes)} of experts does not fit: {size(free + resident_bytes)} are free for them; "
+        f"{_advice(experts, layout)}."
+    )
+
+
+def _advice(experts: int, layout: ExpertLayout) -> str:
+    """`experts` of each layer would fit."""
+    return f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
