@@ -48,9 +48,7 @@ def test_the_nearest_name() -> None:
 
 def test_commands_of_other_tools_that_work(tiny: Path) -> None:
     outputs = [right(word).stdout for word in ("list", "ls", "models")]
-    listed = [
-        sorted(line.split()[0] for line in o.splitlines() if line) for o in outputs
-    ]  # the rest changes with the free memory
+    listed = [sorted(line.split()[0] for line in o.splitlines() if line) for o in outputs]  # the rest changes with free memory
     assert listed[0] == listed[1] == listed[2] != []
     assert right("show", tiny).stdout == right("inspect", tiny).stdout
 
