@@ -4,9 +4,9 @@
         --routing cache-prior:lambda=0.05,cache-prior:lambda=0.1,cache-prior:lambda=0.2,tuned
     python scripts/files_table.py f.jsonl
 
-In each memory: what `tuned` misses (of the file that misses fewest bytes with it), against one lambda with LRU of each file alone
-at the same KL, interpolated between the lambdas that were scored; the gain is against the best of these files. Intervals by a
-bootstrap over chunks, in which everything is interpolated and the best file chosen anew.
+In each memory: what a smaller file misses with LRU and one lambda, against the larger files with LRU and the lambda that has the
+same KL, interpolated between those that were scored; and what `tuned` misses against all files so. The gain is against the best
+of them. Intervals by a bootstrap over chunks, in which everything is interpolated and the best file chosen anew.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ def curve(rows: Sequence[FilesRow], pick: npt.NDArray[np.intp]) -> tuple[Floats,
 
 
 def missed_at(kl: float, rows: Sequence[FilesRow], pick: npt.NDArray[np.intp]) -> float:
-    """Bytes that one file misses at that KL; infinite where it always loses more."""
+    """Bytes that one file misses at that KL; infinite where it always loses more, NaN where it loses less with every lambda."""
     x, y = curve(rows, pick)
-    return float("inf") if kl < x[0] else float(np.interp(kl, x, y))
+    if kl < x[0]:
+        return float("inf")
+    return float("nan") if kl > x[-1] and y[-1] > 0 else float(np.interp(kl, x, y))
 
 
 def line(own: FilesRow, files: dict[str, list[FilesRow]]) -> list[str]:
-    """The cells of one memory."""
+    """The cells of one row against those of `files`."""
     n = len(own.chunk_kl)
     every = np.arange(n)
     draws = np.random.default_rng(0).integers(0, n, (_RESAMPLES, n))
@@ -52,26 +54,26 @@ def line(own: FilesRow, files: dict[str, list[FilesRow]]) -> list[str]:
     def ratio(pick: npt.NDArray[np.intp]) -> tuple[float, dict[str, float]]:
         kl, missed = float(np.array(own.chunk_kl)[pick].sum()), float(np.array(own.chunk_missed)[pick].sum())
         theirs = {name: missed_at(kl, rows, pick) for name, rows in files.items()}
-        best = min(theirs.values())
+        best = min(theirs.values()) if not any(np.isnan(list(theirs.values()))) else float("nan")
         return (missed / best if np.isfinite(best) and best > 0 else float("nan")), theirs
 
     value, theirs = ratio(every)
-    found = np.array([ratio(pick)[0] for pick in draws])
-    tokens = own.n_tokens
-    cells = [f"{own.budget} ({own.memory_mib:.1f} MiB)", own.label, f"{1000 * (own.kl or 0):.1f}"]
+    cells = [f"{own.budget} ({own.memory_mib:.1f} MiB)", f"{own.label}, {own.eviction}", f"{1000 * (own.kl or 0):.1f}"]
     cells += [f"{own.missed_mib_per_token:.3f}"]
-    cells += ["; ".join(f"{f} {'-' if np.isinf(b) else f'{b / MIB / tokens:.3f}'}" for f, b in theirs.items())]
+    known = {f: b / MIB / own.n_tokens for f, b in theirs.items() if np.isfinite(b)}
+    cells += ["; ".join(f"{f} {known[f]:.3f}" if f in known else f"{f} -" for f in theirs)]
     if np.isnan(value):
-        return [*cells, "none: a file misses nothing at that KL"]
-    low, high = np.nanquantile(1 - found, [0.025, 0.975])
+        why = "no lambda that was scored has that KL" if any(np.isnan(b) for b in theirs.values()) else "a file misses nothing"
+        return [*cells, "none: all lose more" if all(np.isinf(b) for b in theirs.values()) else f"none: {why}"]
+    low, high = np.nanquantile([1 - ratio(pick)[0] for pick in draws], [0.025, 0.975])
     return [*cells, f"{100 * (1 - value):.1f}% [{100 * low:.1f}, {100 * high:.1f}]"]
 
 
 def report(rows: Sequence[FilesRow]) -> str:
-    """The table, a line for each memory with a tuned routing."""
+    """The table, a line for each row that is compared. Raises UsageError where there is none."""
     head = [
         "memory",
-        "tuned",
+        "file and routing",
         "KL, millinats",
         "missed MiB/token",
         "one lambda, LRU, at the same KL",
@@ -79,15 +81,21 @@ def report(rows: Sequence[FilesRow]) -> str:
     ]
     cells = [head]
     for _, group in across.by_memory(rows):
-        tuned = [r for r in group if r.routing.startswith("tuned:")]
         files: dict[str, list[FilesRow]] = {}
         for r in group:
             if r.whole or (r.eviction == "lru" and r.routing.partition(":")[0] in ("original", "cache-prior")):
                 files.setdefault(r.file, []).append(r)
-        if tuned and files:
-            cells.append(line(min(tuned, key=lambda r: r.missed_mib_per_token), files))
+        for own in group:
+            if own.routing.startswith("tuned:"):
+                against = files
+            elif own in files.get(own.file, []) and not own.whole:
+                against = {f: of for f, of in files.items() if of[0].experts_mib > own.experts_mib and not of[0].whole}
+            else:
+                continue
+            if against:
+                cells.append(line(own, against))
     if len(cells) == 1:
-        raise UsageError("There is no memory with a tuned row and rows with lru; see the commands in --help.")
+        raise UsageError("There is no memory with two files and rows with lru; see the commands in --help.")
     return table.as_markdown(cells)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import files_table
 import pytest
 from typer.testing import CliRunner
 
@@ -233,6 +234,30 @@ def test_the_front_by_bytes_and_by_speed() -> None:
     fast = made_up("Q4", "cache-prior:lambda=0.4", 0.1, 0.1, 60.0)
     below = frontier_files.view([*rows, fast]).below
     assert below[0].endswith("at 50.0 tok/s; better:") and "Q4 cache-prior:lambda=0.4, 100.0 [90.0,110.0] at 60.0" in below[1]
+
+
+def test_bytes_at_the_same_kl() -> None:
+    def row(file: str, routing: str, kl: float, missed: float, **others: Any) -> FilesRow:
+        size = {"Q8": 20.0, "Q4": 10.0}[file]
+        return made_up(file, routing, kl, missed, eviction="lru", experts_mib=size, n_tokens=1, **others)
+
+    rows = [
+        row("Q8", "original", 0.0, 9.0),
+        row("Q8", "cache-prior:lambda=0.1", 0.1, 5.0),
+        row("Q4", "original", 0.05, 3.5),
+        row("Q4", "cache-prior:lambda=0.1", 0.2, 1.0),
+    ]
+    own, far = files_table.report(rows).splitlines()[2:]
+    assert "Q4 original, lru" in own and "Q8 7.000" in own and "50.0% [50.0, 50.0]" in own, "half way between Q8's rows"
+    assert "none: no lambda that was scored has that KL" in far, "nothing is taken beyond the last lambda"
+    tuned = row("Q4", "tuned:x", 0.04, 3.8)
+    (line,) = [line for line in files_table.report([*rows, tuned]).splitlines() if "3.800" in line]
+    assert "Q8 7.400; Q4 -" in line and "48.6%" in line, "against all files, of which Q4 loses more with any lambda"
+    whole = [replace(r, whole=True, chunk_missed=(0.0,)) if r.file == "Q4" else r for r in [*rows, tuned]]
+    (line,) = files_table.report([*whole[:3], replace(tuned, kl=0.06, chunk_kl=(0.06,))]).splitlines()[2:]
+    assert "none: a file misses nothing" in line
+    with pytest.raises(UsageError, match="no memory with two files"):
+        files_table.report(rows[:2])
 
 
 def test_the_figure_names_every_point(tmp_path: Path) -> None:
