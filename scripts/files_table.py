@@ -5,8 +5,8 @@
     python scripts/files_table.py f.jsonl
 
 In each memory: what a smaller file misses with LRU and one lambda, against the larger files with LRU and the lambda that has the
-same KL, interpolated between those that were scored; and what `tuned` misses against all files so. The gain is against the best
-of them. Intervals by a bootstrap over chunks, in which everything is interpolated and the best file chosen anew.
+same KL, interpolated between those that were scored; and what `tuned` misses against these, and against all files. The gain is
+against the best of them. Intervals by a bootstrap over chunks, in which everything is interpolated and the best file chosen anew.
 """
 
 from __future__ import annotations
@@ -86,14 +86,11 @@ def report(rows: Sequence[FilesRow]) -> str:
             if r.whole or (r.eviction == "lru" and r.routing.partition(":")[0] in ("original", "cache-prior")):
                 files.setdefault(r.file, []).append(r)
         for own in group:
+            larger = {f: of for f, of in files.items() if of[0].experts_mib > own.experts_mib and not of[0].whole}
             if own.routing.startswith("tuned:"):
-                against = files
-            elif own in files.get(own.file, []) and not own.whole:
-                against = {f: of for f, of in files.items() if of[0].experts_mib > own.experts_mib and not of[0].whole}
-            else:
-                continue
-            if against:
-                cells.append(line(own, against))
+                cells += [line(own, against) for against in (larger, files) if against and (against is files or larger != files)]
+            elif larger and own in files.get(own.file, []) and not own.whole:
+                cells.append(line(own, larger))
     if len(cells) == 1:
         raise UsageError("There is no memory with two files and rows with lru; see the commands in --help.")
     return table.as_markdown(cells)
