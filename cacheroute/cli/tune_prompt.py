@@ -76,7 +76,7 @@ def search(
     ) as session:
         n = len(session.places)
         if n < 4:
-            raise UsageError(f"{n} places are too few to fit and to validate; give more text, or more --places.")
+            raise UsageError(f"{n} places are too few to fit and to validate; give more --places, or more text for them.")
         say_few(n, n_places)
         fit, held_out = tuning.split(n, seed)
         search = prompt_tune.Search(session, capacity, eviction, max_kl, fit, held_out, seed, _say_trial)

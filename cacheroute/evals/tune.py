@@ -259,7 +259,9 @@ def split(n_chunks: int, seed: int, share: float = 1 / 3) -> tuple[list[int], li
     order = [int(i) for i in np.random.default_rng(seed).permutation(n_chunks)]
     held_out = max(round(n_chunks * share), 1)
     if held_out < 2 or n_chunks - held_out < 2:
-        raise UsageError(f"{n_chunks} chunks are too few to fit and to validate; give more text, or smaller chunks.")
+        raise UsageError(
+            f"{n_chunks} chunks are too few to fit and to validate; give more text, a larger --limit, or a smaller --chunk."
+        )
     return order[held_out:], order[:held_out]
 
 
