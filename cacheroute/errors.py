@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterable
 
 
@@ -24,3 +26,8 @@ def did_you_mean(wrong: str, names: Iterable[str], otherwise: str = "") -> str:
     by_form = {name.lower().replace("_", "-"): name for name in names}
     found = difflib.get_close_matches(wrong.lower().replace("_", "-"), list(by_form), n=1)
     return f"did you mean {by_form[found[0]]}?" if found else otherwise
+
+
+def pip_install(packages: str) -> str:
+    """The command that installs them where this cacheroute runs, which need not be the `python` of the user's PATH."""
+    return f"`{shlex.quote(sys.executable or 'python')} -m pip install {packages}`"

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import CacherouteError, UsageError, pip_install
 
 MIB, GIB = 1024**2, 1024**3
 UNITS = {
@@ -123,7 +123,7 @@ def cache_dir() -> Path:
     try:
         import platformdirs
     except ImportError:
-        raise CacherouteError("platformdirs is missing: run `python -m pip install platformdirs` first") from None
+        raise CacherouteError(f"platformdirs is missing: run {pip_install('platformdirs')} first") from None
     try:
         found = platformdirs.user_cache_path("cacheroute")
     except RuntimeError:  # versions differ in what they make of a user without a home

@@ -190,7 +190,7 @@ def test_without_matplotlib_a_figure_is_refused_and_a_table_is_not(
     source = write(rows, tmp_path / "r.csv")
     result = run(source, "-o", tmp_path / "f.png")
     assert result.exit_code == 1 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert "python -m pip install matplotlib" in result.stderr and not (tmp_path / "f.png").exists()
+    assert "-m pip install matplotlib" in result.stderr and not (tmp_path / "f.png").exists()
     assert run(source).exit_code == 0
 
 

@@ -524,4 +524,6 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     done = CliRunner().invoke(app, ["serve"])
     assert done.exit_code == 1
-    assert done.output.startswith("cacheroute: `cacheroute serve` needs uvicorn; run `python -m pip install starlette uvicorn ")
+    assert done.output.startswith(
+        f"cacheroute: `cacheroute serve` needs uvicorn; run `{sys.executable} -m pip install starlette uvicorn "
+    )

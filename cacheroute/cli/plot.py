@@ -10,7 +10,7 @@ import typer
 
 from cacheroute.cli import table
 from cacheroute.cli.terminal import say
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import CacherouteError, pip_install
 from cacheroute.plot import chart, figures
 
 
@@ -38,7 +38,7 @@ def plot(
         chart.check_path(output, force=force)
         if importlib.util.find_spec("matplotlib") is None:
             raise CacherouteError(
-                f"{output} cannot be drawn without matplotlib: python -m pip install matplotlib. Without -o there is a table."
+                f"{output} cannot be drawn without matplotlib: run {pip_install('matplotlib')}. Without -o there is a table."
             )
     figure = figures.chart(files, kind, layer)
     if figure.note:

@@ -12,7 +12,7 @@ from cacheroute import interrupts
 from cacheroute.cli import options
 from cacheroute.cli.settings import Settings, load, say_start
 from cacheroute.cli.terminal import say
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import CacherouteError, UsageError, pip_install
 from cacheroute.files import MIB, is_text
 from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
@@ -66,7 +66,7 @@ def serve(
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] not in (*_PACKAGES.split(), "pydantic_core", "anyio", "h11"):
             raise
-        raise CacherouteError(f"`cacheroute serve` needs {e.name}; run `python -m pip install {_PACKAGES}`.") from None
+        raise CacherouteError(f"`cacheroute serve` needs {e.name}; run {pip_install(_PACKAGES)}.") from None
     from cacheroute.engine.completion import has_chat_template
     from cacheroute.model import catalogue, context_memory
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import CacherouteError, UsageError, did_you_mean
+from cacheroute.errors import CacherouteError, UsageError, did_you_mean, pip_install
 from cacheroute.evals import task_data
 from cacheroute.evals.answers import CHOICES, ROLLING, TEXT, Question
 
@@ -57,7 +57,7 @@ def require() -> None:
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError:
-        raise UsageError("Tasks need lm-evaluation-harness; run `python -m pip install lm-eval`.") from None
+        raise UsageError(f"Tasks need lm-evaluation-harness; run {pip_install('lm-eval')}.") from None
 
 
 def load_tasks(

@@ -13,7 +13,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import ClassVar
 
 from cacheroute import interrupts
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import CacherouteError, UsageError, pip_install
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def cluster(scheduler: str) -> Iterator[tuple[Executor, int]]:
     try:
         from distributed import Client
     except ModuleNotFoundError:
-        raise UsageError("--scheduler needs dask.distributed; run `python -m pip install distributed`.") from None
+        raise UsageError(f"--scheduler needs dask.distributed; run {pip_install('distributed')}.") from None
     try:
         client = Client(scheduler, timeout="10s")
     except (OSError, ValueError) as e:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import CacherouteError, UsageError, pip_install
 from cacheroute.files import cache_dir
 from cacheroute.install import compilers, engine_source, machine, processor, variants
 from cacheroute.install.engine_source import VERSION
@@ -361,7 +361,7 @@ def _compile(source: Path, options: BuildOptions, work: Path, key: str, progress
     if is_offline(output):
         raise CacherouteError(
             "the build tools could not be downloaded: go online, or bring them "
-            "(`python -m pip install scikit-build-core cmake ninja`) and the source (--sdist PATH)"
+            f"({pip_install('scikit-build-core cmake ninja')}) and the source (--sdist PATH)"
         )
     log = cache_dir() / "engine" / f"failed-{key}.log"
     log.write_text(output, encoding="utf-8")

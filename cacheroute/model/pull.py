@@ -18,14 +18,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, BinaryIO
 
-from cacheroute.errors import CacherouteError, UsageError
+from cacheroute.errors import CacherouteError, UsageError, pip_install
 from cacheroute.files import size
 from cacheroute.model import catalogue
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
-_MISSING = "`cacheroute pull` needs huggingface_hub: run `python -m pip install huggingface_hub`."
+_MISSING = f"`cacheroute pull` needs huggingface_hub: run {pip_install('huggingface_hub')}."
 GB = 1000**3
 
 

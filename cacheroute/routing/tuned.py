@@ -124,6 +124,8 @@ def find(model: Path, budget: str | float | None) -> Settings:
         file = DEMO
     if not file.exists():
         name = layout.model or model.name
+        if capacity == layout.n_expert:
+            raise UsageError(f"Nothing is tuned for a budget of all: {name} misses nothing there; leave `tuned` out.")
         budget = budget or budgets.default_name(layout)
         raise UsageError(f"Nothing is tuned for {name} at a budget of {budget}; run `cacheroute tune --budget {budget}` first.")
     return Settings(f"{NAME}:{file}", str(load(file).notes.get("eviction", "lru")))
