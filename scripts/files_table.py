@@ -54,7 +54,7 @@ def line(own: FilesRow, files: dict[str, list[FilesRow]]) -> list[str]:
     def ratio(pick: npt.NDArray[np.intp]) -> tuple[float, dict[str, float]]:
         kl, missed = float(np.array(own.chunk_kl)[pick].sum()), float(np.array(own.chunk_missed)[pick].sum())
         theirs = {name: missed_at(kl, rows, pick) for name, rows in files.items()}
-        best = min(theirs.values()) if not any(np.isnan(list(theirs.values()))) else float("nan")
+        best = float(np.min(list(theirs.values())))  # NaN where one of them is
         return (missed / best if np.isfinite(best) and best > 0 else float("nan")), theirs
 
     value, theirs = ratio(every)
@@ -63,10 +63,16 @@ def line(own: FilesRow, files: dict[str, list[FilesRow]]) -> list[str]:
     known = {f: b / MIB / own.n_tokens for f, b in theirs.items() if np.isfinite(b)}
     cells += ["; ".join(f"{f} {known[f]:.3f}" if f in known else f"{f} -" for f in theirs)]
     if np.isnan(value):
-        why = "no lambda that was scored has that KL" if any(np.isnan(b) for b in theirs.values()) else "a file misses nothing"
-        return [*cells, "none: all lose more" if all(np.isinf(b) for b in theirs.values()) else f"none: {why}"]
+        return [*cells, f"none: {why_none(list(theirs.values()))}"]
     low, high = np.nanquantile([1 - ratio(pick)[0] for pick in draws], [0.025, 0.975])
     return [*cells, f"{100 * (1 - value):.1f}% [{100 * low:.1f}, {100 * high:.1f}]"]
+
+
+def why_none(theirs: Sequence[float]) -> str:
+    """Why there is no gain against files of which each misses so many bytes, by missed_at()."""
+    if np.isnan(theirs).any():
+        return "no lambda that was scored has that KL"
+    return "all lose more" if np.isinf(theirs).all() else "a file misses nothing"
 
 
 def report(rows: Sequence[FilesRow]) -> str:

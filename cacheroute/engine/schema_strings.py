@@ -34,6 +34,7 @@ _WIDE_SPACES: _Ranges = [
 ]
 _MOST_REPEATS = 2000
 """llama.cpp refuses grammars with more."""
+_NOTHING = '""'
 
 
 def matching(pattern: str) -> str:
@@ -53,7 +54,10 @@ def matching(pattern: str) -> str:
     items = list(parsed)
     if len(items) < 2 or _anchor(items[0]) != "AT_BEGINNING" or _anchor(items[-1]) != "AT_END":
         raise ValueError(f"the pattern {pattern[:60]!r} does not begin with ^ and end with $, outside of a choice with |")
-    return _quoted(_sequence(items[1:-1], pattern))
+    try:
+        return _quoted(_sequence(items[1:-1]))
+    except ValueError as e:
+        raise ValueError(f"no answer can be kept to the pattern {pattern[:60]!r}: {e}") from None
 
 
 def others(names: Iterable[str]) -> str:
@@ -62,7 +66,7 @@ def others(names: Iterable[str]) -> str:
 
 
 def _quoted(body: str) -> str:
-    return f'"\\"" {body} "\\"" space'.replace("  ", " ")
+    return " ".join(filter(None, ['"\\""', body, '"\\"" space']))
 
 
 def _others(names: Sequence[str]) -> str:
@@ -80,39 +84,36 @@ def _anchor(item: Any) -> str:
     return str(item[1]) if str(item[0]) == "AT" else ""
 
 
-def _sequence(items: Iterable[Any], pattern: str) -> str:
-    return " ".join(filter(None, (_item(str(op), value, pattern) for op, value in items)))
+def _sequence(items: Iterable[Any]) -> str:
+    return " ".join(filter(None, (_item(str(op), value) for op, value in items)))
 
 
-def _item(op: str, value: Any, pattern: str) -> str:
+def _item(op: str, value: Any) -> str:
+    """Raises ValueError, whose text is the reason, for what no grammar has."""
     if op == "LITERAL":
-        return _characters([(value, value)], pattern)
+        return _characters([(value, value)])
     if op == "NOT_LITERAL":
-        return _characters(_without([(0, _LAST)], [(value, value)]), pattern)
+        return _characters(_all_but([(value, value)]))
     if op == "ANY":
-        return _characters(_without([(0, _LAST)], [(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)]), pattern)
+        return _characters(_all_but([(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)]))
     if op == "IN":
-        return _characters(_members(value, pattern), pattern)
+        return _characters(_members(value))
     if op == "SUBPATTERN" and not value[1] and not value[2]:
-        return f"({_sequence(value[3], pattern) or _NOTHING})"
+        return f"({_sequence(value[3]) or _NOTHING})"
     if op == "BRANCH":
-        return f"({' | '.join(_sequence(way, pattern) or _NOTHING for way in value[1])})"
+        return f"({' | '.join(_sequence(way) or _NOTHING for way in value[1])})"
     if op in ("MAX_REPEAT", "MIN_REPEAT"):
         low, high, what = value
-        body = _sequence(what, pattern)
+        body = _sequence(what)
         low, high = int(low), None if high == _parser.MAXREPEAT else int(high)
         if max(low, high or 0) > _MOST_REPEATS:
-            raise ValueError(f"the pattern {pattern[:60]!r} repeats something more than {_MOST_REPEATS} times")
+            raise ValueError(f"it repeats something more than {_MOST_REPEATS} times")
         times = {(0, None): "*", (1, None): "+", (0, 1): "?"}.get((low, high), f"{{{low},{'' if high is None else high}}}")
         return f"({body}){times}" if body and high != 0 else ""
-    name = {"AT": "^, $ or \\b within it", "GROUPREF": "a reference to a group"}.get(op, "what looks around, or flags")
-    raise ValueError(f"no answer can be kept to the pattern {pattern[:60]!r}: {name}")
+    raise ValueError({"AT": "^, $ or \\b within it", "GROUPREF": "a reference to a group"}.get(op, "what looks around, or flags"))
 
 
-_NOTHING = '""'
-
-
-def _members(items: Sequence[Any], pattern: str) -> _Ranges:
+def _members(items: Sequence[Any]) -> _Ranges:
     """Of a set in square brackets."""
     found: _Ranges = []
     negated = False
@@ -127,18 +128,16 @@ def _members(items: Sequence[Any], pattern: str) -> _Ranges:
             case _:
                 name = str(value).removeprefix("CATEGORY_")
                 own = _CATEGORIES[name.removeprefix("NOT_")]
-                if name == "NOT_SPACE":
-                    own = own + _WIDE_SPACES
-                found += _without([(0, _LAST)], own) if name.startswith("NOT_") else own
-    return _without([(0, _LAST)], found) if negated else found
+                found += _all_but([*own, *(_WIDE_SPACES if name == "NOT_SPACE" else [])]) if name.startswith("NOT_") else own
+    return _all_but(found) if negated else found
 
 
-def _characters(ranges: _Ranges, pattern: str) -> str:
+def _characters(ranges: _Ranges) -> str:
     """One of these, as JSON has it within a string. Control characters without an escape of one letter are left out."""
     ways = [_set(plain)] if (plain := _common(ranges, _PLAIN)) else []
     ways += [f'"\\\\{_escaped(ord(letter))}"' for code, letter in _SHORT.items() if _within(code, ranges)]
     if not ways:
-        raise ValueError(f"no answer can be kept to the pattern {pattern[:60]!r}: a character that JSON has no short form for")
+        raise ValueError("a character that JSON has no short form for")
     return ways[0] if len(ways) == 1 else f"({' | '.join(ways)})"
 
 
@@ -159,6 +158,10 @@ def _within(code: int, ranges: _Ranges) -> bool:
 
 def _common(these: _Ranges, those: _Ranges) -> _Ranges:
     return sorted({(max(a, c), min(b, d)) for a, b in these for c, d in those if max(a, c) <= min(b, d)})
+
+
+def _all_but(ranges: _Ranges) -> _Ranges:
+    return _without([(0, _LAST)], ranges)
 
 
 def _without(these: _Ranges, those: _Ranges) -> _Ranges:
