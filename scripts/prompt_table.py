@@ -63,7 +63,7 @@ def prompt(llm: Llama, tokens: list[int]) -> Measured:
 
 def fill(llm: Llama, io: str) -> float:
     """Brings all experts into memory, one layer after the other: MB/s of the device."""
-    llm.configure(budget="all", io=io)
+    llm.configure(budget="all", io=io, prompt_routing="original")
     llm.flash_mbps = None
     start = time.perf_counter()
     for layer in range(len(llm.layout.layers)):

@@ -149,6 +149,26 @@ def test_a_configure_that_fails_changes_nothing(tiny: Path, monkeypatch: pytest.
         assert llm.stats().routing == LOSSY
 
 
+def test_configure_keeps_what_is_not_given(tiny: Path) -> None:
+    asked = {"routing": LOSSY, "eviction": "lfu", "io": "buffered", "prefetch": 2, "prompt_routing": "keep:cover=0.9"}
+    with contextlib.closing(Llama(str(tiny), budget=8, n_ctx=64, n_threads=1, verbose=False, **asked)) as llm:
+
+        def now() -> tuple[object, ...]:
+            return llm.budget.capacity, str(llm.routing), llm.eviction, llm.io, llm.prefetch, str(llm.prompt_routing)
+
+        llm.configure()
+        assert now() == (8, LOSSY, "lfu", "buffered", 2, "keep:cover=0.9")
+        llm.configure(eviction="lru", prefetch=0)
+        assert now() == (8, LOSSY, "lru", "buffered", 0, "keep:cover=0.9")
+        llm.set_capacity(6)
+        llm.configure(routing="original")
+        assert now() == (6, "original", "lru", "buffered", 0, "keep:cover=0.9")
+        with pytest.raises(UsageError, match="fifo"):
+            llm.configure(budget=4, eviction="fifo")
+        llm.configure(prompt_routing="original")  # nothing of a call that failed
+        assert now() == (6, "original", "lru", "buffered", 0, "original")
+
+
 # ---- states and prefixes
 
 

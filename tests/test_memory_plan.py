@@ -81,6 +81,8 @@ def test_auto_loads_all_where_all_fits_and_what_fits_where_it_does_not(tiny: Pat
     with open_model(tiny, io="direct") as llm:  # such small experts take less loaded whole than in whole pages
         assert llm.budget.capacity == layout.n_expert // 2 and llm.automatic
         free_is(monkeypatch, GIB)
+        llm.configure(routing="cache-prior:lambda=0.1")  # what is not given stays as asked: auto, of what is free now
+        assert llm.io == "direct" and llm.budget.capacity == layout.n_expert and llm.automatic
         llm.configure(budget="auto")  # its experts are in the file, and there they stay
         assert llm.io != "load" and llm.budget.capacity == layout.n_expert
         llm.configure(budget="25%")

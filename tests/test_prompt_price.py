@@ -85,7 +85,7 @@ def test_a_score_is_that_of_a_plain_run(llm: Llama) -> None:
     found = own.score(Request(HALF, 8, "lru", 1))
     place, rows, counters = own.places[1], {}, {}
     for routing in (ORIGINAL, HALF):
-        llm.configure(budget=8, eviction="lru")
+        llm.configure(budget=8, eviction="lru", prompt_routing="original")
         llm.eval(place.tokens[:20])
         mark = llm.checkpoint(sequence=True)
         llm.configure(budget=8, eviction="lru", prompt_routing=routing)

@@ -251,7 +251,7 @@ def test_a_small_cover_reads_less_and_counts_its_swaps(llm: Llama) -> None:
 
 @pytest.mark.engine
 def test_the_simulator_reads_for_prompts_what_the_live_run_read(llm: Llama, tmp_path: Path) -> None:
-    llm.configure(budget="50%")
+    llm.configure(budget="50%", prompt_routing="original")
     h = Header.of(llm.layout, "original", llm.eviction, llm.budget.capacity)
     with trace_file.TraceWriter(tmp_path / "t", h) as writer, llm.tracing(writer.append):
         llm.eval(TOKENS[:16])  # one micro-batch: of several, llama.cpp takes only the last through the last layer

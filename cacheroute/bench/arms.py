@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from cacheroute.bench import control, doubts, floor
 from cacheroute.bench.runs import Run, both_phases, warm_up
+from cacheroute.engine.asked import Asked
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB
 from cacheroute.install.machine import cores
@@ -248,16 +249,10 @@ class _Runs:
 def configure(llm: Llama, arm: Arm) -> None:
     """Gives the model the settings of an arm. Raises UsageError where they do not fit."""
     if arm.control:
-        llm.configure(budget=arm.budget, routing=None)
+        asked = Asked(arm.budget, routing=None)
     else:
-        llm.configure(
-            budget=arm.budget,
-            routing=arm.routing,
-            eviction=arm.eviction,
-            io=arm.io,
-            prefetch=arm.prefetch,
-            prompt_routing=arm.prompt_routing,
-        )
+        asked = Asked(arm.budget, arm.routing, arm.eviction, arm.io, arm.prefetch, arm.prompt_routing)
+    llm.configure(**vars(asked))
 
 
 def _baseline(arm: Arm, arms: Sequence[Arm]) -> Arm:

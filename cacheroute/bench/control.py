@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cacheroute.bench.conditions import Conditions
 from cacheroute.bench.memory_limit import MemoryLimit
 from cacheroute.bench.runs import Run, decode, timed, warm_up
+from cacheroute.engine.asked import Asked
 from cacheroute.errors import CacherouteError
 from cacheroute.files import MIB, size
 from cacheroute.install.machine import available_memory
@@ -68,7 +69,7 @@ def limit_for(llm: Llama, budget: str, tokens: Sequence[int], n_prompt: int) -> 
     """The memory of the control at that budget: its own ordinary memory, found by running the prompt without a limit, the dense
     weights, which it maps, and the budget. Drops all experts. Raises CacherouteError where processes cannot be limited.
     """
-    llm.configure(budget=budget)
+    llm.configure(**vars(Asked(budget=budget)))
     unlimited = subprocess.Popen(_COMMAND, **_PIPES)
     own = int(_finished(unlimited, _request(llm, tokens[: n_prompt + 10], n_prompt, 1, repack=False))["own_memory"])
     size = sum(path.stat().st_size for path in llm.layout.paths)
@@ -113,7 +114,8 @@ def run(
     for attempt in range(4):
         if attempt:
             limit = MemoryLimit(limit.nbytes + 4 * MIB)
-        llm.configure(budget=llm.budget.capacity)  # evicts: the control must not find pages that this process has read
+        # evicts: the control must not find pages that this process has read
+        llm.configure(**vars(Asked(budget=llm.budget.capacity)))
         if llm.io == "load":
             _make_room(llm, limit)
         with limit.process(_COMMAND) as process:

@@ -17,8 +17,8 @@ import typer
 from cacheroute import interrupts
 from cacheroute.cli import options, progress, summary
 from cacheroute.cli import sampling as sampling_options
-from cacheroute.cli.settings import Settings, say_start
 from cacheroute.cli.settings import load as load_model
+from cacheroute.cli.settings import say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import decoded, expanded, is_text
@@ -26,6 +26,7 @@ from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
+    from cacheroute.engine.asked import Asked
     from cacheroute.engine.conversation import Conversation
     from cacheroute.engine.llama import Llama
 
@@ -82,11 +83,12 @@ def chat(
         raise UsageError("An answer of no tokens is none: give -n 1 or more, or -1.")
     options.check_verbosity(verbose=verbose, quiet=quiet)
     constraints = sampling_options.constraints(stop, grammar, grammar_file, json_schema, json_schema_file, logit_bias)
+    from cacheroute.engine.asked import Asked
     from cacheroute.engine.conversation import Conversation, check_template
     from cacheroute.model import catalogue, context_memory
 
     path = catalogue.resolve(model)
-    settings = Settings(budget, routing, eviction, io, prefetch, prompt_routing)
+    settings = Asked(budget, routing, eviction, io, prefetch, prompt_routing)
     context_memory.check(path, ctx_size)
     llm = load_model(path, settings, n_ctx=ctx_size, n_threads=threads, flash_mbps=flash_mbps)
     with closing(llm), progress.PromptLine(verbose=False) as llm.prompt_progress:
@@ -112,7 +114,7 @@ class Talk:
     """What a line does: a message is answered, a command acts. `seeds`: one for each answer."""
 
     conversation: Conversation
-    settings: Settings
+    settings: Asked
     sampling: dict[str, Any]
     seeds: Iterator[int]
     max_tokens: int | None
@@ -197,11 +199,11 @@ class Talk:
             return
         self._set(budget=argument)
 
-    def _set(self, **changed: str) -> None:
+    def _set(self, **changed: Any) -> None:
         """All that was said is evaluated again by the next turn: the caches start empty."""
-        own = Settings(**(vars(self.settings) | changed))
+        own = self.settings.but(**changed)
         llm = self.conversation.llm
-        llm.configure(**vars(own))
+        llm.configure(**changed)
         self.settings = own
         say_start(llm, own, quiet=self.quiet)
 

@@ -14,7 +14,7 @@ from cacheroute import interrupts
 from cacheroute.cli import options, progress, prompts_file, summary
 from cacheroute.cli import prompt as prompt_text
 from cacheroute.cli import sampling as sampling_options
-from cacheroute.cli.settings import Settings, load, say_start
+from cacheroute.cli.settings import load, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import UsageError
 from cacheroute.files import as_json, size
@@ -126,13 +126,14 @@ def generate(
     task = task_profile.load(warm_start) if warm_start else None
     from cacheroute.engine import completion
     from cacheroute.engine import prompt_cache as caches
+    from cacheroute.engine.asked import Asked
     from cacheroute.model import catalogue, context_memory
 
     if prompt_cache:
         caches.check(prompt_cache)
     path = catalogue.resolve(model)
     context_memory.check(path, ctx_size)
-    settings = Settings(budget, routing, eviction, io, prefetch, prompt_routing)
+    settings = Asked(budget, routing, eviction, io, prefetch, prompt_routing)
     more = {"n_ubatch": ubatch_size, "seed": seed}
     llm = load(path, settings, n_ctx=ctx_size, n_threads=threads, flash_mbps=flash_mbps, **more)
     if task:

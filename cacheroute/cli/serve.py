@@ -10,7 +10,7 @@ import typer
 
 from cacheroute import interrupts
 from cacheroute.cli import options
-from cacheroute.cli.settings import Settings, load, say_start
+from cacheroute.cli.settings import load, say_start
 from cacheroute.cli.terminal import say
 from cacheroute.errors import CacherouteError, UsageError, pip_install
 from cacheroute.files import MIB, is_text
@@ -67,11 +67,12 @@ def serve(
         if (e.name or "").partition(".")[0] not in (*_PACKAGES.split(), "pydantic_core", "anyio", "h11"):
             raise
         raise CacherouteError(f"`cacheroute serve` needs {e.name}; run {pip_install(_PACKAGES)}.") from None
+    from cacheroute.engine.asked import Asked
     from cacheroute.engine.completion import has_chat_template
     from cacheroute.model import catalogue, context_memory
 
     path = catalogue.resolve(model)
-    settings = Settings(budget, routing, eviction, io, 0, prompt_routing)
+    settings = Asked(budget, routing, eviction, io, 0, prompt_routing)
     context_memory.check(path, ctx_size)
     with closing(server.bind(host, port, timeout)) as bound:  # before the model is loaded, which takes long
         llm = load(path, settings, n_ctx=ctx_size, n_threads=threads, flash_mbps=flash_mbps)

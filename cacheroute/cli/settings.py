@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,24 +11,13 @@ from cacheroute.cli.terminal import say
 from cacheroute.routing import tuned
 
 if TYPE_CHECKING:
+    from cacheroute.engine.asked import Asked
     from cacheroute.engine.llama import Llama
     from cacheroute.model.experts import ExpertLayout
     from cacheroute.routing.budget import Budget
 
 
-@dataclass
-class Settings:
-    """For Llama() and configure()."""
-
-    budget: str
-    routing: str
-    eviction: str
-    io: str
-    prefetch: int
-    prompt_routing: str
-
-
-def load(path: Path, settings: Settings, *, n_ctx: int, n_threads: int | None, flash_mbps: float | None, **more: Any) -> Llama:
+def load(path: Path, settings: Asked, *, n_ctx: int, n_threads: int | None, flash_mbps: float | None, **more: Any) -> Llama:
     """The model of a command that answers. `n_threads` as options.threads() takes them; `more`: as Llama."""
     from cacheroute.engine.llama import Llama
 
@@ -44,7 +32,7 @@ def load(path: Path, settings: Settings, *, n_ctx: int, n_threads: int | None, f
     return Llama(str(path), **vars(settings), **own, **more)
 
 
-def say_start(llm: Llama, asked: Settings, *, quiet: bool = False) -> None:
+def say_start(llm: Llama, asked: Asked, *, quiet: bool = False) -> None:
     """What is in memory, how the rest is read, and what is lossy; from now on that the budget follows the free memory.
 
     `quiet`: only what costs quality, and that memory is short.

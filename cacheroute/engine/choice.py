@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from cacheroute.engine import stores
+from cacheroute.engine.asked import Asked
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.memory_plan import MemoryPlan
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import prompt_routing as prompts
 from cacheroute.routing import tuned
-from cacheroute.routing.prompt_routing import PromptRouting
 from cacheroute.routing.strategies import Routing
 
 
@@ -17,34 +17,24 @@ def follows_memory(budget: str | float | None, routing: str | Routing | None, io
     return budgets.is_auto(budget) and io != stores.NONE and routing is not None
 
 
-Chosen = tuple[str | float | None, str | Routing | None, str, str | PromptRouting]
-"""Budget, routing, eviction and prompt routing."""
-
-
-def resolve(
-    layout: ExpertLayout,
-    plan: MemoryPlan | None,
-    budget: str | float | None,
-    routing: str | Routing | None,
-    eviction: str,
-    prompt_routing: str | PromptRouting,
-) -> Chosen:
-    """As given, but for "auto", by the `plan` (None: the budget does not follow the memory), and "tuned".
+def resolve(layout: ExpertLayout, plan: MemoryPlan | None, asked: Asked) -> Asked:
+    """As asked, but for "auto", by the `plan` (None: the budget does not follow the memory), and "tuned".
 
     A tuned routing holds for one budget: with "auto" it is the largest that fits and has been tuned for. Where all experts fit,
     nothing is read, and a tuned routing has nothing to save: then it is "original".
 
     Raises UsageError where nothing is tuned for the model and budget, or the model does not fit the free memory.
     """
+    budget, routing, eviction, prompt_routing = asked.budget, asked.routing, asked.eviction, asked.prompt_routing
     if plan:
         budget = budgets.automatic(plan, layout)
         most = budgets.parse(budget, layout).capacity
-        asked = (routing == tuned.NAME, prompt_routing == prompts.TUNED)
+        use_tuned = (routing == tuned.NAME, prompt_routing == prompts.TUNED)
         if most == layout.n_expert:
-            routing = "original" if asked[0] else routing
-            prompt_routing = prompts.ORIGINAL if asked[1] else prompt_routing
-        elif any(asked):
-            known = tuned.capacities(layout.paths[0], routing=asked[0])
+            routing = "original" if use_tuned[0] else routing
+            prompt_routing = prompts.ORIGINAL if use_tuned[1] else prompt_routing
+        elif any(use_tuned):
+            known = tuned.capacities(layout.paths[0], routing=use_tuned[0])
             budget = max((c for c in known if c <= most), default=most)
     elif budgets.is_auto(budget):
         budget = None
@@ -52,4 +42,4 @@ def resolve(
         routing, eviction = tuned.resolve(layout.paths[0], budget, routing, eviction)
     if isinstance(prompt_routing, str):
         prompt_routing = prompts.resolve(layout.paths[0], budget, prompt_routing)
-    return budget, routing, eviction, prompt_routing
+    return asked.but(budget=budget, routing=routing, eviction=eviction, prompt_routing=prompt_routing)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from cacheroute.engine import arguments, choice, stores
+from cacheroute.engine.asked import Asked, Kept
 from cacheroute.engine.hook import Hook, Interrupt, Settings
 from cacheroute.engine.memory_watch import MemoryWatch
 from cacheroute.engine.sequence import SequenceLlama, alone
@@ -17,7 +18,6 @@ from cacheroute.install.machine import available_memory
 from cacheroute.model import memory_plan
 from cacheroute.native.counters import Counters
 from cacheroute.routing import budget as budgets
-from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
 from cacheroute.routing.budget import Budget
 from cacheroute.routing.prompt_routing import PromptRouting
@@ -37,6 +37,7 @@ class ConfiguredLlama(SequenceLlama):
     prefetch: int
     forced: ForcedScores | None
     budget_changed: Callable[[Budget], None] | None
+    _asked: Asked
     _flash_mbps: float | None
     _interrupt: Interrupt
     _files: OpenFiles
@@ -50,38 +51,44 @@ class ConfiguredLlama(SequenceLlama):
     def configure(
         self,
         *,
-        budget: str | float | None = budgets.AUTO,
-        routing: str | strategies.Routing | None = "original",
-        eviction: str = evictions.DEFAULT,
-        io: str = "auto",
-        prefetch: int = 0,
-        prompt_routing: str | PromptRouting = "original",
+        budget: str | float | Kept | None = Kept.KEPT,
+        routing: str | strategies.Routing | Kept | None = Kept.KEPT,
+        eviction: str | Kept = Kept.KEPT,
+        io: str | Kept = Kept.KEPT,
+        prefetch: int | Kept = Kept.KEPT,
+        prompt_routing: str | PromptRouting | Kept = Kept.KEPT,
     ) -> None:
-        """Changes the settings of a loaded model: no expert is resident, the sequence is forgotten, counters start at 0.
+        """Changes settings of a loaded model, and keeps those that are not given, as they were asked for: a budget of "auto" or
+        a routing of "tuned" is worked out anew. No expert is resident, the sequence is forgotten, counters start at 0.
 
         How it was loaded stays: with all experts in memory (io "load"), it can have no smaller budget; with its experts in the
         file, a budget of all leaves them there, not repacked. Raises UsageError for anything else.
         When it fails, nothing has changed but that experts may have left memory.
         """
         self._check_usable()
-        arguments.check_types(budget=budget, routing=routing, eviction=eviction, io=io, prefetch=prefetch)
-        arguments.check_types(prompt_routing=prompt_routing)
+        before = self._asked
+        if not self.automatic and self.budget != self._configured:  # set_capacity() asked for it
+            before = before.but(budget=self.budget.capacity)
+        asked = before.but(
+            budget=budget, routing=routing, eviction=eviction, io=io, prefetch=prefetch, prompt_routing=prompt_routing
+        )
+        arguments.check_types(**vars(asked))
         own = {"paced": self._flash_mbps is not None, "loaded": self._loaded}
         plan = None
-        if self._loaded and budgets.is_auto(budget):
-            budget = "all"
-        elif choice.follows_memory(budget, routing, io):
+        if self._loaded and budgets.is_auto(asked.budget):
+            asked = asked.but(budget="all")
+        elif choice.follows_memory(asked.budget, asked.routing, asked.io):
             free = available_memory(ulimits=False)
             more = None if free is None else free + self.resident_bytes
             flash_attn = bool(self.context_params.flash_attn_type)
             plan = memory_plan.of(
                 self.header, self.layout, n_ctx=self._n_ctx, flash_attn=flash_attn, loaded=True, whole=False, free=more
             )
-        budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
-        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, **own)
+        settings = Settings.of(self.layout, choice.resolve(self.layout, plan, asked), **own)
         if settings.routing and settings.io not in ("none", "load"):
             memory_plan.check_more(self.layout, settings.budget.nbytes, self.resident_bytes)
         self._apply(settings, plan)
+        self._asked = asked
         super().reset()
         self._warm()
 
@@ -157,14 +164,7 @@ class ConfiguredLlama(SequenceLlama):
         if scores and (len(scores.z), scores.z[0].shape[1]) != (len(layout.layers), layout.n_expert):
             raise UsageError(f"{scores.name} does not fit {len(layout.layers)} layers of {layout.n_expert} experts.")
         self.forced = scores
-        self.configure(
-            budget=self.budget.capacity,
-            routing=self.routing,
-            eviction=self.eviction,
-            io=self.io,
-            prefetch=self.prefetch,
-            prompt_routing=self.prompt_routing,
-        )
+        self.configure()
 
     @contextlib.contextmanager
     def tracing(self, sink: Callable[[bytes], None]) -> Iterator[None]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cacheroute.engine import log, stores
+from cacheroute.engine.asked import Asked
 from cacheroute.engine.embeddings import tensor_address
 from cacheroute.engine.progress import Prompt, PromptProgress, estimate
 from cacheroute.errors import CacherouteError, UsageError
@@ -53,35 +54,30 @@ class Settings:
     @staticmethod
     def of(
         layout: ExpertLayout,
-        budget: str | float | None,
-        routing: str | Routing | None,
-        eviction: str,
-        io: str,
-        prefetch: int,
-        prompts: str | PromptRouting,
+        asked: Asked,
         *,
         paced: bool = False,
         loaded: bool | None = None,
     ) -> Settings:
         """`loaded`: as stores.choose(). Raises UsageError for what does not exist or does not fit the model."""
-        parsed = strategies.parse(routing) if isinstance(routing, str) else routing
-        prompts = prompt_routing.parse(prompts)
+        parsed = strategies.parse(asked.routing) if isinstance(asked.routing, str) else asked.routing
+        prompts, prefetch = prompt_routing.parse(asked.prompt_routing), asked.prefetch
         if prompts.lossy and not parsed:
             raise UsageError("Without a routing prompts cannot be rerouted either.")
         if parsed:
             parsed.check(layout.n_expert, layout.n_used, layout.indices, layout.model)
-        evictions.check(eviction)
+        evictions.check(asked.eviction)
         if prefetch < 0:
             raise UsageError(f"{prefetch} experts cannot be prefetched; give 0 or more.")
         if prefetch and not layout.predictable:
             raise UsageError("Experts cannot be prefetched: the model keeps its routers in another type than F32.")
         if parsed and parsed.speculates and not layout.predictable:
             raise UsageError(f"{parsed} cannot predict: the model keeps its routers in another type than F32.")
-        resolved = budgets.parse(budget, layout)
+        resolved = budgets.parse(asked.budget, layout)
         holds_all = set(strategies.capacities(parsed, resolved, layout)) == {layout.n_expert}
         reads = "a pace of reads" if paced else "a prefetch" if prefetch else ""
-        io = stores.choose(io, holds_all=holds_all, reads=reads, loaded=loaded)
-        return Settings(resolved, parsed, eviction, io, min(prefetch, layout.n_expert), prompts)
+        io = stores.choose(asked.io, holds_all=holds_all, reads=reads, loaded=loaded)
+        return Settings(resolved, parsed, asked.eviction, io, min(prefetch, layout.n_expert), prompts)
 
 
 class Hook:

@@ -15,6 +15,7 @@ from typing import Any
 
 from cacheroute import interrupts
 from cacheroute.engine import arguments, choice, json_schema, load_progress, log, progress, stores, templates
+from cacheroute.engine.asked import Asked
 from cacheroute.engine.compute_threads import ComputeThreads
 from cacheroute.engine.computing import ComputingLlama
 from cacheroute.engine.embeddings import MappedEmbeddings
@@ -130,8 +131,8 @@ class Llama(ComputingLlama):
         self._owner = os.getpid()
         arguments.check_names(kwargs, Llama, _llama_cpp.Llama)
         arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
-        own = {"eviction": eviction, "io": io, "prefetch": prefetch, "prompt_routing": prompt_routing}
-        arguments.check_types(model_path=model_path, budget=budget, routing=routing, **own)
+        self._asked = Asked(budget, routing, eviction, io, prefetch, prompt_routing)
+        arguments.check_types(model_path=model_path, **vars(self._asked))
         arguments.check_types(prompt_progress=prompt_progress, budget_changed=budget_changed)
         # a file comes before a model of the same name: this has always taken paths
         path = Path(model_path) if os.path.isfile(model_path) else catalogue.resolve(os.fspath(model_path))
@@ -145,8 +146,7 @@ class Llama(ComputingLlama):
         if choice.follows_memory(budget, routing, io):
             whole = io in (stores.AUTO, stores.LOAD) and not paced and not prefetch
             plan = memory_plan.of(header, self.layout, n_ctx=n_ctx, flash_attn=bool(flash_attn), whole=whole)
-        budget, routing, eviction, prompt_routing = choice.resolve(self.layout, plan, budget, routing, eviction, prompt_routing)
-        settings = Settings.of(self.layout, budget, routing, eviction, io, prefetch, prompt_routing, paced=paced)
+        settings = Settings.of(self.layout, choice.resolve(self.layout, plan, self._asked), paced=paced)
         self._loaded = settings.io == stores.LOAD
         if self._loaded or settings.io != "none":
             capacity = self.layout.n_expert if self._loaded else settings.budget.capacity if settings.routing else 0

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from cacheroute.engine.asked import Asked
 from cacheroute.evals import pricing, tune
 from cacheroute.evals.scorer import Scorer
 from cacheroute.evals.text import Chunk
@@ -155,7 +156,7 @@ def best(found: Sequence[Found]) -> Found | None:
 
 def seconds_per_token(llm: Llama, chunk: Chunk) -> float:
     """Of decoding, measured on a few tokens."""
-    llm.configure(budget=llm.layout.n_expert, routing="original", io="none")
+    llm.configure(**vars(Asked(llm.layout.n_expert, io="none")))
     llm.reset()
     llm.eval(chunk.tokens[:2])
     tokens = chunk.tokens[2 : 2 + _TIMED]

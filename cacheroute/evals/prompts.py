@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cacheroute.engine.asked import Asked
 from cacheroute.errors import UsageError
 from cacheroute.evals import divergence, loading, paired, text
 from cacheroute.evals.perplexity import Floats, LogP, log_probabilities
@@ -253,14 +254,14 @@ class PromptScorer:
 
     def _begin(self, request: Request, history: Sequence[int]) -> None:
         """Brings the model to the end of the history, with the request's settings for what follows."""
-        own: dict[str, Any] = {"budget": request.budget, "eviction": request.eviction, "io": self._io}
+        own = Asked(request.budget, eviction=request.eviction, io=self._io)
         at = (request.place, request.budget, request.eviction)
         if history and (self._history is None or self._history[0] != at):
-            self.llm.configure(**own)
+            self.llm.configure(**vars(own))
             self.llm.reset()
             self.llm.eval(history)
             self._history = at, self.llm.checkpoint(sequence=True)
-        self.llm.configure(**own, prompt_routing=request.prompt_routing)
+        self.llm.configure(**vars(own.but(prompt_routing=request.prompt_routing)))
         self.llm.reset()
         if history:
             assert self._history

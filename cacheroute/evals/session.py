@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cacheroute.engine import stores
+from cacheroute.engine.asked import Asked
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import loading, processes
 from cacheroute.evals.results import ResultsFile
@@ -70,7 +71,7 @@ def opened(
     with closing(loading.load(path, n_ctx, each)) as llm:
         io = io or loading.default_io(llm.layout)
         for own in settings:
-            llm.configure(**own, io=io)
+            llm.configure(**vars(Asked(**own, io=io)))
         with processes.pool(n_workers) if n_workers > 1 else nullcontext() as executor:
             yield Opened(path, llm, n_ctx, each, n_workers, io, executor)
 
