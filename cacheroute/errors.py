@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class CacherouteError(Exception):
@@ -28,6 +29,10 @@ def did_you_mean(wrong: str, names: Iterable[str], otherwise: str = "") -> str:
     return f"did you mean {by_form[found[0]]}?" if found else otherwise
 
 
-def pip_install(packages: str) -> str:
-    """The command that installs them where this cacheroute runs, which need not be the `python` of the user's PATH."""
-    return f"`{shlex.quote(sys.executable or 'python')} -m pip install {packages}`"
+def pip_install(packages: str, find: Callable[[str], object] = importlib.util.find_spec) -> str:
+    """The command that installs them where this cacheroute runs, which need not be the `python` of the user's PATH, and need not
+    have pip: uv and pipx leave it out. `find`: whether a package is here."""
+    here = shlex.quote(sys.executable or "python")
+    if find("pip"):
+        return f"`{here} -m pip install {packages}`"
+    return f"`uv pip install --python {here} {packages}` or `pipx inject cacheroute {packages}`"

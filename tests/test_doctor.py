@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from cacheroute.model import experts, gguf_file
 from support import tiny_models
 from support.cli import cacheroute
 from support.expert_file import on_a_disk
+
+doctor = importlib.import_module("cacheroute.cli.doctor")
 
 CPU = "flags\t\t: fpu avx2 fma f16c avx512f avx512_vnni\n"
 ALL_USED = {"AVX2", "FMA", "F16C", "AVX512", "AVX512_VNNI"}
@@ -89,7 +92,7 @@ def test_packages_that_are_missing_are_named() -> None:
     assert checkup._extras(lambda _: None).found.startswith("not installed: huggingface_hub (for pull), ")
     assert checkup._extras(lambda _: True).advice == ""
     assert "pip install NAME" in checkup._extras(lambda name: name == "pip").advice
-    assert checkup._extras(lambda _: None).advice.startswith("uv pip install NAME"), "without pip"
+    assert checkup._extras(lambda _: None).advice.startswith("`uv pip install --python "), "without pip"
 
 
 def test_storage_is_measured_without_a_model_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,5 +127,15 @@ def test_the_command_tells_and_fails_when_something_does(tmp_path: Path) -> None
     begun = [line for line in text.stdout.splitlines() if not line.startswith("      ")]
     assert len(begun) == len(found) and all(line[:4].strip() in ("ok", "warn") for line in begun)
     assert all(len(line) <= 80 or len(line.split()[-1]) > 70 for line in text.stdout.splitlines()), "a long path stays whole"
+    layout = experts.layout(gguf_file.read(path))
+    assert ("--io auto" in found) == (stores.remembered(layout) is not None)
     gone = cacheroute("doctor", "-m", tmp_path / "nothing.gguf")
     assert gone.returncode in (1, 2) and gone.stderr.count("\n") == 1
+
+
+def test_what_auto_has_been_decided_to_is_told_and_doubted() -> None:
+    same = doctor._remembered("buffered", {"direct": 2.0, "buffered": 1.0})
+    assert (same.state, same.advice) == ("ok", "") and "buffered, decided when" in same.found
+    other = doctor._remembered("buffered", {"direct": 1.0, "buffered": 2.0})
+    assert other.state == "warn" and "direct is faster now" in other.found and "remove io.json" in other.advice
+    assert doctor._remembered("buffered", {"buffered": 1.0}).state == "ok"

@@ -98,6 +98,14 @@ def test_the_catalogue_as_json_is_in_the_same_order(capsys: pytest.CaptureFixtur
     assert usable and rows[: len(usable)] == sorted(usable, key=lambda r: -r["nbytes"])
 
 
+def test_a_drive_that_is_faster_than_this_one_can_be_planned_for(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is measured here is 1000 MB/s."""
+    for given in (200.0, 5000.0):
+        found = json.loads(run(capsys, model=str(tiny), output="json", flash_mbps=given, ctx_size=512)[0])
+        drive = next(i for i in found["inputs"] if "MB/s" in i["detail"])
+        assert drive["how"] == "given" and f"{given:.0f} MB/s" in drive["detail"], drive
+
+
 def test_without_a_drive_there_are_no_speeds(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run(capsys, model="qwen3-30b-a3b", ram="8GiB")
     row = next(line for line in out.splitlines() if line.startswith("cache-prior:lambda=0.1"))

@@ -82,6 +82,12 @@ def test_each_line_is_answered_and_one_that_cannot_be_says_so(demo_model: Path, 
         assert [line["text"] for line in turned] == [line["text"] for line in straight][::-1]
 
 
+def test_to_skip_all_prompts_is_said(demo_model: Path, tmp_path: Path) -> None:
+    file = written(tmp_path, LINES[:2])
+    done = command("generate", "--prompts", file, "--skip", 9)
+    assert (done.code, done.stdout) == (0, "") and f"--skip 9 leaves out every prompt of {file}, which has 2" in done.stderr
+
+
 def test_an_answer_is_that_of_the_prompt_alone(demo_model: Path, tmp_path: Path) -> None:
     file = written(tmp_path, ["Hello there", "What is the capital of France?"])
     both = answers(file, "--temp", 0, "-sys", "Be brief.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from typing import Any
 
@@ -38,6 +39,9 @@ _BAD_COMMAND_LINE: Any = typer.BadParameter.__mro__[2]
 
 _DEFAULTS = """Defaults of options: CACHEROUTE_GENERATE_TEMP=0 in the environment, or for all commands CACHEROUTE_BUDGET=2GiB; or
 [generate] temp = 0 and [common] budget = "2GiB" in a TOML file. `cacheroute doctor` shows which file, and what is set."""
+
+
+_EXTRA_WORDS = re.compile(r"unexpected extra arguments?(?:\(s\))? \((.*)\)")  # as click and typer put it
 
 
 class _Commands(groups.Grouped):
@@ -192,6 +196,11 @@ def _usage(e: Any, words: list[str]) -> str:
     if missing and getattr(e, "ctx", None):
         return str(habits.no_option(missing, habits.options_of(e.ctx.command), path))
     message = " ".join(e.format_message().split()).rstrip(".")
+    extra = _EXTRA_WORDS.search(message)
+    if extra and getattr(e, "ctx", None):
+        meant = habits.no_word(extra[1], habits.options_of(e.ctx.command))
+        message = f"{extra[1]} belongs to no option" + (f"; {meant}" if meant else "")
+        message = message.rstrip(".")
     return f"{message}{'' if message.endswith('?') else '.'} See `{path} --help`."
 
 

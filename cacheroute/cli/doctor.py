@@ -98,6 +98,20 @@ def _storage(model: str | None) -> Iterator[Check]:
         yield Check("eviction", "warn", stores.NOT_DROPPED, "--io direct reads past it; speeds of buffered reads are the cache's")
     for reading in readings:
         yield _reading(reading, layout)
+    known = stores.remembered(layout)
+    if known:
+        yield _remembered(known, {r.io: r.ms for r in readings if not r.refused})
+
+
+def _remembered(known: str, ms: dict[str, float]) -> Check:
+    """What --io auto reads by, and whether it would be decided so now. `ms`: of an expert, by io."""
+    from cacheroute.engine import stores
+
+    found = f"{known}, decided when this filesystem was first read"
+    now = stores.faster(ms) if {stores.DIRECT, stores.BUFFERED} <= set(ms) else known
+    if now == known:
+        return Check("--io auto", "ok", found)
+    return Check("--io auto", "warn", f"{found}; {now} is faster now", f"remove {stores.CHOICES} from the cache to decide anew")
 
 
 def _memory(path: Path, layout: ExpertLayout) -> Check:

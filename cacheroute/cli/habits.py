@@ -170,6 +170,14 @@ def not_a_number(parameter: Any, words: Sequence[str]) -> str:
     return next((w for w in words for o in letters if w.startswith(o) and w[1:].replace("-", "").isalpha() and len(w) > 2), "")
 
 
+def no_word(words: str, options: Mapping[str, Any]) -> str:
+    """What was meant by words that belong to no option, of a command that takes none: "" where that cannot be said."""
+    first = words.split(" ")[0]
+    if "--model" in options and (first.lower().endswith(".gguf") or first.startswith(("hf:", "ollama:"))):
+        return f"did you mean -m {shlex.quote(first)}?"
+    return "a prompt is given with -p, in quotes." if "--prompt" in options else ""
+
+
 def no_option(option: str, options: Mapping[str, Any], path: str) -> UsageError:
     """The error for an option that does not exist, with the one that was meant."""
     twin = f"-{option}" if f"-{option}" in options else ""

@@ -42,7 +42,9 @@ def plan(
     flash_mbps: Annotated[
         float | None,
         typer.Option(
-            "--flash-mbps", min=0.001, help="Plan for a drive of that many MB/s. [default: measured where the model is]"
+            "--flash-mbps",
+            min=0.001,
+            help="Plan for a drive of that many MB/s, a faster one, too. [default: measured where the model is]",
         ),
     ] = None,
     ctx_size: options.CtxOption = 4096,
@@ -173,8 +175,10 @@ def _drive(c: Candidate, flash_mbps: float | None) -> Drive | None:
 
     if c.layout is None:
         return None
+    if flash_mbps:
+        return drive.other(c.layout, flash_mbps)
     try:
-        return drive.measure(c.layout, flash_mbps)
+        return drive.measure(c.layout)
     except (CacherouteError, OSError) as e:
         say(f"cacheroute: the drive of {c.name} was not measured: {e}")
         return None
@@ -188,15 +192,17 @@ def _drive_without_model(candidates: Sequence[Candidate], flash_mbps: float | No
 
     if all(c.path for c in candidates):
         return None
+    if flash_mbps:
+        return Drive("direct", flash_mbps * 1e6, GIVEN)
     here = [max((c for c in candidates if c.path), key=lambda c: c.nbytes, default=None)]
     paths = [c.path for c in here if c and c.path] or [p for p in [catalogue.demo_path()] if p.is_file()]
     for path in paths:
         if path.stat().st_size >= 32 * _BLOCK:
             try:
-                return drive.measure(drive.blocks(path, _BLOCK), flash_mbps)
+                return drive.measure(drive.blocks(path, _BLOCK))
             except (CacherouteError, OSError):
                 continue
-    return Drive("direct", flash_mbps * 1e6, GIVEN) if flash_mbps else None
+    return None
 
 
 def _has_room(c: Candidate, disk: int | None) -> bool:

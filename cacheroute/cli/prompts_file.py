@@ -121,7 +121,10 @@ def source(name: str | None, skip: int, output: str, *, others: bool, stdin: boo
         raise UsageError("With --prompts each line is a prompt of its own; leave out -p, -f and --prompt-cache.")
     if name == "-" and not stdin:
         raise UsageError("--prompts - reads standard input; leave out --no-stdin, or name a file.")
-    return Source.of(name)
+    found = Source.of(name)
+    if found.total is not None and skip >= found.total:
+        say(f"--skip {skip} leaves out every prompt of {name}, which has {found.total}")
+    return found
 
 
 def _parsed(index: int, raw: bytes, where: str) -> Asked:

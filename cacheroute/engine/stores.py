@@ -26,6 +26,7 @@ ALL = (AUTO, DIRECT, BUFFERED, LOAD, NONE)
 
 _SECONDS = 0.2  # of the measurement, which may be a token's experts longer
 _ROUNDS = 16  # at most: as many times the experts of one token in one layer
+CHOICES = "io.json"
 _SPEEDS = "drive.json"  # in the cache folder
 _ROUNDS_KEPT = "rounds"
 _FASTEST = 1e6  # 10^6 bytes a second: no drive gives that
@@ -151,7 +152,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> tuple[str, int | None
 
     Raises CacherouteError where one of them is not possible.
     """
-    file = cache_dir() / "io.json"
+    file = cache_dir() / CHOICES
     key = _place(os.stat(arguments[0][0]).st_dev, layout)
     known = recalled(file) | _unkept.get(str(file), {})
     if known.get(key) in (DIRECT, BUFFERED):
@@ -176,6 +177,12 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> tuple[str, int | None
         where = f"this is kept in {file}." if kept else f"{file} cannot be written."
         _say(f"--io auto reads buffered ({times} an expert); {where}")
     return best, chosen
+
+
+def remembered(layout: ExpertLayout) -> str | None:
+    """DIRECT or BUFFERED: what "auto" has been decided to on the filesystem of the model; None: nothing yet."""
+    known = recalled(cache_dir() / CHOICES).get(_place(layout.paths[0].stat().st_dev, layout))
+    return str(known) if known in (DIRECT, BUFFERED) else None
 
 
 def faster(seconds: dict[str, float]) -> str:

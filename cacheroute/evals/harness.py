@@ -57,7 +57,7 @@ def require() -> None:
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError:
-        raise UsageError(f"Tasks need lm-evaluation-harness; run {pip_install('lm-eval')}.") from None
+        raise CacherouteError(f"Tasks need lm-evaluation-harness; run {pip_install('lm-eval')}.") from None
 
 
 def load_tasks(

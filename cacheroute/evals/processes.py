@@ -81,7 +81,7 @@ def cluster(scheduler: str) -> Iterator[tuple[Executor, int]]:
     try:
         from distributed import Client
     except ModuleNotFoundError:
-        raise UsageError(f"--scheduler needs dask.distributed; run {pip_install('distributed')}.") from None
+        raise CacherouteError(f"--scheduler needs dask.distributed; run {pip_install('distributed')}.") from None
     try:
         client = Client(scheduler, timeout="10s")
     except (OSError, ValueError) as e:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import UsageError, pip_install
+from cacheroute.errors import CacherouteError, UsageError, pip_install
 from cacheroute.files import check_regular, decoded, read_text
 
 SPLITS = ("test", "validation", "dev", "train", "auxiliary_train")
@@ -126,7 +126,7 @@ def _parquet(path: Path) -> list[Row]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        raise UsageError(f"Parquet files need pyarrow; run {pip_install('pyarrow')}.") from None
+        raise CacherouteError(f"Parquet files need pyarrow; run {pip_install('pyarrow')}.") from None
     check_regular(path, "a parquet file")
     try:
         rows: list[Row] = pq.read_table(path).to_pylist()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from cacheroute.errors import UsageError, pip_install
+from cacheroute.errors import CacherouteError, UsageError, pip_install
 from cacheroute.files import check_regular, read_text
 
 DOCUMENT_BREAK = "\n\f\n"  # a line that holds only a form feed, as in data/heldout.txt
@@ -78,7 +78,7 @@ def _parquet(path: Path, column: str) -> list[str]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
-        raise UsageError(f"Parquet files need pyarrow; run {pip_install('pyarrow')}.") from None
+        raise CacherouteError(f"Parquet files need pyarrow; run {pip_install('pyarrow')}.") from None
     check_regular(path, "a parquet file")
     try:
         names = pq.read_schema(path).names

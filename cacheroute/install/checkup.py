@@ -6,13 +6,12 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cacheroute import files
-from cacheroute.errors import CacherouteError
+from cacheroute.errors import CacherouteError, pip_install
 from cacheroute.files import GIB, size
 from cacheroute.install import android, engine_build, engine_source, machine, patched_llama_cpp, processor, versions
 from cacheroute.install.check import Check
@@ -169,7 +168,4 @@ def _cache() -> Check:
 def _extras(find: Callable[[str], object] = importlib.util.find_spec) -> Check:
     missing = [f"{name} (for {what})" for name, what in _EXTRAS.items() if not find(name)]
     found = "all are here" if not missing else f"not installed: {', '.join(missing)}"
-    how = f"{Path(sys.executable).name} -m pip install NAME"
-    if not find("pip"):
-        how = "uv pip install NAME, or pipx inject cacheroute NAME"
-    return Check("packages", "ok", found, f"{how}, where wanted" if missing else "")
+    return Check("packages", "ok", found, f"{pip_install('NAME', find)}, where wanted" if missing else "")
