@@ -45,7 +45,7 @@ def test_the_nearest_name() -> None:
 
 def test_words_that_belong_to_no_option_are_met_with_it() -> None:
     for words in (["generate", "a b.gguf"], ["plan", "a b.gguf"], ["bench", "a b.gguf", "-p", "8"]):
-        assert wrong(*words).startswith("a b.gguf belongs to no option; ")
+        assert wrong(*words).startswith("a b.gguf belongs to no option; did you mean -m 'a b.gguf'?")
     assert "did you mean -m m.gguf?" in wrong("generate", "m.gguf") and "did you mean -m hf:a/b:c?" in wrong("plan", "hf:a/b:c")
     assert "a prompt is given with -p, in quotes" in wrong("generate", "Why", "so", "late?")
 

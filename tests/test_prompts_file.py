@@ -83,7 +83,7 @@ def test_each_line_is_answered_and_one_that_cannot_be_says_so(demo_model: Path, 
 
 
 def test_to_skip_all_prompts_is_said(demo_model: Path, tmp_path: Path) -> None:
-    file = written(tmp_path, LINES[:2])
+    file = written(tmp_path, LINES[:3])
     done = command("generate", "--prompts", file, "--skip", 9)
     assert (done.code, done.stdout) == (0, "") and f"--skip 9 leaves out every prompt of {file}, which has 2" in done.stderr
 

@@ -101,6 +101,7 @@ _ONE_TURN = ("-st", "--single-turn")
 _OTHERS = "-fit -fitc -fitt -jinja -lcd -lcs -lm -lv -lzm -md -mg -mli -mm -mmdev -mmu -mu -ofreq -ot -otd -pps -ptc -rea"
 # What one command calls so is called otherwise in another: how much of a text or a task is measured
 _AMOUNTS = ("--limit", "--places", "--chunks")
+_MODEL = re.compile(r".*?\.gguf(?= |$)|(hf|ollama):\S+", re.IGNORECASE)
 _KILO = re.compile(r"(\d{1,9})[kK]")
 
 
@@ -172,9 +173,9 @@ def not_a_number(parameter: Any, words: Sequence[str]) -> str:
 
 def no_word(words: str, options: Mapping[str, Any]) -> str:
     """What was meant by words that belong to no option, of a command that takes none: "" where that cannot be said."""
-    first = words.split(" ")[0]
-    if "--model" in options and (first.lower().endswith(".gguf") or first.startswith(("hf:", "ollama:"))):
-        return f"did you mean -m {shlex.quote(first)}?"
+    model = _MODEL.match(words)
+    if model and "--model" in options:
+        return f"did you mean -m {shlex.quote(model[0])}?"
     return "a prompt is given with -p, in quotes." if "--prompt" in options else ""
 
 
