@@ -160,13 +160,19 @@ def test_configure_keeps_what_is_not_given(tiny: Path) -> None:
         assert now() == (8, LOSSY, "lfu", "buffered", 2, "keep:cover=0.9")
         llm.configure(eviction="lru", prefetch=0)
         assert now() == (8, LOSSY, "lru", "buffered", 0, "keep:cover=0.9")
-        llm.set_capacity(6)
+        llm.set_capacity(6)  # until the next configure()
         llm.configure(routing="original")
-        assert now() == (6, "original", "lru", "buffered", 0, "keep:cover=0.9")
+        assert now() == (8, "original", "lru", "buffered", 0, "keep:cover=0.9")
         with pytest.raises(UsageError, match="fifo"):
             llm.configure(budget=4, eviction="fifo")
         llm.configure(prompt_routing="original")  # nothing of a call that failed
-        assert now() == (6, "original", "lru", "buffered", 0, "original")
+        assert now() == (8, "original", "lru", "buffered", 0, "original")
+        for capacity in (5.5, "5", None, True):
+            with pytest.raises(UsageError, match="capacity is a whole number"):
+                llm.set_capacity(capacity)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="scores is ForcedScores or None"):
+            llm.force("x")  # type: ignore[arg-type]
+        assert llm.budget.capacity == 8 and llm.forced is None
 
 
 # ---- states and prefixes

@@ -73,7 +73,12 @@ def test_auto_loads_all_where_all_fits_and_what_fits_where_it_does_not(tiny: Pat
     header = gguf_file.read(tiny)
     layout = experts.layout(header)
     with open_model(tiny) as llm:
-        assert (llm.io, llm.budget.capacity, llm.automatic) == ("load", layout.n_expert, True)
+        back = {"budget": "auto"}
+        for asked in ({}, {"routing": "tuned"}, {"eviction": "lru"}, {"budget": "all", "routing": "original"}, back):
+            assert (llm.io, llm.budget.capacity, str(llm.routing)) == ("load", layout.n_expert, "original")
+            assert llm.automatic == (llm.__getstate__()["budget"] == "auto") == (asked != back)
+            llm.configure(**asked)
+        assert llm.automatic
     enough = memory_plan.of(header, layout, n_ctx=64, free=GIB).needed(layout.n_expert) + 64 * MIB
     assert memory_plan.of(header, layout, n_ctx=64, free=enough).capacity == layout.n_expert
     paged = memory_plan.of(header, layout, n_ctx=64, whole=False, free=GIB)

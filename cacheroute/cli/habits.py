@@ -176,7 +176,7 @@ def no_word(words: str, options: Mapping[str, Any]) -> str:
     model = _MODEL.match(words)
     if model and "--model" in options:
         return f"did you mean -m {shlex.quote(model[0])}?"
-    return "a prompt is given with -p, in quotes." if "--prompt" in options else ""
+    return "a prompt is given with -p, in quotes." if "--prompt" in options and _takes_value(options["--prompt"]) else ""
 
 
 def no_option(option: str, options: Mapping[str, Any], path: str) -> UsageError:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from cacheroute import interrupts
 from cacheroute.cli import options, progress, prompt
 from cacheroute.cli.terminal import say
@@ -110,7 +112,7 @@ class Source:
 
 def source(name: str | None, skip: int, output: str, *, others: bool, stdin: bool) -> Source | None:
     """What --prompts names; None without it. `others`: whether options of a single prompt are given, `stdin`: whether it may be
-    read. Raises UsageError for options that do not go together, and what cannot be read."""
+    read. Raises UsageError for options that do not go together, and what cannot be read, typer.Exit where nothing is left."""
     if name is None and skip:
         raise UsageError("--skip leaves out prompts of --prompts, and there are none.")
     if name is None:
@@ -124,6 +126,7 @@ def source(name: str | None, skip: int, output: str, *, others: bool, stdin: boo
     found = Source.of(name)
     if found.total is not None and skip >= found.total:
         say(f"--skip {skip} leaves out every prompt of {name}, which has {found.total}")
+        raise typer.Exit
     return found
 
 

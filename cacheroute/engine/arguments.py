@@ -12,6 +12,7 @@ from typing import Any
 from cacheroute.errors import UsageError, did_you_mean
 from cacheroute.routing.prompt_routing import PromptRouting
 from cacheroute.routing.strategies import Routing
+from cacheroute.trace.forced_scores import ForcedScores
 
 OWN = ("use_mmap", "use_mlock", "lazy_mode")  # not for the caller
 _PATCHED = ("lazy_mode", "use_extra_bufts")  # patches/0002-lazy-experts.patch takes them out of **kwargs
@@ -23,6 +24,8 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "eviction": ((str,), "a text"),
     "io": ((str,), "a text"),
     "prefetch": ((Integral,), "a whole number"),
+    "capacity": ((Integral,), "a whole number"),
+    "scores": ((ForcedScores, type(None)), "ForcedScores or None"),
     "prompt_routing": ((str, PromptRouting), "a text or a PromptRouting"),
     "prompt_progress": ((Callable, type(None)), "a function or None"),  # type: ignore[dict-item]
     "budget_changed": ((Callable, type(None)), "a function or None"),  # type: ignore[dict-item]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from cacheroute.engine import stores
 from cacheroute.engine.asked import Asked
 from cacheroute.model.experts import ExpertLayout
-from cacheroute.model.memory_plan import MemoryPlan
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import prompt_routing as prompts
 from cacheroute.routing import tuned
@@ -17,17 +16,17 @@ def follows_memory(budget: str | float | None, routing: str | Routing | None, io
     return budgets.is_auto(budget) and io != stores.NONE and routing is not None
 
 
-def resolve(layout: ExpertLayout, plan: MemoryPlan | None, asked: Asked) -> Asked:
-    """As asked, but for "auto", by the `plan` (None: the budget does not follow the memory), and "tuned".
+def resolve(layout: ExpertLayout, automatic: str | int | None, asked: Asked) -> Asked:
+    """As asked, but for "auto", which is `automatic` (None: the budget does not follow the memory), and "tuned".
 
     A tuned routing holds for one budget: with "auto" it is the largest that fits and has been tuned for. Where all experts fit,
     nothing is read, and a tuned routing has nothing to save: then it is "original".
 
-    Raises UsageError where nothing is tuned for the model and budget, or the model does not fit the free memory.
+    Raises UsageError where nothing is tuned for the model and budget.
     """
     budget, routing, eviction, prompt_routing = asked.budget, asked.routing, asked.eviction, asked.prompt_routing
-    if plan:
-        budget = budgets.automatic(plan, layout)
+    if automatic is not None:
+        budget = automatic
         most = budgets.parse(budget, layout).capacity
         use_tuned = (routing == tuned.NAME, prompt_routing == prompts.TUNED)
         if most == layout.n_expert:

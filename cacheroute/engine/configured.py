@@ -66,17 +66,15 @@ class ConfiguredLlama(SequenceLlama):
         When it fails, nothing has changed but that experts may have left memory.
         """
         self._check_usable()
-        before = self._asked
-        if not self.automatic and self.budget != self._configured:  # set_capacity() asked for it
-            before = before.but(budget=self.budget.capacity)
-        asked = before.but(
+        asked = self._asked.but(
             budget=budget, routing=routing, eviction=eviction, io=io, prefetch=prefetch, prompt_routing=prompt_routing
         )
         arguments.check_types(**vars(asked))
         own = {"paced": self._flash_mbps is not None, "loaded": self._loaded}
         plan = None
+        automatic: str | int | None = None
         if self._loaded and budgets.is_auto(asked.budget):
-            asked = asked.but(budget="all")
+            automatic = "all"
         elif choice.follows_memory(asked.budget, asked.routing, asked.io):
             free = available_memory(ulimits=False)
             more = None if free is None else free + self.resident_bytes
@@ -84,21 +82,22 @@ class ConfiguredLlama(SequenceLlama):
             plan = memory_plan.of(
                 self.header, self.layout, n_ctx=self._n_ctx, flash_attn=flash_attn, loaded=True, whole=False, free=more
             )
-        settings = Settings.of(self.layout, choice.resolve(self.layout, plan, asked), **own)
+            automatic = budgets.automatic(plan, self.layout)
+        settings = Settings.of(self.layout, choice.resolve(self.layout, automatic, asked), **own)
         if settings.routing and settings.io not in ("none", "load"):
             memory_plan.check_more(self.layout, settings.budget.nbytes, self.resident_bytes)
-        self._apply(settings, plan)
-        self._asked = asked
+        self._apply(settings, asked, plan)
         super().reset()
         self._warm()
 
     def set_capacity(self, capacity: int) -> None:
-        """From now on the budget is of so many experts of each layer, and the sequence goes on: a lossless answer stays the same.
+        """Until configure() the budget is so many experts of each layer, and the sequence goes on: a lossless answer is the same.
 
         What is above leaves before the next layer chooses, or at once where nothing computes. Any thread. Raises UsageError for
         fewer than K or more than E, and for a model that is loaded with all of its experts.
         """
         self._check_usable()
+        arguments.check_types(capacity=capacity)
         if self._loaded:
             raise UsageError("This model was loaded with all of its experts in memory; its budget cannot change.")
         if not self.layout.n_used <= capacity <= self.layout.n_expert:
@@ -118,8 +117,9 @@ class ConfiguredLlama(SequenceLlama):
         if self.budget_changed:
             self.budget_changed(self.budget)
 
-    def _apply(self, settings: Settings, plan: MemoryPlan | None) -> None:
-        """Makes the new hook before the old one goes. `plan`: of a budget that follows the free memory, None: it stays."""
+    def _apply(self, settings: Settings, asked: Asked, plan: MemoryPlan | None) -> None:
+        """Makes the new hook before the old one goes. `settings`: what `asked` comes to. `plan`: of a budget that changes with
+        the free memory, None: it stays."""
         if self._watch:
             self._watch.stop()
             self._watch = None
@@ -135,7 +135,7 @@ class ConfiguredLlama(SequenceLlama):
         self.io, self.prefetch = hook.io if hook else settings.io, settings.prefetch
         self.prompt_routing, self._lossy = settings.prompt_routing, settings.lossy
         self._configured = settings.budget
-        self.automatic = plan is not None
+        self._asked, self.automatic = asked, choice.follows_memory(asked.budget, asked.routing, asked.io)
         if plan and hook and self.io not in (stores.NONE, stores.LOAD):
             self._watch = MemoryWatch(self, plan)
 
@@ -161,6 +161,7 @@ class ConfiguredLlama(SequenceLlama):
         for scores of another E or number of layers; eval() raises CacherouteError for a token that they do not have.
         """
         layout = self.layout
+        arguments.check_types(scores=scores)
         if scores and (len(scores.z), scores.z[0].shape[1]) != (len(layout.layers), layout.n_expert):
             raise UsageError(f"{scores.name} does not fit {len(layout.layers)} layers of {layout.n_expert} experts.")
         self.forced = scores

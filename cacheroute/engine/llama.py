@@ -131,8 +131,8 @@ class Llama(ComputingLlama):
         self._owner = os.getpid()
         arguments.check_names(kwargs, Llama, _llama_cpp.Llama)
         arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
-        self._asked = Asked(budget, routing, eviction, io, prefetch, prompt_routing)
-        arguments.check_types(model_path=model_path, **vars(self._asked))
+        asked = Asked(budget, routing, eviction, io, prefetch, prompt_routing)
+        arguments.check_types(model_path=model_path, **vars(asked))
         arguments.check_types(prompt_progress=prompt_progress, budget_changed=budget_changed)
         # a file comes before a model of the same name: this has always taken paths
         path = Path(model_path) if os.path.isfile(model_path) else catalogue.resolve(os.fspath(model_path))
@@ -146,7 +146,8 @@ class Llama(ComputingLlama):
         if choice.follows_memory(budget, routing, io):
             whole = io in (stores.AUTO, stores.LOAD) and not paced and not prefetch
             plan = memory_plan.of(header, self.layout, n_ctx=n_ctx, flash_attn=bool(flash_attn), whole=whole)
-        settings = Settings.of(self.layout, choice.resolve(self.layout, plan, self._asked), paced=paced)
+        automatic = budgets.automatic(plan, self.layout) if plan else None
+        settings = Settings.of(self.layout, choice.resolve(self.layout, automatic, asked), paced=paced)
         self._loaded = settings.io == stores.LOAD
         if self._loaded or settings.io != "none":
             capacity = self.layout.n_expert if self._loaded else settings.budget.capacity if settings.routing else 0
@@ -199,7 +200,7 @@ class Llama(ComputingLlama):
         self._compute = self._ctx.decode
         this = weakref.ref(self)  # a circle would keep a model that is dropped
         self._ctx.decode = lambda batch: this()._decode(batch)  # type: ignore[union-attr]
-        self._apply(settings, plan)
+        self._apply(settings, asked, plan)
 
     @property
     def model_params(self) -> Any:
@@ -285,19 +286,12 @@ class Llama(ComputingLlama):
             super().close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """As llama_cpp.Llama: what makes the same model again, settings included, the sequence not."""
+        """As llama_cpp.Llama: what makes the same model again, settings as they were asked for included, the sequence not."""
         self._check_usable()
         state = {k: v for k, v in super().__getstate__().items() if k not in arguments.OWN}
-        own = {
-            "budget": budgets.AUTO if self.automatic else self.budget.capacity,
-            "routing": self.routing,
-            "eviction": self.eviction,
-            "io": self.io,
-        }
-        more: dict[str, Any] = {"flash_mbps": self._flash_mbps, "prefetch": self.prefetch, "read_ahead": self._read_ahead}
-        more["prompt_routing"] = self.prompt_routing
+        own = vars(self._asked) | {"flash_mbps": self._flash_mbps, "read_ahead": self._read_ahead}
         as_memory_allows = {} if self._batches.fixed else {"n_batch": None, "n_ubatch": None}
-        return state | own | more | as_memory_allows
+        return state | own | as_memory_allows
 
     def tokenize(self, *args: Any, **kwargs: Any) -> Any:
         """As llama_cpp.Llama.tokenize."""

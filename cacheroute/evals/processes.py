@@ -76,7 +76,7 @@ def _end_with_parent() -> None:
 def cluster(scheduler: str) -> Iterator[tuple[Executor, int]]:
     """(executor, number of workers) of a Dask cluster. Work that has not begun at the end of the context is cancelled.
 
-    Raises UsageError when dask.distributed is missing, CacherouteError when no scheduler answers.
+    Raises CacherouteError when dask.distributed is missing, or no scheduler answers.
     """
     try:
         from distributed import Client

@@ -80,7 +80,7 @@ COMMAND_LINE = [
     _usage("a command that does not exist", "gnrate", r"gnrate.*See `cacheroute --help`"),
     _usage("an option that does not exist", "generate --no-such-option", r"--no-such-option.*See `cacheroute generate --help`"),
     _usage("an option without its value", "generate -m", r"'-m' requires an argument"),
-    _usage("an argument too many", "inspect {tiny} b", r"argument"),
+    _usage("an argument too many", "inspect {tiny} b", r"b belongs to no option\. See `cacheroute inspect --help`"),
     _usage("a missing argument", "simulate", r"FILE.*See `cacheroute simulate --help`"),
     _usage("an output that does not exist", "generate -o xml -m {tiny}", r"There is no output 'xml'"),
     _usage("an output of inspect that does not exist", "inspect -o xml {tiny}", r"There is no output 'xml'"),
