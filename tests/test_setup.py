@@ -170,9 +170,15 @@ def test_what_will_be_compiled_is_said(own_cache: Path, monkeypatch: pytest.Monk
 )
 def test_the_script_takes_an_extra_and_options_of_setup(typed: list[str], extra: str, options: str, tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts/setup", tmp_path / "scripts")
+    for name in ("scripts/setup", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
     for name in ("python", "cacheroute"):
         programs.write(tmp_path / ".venv/bin" / name, f'IFS=,\necho "$*" >{name}.arguments\n')
     subprocess.run([tmp_path / "scripts/setup", *typed], check=True, timeout=60)
     assert (tmp_path / "python.arguments").read_text().strip().endswith(f",{extra}")
     assert (tmp_path / "cacheroute.arguments").read_text().strip() == ",".join(["setup", *([options] if options else [])])
+
+
+def test_the_script_refuses_an_extra_that_does_not_exist() -> None:
+    done = subprocess.run([ROOT / "scripts/setup", "serve,plots"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "") and "there is no extra plots; there are dask eval " in done.stderr
