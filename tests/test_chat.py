@@ -218,13 +218,12 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on() -> None:
 
 def test_what_goes_wrong_loses_nothing(llm: Llama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from cacheroute.cli.chat import Talk
-    from cacheroute.engine.asked import Asked
 
     llm.reset()
     conversation = Conversation(llm, "Be brief.")
     answer(conversation, "Hello")
     kept = list(conversation.messages)
-    talk = Talk(conversation, Asked("50%", eviction="lru"), GREEDY, iter([7] * 9), 8)
+    talk = Talk(conversation, GREEDY, iter([7] * 9), 8)
     for line in ("word " * 400, "/save ~nouser7/x", "caf\udcff", "/load /nowhere", '/save "open', "/routing\tnone-such"):
         assert talk.take(line)
         assert conversation.messages == kept, line

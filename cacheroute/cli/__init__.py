@@ -198,9 +198,7 @@ def _usage(e: Any, words: list[str]) -> str:
     message = " ".join(e.format_message().split()).rstrip(".")
     extra = _EXTRA_WORDS.search(message)
     if extra and getattr(e, "ctx", None):
-        meant = habits.no_word(extra[1], habits.options_of(e.ctx.command))
-        message = f"{extra[1]} belongs to no option" + (f"; {meant}" if meant else "")
-        message = message.rstrip(".")
+        message = habits.no_word(extra[1], habits.options_of(e.ctx.command))
     return f"{message}{'' if message.endswith('?') else '.'} See `{path} --help`."
 
 

@@ -26,7 +26,6 @@ from cacheroute.routing import budget as budgets
 from cacheroute.routing.eviction import DEFAULT
 
 if TYPE_CHECKING:
-    from cacheroute.engine.asked import Asked
     from cacheroute.engine.conversation import Conversation
     from cacheroute.engine.llama import Llama
 
@@ -101,9 +100,9 @@ def chat(
         sampling |= constraints.sampling(llm)
         seeds = iter(lambda: secrets.randbelow(2**31), None) if seed < 0 else itertools.count(seed)
         limit = n_predict if n_predict >= 0 else None
-        talk = Talk(conversation, settings, sampling, seeds, limit, verbose=verbose, quiet=quiet)
+        talk = Talk(conversation, sampling, seeds, limit, verbose=verbose, quiet=quiet)
         interrupts.command_goes_on(_SECONDS_TO_STOP)
-        say_start(llm, settings, quiet=quiet)
+        say_start(llm, quiet=quiet)
         for line in _lines():
             if not talk.take(line):
                 break
@@ -114,7 +113,6 @@ class Talk:
     """What a line does: a message is answered, a command acts. `seeds`: one for each answer."""
 
     conversation: Conversation
-    settings: Asked
     sampling: dict[str, Any]
     seeds: Iterator[int]
     max_tokens: int | None
@@ -201,11 +199,9 @@ class Talk:
 
     def _set(self, **changed: Any) -> None:
         """All that was said is evaluated again by the next turn: the caches start empty."""
-        own = self.settings.but(**changed)
         llm = self.conversation.llm
         llm.configure(**changed)
-        self.settings = own
-        say_start(llm, own, quiet=self.quiet)
+        say_start(llm, quiet=self.quiet)
 
     def _system(self, argument: str) -> None:
         self.conversation.system = argument

@@ -146,7 +146,7 @@ def generate(
         if system and not chat:
             raise UsageError("The model's file has no chat template, so there is no place for a system's message.")
         if many:
-            say_start(llm, settings, quiet=quiet)
+            say_start(llm, quiet=quiet)
             own = prompts_file.Settings(chat, system, limit, seed, sampling, constraints)
             return prompts_file.answer(llm, many, own, skip, quiet=quiet)
         messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
@@ -155,7 +155,7 @@ def generate(
         kept = prompt_cache is not None and prompt_cache.exists()
 
         def begins() -> None:
-            say_start(llm, settings, quiet=quiet)
+            say_start(llm, quiet=quiet)
             if kept or quiet:  # generate() decides what of a kept prompt is evaluated again
                 return
             plan = llm.plan(len(asked.tokens))

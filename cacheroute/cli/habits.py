@@ -172,11 +172,13 @@ def not_a_number(parameter: Any, words: Sequence[str]) -> str:
 
 
 def no_word(words: str, options: Mapping[str, Any]) -> str:
-    """What was meant by words that belong to no option, of a command that takes none: "" where that cannot be said."""
+    """What to say of words that belong to no option, with what was meant where that is known."""
     model = _MODEL.match(words)
     if model and "--model" in options:
-        return f"did you mean -m {shlex.quote(model[0])}?"
-    return "a prompt is given with -p, in quotes." if "--prompt" in options and _takes_value(options["--prompt"]) else ""
+        return f"{words} belongs to no option; did you mean -m {shlex.quote(model[0])}?"
+    if "--prompt" in options and _takes_value(options["--prompt"]):
+        return f"{words} belongs to no option; a prompt is given with -p, in quotes"
+    return f"{words} belongs to no option"
 
 
 def no_option(option: str, options: Mapping[str, Any], path: str) -> UsageError:

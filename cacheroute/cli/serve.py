@@ -77,7 +77,7 @@ def serve(
     with closing(server.bind(host, port, timeout)) as bound:  # before the model is loaded, which takes long
         llm = load(path, settings, n_ctx=ctx_size, n_threads=threads, flash_mbps=flash_mbps)
         with closing(llm):
-            say_start(llm, settings)
+            say_start(llm)
             if not has_chat_template(llm):
                 say("The model's file has no chat template: /v1/completions works, /v1/chat/completions does not.")
             if not api_key and not server.is_loopback(bound):

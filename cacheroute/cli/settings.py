@@ -32,7 +32,7 @@ def load(path: Path, settings: Asked, *, n_ctx: int, n_threads: int | None, flas
     return Llama(str(path), **vars(settings), **own, **more)
 
 
-def say_start(llm: Llama, asked: Asked, *, quiet: bool = False) -> None:
+def say_start(llm: Llama, *, quiet: bool = False) -> None:
     """What is in memory, how the rest is read, and what is lossy; from now on that the budget follows the free memory.
 
     `quiet`: only what costs quality, and that memory is short.
@@ -43,7 +43,7 @@ def say_start(llm: Llama, asked: Asked, *, quiet: bool = False) -> None:
         own = {"routing": str(llm.routing), "eviction": llm.eviction, "n_threads": llm.n_threads, "flash_mbps": llm.flash_mbps}
         say(first_line(llm.header, llm.layout, llm.budget.capacity, llm.io, **own))
         nothing_read = llm.routing and not llm.routing.lossy and llm.budget.capacity == llm.layout.n_expert
-        if asked.routing == tuned.NAME and nothing_read:
+        if llm.asked.routing == tuned.NAME and nothing_read:
             say("all experts are in memory: nothing is read, so a tuned routing has nothing to save")
     options.say_lossy(llm, quiet=quiet)
     llm.budget_changed = said_changes(llm.layout, llm.budget)

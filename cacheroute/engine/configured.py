@@ -37,7 +37,7 @@ class ConfiguredLlama(SequenceLlama):
     prefetch: int
     forced: ForcedScores | None
     budget_changed: Callable[[Budget], None] | None
-    _asked: Asked
+    asked: Asked
     _flash_mbps: float | None
     _interrupt: Interrupt
     _files: OpenFiles
@@ -66,7 +66,7 @@ class ConfiguredLlama(SequenceLlama):
         When it fails, nothing has changed but that experts may have left memory.
         """
         self._check_usable()
-        asked = self._asked.but(
+        asked = self.asked.but(
             budget=budget, routing=routing, eviction=eviction, io=io, prefetch=prefetch, prompt_routing=prompt_routing
         )
         arguments.check_types(**vars(asked))
@@ -135,7 +135,7 @@ class ConfiguredLlama(SequenceLlama):
         self.io, self.prefetch = hook.io if hook else settings.io, settings.prefetch
         self.prompt_routing, self._lossy = settings.prompt_routing, settings.lossy
         self._configured = settings.budget
-        self._asked, self.automatic = asked, choice.follows_memory(asked.budget, asked.routing, asked.io)
+        self.asked, self.automatic = asked, choice.follows_memory(asked.budget, asked.routing, asked.io)
         if plan and hook and self.io not in (stores.NONE, stores.LOAD):
             self._watch = MemoryWatch(self, plan)
 

@@ -289,7 +289,7 @@ class Llama(ComputingLlama):
         """As llama_cpp.Llama: what makes the same model again, settings as they were asked for included, the sequence not."""
         self._check_usable()
         state = {k: v for k, v in super().__getstate__().items() if k not in arguments.OWN}
-        own = vars(self._asked) | {"flash_mbps": self._flash_mbps, "read_ahead": self._read_ahead}
+        own = vars(self.asked) | {"flash_mbps": self._flash_mbps, "read_ahead": self._read_ahead}
         as_memory_allows = {} if self._batches.fixed else {"n_batch": None, "n_ubatch": None}
         return state | own | as_memory_allows
 

@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
@@ -154,9 +155,9 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> tuple[str, int | None
     """
     file = cache_dir() / CHOICES
     key = _place(os.stat(arguments[0][0]).st_dev, layout)
-    known = recalled(file) | _unkept.get(str(file), {})
-    if known.get(key) in (DIRECT, BUFFERED):
-        return str(known[key]), None
+    known = _decided(file)
+    if key in known:
+        return known[key], None
     stores: dict[str, int] = {}
     try:
         for name in (DIRECT, BUFFERED):
@@ -181,8 +182,13 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> tuple[str, int | None
 
 def remembered(layout: ExpertLayout) -> str | None:
     """DIRECT or BUFFERED: what "auto" has been decided to on the filesystem of the model; None: nothing yet."""
-    known = recalled(cache_dir() / CHOICES).get(_place(layout.paths[0].stat().st_dev, layout))
-    return str(known) if known in (DIRECT, BUFFERED) else None
+    return _decided(cache_dir() / CHOICES).get(_place(layout.paths[0].stat().st_dev, layout))
+
+
+def _decided(file: Path) -> dict[str, str]:
+    """DIRECT or BUFFERED by place, in the file and in this process."""
+    known = recalled(file) | _unkept.get(str(file), {})
+    return {place: io for place, io in known.items() if io in (DIRECT, BUFFERED)}
 
 
 def faster(seconds: dict[str, float]) -> str:

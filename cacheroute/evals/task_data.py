@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cacheroute.errors import CacherouteError, UsageError, pip_install
-from cacheroute.files import check_regular, decoded, read_text
+from cacheroute.errors import UsageError
+from cacheroute.evals.text import pyarrow_of
+from cacheroute.files import decoded, read_text
 
 SPLITS = ("test", "validation", "dev", "train", "auxiliary_train")
 ENDS = (".csv", ".jsonl", ".parquet")
@@ -122,12 +123,7 @@ def _object(line: str, path: Path, number: int) -> Row:
 
 
 def _parquet(path: Path) -> list[Row]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError:
-        raise CacherouteError(f"Parquet files need pyarrow; run {pip_install('pyarrow')}.") from None
-    check_regular(path, "a parquet file")
+    pa, pq = pyarrow_of(path)
     try:
         rows: list[Row] = pq.read_table(path).to_pylist()
     except (pa.ArrowInvalid, OSError) as e:

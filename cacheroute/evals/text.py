@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError, pip_install
 from cacheroute.files import check_regular, read_text
@@ -73,13 +74,20 @@ def _jsonl(path: Path, column: str) -> list[str]:
     return rows
 
 
-def _parquet(path: Path, column: str) -> list[str]:
+def pyarrow_of(path: Path) -> tuple[Any, Any]:
+    """The modules pyarrow and pyarrow.parquet, to read a regular file. Raises CacherouteError without them, UsageError for a file
+    that is none."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ModuleNotFoundError:
         raise CacherouteError(f"Parquet files need pyarrow; run {pip_install('pyarrow')}.") from None
     check_regular(path, "a parquet file")
+    return pa, pq
+
+
+def _parquet(path: Path, column: str) -> list[str]:
+    pa, pq = pyarrow_of(path)
     try:
         names = pq.read_schema(path).names
         if column not in names:
