@@ -26,6 +26,9 @@ UNITS = {
     "kib": 1024,
     "mib": MIB,
     "gib": GIB,
+    "ki": 1024,
+    "mi": MIB,
+    "gi": GIB,
     "kb": 1000,
     "mb": 1000**2,
     "gb": 1000**3,
@@ -193,7 +196,7 @@ def check_regular(path: Path, what: str, *, missing: str = "") -> None:
 
 def check_new(path: Path, *, force: bool) -> None:
     """Raises UsageError for a file that exists, unless `force`."""
-    if path.exists() and not force:
+    if os.path.exists(path) and not force:  # Path.exists() raises for names that are too long
         raise UsageError(f"{path} exists; --force replaces it.")
 
 
@@ -201,7 +204,8 @@ def check_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
     """Raises UsageError where a file to be written is one of the inputs, or two of them are one file, links included."""
     for i, output in enumerate(outputs):
         for other in (*outputs[:i], *inputs):
-            same = output.samefile(other) if output.exists() and other.exists() else output.absolute() == other.absolute()
+            there = os.path.exists(output) and os.path.exists(other)
+            same = output.samefile(other) if there else output.absolute() == other.absolute()
             if same:
                 raise UsageError(f"{output} would replace {other}, which this command needs; write to another file.")
 

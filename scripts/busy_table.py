@@ -42,11 +42,12 @@ def worker(arm: str, a: argparse.Namespace) -> None:
     from cacheroute.cli import options
     from cacheroute.engine.compute_threads import ComputeThreads
     from cacheroute.install import patched_llama_cpp
+    from cacheroute.model import catalogue
 
     sizes = {"n_ctx": a.n_gen + 64, "n_batch": 64, "n_threads": a.threads, "n_threads_batch": a.threads, "verbose": False}
     decoding: Any
     if arm.startswith("llama.cpp"):
-        llm = patched_llama_cpp.module().Llama(a.model, use_mmap=True, use_extra_bufts=False, **sizes)
+        llm = patched_llama_cpp.module().Llama(str(catalogue.resolve(a.model)), use_mmap=True, use_extra_bufts=False, **sizes)
         decoding = contextlib.nullcontext
     else:
         if arm != "cacheroute":

@@ -43,6 +43,13 @@ def test_a_slot_is_no_larger_than_the_most_pages_of_an_expert(layout: ExpertLayo
             assert t.slot_bytes < t.expert_bytes + 2 * PAGE
 
 
+@given(layouts())
+def test_units_may_be_short(layout: ExpertLayout) -> None:
+    for short, whole in (("9Gi", "9GiB"), ("9G", "9GiB"), ("999Mi", "999MiB"), ("99999999ki", "99999999KiB")):
+        assert budgets.parse(short, layout) == budgets.parse(whole, layout)
+        assert budgets.in_bytes(short, layout) == budgets.in_bytes(whole, layout)
+
+
 @given(layouts(), st.floats(0, 1))
 def test_a_budget_in_bytes_holds_as_many_experts_of_every_layer_as_fit(layout: ExpertLayout, share: float) -> None:
     least, all_of_them = N_USED * layout.resident_bytes, N_EXPERT * layout.resident_bytes

@@ -62,6 +62,36 @@ def test_the_command_line_is_before_all(
     assert run("inspect", tiny) == 0 and capsys.readouterr().out.startswith("model")
 
 
+def test_what_nobody_typed_gives_way(
+    config: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting for all commands does not refuse what is typed: its own sentence is for who types both."""
+    config("")
+    for name, value in (("MODEL", "no-such-model"), ("FLASH_MBPS", "500"), ("WORKERS", "2")):
+        monkeypatch.setenv(f"CACHEROUTE_{name}", value)
+    assert run("inspect", tiny, "-o", "json") == 0 and json.loads(capsys.readouterr().out)["experts"] == 32
+    assert run("inspect", tiny, "-m", "demo") == 2 and "Name one model." in capsys.readouterr().err
+    for words in (("tune",), ("eval", "perplexity", "--carry"), ("frontier", "f.jsonl", "--scheduler", "tcp://nowhere:1")):
+        assert run(*words, "-m", "no-such-model") == 2
+        assert "'no-such-model'" in capsys.readouterr().err, words
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("bench", "--replay", ""), "nothing to replay"),
+        (("plan", "--ram", ""), "is not a size"),
+        (("frontier", "f.jsonl", "--routing", ""), "name a routing, or leave --routing out"),
+        (("eval", "task", ","), "name a task"),
+    ],
+)
+def test_an_empty_value_is_not_an_option_left_out(
+    words: tuple[str, ...], reason: str, tiny: Path, config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config("")
+    assert run(*words, "-m", tiny) == 2 and reason in capsys.readouterr().err
+
+
 def test_values_are_read_as_they_would_be_typed(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config('[bench]\nbudget = ["25%", 16]\ncontrol = true\n[setup]\ndemo = false\n[eval.perplexity]\nlimit = 9\n')
     assert chosen("bench") == {"budget": "25%,16", "control": True} and chosen("setup") == {"demo": False}

@@ -302,6 +302,10 @@ def test_tune_keeps_within_a_kl(own_cache: Path, tiny: Path, prose: Path) -> Non
     assert notes["held_out_kl"]["kl"] == report["trials"][-1]["kl"]
     again = run(*arguments)
     assert "this replaces the routing tuned for 500 millinats" in again.stderr
+    Path(report["profile"]).write_text("{}")
+    last = run(*arguments)
+    assert last.exit_code == 0 and "this replaces a file that cannot be read" in last.stderr
+    assert tuned.load(Path(report["profile"])).notes["max_kl"] == 0.5
     assert max(len(line) for line in again.stdout.splitlines()[2:-3]) <= 80 and "Mean KLD [95%]" in again.stdout
     assert "; within 500 millinats of KL: " in again.stdout
     assert "within 500 millinats of KL" in run(*arguments, "--wide").stdout

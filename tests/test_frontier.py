@@ -121,7 +121,7 @@ def test_the_grid_has_every_strategy(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--workers", 2, "--scheduler", "tcp://nowhere:1"), "Give --workers or --scheduler"),
+        (("--workers", 2, "--scheduler", "tcp://nowhere:1"), "a cluster has its own workers"),
         (("--budget", ""), "There is nothing to score"),
         (("--budget", "1"), "give at least 2"),
         (("--routing", "pruning:k=9"), "k is at most 2"),

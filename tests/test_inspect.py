@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -20,7 +21,7 @@ from cacheroute.model.report import Report
 from support import tiny_models
 
 inspector = importlib.import_module("cacheroute.model.report")
-command = importlib.import_module("cacheroute.cli.inspect")
+inspect = partial(importlib.import_module("cacheroute.cli.inspect").inspect, None)  # outside of a command line
 
 
 def report_of(arch: str, folder: Path, **shape: object) -> Report:
@@ -116,7 +117,7 @@ def test_a_split_model_of_100_gb_takes_less_than_a_second(tmp_path: Path, capsys
     seconds = []
     for _ in range(3):  # of the processor: this machine may be busy
         start = time.process_time()
-        command.inspect(str(path), "json")
+        inspect(str(path), "json")
         seconds.append(time.process_time() - start)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["total_bytes"] > 100e9 and report["shards"] == 3 and report["layers"] == 30
@@ -155,7 +156,7 @@ def test_every_tensor_has_a_class() -> None:
 
 
 def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.inspect(str(tiny_models.write("deepseek2", tmp_path / "m-v3.gguf", shards=2)))
+    inspect(str(tiny_models.write("deepseek2", tmp_path / "m-v3.gguf", shards=2)))
     out = capsys.readouterr().out
     for fact in ("and 1 more shard", "3, 2 with experts", "sigmoid, selection bias, 2 of 4 groups", "F16 x6", "least"):
         assert fact in out, out
@@ -169,21 +170,21 @@ def test_experts_of_two_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert report.expert_sizes == ((small, 2), (large, 2))
     assert report.expert_bytes_all_layers == 2 * (small + large)
     assert {c.name: c.types for c in report.tensors}["experts, down"] == {"Q4_K": 2, "Q6_K": 2}
-    command.inspect(str(path))
+    inspect(str(path))
     out = capsys.readouterr().out
     assert "one expert        0.11 MiB in 2 layers, 0.12 MiB in 2 layers, 0.45 MiB in all layers" in out, out
 
 
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="There is no file"):
-        command.inspect(str(tmp_path / "none.gguf"))
+        inspect(str(tmp_path / "none.gguf"))
     with pytest.raises(UsageError, match="text and json"):
-        command.inspect(None, "xml")
+        inspect(None, "xml")
     no_gguf = tmp_path / "no.gguf"
     no_gguf.write_bytes(b"nothing of the kind")
     with pytest.raises(UsageError, match="not a GGUF"):
-        command.inspect(str(no_gguf))
+        inspect(str(no_gguf))
     cut = tiny_models.write("olmoe", tmp_path / "cut.gguf")
     os.truncate(cut, cut.stat().st_size - 1000)
     with pytest.raises(CacherouteError, match="cut short"):
-        command.inspect(str(cut))
+        inspect(str(cut))

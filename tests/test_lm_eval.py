@@ -134,6 +134,17 @@ def test_the_state_comes_back_exactly(llm: Llama) -> None:
     assert after_again.resident_bytes == after_first.resident_bytes > 0
 
 
+def test_a_state_is_kept_whole_while_an_interrupt_is_on_its_way(llm: Llama) -> None:
+    """As in a server whose client leaves between the prompt's last batch and the first token."""
+    llm.configure(budget="25%", routing="cache-prior:lambda=0.6", eviction="score", io="buffered")
+    llm.eval(np.random.default_rng(1).integers(3, 300, 20).tolist())
+    whole, resident = llm.checkpoint(), llm.stats().resident_bytes
+    llm.interrupt()
+    again = llm.checkpoint()
+    llm.interrupt(False)
+    assert again.routing_bytes() == whole.routing_bytes() and llm.stats().resident_bytes == resident > 0
+
+
 def test_greedy_is_reported(llm: Llama) -> None:
     s = scorer(llm)
     answers = [s.loglikelihood(HEAD + QUESTION, f" {chr(c)}") for c in range(ord("a"), ord("z") + 1)]

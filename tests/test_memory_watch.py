@@ -195,6 +195,22 @@ def test_layers_of_unequal_shares_stay_within_a_smaller_budget() -> None:
 
 
 @pytest.mark.engine
+def test_a_budget_goes_on_following_the_memory_after_settings_that_fail(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "available_memory", lambda **_: 70 * MIB)
+    with contextlib.closing(Llama(str(tiny), budget="auto", io="direct", n_ctx=64, n_threads=1, verbose=False)) as llm:
+        watch = llm._watch
+
+        def refuse(*_: object) -> None:
+            raise CacherouteError("no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("cacheroute.engine.configured.Hook", refuse)
+            with pytest.raises(CacherouteError):
+                llm.configure(routing="cache-prior:lambda=0.1")
+        assert llm._watch is watch and watch and watch._thread.is_alive() and str(llm.routing) == "original"
+
+
+@pytest.mark.engine
 def test_a_signal_handler_may_change_the_capacity_and_not_close(alone: Path) -> None:
     """It runs in the thread that computes, in the middle of a token."""
     tokens = [int(t) for t in np.random.default_rng(3).integers(5, 200, 60)]

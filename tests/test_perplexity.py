@@ -267,7 +267,7 @@ def test_the_table(tiny: Path, prose: Path) -> None:
         (("-o", "xml"), "There is no output 'xml'"),
         (("-f", "/nonexistent/text"), "cannot be read"),
         (("--io", "tape"), "There is no io 'tape'"),
-        (("--carry", "--workers", 2), "leave --workers out"),
+        (("--carry", "--workers", 2), "--workers cannot share out"),
     ],
 )
 def test_bad_input_is_one_sentence(tiny: Path, prose: Path, arguments: tuple[object, ...], message: str) -> None:

@@ -510,6 +510,7 @@ def test_settings_that_cannot_be(server: Served) -> None:
     wrong = {
         ("--port", str(server.port)): f"Port {server.port} of 127.0.0.1 cannot be used (",
         ("--host", "no.such.host.invalid"): "Port 8080 of no.such.host.invalid cannot be used (",
+        ("--host", "127.0..1"): "Port 8080 of 127.0..1 cannot be used (no name of a host)",
         ("--api-key", "a b"): "without spaces",
         ("--api-key", ""): "for no key leave it out",
     }

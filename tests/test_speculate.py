@@ -21,7 +21,7 @@ from support import oracle, tiny_models
 from support.decoding import decoded
 from support.expert_file import on_a_disk
 from support.live_hook import LIB, Ahead, compute, counters, hooked, settled
-from support.native_hook import SIGMOID, SOFTMAX
+from support.native_hook import SIGMOID, SOFTMAX, SQRT_SOFTPLUS
 from support.systems import LINUX
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="reads as Linux does")
@@ -68,9 +68,10 @@ def test_a_bonus_for_what_is_cached(tmp_path: Path) -> None:
         assert counters(live).misses == 4
 
 
-@pytest.mark.parametrize(("gating", "run"), [(SOFTMAX, (3, 4)), (SIGMOID, (3, 6))])
+@pytest.mark.parametrize(("gating", "run"), [(SOFTMAX, (3, 4)), (SIGMOID, (3, 6)), (SQRT_SOFTPLUS, (3, 6))])
 def test_a_bias_for_the_choice_is_added_to_probabilities(tmp_path: Path, gating: int, run: tuple[int, int]) -> None:
-    """Of the logits 5, 4 and -5 a softmax makes .73, .27, 0, and a sigmoid .99, .98, .01; expert 4 gets 0.5 more."""
+    """Of the logits 5, 4 and -5 a softmax makes .73, .27, 0, a sigmoid .99, .98, .01, and the root of a
+    softplus 2.24, 2.00, .08; expert 4 gets 0.5 more."""
     with hooked(on_a_disk(tmp_path) / "experts.bin", "buffered", routing="speculate") as live:
         ahead = Ahead(live, 0, selection_bias=0.5 * (np.arange(8) == 4))
         live.select(0, 2, 5, hidden=ahead.hidden(3, 6), gating=gating)

@@ -11,6 +11,7 @@ import pytest
 
 from cacheroute import files
 from cacheroute.errors import UsageError
+from cacheroute.evals import text
 
 
 def test_a_pipe_is_read_to_its_end_and_waited_for_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,6 +31,16 @@ def test_a_pipe_is_read_to_its_end_and_waited_for_with_a_word(tmp_path: Path, ca
     assert files.read_text(path) == b"the cat\nsat"
     writer.join()
     assert capsys.readouterr().err == f"waiting for text from the pipe {path}\n"
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    plain, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    plain.write_bytes("\ufeffthe cat".encode())
+    rows.write_bytes('\ufeff{"text": "the cat"}\n'.encode())
+    assert text.read(plain) == text.read(rows) == "the cat"
+    rows.write_bytes(b"\xff")
+    with pytest.raises(UsageError, match="is not UTF-8 text"):
+        text.read(rows)
 
 
 def test_what_is_no_text_is_called_what_it_is(tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def settings(tiny: Path, prose: Path, *more: object) -> tuple[object, ...]:
 @pytest.mark.parametrize("form", [("--price-tokens", 30), ("--uniform",)])
 def test_tuned_is_picked_up(cache: Path, tiny: Path, prose: Path, form: tuple[object, ...]) -> None:
     missing = run("generate", "-m", tiny, "-p", "the", "-n", 1, "--routing", "tuned", "--budget", "25%", "--raw")
-    assert missing.exit_code == 2 and "run `cacheroute tune --budget 25%` first" in missing.stderr
+    assert missing.exit_code == 2 and f"run `cacheroute tune -m {tiny} --budget 25%` first" in missing.stderr
     result = run(*settings(tiny, prose, "--max-ppl-increase", "40%", *form))
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

@@ -49,8 +49,8 @@ def control_arm(budget: str, *, repack: bool) -> Arm:
 class Row:
     """One line of a report. Names that llama-bench also uses have the same meaning; MiB are 2^20 bytes.
 
-    `resident_mib` is the largest amount of experts in memory after a run, by the kernel's count (mincore; null for a file of
-    another user, where it is not reliable), `counted_mib` the store's own count, `foreign_mib` what was in memory before a run
+    `resident_mib` is the largest amount of experts in memory after a run, by the kernel's count (mincore; of slots alone for a
+    file of another user), `counted_mib` the store's own count, `foreign_mib` what was in memory before a run
     and could not be dropped, as another process has mapped it; `read_mib_per_token` is what was asked
     of the device, `device_mib_per_token` what the kernel fetched. `hook_ms_per_token` is the time of routing,
     `cpu_s_per_token` the processor time of all threads. `vs_lru` is

@@ -143,8 +143,8 @@ for _command in (
     app.command(cls=_Command)(completion.attach(_command))
 
 _eval = typer.Typer(cls=evaluation.AnyTask, no_args_is_help=True, help=evaluation.HELP)
-for _command in (evaluation.perplexity, eval_task.task, eval_prompt.prompt, eval_long.long):
-    _eval.command(cls=_Command)(completion.attach(_command))
+for _measure in (evaluation.perplexity, eval_task.task, eval_prompt.prompt, eval_long.long):
+    _eval.command(cls=_Command)(completion.attach(_measure))
 app.add_typer(_eval, name="eval")
 
 

@@ -109,7 +109,7 @@ def bench(
     if not all((budgets, typed, evictions, ios, prompts_typed)):
         raise UsageError("There is nothing to compare; give at least one budget, routing and eviction.")
     task = task_profile.load(warm_start) if warm_start else None
-    source = forced_scores.parse(replay) if replay else None
+    source = None if replay is None else forced_scores.parse(replay)
     if source and source.trace and any(prefetch_counts):
         raise UsageError("A trace has no predictions to prefetch by; replay synthetic scores, or leave --prefetch out.")
     if source and source.trace and any(r.speculates for r in parsed.values()):

@@ -46,6 +46,7 @@ IoOption = Annotated[
 
 
 def perplexity(
+    ctx: typer.Context,
     model: options.ModelOption = None,
     file: TextOption = None,
     column: ColumnOption = "text",
@@ -87,7 +88,8 @@ def perplexity(
     """
     table.check(output, wide=wide)
     if carry and workers > 1:
-        raise UsageError("--carry scores the chunks one after the other; leave --workers out.")
+        options.refuse_unused(ctx, "workers", "cannot share out the chunks of --carry, which follow one another; leave it out.")
+        workers = 1
     from cacheroute.evals import loading, scorer, text
     from cacheroute.model import catalogue, experts, gguf_file
 

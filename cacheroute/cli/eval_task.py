@@ -107,6 +107,8 @@ def task(
     from cacheroute.model import catalogue, experts, gguf_file
 
     names = options.names(name)
+    if not names:
+        raise UsageError("There is nothing to ask; name a task, as mmlu or gsm8k.")
     if tasks is None:
         _check_names(names)
     path = catalogue.resolve(model)

@@ -71,12 +71,15 @@ def frontier(
     """
     table.check(output, wide=wide)
     frontier_files.check_options(ctx, files, reference)
-    if routing:
+    if routing is not None:
+        if not options.names(routing):
+            raise UsageError("There is nothing to score; name a routing, or leave --routing out for the grid.")
         options.refuse_unused(ctx, "points", "is of the grid, which --routing takes the place of; leave it out.")
     if files is None and io in (None, "none"):
         options.refuse_unused(ctx, "flash_mbps", "is the pace of reads; give --io direct or buffered, too.")
     if scheduler and workers > 1:
-        raise UsageError("Give --workers or --scheduler; a cluster has its own workers.")
+        options.refuse_unused(ctx, "workers", "is of no use with --scheduler: a cluster has its own workers; leave it out.")
+        workers = 1
     from cacheroute.evals import frontier as frontiers
     from cacheroute.evals import loading, scorer
     from cacheroute.evals.results import ResultsFile
@@ -90,12 +93,12 @@ def frontier(
         chosen = frontier_files.choose(files, reference)
         settings = frontier_files.Settings(threads, workers, scheduler, io, flash_mbps, evictions)
         grid = [r for r in frontiers.grid(chosen.copies[0].layout, points) if r.startswith("cache-prior")]
-        names = options.names(routing) if routing else grid
+        names = grid if routing is None else options.names(routing)
         frontier_files.run(results, chosen, source, names, evictions, budgets, settings, output, timed_with=timed_with, wide=wide)
         return
     path = catalogue.resolve(model)
     layout = experts.layout(gguf_file.read(path))
-    names = options.names(routing) if routing else frontiers.grid(layout, points)
+    names = frontiers.grid(layout, points) if routing is None else options.names(routing)
     arms = frontiers.arms(layout, names, evictions, budgets)
     if not arms:
         raise UsageError("There is nothing to score; give at least one budget and eviction.")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cacheroute.cli import table
+from cacheroute.cli.defaults import is_typed
 from cacheroute.cli.terminal import columns, folded
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import MIB, as_json, printable
@@ -20,6 +21,7 @@ from cacheroute.routing import tuned
 
 
 def inspect(
+    ctx: typer.Context,
     file: Annotated[str | None, typer.Argument(metavar="PATH|NAME", help="A GGUF file or a name. [default: demo]")] = None,
     output: Annotated[str, typer.Option("-o", "--output", help="text or json (sizes in bytes).")] = "text",
     model: Annotated[str | None, typer.Option("-m", "--model", hidden=True)] = None,
@@ -30,7 +32,7 @@ def inspect(
     """
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
-    if file is not None and model is not None:
+    if file is not None and is_typed(ctx, "model"):
         raise UsageError("Name one model.")
     report, past = inspector.inspect(catalogue.resolve(model if file is None else file)), None
     with contextlib.suppress(CacherouteError):  # no folder for what has been measured

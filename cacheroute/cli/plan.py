@@ -60,7 +60,7 @@ def plan(
     """
     if output not in ("text", "json"):
         raise UsageError(f"There is no output {output!r}; there are text and json.")
-    free = files.parse_size(ram) if ram else None
+    free = None if ram is None else files.parse_size(ram)
     n_threads = options.threads(threads)
     reason = "as given" if threads else "one for each fast core"
     if model is None:
@@ -76,9 +76,9 @@ def _one(model: str, free: int | None, flash_mbps: float | None, n_ctx: int, n_t
     entry = catalogue.load_catalogue().get(model.lower())
     if entry and not catalogue.entry_path(entry):
         candidate = candidates.of_entry(entry, n_ctx=n_ctx, free=free)
-        how = f"`cacheroute pull {model}` downloads it"
+        how = f"`{catalogue.how_to_get(entry)}` gets it"
         disk = free_disk(catalogue.hub_cache())
-        if not _has_room(candidate, disk):
+        if entry.name != catalogue.DEMO and not _has_room(candidate, disk):
             how = (
                 f"it needs {size(candidate.nbytes)} of disk and {size(disk or 0)} are free, so that `cacheroute pull` refuses it"
             )
@@ -175,10 +175,8 @@ def _drive(c: Candidate, flash_mbps: float | None) -> Drive | None:
 
     if c.layout is None:
         return None
-    if flash_mbps:
-        return drive.other(c.layout, flash_mbps)
     try:
-        return drive.measure(c.layout)
+        return drive.measure(c.layout, flash_mbps)
     except (CacherouteError, OSError) as e:
         say(f"cacheroute: the drive of {c.name} was not measured: {e}")
         return None
@@ -257,6 +255,8 @@ def _table(found: Sequence[tuple[Candidate, Forecast]], disk: int | None) -> lis
 
 def _text(f: Forecast, model: str) -> list[str]:
     """Lines of at most 80 columns, or of those of a narrower terminal."""
+    from cacheroute.model import catalogue
+
     m, width = f.memory, _width()
     free = "free memory is not known" if m.free is None else f"{size(m.free)} free, {size(m.reserve)} of it left to others"
     parts = (
@@ -291,7 +291,8 @@ def _text(f: Forecast, model: str) -> list[str]:
     lines.append("")
     for i in f.inputs:
         lines += _wrapped(i.how, f"{i.name}: {i.detail}")
-    lines += ["", *([] if f.path else [f"cacheroute pull {model}"]), *_command(f, model)]
+    entry = None if f.path else catalogue.load_catalogue().get(model.lower())
+    lines += ["", *([catalogue.how_to_get(entry)] if entry else []), *_command(f, model)]
     return lines
 
 

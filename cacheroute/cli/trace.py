@@ -124,8 +124,10 @@ def _step(llm: Llama, tokens: list[int], n_prompt: int, n_sequence: int) -> None
 
 
 def _generate(llm: Llama, tokens: list[int], n_predict: int) -> None:
+    from cacheroute.engine.completion import is_end
+
     with progress.bar("trace", n_predict) as advance:
         for n, token in enumerate(llm.generate(tokens, temp=0.0)):
-            if n == n_predict or token == llm.token_eos():  # each token is recorded when the next is asked for
+            if n == n_predict or is_end(llm, token):  # each token is recorded when the next is asked for
                 break
             advance(1, "trace")

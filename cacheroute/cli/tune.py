@@ -98,8 +98,8 @@ def tune(
     """
     allowed = _percent(max_ppl_increase)
     frontier_files.check_options(ctx, files, reference)
-    if flash_mbps is not None and files is None:
-        raise UsageError("--flash-mbps is for the forecast of --files; leave it out.")
+    if files is None:
+        options.refuse_unused(ctx, "flash_mbps", "is for the forecast of --files; leave it out.")
     for name in _OF_TOKENS if prompt and files is None else () if prompt else _OF_PROMPTS:
         if is_typed(ctx, name):
             option = "--places" if name == "n_places" else "--" + name.replace("_", "-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +86,10 @@ def save(routing: tuned.TunedRouting, path: Path) -> None:
     except OSError as e:
         raise CacherouteError(f"{path.parent} cannot be made ({e.strerror}).") from None
     if path.exists():
-        say(f"this replaces the routing tuned for {noted_limit(tuned.load(path).notes)}")
+        before = "a file that cannot be read"
+        with contextlib.suppress(CacherouteError, ValueError, TypeError):
+            before = f"the routing tuned for {noted_limit(tuned.load(path).notes)}"
+        say(f"this replaces {before}")
     tuned.save(routing, path, force=True)
 
 

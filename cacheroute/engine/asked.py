@@ -34,6 +34,11 @@ class Asked:
     prefetch: int = 0
     prompt_routing: str | PromptRouting = "original"
 
+    @property
+    def follows_memory(self) -> bool:
+        """Whether the budget is "auto", and memory is kept at all."""
+        return budgets.is_auto(self.budget) and self.io != "none" and self.routing is not None
+
     def but(self, **changed: Any) -> Asked:
         """With some of them changed; what is Kept.KEPT stays."""
         return Asked(**(vars(self) | {name: value for name, value in changed.items() if value is not Kept.KEPT}))

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from cacheroute.engine import stores
 from cacheroute.engine.asked import Asked
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import prompt_routing as prompts
 from cacheroute.routing import tuned
-from cacheroute.routing.strategies import Routing
-
-
-def follows_memory(budget: str | float | None, routing: str | Routing | None, io: str) -> bool:
-    """Whether a budget is "auto", and memory is kept at all."""
-    return budgets.is_auto(budget) and io != stores.NONE and routing is not None
 
 
 def resolve(layout: ExpertLayout, automatic: str | int | None, asked: Asked) -> Asked:

@@ -181,7 +181,7 @@ class Completion:
                 if self.first is None:
                     self.first = now
                     self._keep(kept)
-                if _is_end(llm, token):
+                if is_end(llm, token):
                     self.finish_reason = "stop"
                     break
                 self.n_tokens, self.last = self.n_tokens + 1, now
@@ -242,5 +242,6 @@ def token_bytes(llm: Llama, token: int) -> bytes:
         size = -n
 
 
-def _is_end(llm: Llama, token: int) -> bool:
+def is_end(llm: Llama, token: int) -> bool:
+    """Whether a token ends an answer: a model may have several of them."""
     return bool(patched_llama_cpp.module().llama_vocab_is_eog(llm._model.vocab, token))

@@ -37,7 +37,6 @@ class ConfiguredLlama(SequenceLlama):
     prefetch: int
     forced: ForcedScores | None
     budget_changed: Callable[[Budget], None] | None
-    asked: Asked
     _flash_mbps: float | None
     _interrupt: Interrupt
     _files: OpenFiles
@@ -75,7 +74,7 @@ class ConfiguredLlama(SequenceLlama):
         automatic: str | int | None = None
         if self._loaded and budgets.is_auto(asked.budget):
             automatic = "all"
-        elif choice.follows_memory(asked.budget, asked.routing, asked.io):
+        elif asked.follows_memory:
             free = available_memory(ulimits=False)
             more = None if free is None else free + self.resident_bytes
             flash_attn = bool(self.context_params.flash_attn_type)
@@ -120,13 +119,13 @@ class ConfiguredLlama(SequenceLlama):
     def _apply(self, settings: Settings, asked: Asked, plan: MemoryPlan | None) -> None:
         """Makes the new hook before the old one goes. `settings`: what `asked` comes to. `plan`: of a budget that changes with
         the free memory, None: it stays."""
-        if self._watch:
-            self._watch.stop()
-            self._watch = None
         hook = Hook(self.layout, settings, self._model.model, self.forced, self._files.paths) if settings.routing else None
         if hook:
             hook.attach(self._ctx.ctx, self._interrupt)
             hook.set_pace(self._flash_mbps)
+        if self._watch:
+            self._watch.stop()
+            self._watch = None
         if self._hook:
             self._hook.close(None if hook else self._ctx.ctx)
         self._hook = hook
@@ -135,7 +134,7 @@ class ConfiguredLlama(SequenceLlama):
         self.io, self.prefetch = hook.io if hook else settings.io, settings.prefetch
         self.prompt_routing, self._lossy = settings.prompt_routing, settings.lossy
         self._configured = settings.budget
-        self.asked, self.automatic = asked, choice.follows_memory(asked.budget, asked.routing, asked.io)
+        self.asked = asked
         if plan and hook and self.io not in (stores.NONE, stores.LOAD):
             self._watch = MemoryWatch(self, plan)
 
@@ -200,6 +199,6 @@ class ConfiguredLlama(SequenceLlama):
         return self._hook.resident_bytes if self._hook else 0
 
     def measure_resident(self) -> int | None:
-        """Bytes of experts in memory as the kernel says (mincore), whole pages, of slots and of the file alike; None where it
-        does not tell (a file that belongs to another user, and experts that were loaded with the model)."""
+        """Bytes of experts in memory as the kernel says (mincore), whole pages, of slots and of the file alike (of slots alone
+        where the file belongs to another user); None without mincore, and where experts were loaded with the model."""
         return self._hook.measure_resident() if self._hook and not self._loaded else None

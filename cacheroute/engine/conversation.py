@@ -6,6 +6,7 @@ What of a turn's prompt is evaluated already is not evaluated again, and experts
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Writes the conversation as JSON. Raises UsageError where a file is."""
-        if path.exists():
+        if os.path.exists(path):
             raise UsageError(f"{path} exists; give another name.")
         write_json(path, {"kind": _KIND, "system": self.system, "messages": self.messages}, force=False)
 

@@ -143,7 +143,7 @@ class Llama(ComputingLlama):
         n_ctx = kwargs.get("n_ctx", 512)
         flash_attn = FlashAttention.of(kwargs.get("flash_attn"), kwargs.get("type_k"), kwargs.get("type_v"))
         plan = None
-        if choice.follows_memory(budget, routing, io):
+        if asked.follows_memory:
             whole = io in (stores.AUTO, stores.LOAD) and not paced and not prefetch
             plan = memory_plan.of(header, self.layout, n_ctx=n_ctx, flash_attn=bool(flash_attn), whole=whole)
         automatic = budgets.automatic(plan, self.layout) if plan else None

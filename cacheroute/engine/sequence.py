@@ -28,6 +28,7 @@ from cacheroute.model import gguf_file
 from cacheroute.routing import strategies
 
 if TYPE_CHECKING:
+    from cacheroute.engine.asked import Asked
     from cacheroute.engine.hook import Hook
     from cacheroute.model.experts import ExpertLayout
     from cacheroute.routing.budget import Budget
@@ -61,7 +62,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     eviction: str
     prompt_routing: PromptRouting
     _lossy: bool  # either routing is
-    automatic: bool  # the budget follows the free memory
+    asked: Asked
     _configured: Budget  # before set_capacity() or the free memory has changed it
     _two_budgets: bool  # set_capacity() has come in the middle of the sequence
     _loaded: bool  # all experts are in memory, as llama.cpp loads them
@@ -137,6 +138,11 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def _capacity(self) -> int | None:
         """Of the caches, None without."""
         return self.budget.capacity if self._hook else None
+
+    @property
+    def automatic(self) -> bool:
+        """The budget follows the free memory."""
+        return self.asked.follows_memory
 
     def _is_of_this_budget(self, mark: Checkpoint) -> bool:
         """Also where the budget follows the free memory, and may have been another."""

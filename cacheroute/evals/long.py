@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cacheroute.engine import completion
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import loading, paired, repetition
 from cacheroute.evals.perplexity import Floats, LogP, log_probabilities, score
@@ -37,7 +38,7 @@ from cacheroute.routing.strategies import Routing, parse, routing_key
 if TYPE_CHECKING:
     from cacheroute.engine.llama import Llama
 
-_FORMAT = "cacheroute-long-1"
+_FORMAT = "cacheroute-long-2"
 _COLD = 100  # the first tokens, or half of a shorter text
 
 
@@ -143,7 +144,7 @@ class Writer:
         """(tokens, nats of each, missed and selected slots of each after the first)."""
         llm, decoding = self.llm, request.decoding
         draws = np.random.default_rng([decoding.seed, request.prompt]).random(self._n)
-        ends = [t for t in (llm.token_eos(), llm._model.token_eot()) if t >= 0]
+        ends = [t for t in range(llm.n_vocab()) if completion.is_end(llm, t)]
         llm.reset()
         llm.eval(prompt)
         tokens: list[int] = []

@@ -84,7 +84,7 @@ def cluster(scheduler: str) -> Iterator[tuple[Executor, int]]:
         raise CacherouteError(f"--scheduler needs dask.distributed; run {pip_install('distributed')}.") from None
     try:
         client = Client(scheduler, timeout="10s")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:  # TypeError: tls without certificates
         raise CacherouteError(f"No Dask scheduler answers at {scheduler} ({type(e).__name__}).") from None
     with closing(client):
         executor = client.get_executor(pure=False)

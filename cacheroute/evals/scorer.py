@@ -231,7 +231,7 @@ def session(
         pace = f"{flash_mbps:g} MB/s" if flash_mbps else "unpaced"
         job = replace(
             job,
-            flash_mbps=flash_mbps,
+            flash_mbps=flash_mbps if timed else None,  # the reads of a score that nobody times need no pace
             timing=f"{job.io}, {job.n_threads} threads, {pace}" if timed else "",
             references=reference.folder_name(reference_model or path),
             reference=reference_model.resolve() if reference_model else None,

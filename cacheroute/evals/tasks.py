@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cacheroute.engine import completion
 from cacheroute.errors import UsageError
 from cacheroute.evals.perplexity import LogP, log_probabilities
 from cacheroute.install.machine import available_memory
@@ -138,19 +139,18 @@ class TaskScorer:
             self.truncated += 1
             tokens = tokens[-keep:]
         self._start(tokens, self._head_length(context, tokens, len(tokens)), decode=False)
-        end = {self.llm.token_eos(), self.llm._model.token_eot()}
-        made: list[int] = []
+        made = b""
         text = ""
-        for _ in range(room):
+        for n in range(1, room + 1):
             token = int(log_probabilities(self.llm).argmax())
-            if token in end:
+            if completion.is_end(self.llm, token):
                 break
-            made.append(token)
-            text = str(self.llm.detokenize(made, prev_tokens=tokens).decode("utf-8", "ignore"))
+            made += completion.token_bytes(self.llm, token)
+            text = made.decode("utf-8", "ignore")
             cut = min((i for i in (text.find(s) for s in stops) if i >= 0), default=-1)
             if cut >= 0:
                 return text[:cut]
-            if len(made) < room:
+            if n < room:
                 with self.llm.decoding():
                     self.llm.eval([token])
         return text

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError, pip_install
-from cacheroute.files import check_regular, read_text
+from cacheroute.files import check_regular, decoded, read_text
 
 DOCUMENT_BREAK = "\n\f\n"  # a line that holds only a form feed, as in data/heldout.txt
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -48,17 +48,15 @@ def read(path: Path | None, column: str = "text") -> str:
         elif path.suffix in _JSON_LINES:
             text = "\n\n".join(_jsonl(path, column))
         else:
-            text = read_text(path).decode("utf-8")
+            text = decoded(read_text(path), str(path))
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror or e}).") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text; convert it first.") from None
     return text.replace(DOCUMENT_BREAK, "\n\n")
 
 
 def _jsonl(path: Path, column: str) -> list[str]:
     rows = []
-    for number, line in enumerate(read_text(path).decode("utf-8").split("\n"), 1):
+    for number, line in enumerate(decoded(read_text(path), str(path)).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -31,13 +31,17 @@ class Drive:
 
 
 def known(layout: ExpertLayout, flash_mbps: float | None = None, io: str = stores.AUTO) -> Drive | None:
-    """By what is remembered of the filesystem; None: nothing is, and no pace is given."""
+    """By what is remembered of the filesystem, which is read no faster than a pace that is given; None: neither is known."""
     return _better(stores.speeds(layout), flash_mbps, io)
 
 
 def measure(layout: ExpertLayout, flash_mbps: float | None = None) -> Drive:
     """Remembered, or measured for about a second; what was measured once only, or while other programs took the processors, is
-    measured again. Raises CacherouteError for a file that cannot be read."""
+    measured again. `flash_mbps`: not this drive but one of that many 10^6 bytes/s, which may be faster, read as is known to be
+    better on this one. Raises CacherouteError for a file that cannot be read."""
+    if flash_mbps:
+        here = known(layout)
+        return Drive(here.io if here else stores.DIRECT, flash_mbps * 1e6, GIVEN)
     speeds = stores.speeds(layout, _ROUNDS)
     if not speeds:
         look = Look()
@@ -45,16 +49,10 @@ def measure(layout: ExpertLayout, flash_mbps: float | None = None) -> Drive:
         of = {r.io: [x.mb_per_s for x in readings if x.io == r.io and not x.refused] for r in readings if not r.refused}
         speeds = {io: statistics.median(values) for io, values in of.items()}
         stores.remember_speeds(layout, speeds, 1 if look.crowded else _ROUNDS)
-    found = _better(speeds, flash_mbps, stores.AUTO)
+    found = _better(speeds, None, stores.AUTO)
     if found is None:
         raise CacherouteError(f"{layout.paths[0]} cannot be read fast enough to measure it.")
     return found
-
-
-def other(layout: ExpertLayout, flash_mbps: float) -> Drive:
-    """A drive of that many 10^6 bytes/s, which may be faster than the one here, read as is known to be better on this one."""
-    here = known(layout)
-    return Drive(here.io if here else stores.DIRECT, flash_mbps * 1e6, GIVEN)
 
 
 def blocks(file: Path, size: int) -> ExpertLayout:

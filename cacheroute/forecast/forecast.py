@@ -27,7 +27,6 @@ from cacheroute.routing.strategies import Routing
 ROUTINGS = ("original", "cache-prior:lambda=0.1", "cache-prior:lambda=0.2")
 PROMPTS = (512, 2048)
 MEASURED, READ, ASSUMED = "measured", "read", "assumed"
-_DEPTH = 512  # tokens of context that a decoded token is taken to look back on
 _ENOUGH = 0.97  # a smaller budget with so much of the speed does as well
 _GAIN = 1.15  # what a lossy routing must gain to be worth naming
 
@@ -192,7 +191,7 @@ def of(
         shown * (plan.file_expert_bytes if shown == plan.n_expert else plan.expert_bytes),
         plan.prompt_reserve(shown),
     )
-    one = _One(work, plan, machine, path, min(n_ctx, _DEPTH))
+    one = _One(work, plan, machine, path, min(n_ctx, timing.DEPTH))
     names = {"least": plan.n_used, **({} if capacity is None else {"suggested": capacity}), "full": plan.n_expert}
     budgets = tuple(one.budget(name, c, fits=capacity is not None and c <= capacity) for name, c in names.items())
     found = Forecast(

@@ -18,7 +18,6 @@ from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
 from cacheroute.routing.strategies import Routing
 
-_DEPTH = 512  # tokens of context that a decoded token is taken to look back on
 _WHOLE_NUMBERS_FROM = 10
 
 
@@ -94,7 +93,7 @@ def _tokens_per_s(
     layout: ExpertLayout,
 ) -> float:
     rate, _ = misses.typical(work.n_expert, work.n_used, capacity, routing, eviction, layout.paths[0])
-    return 1 / timing.decoding(work, own, found, rate, _DEPTH, cores() - own.n_threads).seconds
+    return 1 / timing.decoding(work, own, found, rate, timing.DEPTH, cores() - own.n_threads).seconds
 
 
 def _amount(value: float) -> str:

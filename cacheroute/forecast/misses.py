@@ -62,7 +62,7 @@ def typical(
         return 0.0, 0
     counted = recorded(model, capacity, eviction).get(strategies.routing_key(routing)) if model else None
     if counted:
-        return counted[0] / counted[1], counted[1] // n_used
+        return counted[0] / counted[1], counted[2] // n_used
     return _simulated(n_expert, n_used, capacity, routing, eviction, "typical"), 0
 
 
@@ -79,9 +79,10 @@ def _scores(n_layers: int, n_expert: int, locality: str) -> tuple[forced_scores.
 
 
 @functools.lru_cache(maxsize=8)
-def recorded(model: Path, capacity: int, eviction: str) -> dict[str, tuple[int, int]]:
-    """(experts missed, experts that ran) by routing_key(), of all text on which this model was scored at this budget."""
-    found: dict[str, tuple[int, int]] = {}
+def recorded(model: Path, capacity: int, eviction: str) -> dict[str, tuple[int, int, int]]:
+    """(experts missed, experts that ran, of these those of one layer) by routing_key(), of all text on which this model was
+    scored at this budget."""
+    found: dict[str, tuple[int, int, int]] = {}
     try:
         files = sorted((cache_dir() / "scores").glob("*.jsonl"))
         fingerprint = gguf_file.content_fingerprint(model) if files else ""
@@ -107,8 +108,9 @@ def recorded(model: Path, capacity: int, eviction: str) -> dict[str, tuple[int, 
                     if place in seen:  # scored by two versions
                         continue
                     seen.add(place)
-                    missed, ran = found.get(place[1], (0, 0))
-                    found[place[1]] = missed + sum(counts[:-1]), ran + counts[-1]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):
+                    missed, ran, in_one = found.get(place[1], (0, 0, 0))
+                    n_layers = len(cell["misses"])
+                    found[place[1]] = missed + sum(counts[:-1]), ran + counts[-1], in_one + counts[-1] // n_layers
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError, ZeroDivisionError):
             continue  # being written, or of another version
     return {routing: counts for routing, counts in found.items() if counts[1] > 0}

@@ -12,8 +12,6 @@ from cacheroute.install.machine import cores
 from cacheroute.model.experts import ExpertLayout
 from cacheroute.model.gguf_file import GgufFile
 
-_DEPTH = 512  # tokens of context that a decoded token is taken to look back on
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -43,4 +41,4 @@ def tokens_per_s(header: GgufFile, layout: ExpertLayout, machine: Machine, misse
     work = workload.of_header(header, layout)
     rate = 0.0 if whole else min(missed_bytes / (layout.n_used * layout.expert_bytes), 1.0)
     spare = cores() - machine.compute.n_threads
-    return 1 / timing.decoding(work, machine.compute, None if whole else machine.drive, rate, _DEPTH, spare).seconds
+    return 1 / timing.decoding(work, machine.compute, None if whole else machine.drive, rate, timing.DEPTH, spare).seconds

@@ -29,6 +29,8 @@ from cacheroute.forecast.kernels import TypeSpeed
 from cacheroute.forecast.speed import ComputeSpeed
 from cacheroute.forecast.workload import Amount, Amounts, Workload
 
+DEPTH = 512
+"""Tokens of context that a decoded token is taken to look back on."""
 _NODES_DENSE, _NODES_MOE = 22, 26  # small operations of a layer of llama.cpp's graphs, and of its experts
 _HOOK_SECONDS = 25e-6  # of a layer (scripts/RESULTS.md, "What the instrument costs")
 _TOKEN_SECONDS = 5e-4  # of Python and of making the graph

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -200,8 +201,17 @@ def _catalogue_path(entry: ModelEntry) -> Path:
     path = entry_path(entry)
     if path:
         return path
-    command = "setup" if entry.name == DEMO else f"pull {entry.name}"
-    raise UsageError(f"The model {entry.name} is not on this disk: run `cacheroute {command}`.")
+    raise UsageError(f"The model {entry.name} is not on this disk: run `{how_to_get(entry)}`.")
+
+
+def how_to_get(entry: ModelEntry) -> str:
+    """The command that brings a known model here."""
+    return "cacheroute setup" if entry.name == DEMO else f"cacheroute pull {entry.name}"
+
+
+def as_option(path: Path) -> str:
+    """What a command needs to take this file, with a blank before it; nothing for the demo model."""
+    return "" if path.absolute() == demo_path().absolute() else f" -m {shlex.quote(str(path))}"
 
 
 def _choose(text: str, prefix: str, models: list[DiskModel]) -> Path:

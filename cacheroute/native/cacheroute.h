@@ -158,7 +158,7 @@ CR_API const void * cr_store_find(cr_store * store, const void * expert);
 CR_API void cr_store_clear(cr_store * store);
 CR_API void cr_store_set_pace(cr_store * store, double bytes_per_second);
 CR_API uint64_t cr_store_resident_bytes(const cr_store * store);
-CR_API uint64_t cr_store_measure_resident(const cr_store * store); /* UINT64_MAX: mincore is not reliable */
+CR_API uint64_t cr_store_measure_resident(const cr_store * store); /* UINT64_MAX: there is no mincore */
 CR_API uint64_t cr_store_read_bytes(const cr_store * store);
 
 /* ---- a mapping of a file that may become shorter, or whose device may fail ---- */

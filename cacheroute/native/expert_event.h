@@ -8,10 +8,11 @@ namespace cacheroute {
 
 constexpr uint32_t HOOK_VERSION = 4; // LLAMA_EXPERT_HOOK_VERSION
 
-// llama_expert_gating_func_type, asserted in patches/0001
+// llama_expert_gating_func_type; patches/0001 asserts the first and the third
 constexpr int32_t GATING_SOFTMAX        = 1;
 constexpr int32_t GATING_SIGMOID        = 2;
 constexpr int32_t GATING_SOFTMAX_WEIGHT = 3; // softmax over the logits of the chosen
+constexpr int32_t GATING_SQRT_SOFTPLUS  = 4;
 
 // llama_expert_event
 struct ExpertEvent {

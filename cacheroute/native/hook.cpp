@@ -142,8 +142,7 @@ void Hook::reweight(const ExpertEvent & ev) {
 void Hook::finish(bool complete) {
     if (store()) store()->set_interrupt(nullptr);
     if (interrupt_ && interrupt_->raised()) return reset();
-    keep_error([&] { residency_.finish(); });
-    count();
+    end_reads();
     if (complete) progress_.computed(batch_first_, batch_size_);
     // of a batch that wants no output the last layer may have nothing to do
     const auto last   = asked_.empty() ? asked_.end() : asked_.end() - (asked_.size() > 1);
@@ -176,18 +175,21 @@ void Hook::apply_capacity(int computing) {
     const int wanted = wanted_capacity_.load(std::memory_order_relaxed);
     if (wanted == capacity_ || holds_all_) return;
     capacity_ = wanted;
-    std::vector<int> own;
-    int64_t          over = -int64_t(wanted) * int64_t(routers_.size());
+    std::vector<int>     own;
+    std::vector<int64_t> bytes; // of an expert; layers may have experts of several sizes
+    int64_t              over = 0;
     for (size_t l = 0; l < routers_.size(); l++) {
+        bytes.push_back(int64_t(std::max<uint64_t>(residency_.expert_bytes(int(l)), 1)));
         const int64_t n_expert = int64_t(routers_[l].cache().resident().size());
         const int64_t scaled   = int64_t(capacities_[l]) * wanted / first_capacity_;
         own.push_back(int(std::min(std::max<int64_t>(scaled, routers_[l].n_used()), n_expert)));
-        over += own.back();
+        over += (own.back() - wanted) * bytes.back();
     }
-    for (; over > 0; over--) { // layers that cannot have fewer than K take from the largest
-        const auto most = std::max_element(own.begin(), own.end());
-        if (*most <= routers_[size_t(most - own.begin())].n_used()) break;
-        (*most)--;
+    while (over > 0) { // layers that cannot have fewer than K take from the largest
+        const size_t most = size_t(std::max_element(own.begin(), own.end()) - own.begin());
+        if (own[most] <= routers_[most].n_used()) break;
+        own[most]--;
+        over -= bytes[most];
     }
     for (size_t l = 0; l < routers_.size(); l++) {
         routers_[l].set_capacity(own[l], phase_);
@@ -197,6 +199,10 @@ void Hook::apply_capacity(int computing) {
 
 void Hook::settle_capacity() {
     apply_capacity(-1);
+    end_reads();
+}
+
+void Hook::end_reads() {
     keep_error([&] { residency_.finish(); });
     count();
 }
@@ -224,7 +230,7 @@ void Hook::warm(int layer, const std::vector<int32_t> & ids) {
 }
 
 std::vector<CachedRouter> Hook::save() {
-    finish(false);
+    end_reads(); // not finish(): an interrupt may be raised for the next batch, and this one is whole
     return routers_;
 }
 

@@ -104,6 +104,7 @@ class Hook {
     void choose(int layer, const ExpertEvent & event, int t, const Mask * allowed, const std::vector<int32_t> * speculated);
     void reweight(const ExpertEvent & event);
     void apply_capacity(int computing);
+    void end_reads();             // waits for them, and brings the layer back into the budget
     void fill();                  // the caches, where hold_all() was called
     void count();                 // what the store did since the last call, for the phase
     template <typename F> void keep_error(F f);

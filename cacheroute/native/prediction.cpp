@@ -26,15 +26,18 @@ static float dot(const float * a, const float * b, int n) {
     return sum;
 }
 
-// Logits -> probabilities plus the bias that is for the choice alone.
+static float sqrt_softplus(float z) { return std::sqrt(z > 20.0f ? z : std::log1p(std::exp(z))); }
+
+// Logits -> what the model's gating makes of them, plus the bias that is for the choice alone.
 static void add_selection_bias(std::vector<float> & scores, const float * bias, int gating) {
     const float top = *std::max_element(scores.begin(), scores.end());
+    const bool  own = gating == GATING_SIGMOID || gating == GATING_SQRT_SOFTPLUS; // of each expert by itself
     float       sum = 0.0f;
     for (float & s : scores) {
-        s = gating == GATING_SIGMOID ? 1.0f / (1.0f + std::exp(-s)) : std::exp(s - top);
+        s = gating == GATING_SIGMOID ? 1.0f / (1.0f + std::exp(-s)) : own ? sqrt_softplus(s) : std::exp(s - top);
         sum += s;
     }
-    for (size_t e = 0; e < scores.size(); e++) scores[e] = (gating == GATING_SIGMOID ? scores[e] : scores[e] / sum) + bias[e];
+    for (size_t e = 0; e < scores.size(); e++) scores[e] = (own ? scores[e] : scores[e] / sum) + bias[e];
 }
 
 const std::vector<float> * Prediction::scores(int layer, const float * hidden, int gating) {

@@ -40,6 +40,7 @@ class Readers {
     // was queued first: `use` ascends; among equals the order is that of the calls.
     void add(const PageRun & run, uint64_t piece_bytes, uint64_t use, PendingPieces & pending);
     void start(Clock::time_point since); // what was added; the pace counts from `since`
+    void drop_added();                   // what was not started is never read; nobody waits for it any more
 
     // Cancels those of the pieces that have not begun, and returns their bytes. What has begun is read to its end.
     uint64_t cancel(PendingPieces & pending);
@@ -87,7 +88,8 @@ class Readers {
     std::atomic<uint64_t>           asked_bytes_{0}, read_bytes_{0};
     int                             error_   = 0;
     bool                            stop_    = false;
-    int                             waiting_ = 0;
+    bool                            sleeping_ = false; // the one thread that is woken
+    int                             waiting_  = 0;
     Clock::time_point               waiting_since_{};
     double                          waited_seconds_ = 0;
     std::vector<std::thread>        threads_;

@@ -91,8 +91,10 @@ void Slots::keep_no_room() {
 int Slots::read(const PageRun & piece) const {
     const auto     file   = size_t(piece.file);
     const uint64_t wanted = files_.in_file(piece);
-    if (reading_ == Reading::direct) return read_all(direct_[file], piece.address, piece.bytes, wanted, piece.offset);
-    const int error = read_all(files_.descriptors()[file], piece.address, wanted, wanted, piece.offset);
+    const bool     direct = reading_ == Reading::direct;
+    const int      error  = direct ? read_all(direct_[file], piece.address, piece.bytes, wanted, piece.offset)
+                                   : read_all(files_.descriptors()[file], piece.address, wanted, wanted, piece.offset);
+    if (direct && files_.mincore_reliable()) return error; // else probe() could not see whether they pass the page cache
     const std::lock_guard<std::mutex> alone(drop_);
     os::drop_cached(files_.descriptors()[file], piece.offset, piece.bytes);
     return error;

@@ -12,7 +12,7 @@ Store::Store(const std::vector<std::string> & files, int n_layers, int n_expert,
     : files_(files, n_layers, n_expert, tensors), slots_(files_, reading), states_(tensors.size() * size_t(n_expert)),
       readers_(std::make_unique<Readers>(Slots::N_READERS, [this](const PageRun & run) { return slots_.read(run); })) {}
 
-void Store::exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evicted, bool more) {
+void Store::exchange(int layer, const std::vector<int32_t> & load, const std::vector<int32_t> & evicted, bool more) try {
     const auto start = Clock::now();
     turn_++;
     wait_for_late();
@@ -25,6 +25,9 @@ void Store::exchange(int layer, const std::vector<int32_t> & load, const std::ve
     if (!more) trim();
     readers_->start(start);
     counters_.read_seconds += seconds_since(start);
+} catch (...) { // no memory
+    readers_->drop_added();
+    throw;
 }
 
 void Store::wait_for_late() {
@@ -88,7 +91,7 @@ void Store::keep_no_room() {
     untrimmed_ = true;
 }
 
-void Store::prefetch(int layer, const std::vector<int32_t> & experts, Urgency urgency) {
+void Store::prefetch(int layer, const std::vector<int32_t> & experts, Urgency urgency) try {
     evict_cancelled(layer, experts);
     admit(layer, experts, urgency);
     if (urgency == Urgency::prefetch) { // else the caller trims, when all is admitted
@@ -98,6 +101,9 @@ void Store::prefetch(int layer, const std::vector<int32_t> & experts, Urgency ur
     for (int32_t e : experts) prefetched_.push_back({layer, e, urgency});
     readers_->start(Clock::now());
     counters_.prefetched += experts.size();
+} catch (...) {
+    readers_->drop_added();
+    throw;
 }
 
 // Of the experts that were prefetched for this layer: those that stay are waited for like the others; of the rest, which is taken

@@ -61,8 +61,8 @@ class Store {
 
     uint64_t peak_bytes() const { return peak_bytes_; } // the most of them since the last clear()
 
-    // Bytes of all experts that are in memory as the kernel says (mincore), after the reads under way; UNKNOWN_BYTES where mincore
-    // is not reliable. Slow: any thread, not during a token.
+    // Bytes of all experts that are in memory as the kernel says (mincore), after the reads under way: of slots alone where it does
+    // not tell of the file's pages (one of another user), UNKNOWN_BYTES where it tells of neither. Slow: any thread, not during a token.
     uint64_t measure_resident() const;
 
     // Paces reads to a slower flash: a read of n bytes takes at least n / bytes_per_second. 0: as fast as it goes.

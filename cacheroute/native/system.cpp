@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <vector>
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -120,12 +119,18 @@ uint64_t in_memory(const void * address, uint64_t bytes) {
     return UNKNOWN_BYTES;
 #else
 #ifdef __linux__
-    std::vector<unsigned char> state(bytes / page_bytes());
+    unsigned char state[16384]; // of a page each
 #else
-    std::vector<char> state(bytes / page_bytes());
+    char state[16384];
 #endif
-    if (mincore(const_cast<void *>(address), bytes, state.data()) != 0) return UNKNOWN_BYTES;
-    return page_bytes() * uint64_t(std::count_if(state.begin(), state.end(), [](auto s) { return (s & 1) != 0; }));
+    uint64_t n = 0;
+    for (uint64_t at = 0; at < bytes; at += sizeof(state) * page_bytes()) {
+        const uint64_t part = std::min<uint64_t>(bytes - at, sizeof(state) * page_bytes());
+        auto * const   from = static_cast<char *>(const_cast<void *>(address)) + at;
+        if (mincore(from, part, state) != 0) return UNKNOWN_BYTES;
+        n += uint64_t(std::count_if(state, state + part / page_bytes(), [](auto s) { return (s & 1) != 0; }));
+    }
+    return n * page_bytes();
 #endif
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError, did_you_mean
 from cacheroute.files import cache_dir, read_json, write_json
-from cacheroute.model import experts, gguf_file
+from cacheroute.model import catalogue, experts, gguf_file
 from cacheroute.routing import budget as budgets
 from cacheroute.routing import strategies
 from cacheroute.routing.strategies import Parameter
@@ -109,5 +109,6 @@ def resolve(model: Path, budget: str | float | None, text: str) -> str:
     if not path.exists():
         budget = budget or budgets.default_name(layout)
         name = layout.model or model.name
-        raise UsageError(f"No prompt routing is tuned for {name} at a budget of {budget}; run `cacheroute tune --prompt` first.")
+        command = f"cacheroute tune{catalogue.as_option(model)} --prompt --budget {budget}"
+        raise UsageError(f"No prompt routing is tuned for {name} at a budget of {budget}; run `{command}` first.")
     return str(parse(str(read_json(path, _FORMAT, _VERSION).get("prompt_routing"))))

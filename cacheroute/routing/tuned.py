@@ -30,7 +30,7 @@ from typing import Any
 
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.files import DEMO_TUNED, cache_dir, read_json, short_routing, write_json
-from cacheroute.model import experts, gguf_file
+from cacheroute.model import catalogue, experts, gguf_file
 from cacheroute.routing import budget as budgets
 
 NAME = "tuned"
@@ -127,7 +127,8 @@ def find(model: Path, budget: str | float | None) -> Settings:
         if capacity == layout.n_expert:
             raise UsageError(f"Nothing is tuned for a budget of all: {name} misses nothing there; leave `tuned` out.")
         budget = budget or budgets.default_name(layout)
-        raise UsageError(f"Nothing is tuned for {name} at a budget of {budget}; run `cacheroute tune --budget {budget}` first.")
+        command = f"cacheroute tune{catalogue.as_option(model)} --budget {budget}"
+        raise UsageError(f"Nothing is tuned for {name} at a budget of {budget}; run `{command}` first.")
     return Settings(f"{NAME}:{file}", str(load(file).notes.get("eviction", "lru")))
 
 

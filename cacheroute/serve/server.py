@@ -40,8 +40,8 @@ def bind(host: str, port: int, seconds: float) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(int(seconds * 1000), 2**31 - 1))
         bound.bind(address)
-    except OSError as e:
-        reason = e.strerror or str(e)
+    except (OSError, UnicodeError) as e:  # no host has a name of empty or long labels
+        reason = "no name of a host" if isinstance(e, UnicodeError) else e.strerror or str(e)
         raise UsageError(f"Port {port} of {host} cannot be used ({reason}); give another with --port or --host.") from None
     return bound
 

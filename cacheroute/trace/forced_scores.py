@@ -80,6 +80,8 @@ class ForcedScores:
 def parse(text: str) -> Source:
     """A trace, or `synthetic` with its parameters. Raises UsageError for wrong parameters."""
     name, *pairs = text.strip().split(":")
+    if not text.strip():
+        raise UsageError("There is nothing to replay; name a trace, or `synthetic`.")
     if name != SYNTHETIC:
         return Source(Path(text))
     return Source(parameters=DEFAULTS | strategies.parse_parameters(name, PARAMETERS, pairs))

@@ -16,7 +16,7 @@ from cacheroute.routing import prompt_routing, strategies
 from cacheroute.trace.trace_file import Records, record_dtype
 from support import hook_abi
 
-SOFTMAX, SIGMOID, SOFTMAX_WEIGHT = 1, 2, 3  # llama_expert_gating_func_type
+SOFTMAX, SIGMOID, SOFTMAX_WEIGHT, SQRT_SOFTPLUS = 1, 2, 3, 4  # llama_expert_gating_func_type
 Floats = npt.NDArray[np.float32]
 
 
