@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,20 @@ def test_commands_that_do_not_exist(tiny: Path) -> None:
     assert wrong("pl") == "pl may be plan or plot; write more of it."
     assert wrong("s").startswith("s may be ") and "no command 5" in wrong("5")
     assert wrong("xyzzy") == "There is no command xyzzy. See `cacheroute --help`."
+
+
+def test_options_of_llama_cpp_that_change_nothing_here(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"--model": SimpleNamespace(is_flag=False, name="model"), "-ub": SimpleNamespace(is_flag=False, name="ubatch_size")}
+    words = ["--no-mmap", "--mlock", "-ot", "exps=CPU", "-b", "512", "--jinja", "-ub", "64"]
+    assert habits.arguments("cacheroute generate", words, own) == ["-ub", "64"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" changes nothing: ")[0] for line in said] == ["--no-mmap", "--mlock", "-ot", "-b", "--jinja"]
+
+
+def test_a_model_and_a_number_without_their_names() -> None:
+    assert wrong("plan", "demo").startswith("demo belongs to no option; a model is given with -m")
+    assert "did you mean cache-prior:lambda=0.1?" in wrong("generate", "-p", "x", "--routing", "cache-prior:0.1")
+    assert "did you mean lambda?" in wrong("generate", "-p", "x", "--routing", "cache-prior:lamda=0.1")
 
 
 def test_the_beginning_of_a_command_is_enough(tiny: Path) -> None:

@@ -45,11 +45,17 @@ with interrupts.repaired("repaired;"): stuck()
 """
 
 
-def interrupted(folder: Path, *arguments: object, after: float | None, times: int = 1) -> tuple[list[str], float]:
-    """(lines on stderr, seconds from Ctrl-C to the end); `after` seconds, or None: after the first byte on stdout."""
+def interrupted(
+    folder: Path, *arguments: object, after: float | None, times: int = 1, said: bool = False
+) -> tuple[list[str], float]:
+    """(lines on stderr, seconds from Ctrl-C to the end); `after` seconds (of the first line on stderr where one is `said`), or
+    None: after the first byte on stdout."""
     command = [sys.executable, "-m", "cacheroute", *map(str, arguments)]
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(command, cwd=folder, **pipes) as process:  # type: ignore[call-overload]
+        first = b""
+        while said and not first.endswith(b"\n"):
+            first += os.read(process.stderr.fileno(), 1)
         if after is None:
             os.read(process.stdout.fileno(), 1)
         else:
@@ -60,7 +66,7 @@ def interrupted(folder: Path, *arguments: object, after: float | None, times: in
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert b"Traceback" not in errors and b"ignored" not in errors, errors
-    return errors.decode().splitlines(), time.monotonic() - start
+    return (first + errors).decode().splitlines(), time.monotonic() - start
 
 
 def test_while_the_program_starts(tmp_path: Path) -> None:
@@ -82,7 +88,7 @@ def test_in_a_policy(tmp_path: Path, demo_model: Path) -> None:
 
 def test_in_a_prompt(tmp_path: Path, demo_model: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 3000)
-    lines, seconds = interrupted(tmp_path, "generate", "-f", "long.txt", "-n", 2, "-c", 8192, "-t", 1, after=3)
+    lines, seconds = interrupted(tmp_path, "generate", "-f", "long.txt", "-n", 2, "-c", 8192, "-t", 1, after=1, said=True)
     assert lines[-1] == "cacheroute: Stopped." and len(lines) == 2  # after what is in memory
     assert seconds < 5 * interrupts.GRACE
 
@@ -91,8 +97,9 @@ def test_in_a_prompt_that_waits_for_reads(tmp_path: Path, demo_model: Path) -> N
     (tmp_path / "long.txt").write_text("The cat that sat on the mat told a story. " * 150)
     moments = random.Random()
     for _ in range(3):
-        after = moments.uniform(1, 4)
-        lines, seconds = interrupted(tmp_path, "generate", "-f", "long.txt", "-c", 4096, "--flash-mbps", 0.5, after=after)
+        after = moments.uniform(0, 3)
+        words = ("generate", "-f", "long.txt", "-c", 4096, "--flash-mbps", 0.5)
+        lines, seconds = interrupted(tmp_path, *words, after=after, said=True)
         assert lines[-1] == "cacheroute: Stopped.", after
         assert seconds < 5, after
 

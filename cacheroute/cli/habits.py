@@ -88,17 +88,24 @@ def _removal(names: Sequence[str]) -> str:
 _SAME = {"--temperature": "--temp", "--predict": "--n-predict", "-no-cnv": "--raw", "--no-conversation": "--raw"}
 _MODELS = ("-hf", "-hfr", "--hf-repo")
 _ON_CPU = "experts run on the CPU here, from memory or read when they are needed"
+_LOADED = "experts are read when they are needed, all else is loaded; --budget all loads everything"
+_PASSES = "a pass over a prompt is as long as memory allows, or as -ub says"
+_TEMPLATE = "the model's own chat template is what is used"
 _FLASH = "prompts are computed with flash attention, tokens decoded without, as is faster"
 # Options that change nothing here: the values that may follow (None: any), and why
 _IDLE: dict[str, tuple[tuple[str, ...] | None, str]] = {
     **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers", "-ncmoe", "--n-cpu-moe"), (None, _ON_CPU)),
+    **dict.fromkeys(("-ot", "--override-tensor"), (None, _ON_CPU)),
+    **dict.fromkeys(("-b", "--batch-size"), (None, _PASSES)),
+    **dict.fromkeys(("--mmap", "--no-mmap", "--mlock"), ((), _LOADED)),
+    "--jinja": ((), _TEMPLATE),
     **dict.fromkeys(("-cmoe", "--cpu-moe"), ((), _ON_CPU)),
     **dict.fromkeys(("-fa", "--flash-attn"), (("on", "off", "auto", "1", "0"), _FLASH)),
 }
 _TALK = ("-i", "-if", "-cnv", "--interactive", "--interactive-first", "--conversation")
 _ONE_TURN = ("-st", "--single-turn")
 # Options of llama.cpp that would be read as a letter and its value: -mm as the model "m", and so on
-_OTHERS = "-fit -fitc -fitt -jinja -lcd -lcs -lm -lv -lzm -md -mg -mli -mm -mmdev -mmu -mu -ofreq -ot -otd -pps -ptc -rea"
+_OTHERS = "-fit -fitc -fitt -jinja -lcd -lcs -lm -lv -lzm -md -mg -mli -mm -mmdev -mmu -mu -ofreq -otd -pps -ptc -rea"
 # What one command calls so is called otherwise in another: how much of a text or a task is measured
 _AMOUNTS = ("--limit", "--places", "--chunks")
 _MODEL = re.compile(r".*?\.gguf(?= |$)|(hf|ollama):\S+", re.IGNORECASE)
@@ -178,7 +185,7 @@ def no_word(words: str, options: Mapping[str, Any]) -> str:
         return f"{words} belongs to no option; did you mean -m {shlex.quote(model[0])}?"
     if "--prompt" in options and _takes_value(options["--prompt"]):
         return f"{words} belongs to no option; a prompt is given with -p, in quotes"
-    return f"{words} belongs to no option"
+    return f"{words} belongs to no option" + ("; a model is given with -m" if "--model" in options else "")
 
 
 def no_option(option: str, options: Mapping[str, Any], path: str) -> UsageError:

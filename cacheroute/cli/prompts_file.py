@@ -118,7 +118,7 @@ def source(name: str | None, skip: int, output: str, *, others: bool, stdin: boo
     if name is None:
         return None
     if output != "jsonl":
-        raise UsageError("With --prompts an answer is a line of -o jsonl: texts would run into each other.")
+        raise UsageError(f"With --prompts each answer is a line of JSON, as -o jsonl has them; leave -o {output} out.")
     if others:
         raise UsageError("With --prompts each line is a prompt of its own; leave out -p, -f and --prompt-cache.")
     if name == "-" and not stdin:

@@ -77,10 +77,13 @@ def _known(
 
 
 def held(layout: ExpertLayout, capacity: int) -> str:
-    """As in "3.6 of 14.5 GiB", the units of budgets: of the experts, with `capacity` of each layer."""
-    every, some = layout.all_expert_bytes, capacity * layout.expert_bytes
+    """As in "3.6 of 14.5 GiB": what a budget of `capacity` experts of each layer takes, in whole pages as budgets
+    are counted; as "all 14.5 GiB", as the file has them, for all."""
+    whole = capacity >= layout.n_expert
+    every = layout.all_expert_bytes if whole else layout.n_expert * layout.resident_bytes
     unit, name = (GIB, "GiB") if every >= GIB else (MIB, "MiB")
-    return f"all {every / unit:.1f} {name}" if some == every else f"{some / unit:.1f} of {every / unit:.1f} {name}"
+    text = f"{every / unit:.1f} {name}"
+    return f"all {text}" if whole else f"{capacity * layout.resident_bytes / unit:.1f} of {text}"
 
 
 def _tokens_per_s(

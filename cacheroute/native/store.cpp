@@ -57,9 +57,9 @@ void Store::read(size_t tensor, int32_t e, const PageRun & run, Urgency urgency)
     State &        s    = state(tensor, e);
     const uint64_t turn = turn_ + (urgency != Urgency::needed);
     if (urgency == Urgency::needed) make_late(s);
-    // a prefetch in smaller pieces: those that have begun are in the way of what is needed; what a prompt reads a layer early in larger
-    // ones: nobody waits for its first part, and the readers take less time from the threads that compute
-    const uint64_t piece = urgency == Urgency::prefetch ? Slots::PIECE / 4 : urgency == Urgency::ahead ? 4 * Slots::PIECE : Slots::PIECE;
+    // what a prompt reads a layer early in larger pieces: nobody waits for its first part, and the readers take less time from the
+    // threads that compute
+    const uint64_t piece = urgency == Urgency::ahead ? 4 * Slots::PIECE : Slots::PIECE;
     // a layer computes tensor by tensor, and on a tensor expert by expert
     readers_->add(run, piece, turn * states_.size() + files_.index(tensor, e), s.pending);
     counters_.read_bytes += run.bytes;

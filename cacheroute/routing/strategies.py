@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -237,7 +238,12 @@ def parse_parameters(name: str, known: Sequence[Parameter], pairs: Sequence[str]
     for pair in pairs:
         key, _, value = pair.partition("=")
         if key not in by_name:
-            raise UsageError(f"{name} has no parameter {key!r}; its form is {form(name, known)}.")
+            first = next((p.name for p in known if p.required), "")
+            number = first and not value and re.fullmatch(r"[0-9.]+", key)
+            meant = f"did you mean {name}:{first}={key}?" if number else did_you_mean(key, list(by_name))
+            raise UsageError(
+                f"{name} has no parameter {key!r}; {f'{meant} Its' if meant else 'its'} form is {form(name, known)}."
+            )
         if key in values:
             raise UsageError(f"{name} has {key} twice; its form is {form(name, known)}.")
         values[key] = _value(name, by_name[key], value)
