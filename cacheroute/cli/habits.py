@@ -185,7 +185,8 @@ def no_word(words: str, options: Mapping[str, Any]) -> str:
         return f"{words} belongs to no option; did you mean -m {shlex.quote(model[0])}?"
     if "--prompt" in options and _takes_value(options["--prompt"]):
         return f"{words} belongs to no option; a prompt is given with -p, in quotes"
-    return f"{words} belongs to no option" + ("; a model is given with -m" if "--model" in options else "")
+    by_option = "--model" in options and not getattr(options["--model"], "hidden", False)
+    return f"{words} belongs to no option" + ("; a model is given with -m" if by_option else "")
 
 
 def no_option(option: str, options: Mapping[str, Any], path: str) -> UsageError:
