@@ -6,7 +6,6 @@ import json
 import shutil
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,10 +90,9 @@ def test_commands_that_do_not_exist(tiny: Path) -> None:
     assert wrong("xyzzy") == "There is no command xyzzy. See `cacheroute --help`."
 
 
-def test_options_of_llama_cpp_that_change_nothing_here(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = {"--model": SimpleNamespace(is_flag=False, name="model"), "-ub": SimpleNamespace(is_flag=False, name="ubatch_size")}
+def test_options_of_llama_cpp_that_change_nothing_here(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--no-mmap", "--mlock", "-ot", "exps=CPU", "-b", "512", "--jinja", "-ub", "64"]
-    assert habits.arguments("cacheroute generate", words, own) == ["-ub", "64"]
+    assert habits.arguments("cacheroute generate", words, options()) == ["-ub", "64"]
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(" changes nothing: ")[0] for line in said] == ["--no-mmap", "--mlock", "-ot", "-b", "--jinja"]
 

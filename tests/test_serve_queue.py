@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cacheroute import CacherouteError, Llama
+from cacheroute.engine import completion
 from support import served
 from support.served import Served
 
@@ -46,14 +47,8 @@ def slow(llm: Llama) -> Iterator[Llama]:
 
 def endless(llm: Llama) -> dict[str, Any]:
     """A request whose answer ends with the context only."""
-    ends = {str(t): -100 for t in range(llm.n_vocab()) if _is_end(llm, t)}
+    ends = {str(t): -100 for t in range(llm.n_vocab()) if completion.is_end(llm, t)}
     return {"prompt": "Once upon a time", "max_tokens": 900, "temperature": 0, "logit_bias": ends}
-
-
-def _is_end(llm: Llama, token: int) -> bool:
-    from cacheroute.install import patched_llama_cpp
-
-    return bool(patched_llama_cpp.module().llama_vocab_is_eog(llm._model.vocab, token))
 
 
 def at_close(server: Served, llm: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -180,13 +180,14 @@ def not_a_number(parameter: Any, words: Sequence[str]) -> str:
 
 def no_word(words: str, options: Mapping[str, Any]) -> str:
     """What to say of words that belong to no option, with what was meant where that is known."""
-    model = _MODEL.match(words)
+    said, model = f"{words} belongs to no option", _MODEL.match(words)
     if model and "--model" in options:
-        return f"{words} belongs to no option; did you mean -m {shlex.quote(model[0])}?"
+        return f"{said}; did you mean -m {shlex.quote(model[0])}?"
     if "--prompt" in options and _takes_value(options["--prompt"]):
-        return f"{words} belongs to no option; a prompt is given with -p, in quotes"
-    by_option = "--model" in options and not getattr(options["--model"], "hidden", False)
-    return f"{words} belongs to no option" + ("; a model is given with -m" if by_option else "")
+        return f"{said}; a prompt is given with -p, in quotes"
+    if "--model" in options and not getattr(options["--model"], "hidden", False):
+        return f"{said}; a model is given with -m"
+    return said
 
 
 def no_option(option: str, options: Mapping[str, Any], path: str) -> UsageError:

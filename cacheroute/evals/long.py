@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -116,6 +116,11 @@ class Writer:
     def __init__(self, llm: Llama, n: int, io: str) -> None:
         self.llm, self._n, self._io = llm, n, io
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer, found once for all texts."""
+        return [t for t in range(self.llm.n_vocab()) if completion.is_end(self.llm, t)]
+
     def write(self, request: Request, prompt: Sequence[int]) -> Written:
         """Raises what Llama.configure() and Llama.eval() raise."""
         self._configure(request, request.routing)
@@ -144,7 +149,6 @@ class Writer:
         """(tokens, nats of each, missed and selected slots of each after the first)."""
         llm, decoding = self.llm, request.decoding
         draws = np.random.default_rng([decoding.seed, request.prompt]).random(self._n)
-        ends = [t for t in range(llm.n_vocab()) if completion.is_end(llm, t)]
         llm.reset()
         llm.eval(prompt)
         tokens: list[int] = []
@@ -153,7 +157,7 @@ class Writer:
         for u in draws:
             log_p = log_probabilities(llm)
             allowed = log_p.copy()
-            allowed[ends] = -np.inf
+            allowed[self._ends] = -np.inf
             token = decoding.choose(allowed, float(u))
             tokens.append(token)
             nll.append(-float(log_p[token]))

@@ -13,6 +13,7 @@ from cacheroute.model.memory_plan import MemoryPlan
 
 AUTO = "auto"
 """What the free memory has room for; only a model that is loaded knows it."""
+_UNIT = "|".join(UNITS)
 FORMS = "use a share (50%), experts per layer (30), bytes of all layers together (2GiB), all, or auto"
 
 
@@ -45,7 +46,7 @@ def in_bytes(text: str | float | None, layout: ExpertLayout) -> int:
 
     Raises UsageError as parse() does, but not for bytes that are fewer than `layout` needs.
     """
-    if isinstance(text, str) and re.fullmatch(r"\s*\d+(?:\.\d+)?\s*[kmg]i?b?\s*", text.lower()):
+    if isinstance(text, str) and re.fullmatch(rf"\s*\d+(?:\.\d+)?\s*(?:{_UNIT})\s*", text.lower()):
         return parse_size(text)
     return parse(text, layout).nbytes
 
@@ -87,7 +88,7 @@ def _capacity(text: str, layout: ExpertLayout) -> int:
         raise UsageError("A budget of auto follows the free memory, so nothing can be measured or tuned by it; give another one.")
     if text == "all":
         return layout.n_expert
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kmg]i?b?)?", text)
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*(%|{_UNIT})?", text)
     if not match:
         raise UsageError(f"{text!r} is not a budget: {FORMS}.")
     number, unit = float(match[1]), match[2]
