@@ -252,7 +252,7 @@ def configure(llm: Llama, arm: Arm) -> None:
         asked = Asked(arm.budget, routing=None)
     else:
         asked = Asked(arm.budget, arm.routing, arm.eviction, arm.io, arm.prefetch, arm.prompt_routing)
-    llm.configure(**vars(asked))
+    llm.configure_as(asked)
 
 
 def _baseline(arm: Arm, arms: Sequence[Arm]) -> Arm:

@@ -69,7 +69,7 @@ def limit_for(llm: Llama, budget: str, tokens: Sequence[int], n_prompt: int) -> 
     """The memory of the control at that budget: its own ordinary memory, found by running the prompt without a limit, the dense
     weights, which it maps, and the budget. Drops all experts. Raises CacherouteError where processes cannot be limited.
     """
-    llm.configure(**vars(Asked(budget=budget)))
+    llm.configure_as(Asked(budget=budget))
     unlimited = subprocess.Popen(_COMMAND, **_PIPES)
     own = int(_finished(unlimited, _request(llm, tokens[: n_prompt + 10], n_prompt, 1, repack=False))["own_memory"])
     size = sum(path.stat().st_size for path in llm.layout.paths)
@@ -115,7 +115,7 @@ def run(
         if attempt:
             limit = MemoryLimit(limit.nbytes + 4 * MIB)
         # evicts: the control must not find pages that this process has read
-        llm.configure(**vars(Asked(budget=llm.budget.capacity)))
+        llm.configure_as(Asked(budget=llm.budget.capacity))
         if llm.io == "load":
             _make_room(llm, limit)
         with limit.process(_COMMAND) as process:

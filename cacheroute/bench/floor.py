@@ -46,7 +46,7 @@ def measure(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int) -> Flo
         raise UsageError("A model that was loaded with all of its experts has no floor of reads.")
     pace, llm.flash_mbps = llm.flash_mbps, None
     try:
-        llm.configure(**vars(Asked(budget="all")))
+        llm.configure_as(Asked(budget="all"))
         both_phases(llm, tokens, n_prompt, n_gen)  # reads what these tokens need
         llm.rewind()
         prompt, decoded = both_phases(llm, tokens, n_prompt, n_gen)
@@ -59,7 +59,7 @@ def measure(llm: Llama, tokens: Sequence[int], n_prompt: int, n_gen: int) -> Flo
 def measure_bandwidth(llm: Llama, seconds: float = _SAMPLE_SECONDS) -> float:
     """Bytes per second at which experts are read: past the page cache where the filesystem can, layers and experts in random
     order, for `seconds` or until all have been read."""
-    llm.configure(**vars(Asked(budget="all")))
+    llm.configure_as(Asked(budget="all"))
     start = llm.stats().prefill
     order = random.Random(0)
     for layer in order.sample(range(len(llm.layout.layers)), len(llm.layout.layers)):

@@ -64,10 +64,16 @@ class ConfiguredLlama(SequenceLlama):
         file, a budget of all leaves them there, not repacked. Raises UsageError for anything else.
         When it fails, nothing has changed but that experts may have left memory.
         """
-        self._check_usable()
-        asked = self.asked.but(
-            budget=budget, routing=routing, eviction=eviction, io=io, prefetch=prefetch, prompt_routing=prompt_routing
+        self.configure_as(
+            self.asked.but(
+                budget=budget, routing=routing, eviction=eviction, io=io, prefetch=prefetch, prompt_routing=prompt_routing
+            )
         )
+
+    @alone
+    def configure_as(self, asked: Asked) -> None:
+        """As configure() with every setting given."""
+        self._check_usable()
         arguments.check_types(**vars(asked))
         own = {"paced": self._flash_mbps is not None, "loaded": self._loaded}
         plan = None

@@ -156,7 +156,7 @@ def best(found: Sequence[Found]) -> Found | None:
 
 def seconds_per_token(llm: Llama, chunk: Chunk) -> float:
     """Of decoding, measured on a few tokens."""
-    llm.configure(**vars(Asked(llm.layout.n_expert, io="none")))
+    llm.configure_as(Asked(llm.layout.n_expert, io="none"))
     llm.reset()
     llm.eval(chunk.tokens[:2])
     tokens = chunk.tokens[2 : 2 + _TIMED]

@@ -257,11 +257,11 @@ class PromptScorer:
         own = Asked(request.budget, eviction=request.eviction, io=self._io)
         at = (request.place, request.budget, request.eviction)
         if history and (self._history is None or self._history[0] != at):
-            self.llm.configure(**vars(own))
+            self.llm.configure_as(own)
             self.llm.reset()
             self.llm.eval(history)
             self._history = at, self.llm.checkpoint(sequence=True)
-        self.llm.configure(**vars(own.but(prompt_routing=request.prompt_routing)))
+        self.llm.configure_as(own.but(prompt_routing=request.prompt_routing))
         self.llm.reset()
         if history:
             assert self._history

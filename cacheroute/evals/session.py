@@ -71,7 +71,7 @@ def opened(
     with closing(loading.load(path, n_ctx, each)) as llm:
         io = io or loading.default_io(llm.layout)
         for own in settings:
-            llm.configure(**vars(Asked(**own, io=io)))
+            llm.configure_as(Asked(**own, io=io))
         with processes.pool(n_workers) if n_workers > 1 else nullcontext() as executor:
             yield Opened(path, llm, n_ctx, each, n_workers, io, executor)
 
