@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from cacheroute import Llama
-from cacheroute.cli import app
 from cacheroute.cli import eval as evaluation
 from cacheroute.errors import UsageError
 from cacheroute.evals import loading, text
 from cacheroute.evals.perplexity import ChunkScore, score, summary
 from cacheroute.evals.text import Chunk
+from support.cli import invoke
 
 CHUNK = 48
 
@@ -197,7 +196,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["eval", "perplexity", *map(str, arguments)])
+    return invoke("eval", "perplexity", *arguments)
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -246,6 +245,7 @@ def test_the_table(tiny: Path, prose: Path) -> None:
     assert head.split() == ["routing", "ppl", "change", "%", "[95%]", "Mean", "KLD", "[95%]", "miss", "%", "MiB"]
     assert "baseline" in first and second.startswith("pruning:k=3 ") and max(map(len, (head, first, second))) <= 80
     assert last.startswith("Fewest misses at 50%: pruning:k=3 (lossy), misses ")
+    assert "of perplexity, which one chunk cannot tell from 0" in " ".join(line.strip() for line in below)
     assert kl.startswith("  Mean KLD ") and all(name in " ".join(below) for name in ("99.0% KLD", "Same top p"))
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "| pruning:k=3 " in run(*settings, "-o", "md").stdout

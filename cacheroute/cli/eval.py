@@ -166,9 +166,11 @@ def same_top(top1: float | None, error: float | None) -> str:
 
 
 def _clear(r: PerplexityRow) -> str:
-    """What there is to add where the interval of a change includes none."""
+    """What there is to add where the interval of a change includes none, or there is no interval."""
     low, high = r.ppl_increase_low, r.ppl_increase_high
-    return ", which is not clear of 0" if low is not None and high is not None and low <= 0 <= high else ""
+    if low is None or high is None:
+        return ", which one chunk cannot tell from 0"
+    return ", which is not clear of 0" if low <= 0 <= high else ""
 
 
 def _conclusions(rows: Sequence[PerplexityRow]) -> Iterator[str]:
