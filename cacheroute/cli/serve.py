@@ -100,4 +100,4 @@ def _name(model: str | None) -> str:
     """A file's without its folder and ending; any other as it was typed."""
     if model is None:
         return "demo"
-    return re.sub(r"\.gguf$", "", re.split(r"[/\\]", model)[-1], flags=re.IGNORECASE) if model.endswith(".gguf") else model
+    return re.split(r"[/\\]", model)[-1][: -len(".gguf")] if model.lower().endswith(".gguf") else model
