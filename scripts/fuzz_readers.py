@@ -267,7 +267,7 @@ def _run(name: str, effort: Effort) -> int:
         command = [sys.executable, __file__, "--child", name, *amounts, str(CORPUS / name), folder]
         start = time.monotonic()
         try:
-            done = subprocess.run(command, capture_output=True, timeout=effort.seconds + 240)
+            done = subprocess.run(command, capture_output=True, timeout=(effort.inputs * _SECONDS_EACH or effort.seconds) + 240)
             code, said = done.returncode, (done.stderr + done.stdout).decode("utf-8", "replace")
         except subprocess.TimeoutExpired as e:
             code, said = -1, (e.stderr or b"").decode("utf-8", "replace") + "\nit hangs"

@@ -80,6 +80,8 @@ def main() -> int:
     a = parser.parse_args()
     if a.inside:
         return inside(json.loads(a.inside))
+    if not a.model:
+        parser.error("name a model")
     header = gguf_file.read(a.model)
     layout = experts.layout(header)
     reference = json.loads(

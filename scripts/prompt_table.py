@@ -103,7 +103,7 @@ def table(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
             disk = fill(llm, args.io)
             compute = compute_seconds(llm, tokens)
             for flash in args.flash_mbps:
-                names = args.arms[:: 1 if repetition % 2 else -1]
+                names = list(ARMS)[: 1 if args.ahead_only else None][:: 1 if repetition % 2 else -1]
                 for name in names:
                     llm.configure(budget=args.budget, io=args.io)
                     llm.flash_mbps, llm._read_ahead = flash or None, ARMS[name]
@@ -142,7 +142,7 @@ def conversation(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
     read: dict[tuple[float, str], list[float]] = {}
     for _ in range(args.repetitions):
         for flash in args.flash_mbps:
-            for routing in ("original", *args.prompt_routing):
+            for routing in ("original", *(args.prompt_routing or ["keep:cover=0.7"])):
                 llm.configure(budget=args.budget, io=args.io, prompt_routing=routing)
                 llm.flash_mbps, own, total = flash or None, [], 0.0
                 for turn in range(args.turns):
@@ -184,14 +184,18 @@ def main() -> int:
         "--flash-mbps", type=several(float), default=[500.0, 1000.0, 2000.0, 0.0], metavar="MB/s,MB/s", help="0: the disk's"
     )
     parser.add_argument("--io", default="direct")
-    parser.add_argument("--arms", type=several(str), default=list(ARMS), help="ahead, not ahead")
+    parser.add_argument("--ahead-only", action="store_true", help="without the arm that does not read ahead")
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--turns", type=int, default=0)
-    parser.add_argument("--prompt-routing", type=several(str), default=["keep:cover=0.7"])
+    parser.add_argument("--prompt-routing", type=several(str), help="of --turns [default: keep:cover=0.7]")
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int, default=cores())
     parser.add_argument("-fa", "--flash-attn", choices=("prompts", "on", "off"), default="prompts")
     args = parser.parse_args()
+    if args.turns and (args.control or args.ahead_only):
+        parser.error("--turns has neither --control nor --ahead-only")
+    if args.prompt_routing and not args.turns:
+        parser.error("--prompt-routing is of --turns")
     longest = args.turns * (args.tokens[0] + DECODED) if args.turns else max(args.tokens)
     try:
         llm = Llama(

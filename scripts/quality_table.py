@@ -1,4 +1,4 @@
-"""The README's quality table: what every strategy saves at 0.5, 1 and 3% of perplexity, at budgets of 25, 50 and 75%.
+"""The quality table of RESULTS.md: what every strategy saves at 0.5, 1 and 3% of perplexity, at budgets of 25, 50 and 75%.
 
     python scripts/quality_table.py                 all of it, on the demo model and the held-out text
     python scripts/quality_table.py --budget 50% --max-ppl-increase 1% --limit 5000
@@ -203,7 +203,7 @@ def print_ratio(budget: str, what: str, loss: np.ndarray, missed: np.ndarray, n_
     change = f"{100 * (ratios[0] - 1):+.1f}% [{100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}]"
     print(
         f"\n{budget}: bytes missed by cache-prior per layer with {DEFAULT}, against one lambda with LRU at the same {what}: "
-        f"{change}% on {n_tokens} tokens",
+        f"{change} on {n_tokens} tokens",
         flush=True,
     )
 

