@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from cacheroute.model import demo_model as demo
 from support import tiny_models
@@ -19,7 +20,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Images of containers set it: each of the hundreds of commands that tests start would compile all that it imports, half its time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-os.environ["CACHEROUTE_CONFIG"] = os.devnull  # a person's own defaults are not for the tests
+# A person's own defaults are not for the tests; where they keep models and the engine is.
+for name in [n for n in os.environ if n.startswith("CACHEROUTE_") and n not in ("CACHEROUTE_CACHE", "CACHEROUTE_LIBRARY")]:
+    del os.environ[name]
+os.environ["CACHEROUTE_CONFIG"] = os.devnull
+
+# Before any test is collected: properties take the settings that hold when they are defined.
+settings.register_profile("ours", deadline=None, max_examples=80)
+settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session")

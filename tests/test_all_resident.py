@@ -16,10 +16,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
-from typer.testing import CliRunner
 
 from cacheroute import CacherouteError, Llama
-from cacheroute.cli import app
 from cacheroute.engine import stores
 from cacheroute.engine.embeddings import tensor_address
 from cacheroute.engine.flash_attention import FlashAttention
@@ -28,6 +26,8 @@ from cacheroute.files import MIB
 from cacheroute.install import processor
 from cacheroute.model import context_memory, experts, gguf_file, memory_plan
 from support import tiny_models
+from support.cli import invoke
+from support.decoding import assert_same_bits, last_logits
 
 Floats = npt.NDArray[np.float32]
 SIZES: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -56,12 +56,8 @@ def logits(llm: llama_cpp.Llama) -> Floats:
         for token in [None, *TOKENS[N_PROMPT:]]:
             if token is not None:
                 llm.eval([token])
-            rows.append(np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)), np.float32))
+            rows.append(last_logits(llm))
     return np.array(rows)
-
-
-def assert_same_bits(a: Floats, b: Floats) -> None:
-    np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 @pytest.mark.parametrize("arch", tiny_models.ARCHS)
@@ -98,7 +94,7 @@ def test_experts_are_repacked_where_llama_cpp_does_it_and_the_user_allows_it(rep
         tokens = TOKENS[:20]
         for model in (plain, mapped):
             model.eval(tokens)
-        assert_same_bits(*(np.array(np.ctypeslib.as_array(m._ctx.get_logits_ith(-1), (m.n_vocab(),))) for m in (plain, mapped)))
+        assert_same_bits(*(last_logits(m) for m in (plain, mapped)))
 
 
 _WHICH = """
@@ -232,13 +228,9 @@ def test_a_kept_prompt_belongs_to_the_repacking(repackable: Path, tmp_path: Path
         llm.load_prompt(file)
 
 
-def command(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def test_generate_says_so(repackable: Path) -> None:
     asked = ("generate", "-m", repackable, "--raw", "-p", "the cat", "-n", 4, "-c", 64, "-t", 1, "--budget", "all", "-o", "json")
-    done = command(*asked, "-v")
+    done = invoke(*asked, "-v")
     first, plan, line = done.stderr.splitlines()
     assert (
         "of experts in memory" in first
@@ -247,7 +239,7 @@ def test_generate_says_so(repackable: Path) -> None:
         and "resident all " in line
     )
     assert json.loads(done.stdout)["stats"]["io"] == "load"
-    refused = command(*asked, "--io", "load", "--prefetch", 2)
+    refused = invoke(*asked, "--io", "load", "--prefetch", 2)
     assert refused.exit_code == 2 and "leave it out, or take io direct" in refused.stderr
 
 
@@ -271,14 +263,14 @@ def test_bench_loads_them_for_that_budget_alone(repackable: Path) -> None:
         "-o",
         "json",
     )
-    alone = command(*few, "--budget", "all")
+    alone = invoke(*few, "--budget", "all")
     assert alone.stderr == ""
     for row in json.loads(alone.stdout):
         assert (row["io"], row["miss_rate"], row["read_mib_per_token"], row["resident_mib"]) == ("load", 0, 0, None)
-    both = command(*few, "--budget", "50%,all")
+    both = invoke(*few, "--budget", "50%,all")
     assert "load" not in {row["io"] for row in json.loads(both.stdout)} and "alone it loads them as llama.cpp does" in both.stderr
     for more, said in (("all", "--io", "load,direct"), "stands alone"), (("50%", "--io", "load"), "a budget of all"):
-        refused = command(*few, "--budget", *more)
+        refused = invoke(*few, "--budget", *more)
         assert refused.exit_code == 2 and said in refused.stderr
 
 

@@ -12,16 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import bench_store
 import pytest
-from typer.testing import CliRunner
 
 from cacheroute import Llama
-from cacheroute.cli import app
 from cacheroute.routing.eviction import DEFAULT
-from support.cli import cacheroute, sentence
+from support.cli import cacheroute, invoke, sentence
 
 ARMS = ("--budget", "25%,50%", "--routing", "original,cache-prior:lambda=0.5", "-p", 24, "-n", 12, "-r", 2)
 
@@ -58,9 +55,11 @@ def test_every_arm_has_a_prompt_and_a_decode_row(alone: Path) -> None:
 
 
 def test_the_kernel_read_what_was_asked_for(alone: Path) -> None:
-    for row in rows(alone):
-        if row["n_gen"] and row["device_mib_per_token"]:  # None or 0: the kernel does not count (some virtual machines)
-            assert row["device_mib_per_token"] == pytest.approx(row["read_mib_per_token"], rel=0.2)
+    counted = [row for row in rows(alone) if row["n_gen"] and row["device_mib_per_token"]]
+    if not counted:
+        pytest.skip("this kernel does not count what was read")
+    for row in counted:
+        assert row["device_mib_per_token"] == pytest.approx(row["read_mib_per_token"], rel=0.2)
 
 
 def test_a_paced_row_reports_its_pace(alone: Path) -> None:
@@ -71,33 +70,33 @@ def test_a_paced_row_reports_its_pace(alone: Path) -> None:
     assert done.stdout.count("buffered @ 50 MB/s") == 12
 
 
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def test_outputs_agree(alone: Path) -> None:
     one = ("bench", "-m", alone, "-p", 8, "-n", 4, "-r", 1, "--routing", "original", "--eviction", "lru")
-    names = set(json.loads(run(*one, "-o", "json").stdout)[0])
-    lines = run(*one, "-o", "jsonl").stdout.splitlines()
+    names = set(json.loads(invoke(*one, "-o", "json").stdout)[0])
+    lines = invoke(*one, "-o", "jsonl").stdout.splitlines()
     assert len(lines) == 2 and all(set(json.loads(line)) == names for line in lines)
-    table = list(csv.DictReader(io.StringIO(run(*one, "-o", "csv").stdout)))
+    table = list(csv.DictReader(io.StringIO(invoke(*one, "-o", "csv").stdout)))
     assert len(table) == 2 and set(table[0]) == names
     with sqlite3.connect(":memory:") as database:
-        database.executescript(run(*one, "-o", "sql").stdout)
+        database.executescript(invoke(*one, "-o", "sql").stdout)
         assert [test for (test,) in database.execute("SELECT test FROM bench")] == ["pp8", "tg4 @ d8"]
-    assert run(*one, "-o", "md").stdout.count("\n") == 4
-    what, empty, head, line, *_ = run(*one).stdout.splitlines()
+    assert invoke(*one, "-o", "md").stdout.count("\n") == 4
+    what, empty, head, line, *_ = invoke(*one).stdout.splitlines()
     assert "prompt of 8, 4 decoded, 1 run, " in what and empty == "" and max(len(head), len(line)) <= 80
     assert head.split()[-2:] == ["TTFT", "s"] and "±" not in line
     assert "-o csv has all columns" in sentence(cacheroute(*one, "-o", "csv", "--wide"), 2)
 
 
 def test_ctrl_c_keeps_what_is_finished(alone: Path) -> None:
-    command = ["bench", "-m", alone, "-p", 24, "-n", 12, "-r", 100_000, "-t", 1, "--routing", "original", "-o", "json"]
+    command = ["bench", "-m", alone, "-p", 24, "-n", 12, "-t", 1, "--routing", "original", "-o", "json", "-r"]
+    start = time.monotonic()
+    cacheroute(*command, 1)
+    enough = time.monotonic() - start
+    command.append(100_000)
     with subprocess.Popen(
         [sys.executable, "-m", "cacheroute", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        time.sleep(5)
+        time.sleep(2 * enough)
         process.send_signal(signal.SIGINT)
         out, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "cacheroute: Stopped; the rows are of the runs that were finished.\n")

@@ -125,6 +125,8 @@ def test_lines_of_a_pipe_are_messages_and_commands(tmp_path: Path) -> None:
     done = piped(
         "What is the capital of France?",
         "",
+        "/routing",
+        "/system Answer in one word.",
         "/routing cache-prior:lambda=0.2",
         "And of Spain?",
         "/retry",
@@ -142,11 +144,13 @@ def test_lines_of_a_pipe_are_messages_and_commands(tmp_path: Path) -> None:
         more=("-v", "--budget", "50%"),
     )
     assert done.returncode == 0, done.stderr
-    kept = [m["content"] for m in json.loads(file.read_text())["messages"]]
-    assert len(kept) == 4 and kept[2] == "And of Spain?"
+    saved = json.loads(file.read_text())
+    kept = [m["content"] for m in saved["messages"]]
+    assert len(kept) == 4 and kept[2] == "And of Spain?" and saved["system"] == "Answer in one word."
     answers = done.stdout
     assert answers.startswith(kept[1]) and kept[3] in answers
     said = done.stderr
+    assert "\nrouting original\n" in said
     assert "cache-prior:lambda=0.2 is lossy" in said and "A budget of 1% keeps 0 of 16 experts" in said
     assert "There is no command /what; /help lists them." in said and "Nothing has been asked yet." in said
     assert said.count("first token") == 4  # a line for each answer

@@ -108,7 +108,8 @@ def test_a_control_that_cannot_run_is_one_line(alone: Path) -> None:
 
 
 def test_an_interrupted_control_leaves_no_process_and_no_group(alone: Path) -> None:
-    limit(64 * MIB)
+    if limit(64 * MIB)._place is None:
+        pytest.skip("systemd makes the group, under a name of its own")
     command = [sys.executable, "-m", "cacheroute", "bench", "-m", str(alone), "-p", "32", "-n", "64", "-r", "99", "--control"]
     command += ["-t", "1", "--routing", "original"]
     bench = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from cacheroute import Llama
-from cacheroute.cli import app
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.routing import custom_policy, strategies
 from cacheroute.trace import trace_file
 from cacheroute.trace.simulate import Arm, Replay
 from support import tiny_models
+from support.cli import invoke
+from support.decoding import last_logits
 from support.traces import fed
 
 MODULE = """
@@ -107,7 +107,7 @@ def run(llm: Llama, name: str) -> np.ndarray:
     with llm.decoding():
         for token in range(6, 26):
             llm.eval([token])
-    return np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)))
+    return last_logits(llm)
 
 
 def policy(name: str) -> str:
@@ -195,8 +195,8 @@ def test_a_policy_that_fails_to_construct_is_one_sentence(model: Llama) -> None:
 
 def test_commands_accept_a_policy_and_warn_that_it_is_slower(tmp_path: Path) -> None:
     trace_file.write(tmp_path / "t", fed(False).header, fed(False).records)
-    simulated = CliRunner().invoke(app, ["simulate", str(tmp_path / "t"), "--routing", policy("TopK"), "-o", "csv"])
+    simulated = invoke("simulate", str(tmp_path / "t"), "--routing", policy("TopK"), "-o", "csv")
     assert simulated.exit_code == 0 and "slower" in simulated.stderr, simulated.output
     assert policy("TopK") in simulated.stdout
-    failed = CliRunner().invoke(app, ["simulate", str(tmp_path / "t"), "--routing", policy("Short")])
+    failed = invoke("simulate", tmp_path / "t", "--routing", policy("Short"))
     assert failed.exit_code == 1 and failed.stdout == "" and "Short.choose failed at decoded token" in failed.stderr

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from typer.testing import CliRunner
 
 from cacheroute import Llama
-from cacheroute.cli import app
 from cacheroute.evals import divergence, loading, reference, scorer, tune
 from cacheroute.evals.perplexity import score
 from cacheroute.evals.runner import Cell, Runner
@@ -24,6 +22,7 @@ from cacheroute.routing.strategies import Routing, parse
 from cacheroute.trace.simulate import Replay
 from cacheroute.trace.trace_file import DECODE
 from support import traces
+from support.cli import invoke
 
 Array = npt.NDArray[Any]
 LOSSY = "pruning:k=1"
@@ -163,10 +162,6 @@ def test_a_rung_is_left_early_by_its_kl() -> None:
 # ---- a model ---------------------------------------------------------------------------------------
 
 
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def text_of(tiny: Path, prose: Path) -> tuple[object, ...]:
     return ("-m", tiny, "-f", prose, *FEW)
 
@@ -198,7 +193,7 @@ def test_original_is_scored_once(own_cache: Path, tiny: Path, prose: Path, monke
         return original(self, chunk)
 
     monkeypatch.setattr(Runner, "_original", count)
-    first = run("eval", "perplexity", *text_of(tiny, prose), "--routing", f"{LOSSY},pruning:k=2", "-o", "json")
+    first = invoke("eval", "perplexity", *text_of(tiny, prose), "--routing", f"{LOSSY},pruning:k=2", "-o", "json")
     assert first.exit_code == 0 and not more, first.output
     rows = json.loads(first.stdout)
     assert [rows[0][name] for name in ("kl", "kl_low", "kl_high", "kl_p99", "top1", "top1_se")] == [0, 0, 0, 0, 1, 0]
@@ -208,13 +203,13 @@ def test_original_is_scored_once(own_cache: Path, tiny: Path, prose: Path, monke
     assert len(kept) == rows[0]["n_chunks"]
     kept[0].write_bytes(kept[0].read_bytes()[:100])
     kept[1].unlink()
-    assert run("eval", "perplexity", *text_of(tiny, prose), "--routing", "pruning:k=3").exit_code == 0
+    assert invoke("eval", "perplexity", *text_of(tiny, prose), "--routing", "pruning:k=3").exit_code == 0
     assert len(more) == 2  # of the file that is damaged, and of the one that is missing
     assert sorted((own_cache / "scores").glob("reference-*/*.npz")) == kept
 
 
 def test_carried_chunks_have_a_kl(own_cache: Path, tiny: Path, prose: Path) -> None:
-    result = run("eval", "perplexity", *text_of(tiny, prose), "--routing", LOSSY, "--carry", "-o", "json")
+    result = invoke("eval", "perplexity", *text_of(tiny, prose), "--routing", LOSSY, "--carry", "-o", "json")
     assert result.exit_code == 0, result.output
     first, lossy = json.loads(result.stdout)
     assert (first["kl"], first["top1"]) == (0, 1) and lossy["kl"] > 0.01
@@ -247,42 +242,42 @@ def without_kl(own_cache: Path) -> None:
 
 def test_scores_without_a_kl_are_completed(own_cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("eval", "perplexity", *text_of(tiny, prose), "--routing", LOSSY, "-o", "json")
-    expected = json.loads(run(*arguments).stdout)
+    expected = json.loads(invoke(*arguments).stdout)
     without_kl(own_cache)
-    only = json.loads(run(*arguments[:-4], "--routing", "original", "-o", "json").stdout)  # needs none: nothing is scored
+    only = json.loads(invoke(*arguments[:-4], "--routing", "original", "-o", "json").stdout)  # needs none: nothing is scored
     assert only == [{**expected[0], **dict.fromkeys(("kl", "kl_low", "kl_high", "kl_p99", "top1", "top1_se"))}]
-    again = run(*arguments)
+    again = invoke(*arguments)
     total = sum(row["n_tokens"] for row in expected)
     assert f"{total} scored tokens are in the cache without a KL, and are scored again" in again.stderr
     assert [row | {"seconds": 0} for row in json.loads(again.stdout)] == [row | {"seconds": 0} for row in expected]
-    told = run("tune", *text_of(tiny, prose), "--uniform")
+    told = invoke("tune", *text_of(tiny, prose), "--uniform")
     assert "without a KL" not in told.stderr
     monkeypatch.setattr(Runner, "run", lambda *_: pytest.fail("computed"))
-    third = run(*arguments)
+    third = invoke(*arguments)
     assert third.exit_code == 0 and "without a KL" not in third.stderr, third.output
 
 
 def test_tune_says_what_lacks_a_kl(own_cache: Path, tiny: Path, prose: Path) -> None:
-    assert run("eval", "perplexity", *text_of(tiny, prose), "--routing", LOSSY).exit_code == 0
+    assert invoke("eval", "perplexity", *text_of(tiny, prose), "--routing", LOSSY).exit_code == 0
     without_kl(own_cache)
-    told = run("tune", *text_of(tiny, prose), "--uniform", "--max-kl", 5)
+    told = invoke("tune", *text_of(tiny, prose), "--uniform", "--max-kl", 5)
     assert told.exit_code == 0 and "16 of them are without a KL; those that are wanted are scored again" in told.stderr
 
 
 def test_rows_of_frontier_without_a_kl_are_added_again(own_cache: Path, tiny: Path, prose: Path, tmp_path: Path) -> None:
     file = tmp_path / "f.jsonl"
     arguments = ("frontier", file, *text_of(tiny, prose), "--routing", LOSSY, "-o", "json")
-    expected = json.loads(run(*arguments).stdout)
+    expected = json.loads(invoke(*arguments).stdout)
     assert expected[0]["kl"] == 0 and expected[1]["kl_high"] > expected[1]["kl"] > 0
     header, *rows = (json.loads(line) for line in file.read_text().splitlines())
     old = {k: v for k, v in rows[1].items() if not k.startswith(("kl", "top1"))}
     file.write_text("".join(json.dumps(line) + "\n" for line in (header, rows[0], old)))
-    result = run(*arguments)
+    result = invoke(*arguments)
     assert "1 of its rows are without a KL" in result.stderr and json.loads(result.stdout) == expected
     assert len(file.read_text().splitlines()) == 4  # what was there stays
-    third = run(*arguments)
+    third = invoke(*arguments)
     assert "has 2 of 2 rows already" in third.stderr and json.loads(third.stdout) == expected
-    assert run("plot", file, "-o", tmp_path / "f.svg").exit_code == 0
+    assert invoke("plot", file, "-o", tmp_path / "f.svg").exit_code == 0
 
 
 # ---- tune ------------------------------------------------------------------------------------------
@@ -290,7 +285,7 @@ def test_rows_of_frontier_without_a_kl_are_added_again(own_cache: Path, tiny: Pa
 
 def test_tune_keeps_within_a_kl(own_cache: Path, tiny: Path, prose: Path) -> None:
     arguments = ("tune", *text_of(tiny, prose), "--limit", 300, "--uniform", "--max-kl", 0.5)
-    result = run(*arguments, "-o", "json")
+    result = invoke(*arguments, "-o", "json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["max_ppl_increase"], report["max_kl"]) == (None, 0.5)
@@ -300,25 +295,25 @@ def test_tune_keeps_within_a_kl(own_cache: Path, tiny: Path, prose: Path) -> Non
     notes = tuned.load(Path(report["profile"])).notes
     assert notes["max_kl"] == 0.5 and notes["max_ppl_increase"] is None
     assert notes["held_out_kl"]["kl"] == report["trials"][-1]["kl"]
-    again = run(*arguments)
+    again = invoke(*arguments)
     assert "this replaces the routing tuned for 500 millinats" in again.stderr
     Path(report["profile"]).write_text("{}")
-    last = run(*arguments)
+    last = invoke(*arguments)
     assert last.exit_code == 0 and "this replaces a file that cannot be read" in last.stderr
     assert tuned.load(Path(report["profile"])).notes["max_kl"] == 0.5
     assert max(len(line) for line in again.stdout.splitlines()[2:-3]) <= 80 and "Mean KLD [95%]" in again.stdout
     assert "; within 500 millinats of KL: " in again.stdout
-    assert "within 500 millinats of KL" in run(*arguments, "--wide").stdout
+    assert "within 500 millinats of KL" in invoke(*arguments, "--wide").stdout
 
 
 def test_too_small_a_kl_is_one_sentence(own_cache: Path, tiny: Path, prose: Path) -> None:
-    result = run("tune", *text_of(tiny, prose), "--uniform", "--strategy", "pruning", "--max-kl", 1e-6)
+    result = invoke("tune", *text_of(tiny, prose), "--uniform", "--strategy", "pruning", "--max-kl", 1e-6)
     assert result.exit_code == 1
     assert "Nothing fits 0.001 millinats: pruning:k=" in result.stderr and " has a KL of " in result.stderr
 
 
 def test_one_limit_at_a_time(own_cache: Path, tiny: Path, prose: Path) -> None:
-    result = run("tune", *text_of(tiny, prose), "--max-kl", 0.5, "--max-ppl-increase", "1%")
+    result = invoke("tune", *text_of(tiny, prose), "--max-kl", 0.5, "--max-ppl-increase", "1%")
     assert result.exit_code == 2 and "Give --max-ppl-increase or --max-kl, not both." in result.stderr
 
 
@@ -339,13 +334,13 @@ def test_the_mass_past_k_is_of_the_tokens_that_were_decoded(mass: bool) -> None:
 
 
 def test_tune_measures_how_flat_a_router_is(own_cache: Path, tiny: Path, prose: Path) -> None:
-    before = json.loads(run("inspect", tiny, "-o", "json").stdout)
-    assert before["mass_past_k"] is None and "rank" not in run("inspect", tiny).stdout
-    result = run("tune", *text_of(tiny, prose), "--price-tokens", 30, "--max-kl", 5, "-o", "json")
+    before = json.loads(invoke("inspect", tiny, "-o", "json").stdout)
+    assert before["mass_past_k"] is None and "rank" not in invoke("inspect", tiny).stdout
+    result = invoke("tune", *text_of(tiny, prose), "--price-tokens", 30, "--max-kl", 5, "-o", "json")
     assert result.exit_code == 0, result.output
     past = json.loads(result.stdout)["mass_past_k"]
     mean = sum(past) / len(past)
     assert len(past) == 2 and ("the router is flat: experts past rank 4 have" in result.stderr) == (mean > 0.5)
-    assert json.loads(run("inspect", tiny, "-o", "json").stdout)["mass_past_k"] == pytest.approx(mean)
+    assert json.loads(invoke("inspect", tiny, "-o", "json").stdout)["mass_past_k"] == pytest.approx(mean)
     tuned.path(tiny, 16).write_text("damaged")
-    assert f"router            {100 * mean:.0f}% of its mass past rank 4" in run("inspect", tiny).stdout
+    assert f"router            {100 * mean:.0f}% of its mass past rank 4" in invoke("inspect", tiny).stdout

@@ -334,7 +334,15 @@ def test_the_first_line_says_what_is_known_and_no_more(own_cache: Path, tiny: Pa
 # ---- memory ----
 
 
-def test_the_plan_of_an_entry_is_about_that_of_its_header(tmp_path: Path) -> None:
+def test_the_plan_of_an_entry_is_about_that_of_its_header(demo_model: Path) -> None:
+    header = gguf_file.read(demo_model)
+    free = 300 * MIB
+    own = memory_plan.of(header, experts.layout(header), n_ctx=512, flash_attn=True, free=free)
+    entered = memory_plan.of_entry(catalogue.load_catalogue()["demo"], n_ctx=512, free=free)
+    assert own.needed(8) == pytest.approx(entered.needed(8), rel=0.2)
+
+
+def test_the_plan_of_an_entry_takes_the_memory_that_is_free() -> None:
     entry = catalogue.load_catalogue()["qwen3-30b-a3b"]
     plan = memory_plan.of_entry(entry, n_ctx=4096, free=8 * GIB)
     assert plan.capacity and 30 < plan.capacity < 60

@@ -10,9 +10,8 @@ from typing import Any
 
 import files_table
 import pytest
-from typer.testing import CliRunner
 
-from cacheroute.cli import app, frontier_files
+from cacheroute.cli import frontier_files
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import across, loading, runner, scorer
 from cacheroute.evals.across import FilesRow
@@ -23,6 +22,7 @@ from cacheroute.plot import figures
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.routing.strategies import Routing
 from support import tiny_models
+from support.cli import invoke
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.engine]
 
@@ -31,10 +31,6 @@ pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.engine]
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model of 8 experts, 2 used, in F16 and, twice as large, in F32."""
     return tiny_models.in_two_types("llama", tmp_path_factory.mktemp("files"))
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def settings(files: tuple[Path, ...], prose: Path, results: Path, *more: object) -> tuple[object, ...]:
@@ -68,7 +64,7 @@ def stable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("known_machine")
 def test_rows_at_equal_memory(files: tuple[Path, Path], prose: Path, tmp_path: Path) -> None:
-    result = run(*settings(files, prose, tmp_path / "f.jsonl"))
+    result = invoke(*settings(files, prose, tmp_path / "f.jsonl"))
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
     found = [(r["file"], r["budget"], r["whole"], r["budget_experts"], r["routing"], r["eviction"]) for r in rows]
@@ -88,7 +84,7 @@ def test_rows_at_equal_memory(files: tuple[Path, Path], prose: Path, tmp_path: P
     text = ("-f", prose, "--chunk", 32, "--limit", 60, "-t", 1, "-o", "json", "--eviction", "lru")
     n = lossy["budget_experts"]
     own = json.loads(
-        run("eval", "perplexity", "-m", files[1], *text, "--budget", n, "--routing", "cache-prior:lambda=0.5").stdout
+        invoke("eval", "perplexity", "-m", files[1], *text, "--budget", n, "--routing", "cache-prior:lambda=0.5").stdout
     )
     assert own[-1]["kl"] == lossy["kl"] and own[-1]["missed_mib_per_token"] == lossy["missed_mib_per_token"]
 
@@ -98,18 +94,18 @@ def test_it_resumes_and_gives_the_same_with_workers(
     files: tuple[Path, Path], prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = tmp_path / "f.jsonl"
-    whole = json.loads(run(*settings(files, prose, results)).stdout)
+    whole = json.loads(invoke(*settings(files, prose, results)).stdout)
     complete = results.read_bytes().splitlines(keepends=True)
     results.write_bytes(b"".join(complete[:6]) + b'{"half": ')
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path / "other"))
-    result = run(*settings(files, prose, results, "--workers", 2))
+    result = invoke(*settings(files, prose, results, "--workers", 2))
     assert result.exit_code == 0, result.output
     assert "has 5 of 13 rows already" in result.stderr
     assert stable(json.loads(result.stdout)) == stable(whole)
     renamed = shutil.copy(files[0], tmp_path / "x-other.gguf")
-    again = run(*settings((Path(renamed), files[1]), prose, results))
+    again = invoke(*settings((Path(renamed), files[1]), prose, results))
     assert "has 13 of 13 rows already" in again.stderr and {r["file"] for r in json.loads(again.stdout)} == {"x-other", "m-F32"}
-    other = run(*settings(files, prose, results, "--reference", files[0]))
+    other = invoke(*settings(files, prose, results, "--reference", files[0]))
     assert other.exit_code == 2 and "holds results of another model" in other.stderr
 
 
@@ -119,10 +115,10 @@ def test_a_dask_cluster_gives_the_same(
 ) -> None:
     distributed = pytest.importorskip("distributed", reason="the extra `dask` is not installed")
     few = ("--budget", "50%", "--eviction", "lru")
-    alone = json.loads(run(*settings(files, prose, tmp_path / "a.jsonl", *few)).stdout)
+    alone = json.loads(invoke(*settings(files, prose, tmp_path / "a.jsonl", *few)).stdout)
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path / "other"))
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
-        result = run(*settings(files, prose, tmp_path / "b.jsonl", *few, "--scheduler", cluster.scheduler_address))
+        result = invoke(*settings(files, prose, tmp_path / "b.jsonl", *few, "--scheduler", cluster.scheduler_address))
     assert result.exit_code == 0, result.output
     assert stable(json.loads(result.stdout)) == stable(alone)
 
@@ -168,7 +164,7 @@ def test_a_file_without_room_is_left_out(files: tuple[Path, Path], tmp_path: Pat
 def test_bad_input_is_one_sentence(
     files: tuple[Path, Path], prose: Path, tmp_path: Path, arguments: tuple[object, ...], message: str
 ) -> None:
-    result = run(*settings(files, prose, tmp_path / "f.jsonl"), *arguments)
+    result = invoke(*settings(files, prose, tmp_path / "f.jsonl"), *arguments)
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr, result.output
     assert not (tmp_path / "f.jsonl").exists()
 
@@ -186,7 +182,7 @@ def test_one_file_alone_is_refused(files: tuple[Path, Path], tmp_path: Path) -> 
         (("--files", files[0]), "names two or more files"),
         (("--reference", files[0]), "--reference is for --files"),
     ):
-        result = run("frontier", tmp_path / "f.jsonl", *arguments)
+        result = invoke("frontier", tmp_path / "f.jsonl", *arguments)
         assert result.exit_code == 2 and message in result.stderr
 
 
@@ -275,7 +271,7 @@ def test_the_figure_names_every_point(tmp_path: Path) -> None:
     names = ["Q2 original", "Q2, all in memory", "Q4 cache prior λ 0.1", "Q8 original"]
     assert [row[2] for row in chart.cells[1:]] == names
     assert [row[-1] for row in chart.cells[1:]] == ["*", "*", "*", "*"] and chart.cells[0][4] == "tokens per second (forecast)"
-    result = run("plot", path, "-o", tmp_path / "f.svg")
+    result = invoke("plot", path, "-o", tmp_path / "f.svg")
     assert result.exit_code == 0, result.output
     drawn = (tmp_path / "f.svg").read_text()
     keys = ("3 Q2, all in memory *", "2 Q4 cache prior λ 0.1 *", "1 Q8 original *", "1 Q2 original *")

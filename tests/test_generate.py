@@ -34,6 +34,12 @@ def test_answers_on_stdout_and_statistics_on_stderr(demo_model: Path) -> None:
     assert 0 < resident < 1.6 * budget  # experts of a few pages: page rounding
 
 
+def test_of_tokens_as_likely_as_the_likeliest_there_is_one(demo_model: Path) -> None:
+    greedy = cacheroute("generate", "-p", "Name three colours.", "-n", 12, *RUN)
+    sampled = cacheroute("generate", "-p", "Name three colours.", "-n", 12, *RUN, "--temp", 1.5, "--min-p", 1, "-s", 1)
+    assert greedy.stdout == sampled.stdout != ""
+
+
 def test_the_prompt_is_what_was_typed_then_the_file_then_the_pipe(demo_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("two")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import readme_help
@@ -78,12 +79,19 @@ def test_only_what_is_between_the_marks_changes(tmp_path: object, monkeypatch: p
     old = f"before\n{readme_help.BEGIN}\nold\n{readme_help.END}\nafter\n"
     new = readme_help.updated(old)
     assert new.startswith(f"before\n{readme_help.BEGIN}\n| |") and new.endswith(f"|\n{readme_help.END}\nafter\n")
-    assert "old" not in new and "| `eval perplexity` |" in new and new.count("| Run |") == 1
+    assert "old" not in new and "| `eval perplexity`, `task`" in new and new.count("| Run |") == 1
     for wrong in ("no marks", old + old, f"{readme_help.END} {readme_help.BEGIN}"):
         with pytest.raises(ValueError, match="around the table"):
             readme_help.updated(wrong)
 
 
-def test_the_script_checks_without_writing(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_the_script_checks_without_writing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["readme_help.py", "--check"])
     readme_help.main()
+    old = f"{readme_help.BEGIN}\nold\n{readme_help.END}\n"
+    stale = tmp_path / "README.md"
+    stale.write_text(old)
+    monkeypatch.setattr(readme_help, "README", stale)
+    with pytest.raises(SystemExit, match="another table"):
+        readme_help.main()
+    assert stale.read_text() == old

@@ -25,6 +25,7 @@ from gguf import GGUFReader
 from cacheroute import Llama
 from cacheroute.native import bindings
 from support import tiny_models
+from support.decoding import assert_same_bits, last_logits
 from support.hook_abi import CCallback, CHook
 
 Floats = npt.NDArray[np.float32]
@@ -62,10 +63,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(request.param, path, tiny_models.shape_of(arch, **overrides))
 
 
-def last_logits(llm: llama_cpp.Llama) -> Floats:
-    return np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)), dtype=np.float32)
-
-
 def run(llm: llama_cpp.Llama, n_decode: int = N_DECODE) -> Floats:
     """From a fresh sequence: the logits after a prompt, then after each token decoded on its own."""
     llm.reset()
@@ -77,11 +74,6 @@ def run(llm: llama_cpp.Llama, n_decode: int = N_DECODE) -> Floats:
             llm.eval([token])
             rows.append(last_logits(llm))
     return np.array(rows)
-
-
-def assert_same_bits(a: Floats, b: Floats) -> None:
-    """Stricter than equality, for which -0 is 0."""
-    np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 # ---- hooks in Python ------------------------------------------------------------------------------

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from cacheroute.cli import app
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import answers, frontier, harness, loading, long, prompts, reference
 from cacheroute.evals import session as sessions
@@ -22,13 +20,10 @@ from cacheroute.forecast import misses
 from cacheroute.model import experts, gguf_file
 from cacheroute.plot import rows as plot_rows
 from cacheroute.routing import tuned
+from support.cli import invoke
 
 LOSSY = "cache-prior:lambda=0.4"
 HOLDS_NO_INTERVAL = "one chunk alone gives no interval"
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def few(tiny: Path, prose: Path) -> tuple[object, ...]:
@@ -78,9 +73,9 @@ def test_a_model_that_is_written_to_is_another_one(tiny: Path, tmp_path: Path, m
 
 @pytest.mark.engine
 def test_a_forecast_takes_the_misses_of_this_model(own_cache: Path, tiny: Path, prose: Path) -> None:
-    assert run("eval", "perplexity", *few(tiny, prose)).exit_code == 0
+    assert invoke("eval", "perplexity", *few(tiny, prose)).exit_code == 0
     misses.recorded.cache_clear()
-    capacity = json.loads(run("eval", "perplexity", *few(tiny, prose), "-o", "json").stdout)[0]["budget_experts"]
+    capacity = json.loads(invoke("eval", "perplexity", *few(tiny, prose), "-o", "json").stdout)[0]["budget_experts"]
     assert "original" in misses.recorded(tiny, capacity, "soft-lfu")
 
 
@@ -106,19 +101,19 @@ def test_a_tuned_routing_is_known_by_its_content(own_cache: Path, tiny: Path, pr
     results, routing = tmp_path / "f.jsonl", tmp_path / "r.json"
     command = ("frontier", results, *few(tiny, prose), "--routing", f"tuned:{routing}", "-o", "json")
     tuned_file(tiny, routing, 0.1)
-    first = json.loads(run(*command).stdout)
+    first = json.loads(invoke(*command).stdout)
     tuned_file(tiny, routing, 0.9)
-    result = run(*command)
+    result = invoke(*command)
     second = json.loads(result.stdout)
     assert "has 1 of 2 rows already" in result.stderr and second[0] == first[0]
     assert second[1]["nll"] != first[1]["nll"] and second[1]["routing"] == first[1]["routing"]
-    expected = stable(run("eval", "perplexity", *few(tiny, prose), "--routing", f"tuned:{routing}", "-o", "json").stdout)
+    expected = stable(invoke("eval", "perplexity", *few(tiny, prose), "--routing", f"tuned:{routing}", "-o", "json").stdout)
     assert (second[1] | {"seconds": 0}).items() >= expected[1].items()
     drawn = plot_rows.of(results, plot_rows.latest(plot_rows.read(results)))
     assert [row.ppl for row in drawn] == [row["ppl"] for row in second]  # the row that was replaced is not drawn
     copy = tmp_path / "same.json"
     copy.write_bytes(routing.read_bytes())
-    third = run(*command[:-4], "--routing", f"tuned:{copy}", "-o", "json")
+    third = invoke(*command[:-4], "--routing", f"tuned:{copy}", "-o", "json")
     assert "has 2 of 2 rows already" in third.stderr and json.loads(third.stdout)[1]["routing"] == f"tuned:{copy}"
 
 
@@ -132,13 +127,13 @@ def test_a_policy_of_ones_own_is_scored_again(
         "    def choose(self, layer, z, mass, resident):\n        return np.argsort(-z, kind='stable')[: self.n]\n"
     )
     command = ("frontier", "f.jsonl", *few(tiny, prose), "--routing", "python:kept_policy:Best", "-o", "json")
-    assert run(*command).exit_code == 0
+    assert invoke(*command).exit_code == 0
     scored: list[str] = []
     compute = Runner.run
     monkeypatch.setattr(
         Runner, "run", lambda self, request, chunk: scored.append(str(request[0])) or compute(self, request, chunk)
     )
-    result = run(*command)
+    result = invoke(*command)
     assert "has 1 of 2 rows already" in result.stderr and set(scored) == {"python:kept_policy:Best"}
 
 
@@ -149,20 +144,20 @@ def test_a_policy_of_ones_own_is_scored_again(
 def test_a_row_with_another_speed_is_timed_again(own_cache: Path, tiny: Path, prose: Path, tmp_path: Path) -> None:
     results = tmp_path / "f.jsonl"
     command = ("frontier", results, *few(tiny, prose), "--routing", LOSSY, "-o", "json")
-    plain = json.loads(run(*command).stdout)
+    plain = json.loads(invoke(*command).stdout)
     assert all(row["ts"] is None and row["timed_with"] == "" for row in plain)
     for more, words in (
         (("--io", "buffered"), "buffered, 1 thread, unpaced"),
         (("--io", "buffered", "-t", 2), "buffered, 2 threads, unpaced"),
         (("--io", "buffered", "--flash-mbps", 900), "buffered, 1 thread, 900 MB/s"),
     ):
-        timed = run(*command, *more)
+        timed = invoke(*command, *more)
         assert "has 0 of 2 rows already" in timed.stderr and f"rows without a speed ({words}) are timed again" in timed.stderr
         rows = json.loads(timed.stdout)
         assert all(row["ts"] > 0 and row["timed_with"] == words for row in rows)
-        again = run(*command, *more)
+        again = invoke(*command, *more)
         assert "has 2 of 2 rows already" in again.stderr and json.loads(again.stdout) == rows
-    last = run(*command)
+    last = invoke(*command)
     assert "has 2 of 2 rows already" in last.stderr and all(row["ts"] is None for row in json.loads(last.stdout))
 
 
@@ -191,15 +186,15 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 @pytest.mark.engine
 def test_a_damaged_score_is_computed_again(own_cache: Path, tiny: Path, prose: Path) -> None:
     command = ("eval", "perplexity", *few(tiny, prose), "--routing", LOSSY, "-o", "json")
-    expected = stable(run(*command).stdout)
+    expected = stable(invoke(*command).stdout)
     (file,) = (own_cache / "scores").glob("*.jsonl")
     content = lines(file)
     for name, damage in DAMAGE.items():
         write(file, [*content[:-1], damage(content[-1])])
-        result = run(*command)
+        result = invoke(*command)
         assert result.exit_code == 0 and "is damaged: what it kept is computed again" in result.stderr, (name, result.output)
         assert stable(result.stdout) == expected, name
-        assert "is damaged" not in run(*command).stderr, name
+        assert "is damaged" not in invoke(*command).stderr, name
 
 
 def test_a_damaged_answer_is_none() -> None:
@@ -279,7 +274,7 @@ def test_no_row_of_a_run_is_lost_with_its_file(
         return compute(self, request, chunk)
 
     monkeypatch.setattr(Runner, "run", removing)
-    result = run("frontier", results, *few(tiny, prose), "--routing", f"{LOSSY},pruning:k=1", "-o", "json")
+    result = invoke("frontier", results, *few(tiny, prose), "--routing", f"{LOSSY},pruning:k=1", "-o", "json")
     assert result.exit_code == 0 and "it is written again" in result.stderr, result.output
     header, *rows = lines(results)
     assert header["format"] == frontier.FORMAT and [r["routing"] for r in rows] == ["original", LOSSY, "pruning:k=1"]
@@ -298,10 +293,10 @@ def test_without_a_cache_folder_to_write_to_nothing_is_kept(
         "tune": ("tune", "--uniform", "--max-kl", 5),
     }[command]
     settings = (*few(tiny, prose), "--limit", 120, "-o", "json")
-    expected = json.loads(run(*words, *settings).stdout)
+    expected = json.loads(invoke(*words, *settings).stdout)
     (tmp_path / "c").write_text("a file where a folder should be")
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path / "c"))
-    result = run(*words, *settings)
+    result = invoke(*words, *settings)
     assert result.stderr.count("scores are not kept, and another run computes them again") == 1, result.output
     found = json.loads(result.stdout)
     if command == "eval":
@@ -329,7 +324,7 @@ def test_scores_that_can_no_longer_be_written_are_not_kept(tmp_path: Path, capsy
 def test_frontier_warns_of_few_chunks_as_eval_does(own_cache: Path, tiny: Path, prose: Path, tmp_path: Path) -> None:
     one = (*few(tiny, prose), "--limit", 1, "--routing", LOSSY)
     for command in (("eval", "perplexity"), ("frontier", tmp_path / "f.jsonl"), ("frontier", tmp_path / "f.jsonl")):
-        result = run(*command, *one)
+        result = invoke(*command, *one)
         assert result.stderr.count(HOLDS_NO_INTERVAL) == 1, result.output
         assert "?" not in result.stdout
 
@@ -337,13 +332,13 @@ def test_frontier_warns_of_few_chunks_as_eval_does(own_cache: Path, tiny: Path, 
 @pytest.mark.parametrize("name", ["kl", "KLD", "ppl", "perplexty", "mean_kld"])
 def test_what_eval_perplexity_reports_is_no_task(tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(harness, "require", lambda: pytest.fail("lm-evaluation-harness is imported"))
-    result = run("eval", "task", name, "-m", tiny)
+    result = invoke("eval", "task", name, "-m", tiny)
     assert result.exit_code == 2 and "`cacheroute eval perplexity` measures" in result.stderr, result.output
 
 
 def test_paths_are_checked_before_the_harness_is_imported(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "require", lambda: pytest.fail("lm-evaluation-harness is imported"))
-    data = run("eval", "mmlu", "-m", tiny, "--data", tmp_path / "nope")
+    data = invoke("eval", "mmlu", "-m", tiny, "--data", tmp_path / "nope")
     assert data.exit_code == 2 and "There is no file or folder" in data.stderr, data.output
-    folder = run("eval", "kl", "-m", tiny, "--tasks", tmp_path / "nope")
+    folder = invoke("eval", "kl", "-m", tiny, "--tasks", tmp_path / "nope")
     assert folder.exit_code == 2 and "is not a folder with task files" in folder.stderr, folder.output

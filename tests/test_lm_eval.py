@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from cacheroute import Llama
-from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.evals import harness, loading
 from cacheroute.evals.answers import TEXT, Question, Respondent
 from cacheroute.evals.perplexity import log_probabilities, score
 from cacheroute.evals.tasks import Heads, TaskScorer
 from cacheroute.evals.text import Chunk
+from support.cli import invoke
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 HEAD = "the cat was on the mat\n\na hat is with it\n\n"
@@ -147,10 +146,12 @@ def test_a_state_is_kept_whole_while_an_interrupt_is_on_its_way(llm: Llama) -> N
 
 def test_greedy_is_reported(llm: Llama) -> None:
     s = scorer(llm)
-    answers = [s.loglikelihood(HEAD + QUESTION, f" {chr(c)}") for c in range(ord("a"), ord("z") + 1)]
-    s.generate_until(HEAD + QUESTION, [], 1)
-    log_p = log_probabilities(llm)
-    assert any(greedy for _, greedy in answers) == (max(x for x, _ in answers) == pytest.approx(log_p.max(), abs=1e-4))
+    best = s.generate_until(HEAD + QUESTION, [], 1)
+    answers = {
+        text: s.loglikelihood(HEAD + QUESTION, text) for text in (best, *(f" {chr(c)}" for c in range(ord("a"), ord("z") + 1)))
+    }
+    assert best and answers[best] == (max(answers.values())[0], True)
+    assert [text for text, (_, greedy) in answers.items() if greedy] == [best]
 
 
 def test_empty_contexts_and_continuations(llm: Llama) -> None:
@@ -273,7 +274,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    return invoke("eval", *arguments)
 
 
 @pytest.mark.usefixtures("installed")

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from cacheroute import Llama
-from cacheroute.cli import app
 from cacheroute.evals import loading, long, repetition
 from cacheroute.evals.perplexity import log_probabilities
 from cacheroute.routing.strategies import parse
+from support.cli import invoke
 
 PROMPT = [5, 6, 7, 8, 9, 10]
 SAMPLED = long.Decoding(temp=0.8, min_p=0.01, seed=3)
@@ -101,25 +100,25 @@ def test_the_summary_keeps_the_cold_tokens_apart() -> None:
 def test_the_command_resumes_and_workers_write_the_same(tiny: Path, prose: Path, own_cache: Path, monkeypatch: Any) -> None:
     command = ["eval", "long", "-m", tiny, "-f", prose, "--budget", "25%", "--routing", "cache-prior:lambda=0.5"]
     command = [str(x) for x in (*command, "--places", 2, "--prompt-tokens", 16, "-n", 24, "-t", 2, "-o", "json")]
-    first = CliRunner().invoke(app, command)
+    first = invoke(*command)
     assert first.exit_code == 0, first.output
     found = [(row["decoding"], row["routing"]) for row in json.loads(first.stdout)]
     assert found == [(d, r) for d in ("greedy", "temp 0.8") for r in ("original", "cache-prior:lambda=0.5")]
     monkeypatch.setattr(long.Writer, "write", lambda *_: pytest.fail("written again"))
-    again = CliRunner().invoke(app, command)
+    again = invoke(*command)
     assert again.stdout == first.stdout and "8 of 8 texts are in the cache" in again.stderr
-    table = CliRunner().invoke(app, [*command[:-1], "md"]).stdout.splitlines()
+    table = invoke(*command[:-1], "md").stdout.splitlines()
     assert len(table) == 6 and len({line.count("|") for line in table}) == 1 and "same first" in table[0]
     monkeypatch.undo()
     monkeypatch.setenv("CACHEROUTE_CACHE", str(own_cache / "other"))
-    parallel = CliRunner().invoke(app, [*command, "--workers", "2"])
+    parallel = invoke(*command, "--workers", "2")
     assert parallel.stdout == first.stdout, parallel.output
-    shown = CliRunner().invoke(app, [*command[:-2]])
+    shown = invoke(*command[:-2])
     assert shown.exit_code == 0 and "perplexity of its texts" in shown.stdout and max(map(len, shown.stdout.splitlines())) <= 100
 
 
 @pytest.mark.engine
 def test_too_little_text_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("the cat was on the mat " * 4)
-    result = CliRunner().invoke(app, ["eval", "long", "-m", str(tiny), "-f", str(tmp_path / "short.txt"), "--prompt-tokens", "8"])
+    result = invoke("eval", "long", "-m", str(tiny), "-f", str(tmp_path / "short.txt"), "--prompt-tokens", "8")
     assert result.exit_code == 2 and "8 are wanted; give more text" in result.stderr, result.output

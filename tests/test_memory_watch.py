@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import pickle
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
 from cacheroute.routing.budget import Budget
 from support import hook_abi
+from support.decoding import last_logits
 from support.native_hook import bare_hook
 
 PLAN = MemoryPlan(
@@ -98,7 +101,7 @@ def logits(llm: Llama, tokens: list[int], before: Callable[[int], None]) -> np.n
         before(i)
         with llm.decoding():
             llm.eval([token])
-        rows.append(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)).copy())
+        rows.append(last_logits(llm))
     return np.array(rows)
 
 
@@ -162,11 +165,14 @@ def until(true: Callable[[], bool]) -> None:
 @pytest.mark.engine
 def test_a_model_that_follows_the_memory_can_be_dropped_and_pickled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "available_memory", lambda **_: 70 * MIB)
-    with contextlib.closing(Llama(str(tiny), budget="auto", io="direct", n_ctx=64, n_threads=1, verbose=False)) as llm:
-        assert llm.automatic and llm._watch
-        assert llm.__getstate__()["budget"] == "auto"
-        watch = llm._watch
+    llm = Llama(str(tiny), budget="auto", io="direct", n_ctx=64, n_threads=1, verbose=False)
+    with contextlib.closing(pickle.loads(pickle.dumps(llm))) as copied:
+        assert copied.automatic and copied._watch and copied.asked.budget == "auto"
+        watch = copied._watch
     assert not watch._thread.is_alive()
+    gone, watch = weakref.ref(llm), llm._watch
+    del llm
+    until(lambda: gone() is None and not watch._thread.is_alive())  # its thread may hold the model for a look
 
 
 def test_layers_of_unequal_shares_stay_within_a_smaller_budget() -> None:

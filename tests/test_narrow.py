@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -137,4 +136,4 @@ def test_a_report_without_an_engine_says_so(tmp_path: Path) -> None:
 
 def test_a_report_is_for_people() -> None:
     done = cacheroute("doctor", "--report", "-o", "json")
-    assert done.returncode == 2 and "--report is a text for people" in done.stderr and sys.platform
+    assert done.returncode == 2 and "--report is a text for people" in done.stderr

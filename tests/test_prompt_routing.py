@@ -24,14 +24,12 @@ from cacheroute.trace.simulate import Arm, Replay
 from cacheroute.trace.trace_file import BATCH, Header, Trace
 from support import hook_abi, oracle, tiny_models
 from support.cli import cacheroute
+from support.decoding import last_logits
 from support.native_hook import SIGMOID, BareHook, bare_hook
 from support.traces import header, made_up
 
 Floats = npt.NDArray[np.float32]
 COVERS = (0.01, 0.1234567, 0.4321098, 0.7654321, 0.9876543)  # none is a fraction that sums of shares could hit exactly
-
-settings.register_profile("prompts", deadline=None, max_examples=80)
-settings.load_profile("prompts")
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,7 @@ def answered(llm: Llama, prompts: str) -> list[Any]:
     llm.eval(TOKENS[:41])
     with llm.decoding():
         for token in TOKENS[41:50]:
-            found.append(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)).copy())
+            found.append(last_logits(llm))
             llm.eval([token])
     return found
 

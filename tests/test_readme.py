@@ -20,8 +20,6 @@ def test_there_is_a_tour() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_the_python_of_the_readme_runs(block: str, tmp_path: Path) -> None:
-    if "langchain" in block:
-        pytest.importorskip("langchain_openai")
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and not done.stderr.strip(), (done.stdout, done.stderr)

@@ -20,9 +20,6 @@ KINDS = ("smooth", "ties", "constant", "groups", "few")
 MAX_LOSS = (None, 0.0, 1 / 64, 1 / 8, 0.5, 1.0)
 HUGE = 1e6  # no swap is too dear for this lambda
 
-settings.register_profile("router", deadline=None, max_examples=80)
-settings.load_profile("router")
-
 
 @dataclass(frozen=True)
 class Trial:

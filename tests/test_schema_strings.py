@@ -108,7 +108,9 @@ def answers(llm: Llama, schema: object, n: int = 3) -> Iterator[str]:
 
 @pytest.mark.parametrize("pattern", [p for p in PATTERNS if "," not in p and "*" not in p and "+" not in p])
 def test_an_answer_matches_its_pattern(llm: Llama, pattern: str) -> None:
-    for text in answers(llm, {"type": "string", "pattern": pattern}):
+    found = list(answers(llm, {"type": "string", "pattern": pattern}))
+    assert found
+    for text in found:
         assert re.fullmatch(pattern, json.loads(text), re.ASCII)
 
 
@@ -124,5 +126,7 @@ def test_more_properties_have_other_names(llm: Llama) -> None:
     (rule,) = re.findall(r"^additional-kv-name ::= (.*)$", grammar, re.MULTILINE)
     for text, free in (("a", False), ("ab", False), ("abc", True), ("b", True), ("", True)):
         assert bool(re.fullmatch(as_regex(rule), json.dumps(text))) == free
-    for text in answers(llm, schema, 5):
+    found = list(answers(llm, schema, 5))
+    assert found
+    for text in found:
         assert all(value == 1 for name, value in json.loads(text).items() if name in own)

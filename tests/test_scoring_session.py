@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from cacheroute.cli import app
 from cacheroute.errors import CacherouteError
 from cacheroute.evals import loading, scorer
 from cacheroute.evals import session as sessions
 from cacheroute.evals.runner import Runner
 from cacheroute.routing.strategies import Routing
+from support.cli import invoke
 
 ROUTING = "cache-prior:lambda=0.4"
 
@@ -27,10 +26,6 @@ def commands(tiny: Path, prose: Path, file: Path) -> dict[str, tuple[object, ...
         "eval": ("eval", "perplexity", "--routing", ROUTING, *few),
         "frontier": ("frontier", file, "--routing", ROUTING, *few),
     }
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def kept(cache: Path) -> set[tuple[str, int]]:
@@ -46,13 +41,13 @@ def test_what_one_command_has_scored_no_other_computes(
     own_cache: Path, tiny: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[object, ...]
 ) -> None:
     every = commands(tiny, prose, tmp_path / "f.jsonl")
-    first = run(*every["eval"], *more)
+    first = invoke(*every["eval"], *more)
     assert first.exit_code == 0 and "in the cache" not in first.stderr, first.output
     scored = kept(own_cache)
     assert {routing for routing, _ in scored} == {"original", ROUTING}
     monkeypatch.setattr(Runner, "run", lambda *_: pytest.fail("computed"))
     for name in ("frontier", "eval"):
-        again = run(*every[name], *more)
+        again = invoke(*every[name], *more)
         assert again.exit_code == 0 and kept(own_cache) == scored, again.output
         total = sum(row["n_tokens"] for row in json.loads(first.stdout))
         assert f"{total} of {total} scored tokens are in the cache" in again.stderr
@@ -64,9 +59,9 @@ def test_what_one_command_has_scored_no_other_computes(
 
 def test_tune_begins_with_what_others_have_scored(own_cache: Path, tiny: Path, prose: Path, tmp_path: Path) -> None:
     every = commands(tiny, prose, tmp_path / "f.jsonl")
-    assert run(*every["frontier"], "-t", 1).exit_code == 0
+    assert invoke(*every["frontier"], "-t", 1).exit_code == 0
     scored = kept(own_cache)
-    result = run(*every["tune"], "-t", 1)
+    result = invoke(*every["tune"], "-t", 1)
     assert f"{len(scored)} scores of earlier runs are used again" in result.stderr
     added = {routing for routing, _ in kept(own_cache) - scored}
     assert added and not added & {"original", ROUTING}
@@ -85,7 +80,7 @@ def test_workers_share_the_threads(
     monkeypatch.setattr(loading, "load", load)
     arguments = commands(tiny, prose, tmp_path / "f.jsonl")[name]
     for threads, workers in ((6, 1), (6, 2), (7, 3), (2, 4)):
-        assert run(*arguments, "-t", threads, "--workers", workers).exit_code == 1
+        assert invoke(*arguments, "-t", threads, "--workers", workers).exit_code == 1
     assert asked == [6, 3, 2, 1]
 
 
@@ -98,13 +93,13 @@ def test_each_process_gets_the_threads_of_the_job(own_cache: Path, tiny: Path, p
 
 def test_a_run_of_more_tokens_begins_with_those_of_fewer(own_cache: Path, tiny: Path, prose: Path) -> None:
     command = ("eval", "perplexity", "-m", tiny, "-f", prose, "--chunk", 32, "--budget", "25%", "--routing", ROUTING, "-t", 1)
-    few = run(*command, "--chunks", 2, "-o", "json")
+    few = invoke(*command, "--chunks", 2, "-o", "json")
     assert few.exit_code == 0 and [row["n_chunks"] for row in json.loads(few.stdout)] == [2, 2]
-    more = run(*command, "--chunks", 10, "-o", "json")
+    more = invoke(*command, "--chunks", 10, "-o", "json")
     assert f"{4 * 15} of {20 * 15} scored tokens are in the cache" in more.stderr
-    again = run(*command, "--limit", 20, "-o", "json")  # two chunks of 15 tokens
+    again = invoke(*command, "--limit", 20, "-o", "json")  # two chunks of 15 tokens
     assert again.stdout == few.stdout and f"{4 * 15} of {4 * 15} scored tokens" in again.stderr
-    both = run(*command, "--limit", 20, "--chunks", 2)
+    both = invoke(*command, "--limit", 20, "--chunks", 2)
     assert both.exit_code == 2 and "give one of them" in both.stderr
 
 
@@ -120,7 +115,7 @@ def test_all_routings_score_some_chunks_before_the_next(
 
     monkeypatch.setattr(Runner, "run", noted)
     command = ("eval", "perplexity", "-m", tiny, "-f", prose, "--chunk", 32, "--budget", "25%", "--routing", ROUTING, "-t", 1)
-    result = run(*command, "--chunks", 10, "-o", "json")
+    result = invoke(*command, "--chunks", 10, "-o", "json")
     names = ("original", "cache-prior")
     assert order == [(name, i) for part in (range(8), range(8, 10)) for name in names for i in part]
     assert [row["n_chunks"] for row in json.loads(result.stdout)] == [10, 10]
@@ -128,19 +123,19 @@ def test_all_routings_score_some_chunks_before_the_next(
 
 def test_tuned_alone_is_the_routing_of_the_budget(own_cache: Path, demo_model: Path, prose: Path) -> None:
     command = ("eval", "perplexity", "-m", demo_model, "-f", prose, "--chunk", 16, "--chunks", 1, "--eviction", "lru")
-    result = run(*command, "--budget", "50%", "--routing", "tuned", "-o", "json")
+    result = invoke(*command, "--budget", "50%", "--routing", "tuned", "-o", "json")
     assert result.exit_code == 0, result.output
     original, tuned = json.loads(result.stdout)
     assert original["eviction"] == "lru" and tuned["routing"].startswith("tuned:") and tuned["eviction"] == "soft-lfu"
-    none = run(*command, "--budget", "60%", "--routing", "tuned")
+    none = invoke(*command, "--budget", "60%", "--routing", "tuned")
     assert none.exit_code == 2 and "Nothing is tuned for" in none.stderr
 
 
 def test_carried_chunks_are_computed_anew(own_cache: Path, tiny: Path, prose: Path, tmp_path: Path) -> None:
     arguments = (*commands(tiny, prose, tmp_path / "f.jsonl")["eval"], "-t", 1)
-    fresh = json.loads(run(*arguments).stdout)
+    fresh = json.loads(invoke(*arguments).stdout)
     scored = kept(own_cache)
-    result = run(*arguments, "--carry")
+    result = invoke(*arguments, "--carry")
     carried = json.loads(result.stdout)
     assert kept(own_cache) == scored and "in the cache" not in result.stderr
     assert carried[0]["nll"] == fresh[0]["nll"] and carried[1]["nll"] != fresh[1]["nll"]

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from cacheroute import Llama
-from cacheroute.cli import app
+from cacheroute.cli.serve import _name
 from cacheroute.engine import completion
 from support import served, tiny_models
+from support.cli import invoke
+from support.decoding import last_logits
 from support.served import HELLO, MODEL, Served
 
 pytestmark = pytest.mark.engine
@@ -164,7 +165,7 @@ def test_logprobs_are_of_the_models_distribution(server: Served, llm: Llama) -> 
     prompt = completion.chat_prompt(llm, QUESTION)
     llm.eval(prompt.tokens)
     for own in content:
-        logits = np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)), np.float64)
+        logits = last_logits(llm).astype(np.float64)
         expected = logits - logits.max() - math.log(np.exp(logits - logits.max()).sum())
         best = [int(i) for i in np.argsort(-expected)[:3]]
         assert [t["bytes"] for t in own["top_logprobs"]] == [list(completion.token_bytes(llm, i)) for i in best]
@@ -506,6 +507,29 @@ def test_a_signal_ends_the_server_and_its_answer(demo_model: Path, number: int, 
     assert (process.returncode, errors.strip()) == (code, last)
 
 
+def test_options_of_the_command_are_its_limits(demo_model: Path) -> None:
+    with command("--alias", "a", "--queue", 0, "--timeout", 2, "--max-body", 1, "--flash-mbps", 0.01, "-v") as (process, port):
+        at = Served(None, None, port)  # type: ignore[arg-type]
+        assert [m["id"] for m in at.ask("/v1/models").json["data"]] == ["a"]
+        assert at.ask("/v1/completions", {"prompt": "x" * 1_100_000}).status == 413
+        with contextlib.closing(at.begin("/v1/completions", {"prompt": "word " * 200, "stream": True})) as first:
+            assert first.recv(15) == b"HTTP/1.1 200 OK"
+            assert at.ask("/v1/completions", {"prompt": "word"}).status == 429
+            rest = b""
+            while b'"code":"timeout"' not in rest:
+                more = first.recv(65536)
+                assert more, rest
+                rest += more
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=20)
+    assert "/v1/models" in said and "413" in said and "429" in said
+
+
+def test_a_model_has_the_name_of_its_file() -> None:
+    assert _name(None) == "demo" and _name("qwen3-30b-a3b") == "qwen3-30b-a3b"
+    assert [_name(text) for text in ("/d/x.gguf", "x.GGUF", r"c:\d\x.gguf")] == ["x"] * 3
+
+
 def test_settings_that_cannot_be(server: Served) -> None:
     wrong = {
         ("--port", str(server.port)): f"Port {server.port} of 127.0.0.1 cannot be used (",
@@ -515,7 +539,7 @@ def test_settings_that_cannot_be(server: Served) -> None:
         ("--api-key", ""): "for no key leave it out",
     }
     for words, reason in wrong.items():
-        done = CliRunner().invoke(app, ["serve", *words])
+        done = invoke("serve", *words)
         assert done.exit_code == 2 and reason in done.output and len(done.output.splitlines()) == 1, done.output
 
 
@@ -523,7 +547,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delitem(sys.modules, "cacheroute.serve.server")
     monkeypatch.delattr("cacheroute.serve.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    done = CliRunner().invoke(app, ["serve"])
+    done = invoke("serve")
     assert done.exit_code == 1
     assert done.output.startswith(
         f"cacheroute: `cacheroute serve` needs uvicorn; run `{sys.executable} -m pip install starlette uvicorn "

@@ -167,20 +167,20 @@ def test_a_request_that_takes_too_long_ends(llm: Llama) -> None:
 def test_an_answer_beyond_the_time_is_stopped(llm: Llama) -> None:
     with served.serving(llm, seconds=1) as server:
         before = llm.stats().decode.tokens
-        assert server.ask("/v1/completions", endless(llm)).status in (200, 504)
+        assert server.ask("/v1/completions", endless(llm)).status == 504
         server.until(server.idle)
-        assert llm.stats().decode.tokens > before
+        assert 0 < llm.stats().decode.tokens - before < 800, "not all of it"
 
 
 def test_a_reader_that_stands_still_holds_nobody_up(server: Served, llm: Llama) -> None:
-    still = server.begin("/v1/completions", endless(llm) | {"max_tokens": 60, "stream": True, "logprobs": 20})
+    still = server.begin("/v1/completions", endless(llm) | {"max_tokens": 200, "stream": True, "logprobs": 20}, buffer=4096)
     with contextlib.closing(still):
         server.until(lambda: server.worker.running)
         assert server.text(max_tokens=2, temperature=0).status == 200
         got = b""
         while b"[DONE]" not in got:
             got += still.recv(65536)
-    assert got.count(b'"finish_reason":null') >= 50
+    assert got.count(b'"finish_reason":null') >= 150
 
 
 # ---- answers that fail ----------------------------------------------------------------------------

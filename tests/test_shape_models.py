@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, quants
 from cacheroute import Llama
 from cacheroute.errors import UsageError
 from cacheroute.model import catalogue
+from support.decoding import last_logits
 
 SCRIPT = Path(shapes.__file__)
 # A few hundred KB instead of GBs: everything of the shape that does not change how the file is built.
@@ -78,7 +79,7 @@ def logits(llm: llama_cpp.Llama, tokens: list[int]) -> npt.NDArray[np.float32]:
     rows = []
     for token in tokens:
         llm.eval([token])
-        rows.append(np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),))))
+        rows.append(last_logits(llm))
     return np.array(rows)
 
 

@@ -6,18 +6,16 @@ Its choices are compared with the oracle in test_router.py and, live, in test_bu
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from cacheroute import Llama
-from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.model import experts
 from cacheroute.trace import forced_scores, trace_file
 from support import oracle, tiny_models
+from support.cli import invoke
 from support.decoding import decoded
 from support.expert_file import on_a_disk
 from support.live_hook import LIB, Ahead, compute, counters, hooked, settled
@@ -147,25 +145,21 @@ def test_forced_scores_are_speculated_by_what_stands_for_their_prediction(tmp_pa
 # ---- refusals ---------------------------------------------------------------------------------------
 
 
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 @pytest.mark.engine
 def test_a_trace_has_no_predictions(alone: Path, tmp_path: Path) -> None:
     trace = tmp_path / "a.trace"
-    made = run("trace", "-m", alone, "-p", "the cat sat on the mat", "--routing", "speculate:lambda=0.1", "-o", trace)
+    made = invoke("trace", "-m", alone, "-p", "the cat sat on the mat", "--routing", "speculate:lambda=0.1", "-o", trace)
     assert made.exit_code == 0, made.output
-    result = run("simulate", trace, "--routing", "original,speculate:lambda=0.1")
+    result = invoke("simulate", trace, "--routing", "original,speculate:lambda=0.1")
     assert result.exit_code == 2 and "goes by predicted scores, which a trace does not have" in result.stderr
-    result = run("bench", "-m", alone, "--replay", trace, "--routing", "speculate")
+    result = invoke("bench", "-m", alone, "--replay", trace, "--routing", "speculate")
     assert result.exit_code == 2 and "A trace has no predictions for `speculate` to go by" in result.stderr
 
 
 @pytest.mark.engine
 def test_a_model_whose_routers_cannot_be_evaluated(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "_router", lambda index, floats: None)
-    result = run("generate", "-m", alone, "-p", "the", "--routing", "speculate")
+    result = invoke("generate", "-m", alone, "-p", "the", "--routing", "speculate")
     assert result.exit_code == 2 and "speculate cannot predict: the model keeps its routers" in result.stderr
-    result = run("tune", "-m", alone, "--uniform", "--strategy", "speculate")
+    result = invoke("tune", "-m", alone, "--uniform", "--strategy", "speculate")
     assert result.exit_code == 2 and "'speculate' has nothing to tune; there are pruning, max-rank" in result.stderr

@@ -17,6 +17,7 @@ from cacheroute.errors import UsageError
 from cacheroute.native import bindings
 from cacheroute.trace import task_profile
 from cacheroute.trace.task_profile import TaskProfile
+from support.cli import invoke
 from support.traces import fed
 
 
@@ -103,5 +104,5 @@ def test_what_does_not_fit_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="is a damaged task profile"):
             task_profile.load(path)
         task_profile.save(task(), path, force=True)
-    result = CliRunner().invoke(app, ["generate", "-m", str(tiny), "-p", "a", "--warm-start", str(tiny)])
+    result = invoke("generate", "-m", str(tiny), "-p", "a", "--warm-start", str(tiny))
     assert result.exit_code == 2 and "is not a task profile" in result.stderr

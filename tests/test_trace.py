@@ -15,20 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner, Result
 
 from cacheroute import Llama
-from cacheroute.cli import app
 from cacheroute.errors import UsageError
 from cacheroute.trace import task_profile, trace_file
 from cacheroute.trace.trace_file import DECODE, PRESCRIBED, Header, TraceWriter
+from support.cli import invoke
 from support.native_hook import SIGMOID, SOFTMAX, SOFTMAX_WEIGHT, bare_hook
 from support.traces import fed, header, made_up
-
-
-def cacheroute(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
 
 # ---- the file -------------------------------------------------------------------------------------
 
@@ -58,9 +52,20 @@ def test_a_trace_cut_short_is_readable(tmp_path: Path, cut: int) -> None:
     assert not again.complete
     n = len(t.records) - (cut > 4)
     np.testing.assert_array_equal(again.records, t.records[:n])
-    result = cacheroute("simulate", path, "--budget", "50%", "--routing", "original", "--eviction", "lru,belady", "-o", "json")
+    result = invoke("simulate", path, "--budget", "50%", "--routing", "original", "--eviction", "lru,belady", "-o", "json")
     assert result.exit_code == 0 and "was cut short; its complete records are replayed" in result.stderr
     assert len(json.loads(result.stdout)) == 2
+
+
+def test_a_replay_has_rows_of_its_layers(tmp_path: Path) -> None:
+    t = fed(False)
+    trace_file.write(tmp_path / "t", t.header, t.records)
+    words = ("simulate", tmp_path / "t", "--budget", "50%", "--routing", "original", "--eviction", "lru", "-o", "json")
+    (whole,) = json.loads(invoke(*words).stdout)
+    first, *layers = json.loads(invoke(*words, "--per-layer").stdout)
+    assert first == whole and len(layers) == len(t.header.layers)
+    assert [row["layer"] for row in layers] == list(t.header.layers) and whole["layer"] is None
+    assert sum(row["misses"] for row in layers) == whole["misses"] > 0
 
 
 def damaged(content: bytes, change: str) -> bytes:
@@ -102,7 +107,7 @@ def test_a_damaged_trace_is_one_sentence(tmp_path: Path, change: str, sentence: 
 
 def test_a_file_that_is_not_a_trace_is_one_sentence(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
-        result = cacheroute("simulate", path)
+        result = invoke("simulate", path)
         assert result.exit_code == 2 and "cannot be read" in result.stderr and result.stderr.count("\n") == 1
 
 
@@ -207,7 +212,7 @@ def test_the_command_records_what_it_reports(tiny: Path, tmp_path: Path) -> None
     text.write_text("the cat of the sea and the sea of the cat " * 8)
     out, task = tmp_path / "t", tmp_path / "task.json"
     run = ["trace", "-m", tiny, "-f", text, "-o", out, "-c", 40, "--max-tokens", 100, "--n-prompt", 10, "-t", 1]
-    result = cacheroute(*run, "--save-profile", task)
+    result = invoke(*run, "--save-profile", task)
     assert result.exit_code == 0, result.output
     t = trace_file.read(out)
     assert t.complete and t.header.model == "tiny qwen3moe" and t.header.budget_experts == 16
@@ -217,16 +222,16 @@ def test_the_command_records_what_it_reports(tiny: Path, tmp_path: Path) -> None
     assert "100 tokens x 2 layers x" in result.stderr and "70 tokens decoded" in result.stderr
     uses = task_profile.load(task)
     assert uses.tokens == 100 and sum(uses.uses[0]) == 400
-    again = cacheroute(*run)
+    again = invoke(*run)
     assert again.exit_code == 2 and "exists; --force replaces it" in again.stderr
-    assert cacheroute(*run, "--force").exit_code == 0
-    row = json.loads(cacheroute("simulate", out, "--routing", "original", "--eviction", "lru", "-o", "json").stdout)[1]
+    assert invoke(*run, "--force").exit_code == 0
+    row = json.loads(invoke("simulate", out, "--routing", "original", "--eviction", "lru", "-o", "json").stdout)[1]
     assert row["budget"] == "50%" and row["tokens"] == 70
 
 
 def test_generated_tokens_are_decoded(tiny: Path, tmp_path: Path) -> None:
     run = ("trace", "-m", tiny, "-p", "the cat", "-n", 5, "-o", tmp_path / "t", "-t", 1)
-    result = cacheroute(*run, "--routing", "max-rank:m=8")
+    result = invoke(*run, "--routing", "max-rank:m=8")
     assert result.exit_code == 0, result.output
     t = trace_file.read(tmp_path / "t")
     assert t.header.routing == "max-rank:m=8"
@@ -236,7 +241,7 @@ def test_generated_tokens_are_decoded(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", [["-p", "a", "-f", "b"], ["-f", "nowhere"], ["--routing", "x"], ["--budget", "1"]])
 def test_bad_options_are_one_sentence_and_leave_nothing(tiny: Path, tmp_path: Path, option: list[str]) -> None:
-    result = cacheroute("trace", "-m", tiny, "-o", tmp_path / "t", *option)
+    result = invoke("trace", "-m", tiny, "-o", tmp_path / "t", *option)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -257,7 +262,7 @@ def test_an_interrupted_command_leaves_a_readable_part(tiny: Path, tmp_path: Pat
 
 
 def test_an_unwritable_folder_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
-    result = cacheroute("trace", "-m", tiny, "-o", tmp_path / "no" / "t")
+    result = invoke("trace", "-m", tiny, "-o", tmp_path / "no" / "t")
     assert result.exit_code == 2 and "t.part cannot be written: there is no folder" in result.stderr
 
 

@@ -17,9 +17,8 @@ import pytest
 import quality_table
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from cacheroute.cli import app, tune_report
+from cacheroute.cli import tune_report
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.evals import loading, paired, pricing, tune
 from cacheroute.evals.processes import pool
@@ -32,6 +31,7 @@ from cacheroute.routing import strategies, tuned
 from cacheroute.routing.eviction import DEFAULT
 from cacheroute.routing.strategies import Routing, parse
 from support import interrupting
+from support.cli import invoke
 
 Array = npt.NDArray[np.float64]
 
@@ -104,15 +104,14 @@ def test_without_noise_it_chooses_the_last_rung_within_the_limit() -> None:
 
 def test_noise_makes_it_careful_and_unseen_text_agrees() -> None:
     """The upper end of the interval has to fit, so the choice is below the true limit, and holds elsewhere."""
-    within = 0
+    within = found = 0
     for seed in range(40):
         scorer = CurveScorer(slope=0.05, noise=0.1, seed=seed)
         outcome = search(scorer, 1.0, seed=seed).run(RUNGS)
-        if outcome.chosen is None:
-            within += 1
-            continue
-        within += paired.percent(0.05 * chosen(outcome)) <= 1.0
-    assert within >= 38
+        if outcome.chosen:
+            found += 1
+            within += paired.percent(0.05 * chosen(outcome)) <= 1.0
+    assert found >= 30 and within >= found - 2
 
 
 def test_clear_rungs_are_left_early() -> None:
@@ -373,10 +372,6 @@ def test_a_routing_is_known_by_its_values() -> None:
 # ---- the command -----------------------------------------------------------------------------------
 
 
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CACHEROUTE_CACHE", str(tmp_path))
@@ -389,9 +384,9 @@ def settings(tiny: Path, prose: Path, *more: object) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("form", [("--price-tokens", 30), ("--uniform",)])
 def test_tuned_is_picked_up(cache: Path, tiny: Path, prose: Path, form: tuple[object, ...]) -> None:
-    missing = run("generate", "-m", tiny, "-p", "the", "-n", 1, "--routing", "tuned", "--budget", "25%", "--raw")
+    missing = invoke("generate", "-m", tiny, "-p", "the", "-n", 1, "--routing", "tuned", "--budget", "25%", "--raw")
     assert missing.exit_code == 2 and f"run `cacheroute tune -m {tiny} --budget 25%` first" in missing.stderr
-    result = run(*settings(tiny, prose, "--max-ppl-increase", "40%", *form))
+    result = invoke(*settings(tiny, prose, "--max-ppl-increase", "40%", *form))
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert len(report["parameters"]) == (1 if "--uniform" in form else 2)
@@ -401,28 +396,28 @@ def test_tuned_is_picked_up(cache: Path, tiny: Path, prose: Path, form: tuple[ob
     assert 0 < last["missed_mib_per_token"] < last["original_missed_mib_per_token"]
     saved = tuned.load(Path(report["profile"]))
     assert saved.notes["eviction"] == DEFAULT and len(saved.parameters) == 2
-    used = run("generate", "-m", tiny, "-p", "the", "-n", 3, "--routing", "tuned", "--budget", "25%", "--raw", "-o", "json")
+    used = invoke("generate", "-m", tiny, "-p", "the", "-n", 3, "--routing", "tuned", "--budget", "25%", "--raw", "-o", "json")
     assert used.exit_code == 0, used.output
     assert "tuned:" in used.stderr
     few = ("-p", 8, "-n", 4, "-r", 1, "-t", 1, "-o", "json")
-    bench = run("bench", "-m", tiny, *few, "--budget", "25%", "--routing", "original,tuned")
+    bench = invoke("bench", "-m", tiny, *few, "--budget", "25%", "--routing", "original,tuned")
     assert bench.exit_code == 0, bench.output
     assert [(r["eviction"], r["routing"].partition(":")[0]) for r in json.loads(bench.stdout) if r["n_gen"]] == [
         ("lru", "original"),
         (DEFAULT, "original"),
         (DEFAULT, "tuned"),
     ]
-    other_budget = run("generate", "-m", tiny, "-p", "the", "-n", 1, "--routing", "tuned", "--budget", "50%", "--raw")
+    other_budget = invoke("generate", "-m", tiny, "-p", "the", "-n", 1, "--routing", "tuned", "--budget", "50%", "--raw")
     assert other_budget.exit_code == 2 and "Nothing is tuned for tiny qwen3moe" in other_budget.stderr
 
 
 def test_an_interrupted_search_resumes(cache: Path, tiny: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = json.loads(run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40")).stdout)
+    whole = json.loads(invoke(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40")).stdout)
     monkeypatch.setenv("CACHEROUTE_CACHE", str(cache / "other"))
     interrupting.at_score(monkeypatch, 20)
-    stopped = run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40"))
+    stopped = invoke(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40"))
     assert stopped.exit_code == 130 and "run the same command to resume" in stopped.stderr
-    resumed = run(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40"))
+    resumed = invoke(*settings(tiny, prose, "--uniform", "--max-ppl-increase", "40"))
     assert "19 scores of earlier runs are used again" in resumed.stderr
     assert json.loads(resumed.stdout) | {"profile": ""} == whole | {"profile": ""}
 
@@ -435,7 +430,7 @@ def test_nothing_fits_is_reported(cache: Path, tiny: Path, prose: Path, monkeypa
         return replace(cell, nll32=(cell.nll + request.routing.lossy).astype("<f4").tobytes())
 
     monkeypatch.setattr(Runner, "run", worse)
-    result = run(*settings(tiny, prose, "--uniform", "--strategy", "max-rank", "--limit", 90, "--max-ppl-increase", "0.01%"))
+    result = invoke(*settings(tiny, prose, "--uniform", "--strategy", "max-rank", "--limit", 90, "--max-ppl-increase", "0.01%"))
     assert result.exit_code == 1
     assert "Nothing fits 0.01%: max-rank:m=" in result.stderr and json.loads(result.stdout)["profile"] is None
     assert not (cache / "tuned").exists()
@@ -454,6 +449,6 @@ def test_nothing_fits_is_reported(cache: Path, tiny: Path, prose: Path, monkeypa
     ],
 )
 def test_bad_input_is_one_sentence(cache: Path, tiny: Path, prose: Path, arguments: tuple[object, ...], message: str) -> None:
-    result = run(*settings(tiny, prose), *arguments)
+    result = invoke(*settings(tiny, prose), *arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr and "Traceback" not in result.stderr

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from cacheroute.cli import app, frontier_files, tune_files
+from cacheroute.cli import frontier_files, tune_files
 from cacheroute.evals import choose, tune
 from cacheroute.evals.results import ResultsFile
 from cacheroute.evals.runner import Cell
@@ -24,6 +23,7 @@ from cacheroute.model.copies import Copy
 from cacheroute.routing import tuned
 from cacheroute.routing.strategies import Routing
 from support import interrupting, tiny_models
+from support.cli import invoke
 
 N = 50  # tokens of a chunk
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -128,10 +128,6 @@ def test_a_file_that_fits_whole_misses_nothing(files: tuple[Path, Path], monkeyp
 # ---- the command -----------------------------------------------------------------------------------
 
 
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 def settings(files: tuple[Path, Path], prose: Path, *more: object) -> tuple[object, ...]:
     few = ("--chunk", 32, "--limit", 200, "-t", 1, "--price-tokens", 16, "--price-groups", 2, "--budget", "50%")
     return ("tune", "--files", ",".join(map(str, files)), "-f", prose, *few, "-o", "json", *more)
@@ -146,7 +142,7 @@ def no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.engine
 @pytest.mark.usefixtures("no_speed")
 def test_the_choice_is_used_and_quoted(files: tuple[Path, Path], prose: Path, tmp_path: Path) -> None:
-    result = run(*settings(files, prose, "--max-kl", 0.2))
+    result = invoke(*settings(files, prose, "--max-kl", 0.2))
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     best = report["chosen"]
@@ -157,14 +153,14 @@ def test_the_choice_is_used_and_quoted(files: tuple[Path, Path], prose: Path, tm
     assert report["profile"] == str(tuned.path(files[0], 16))
     saved = tuned.load(Path(report["profile"]))
     assert saved.notes["reference"] == "F32" and saved.notes["files"] == ["F16", "F32"] and saved.notes["max_kl"] == 0.2
-    used = run("generate", "-m", files[0], "-p", "the", "-n", 3, "--routing", "tuned", "--budget", 16, "--raw", "-o", "json")
+    used = invoke("generate", "-m", files[0], "-p", "the", "-n", 3, "--routing", "tuned", "--budget", 16, "--raw", "-o", "json")
     assert used.exit_code == 0 and "tuned:" in used.stderr, used.output
     from cacheroute.forecast import candidates
 
     quoted = candidates.tuned_for(files[0], 16)
     assert quoted and quoted.reference == "F32" and quoted.kl and quoted.kl[0] == best["kl"]
     few = ("--chunk", 32, "--limit", 60, "-t", 1, "--budget", "50%", "--routing", "tuned", "--eviction", "lru", "-o", "json")
-    table = run("frontier", tmp_path / "t.jsonl", "--files", ",".join(map(str, files)), "-f", prose, *few)
+    table = invoke("frontier", tmp_path / "t.jsonl", "--files", ",".join(map(str, files)), "-f", prose, *few)
     assert [r["file"] for r in json.loads(table.stdout) if r["routing"].startswith("tuned:")] == ["F16"]
     assert "nothing is tuned for F32 at 50%" in table.stderr
 
@@ -174,15 +170,15 @@ def test_the_choice_is_used_and_quoted(files: tuple[Path, Path], prose: Path, tm
 def test_it_resumes_where_it_was_stopped(
     files: tuple[Path, Path], prose: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
 ) -> None:
-    whole = json.loads(run(*settings(files, prose, "--max-kl", 0.2, "--uniform")).stdout)
+    whole = json.loads(invoke(*settings(files, prose, "--max-kl", 0.2, "--uniform")).stdout)
     monkeypatch.setenv("CACHEROUTE_CACHE", str(own_cache / "other"))
     append = ResultsFile.append
     interrupting.at_score(monkeypatch, 40)
-    stopped = run(*settings(files, prose, "--max-kl", 0.2, "--uniform"))
+    stopped = invoke(*settings(files, prose, "--max-kl", 0.2, "--uniform"))
     assert stopped.exit_code == 130 and "run the same command to resume" in stopped.stderr
     computed: list[dict[str, Any]] = []
     monkeypatch.setattr(ResultsFile, "append", lambda self, line: (computed.append(line), append(self, line))[1])
-    again = run(*settings(files, prose, "--max-kl", 0.2, "--uniform"))
+    again = invoke(*settings(files, prose, "--max-kl", 0.2, "--uniform"))
     assert again.exit_code == 0, again.output
     assert {**json.loads(again.stdout), "profile": ""} == {**whole, "profile": ""}
     lines = sum(len(p.read_text().splitlines()) - 1 for p in (own_cache / "scores").glob("*.jsonl"))
@@ -193,20 +189,20 @@ def test_it_resumes_where_it_was_stopped(
 @pytest.mark.usefixtures("no_speed")
 def test_a_prompt_routing_beside_it(files: tuple[Path, Path], prose: Path) -> None:
     few = ("--prompt-tokens", 16, "--after", 4, "--places", 8)
-    result = run(*settings(files, prose, "--max-kl", 0.2, "--uniform", "--prompt", *few))
+    result = invoke(*settings(files, prose, "--max-kl", 0.2, "--uniform", "--prompt", *few))
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["prompt"]["prompt_routing"].startswith("keep:cover=") and report["prompt"]["budget_experts"] == 16
     assert "use it with --prompt-routing tuned --budget 16" in result.stderr
     both = ("--routing", "tuned", "--prompt-routing", "tuned", "--budget", 16)
-    used = run("generate", "-m", report["chosen"]["path"], "-p", "the cat", "-n", 2, *both, "--raw", "-o", "json")
+    used = invoke("generate", "-m", report["chosen"]["path"], "-p", "the cat", "-n", 2, *both, "--raw", "-o", "json")
     assert used.exit_code == 0, used.output
 
 
 @pytest.mark.engine
 @pytest.mark.usefixtures("no_speed")
 def test_nothing_fits_is_one_sentence(files: tuple[Path, Path], prose: Path) -> None:
-    result = run(*settings(files[:1], prose, "--max-kl", 0, "--reference", files[1]))
+    result = invoke(*settings(files[:1], prose, "--max-kl", 0, "--reference", files[1]))
     assert result.exit_code == 1 and "Nothing fits 0 millinats of KL: the mildest, F16 with original, loses" in result.stderr
     assert json.loads(result.stdout)["chosen"] is None and json.loads(result.stdout)["profile"] is None
 
@@ -222,12 +218,12 @@ def test_nothing_fits_is_one_sentence(files: tuple[Path, Path], prose: Path) -> 
     ],
 )
 def test_bad_input_is_one_sentence(files: tuple[Path, Path], prose: Path, arguments: tuple[object, ...], message: str) -> None:
-    result = run(*settings(files, prose), *arguments)
+    result = invoke(*settings(files, prose), *arguments)
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr, result.output
 
 
 def test_what_is_for_files_is_refused_without(tmp_path: Path) -> None:
     for arguments in (("--reference", "demo"), ("--flash-mbps", 100)):
-        result = run("tune", *arguments)
+        result = invoke("tune", *arguments)
         assert result.exit_code == 2 and f"{arguments[0]} is for" in result.stderr
     assert not os.listdir(tmp_path)

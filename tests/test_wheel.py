@@ -25,7 +25,7 @@ import pytest
 
 from cacheroute import files
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.install import engine_build, engine_source, engine_wheel, machine, processor, tools
+from cacheroute.install import engine_build, engine_source, engine_wheel, processor, tools
 from support.cli import cacheroute as run
 from support.cli import sentence
 from support.environments import of_python, with_cacheroute
@@ -338,4 +338,3 @@ def test_neither_time_nor_order_nor_rights_are_in_the_bytes(tmp_path: Path) -> N
     shutil.copy(tmp_path / "a.whl", tmp_path / one.name)
     read = engine_wheel._read(tmp_path / one.name, "it")
     assert (read.file_name, read.record) == (one.name, OURS)
-    assert machine.is_android() is False or sys.platform != "linux"

@@ -81,7 +81,8 @@ def _cache_that_cannot_be_written(place: Place) -> Outcome:
     from cacheroute.engine import stores
 
     stores._said.clear()
-    outcome = in_process(["generate", "-m", str(place.tiny), *RAW, "--io", "auto"])
+    place.monkeypatch.setattr(stores, "measure", lambda *_: {stores.DIRECT: 2.0, stores.BUFFERED: 1.0})
+    outcome = in_process(["generate", "-m", str(place.tiny), *RAW, "--budget", "50%", "--io", "auto"])
     assert "is kept in" not in outcome.stderr
     return outcome
 
@@ -120,6 +121,7 @@ CASES: list[Case] = [
         "a cache that cannot be written",
         _cache_that_cannot_be_written,
         0,
+        r"--io auto reads buffered .*io\.json cannot be written\.",
         stdout=True,
         more=True,
         env={"CACHEROUTE_CACHE": "/proc/nope"},

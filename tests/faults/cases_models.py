@@ -72,6 +72,10 @@ def _duplicate(gguf: Gguf) -> None:
     tokens[280] = tokens[281]
 
 
+def _renamed(name: str, to: str) -> Change:
+    return lambda gguf: setattr(gguf.tensor(name), "name", to)
+
+
 def _shape(name: str, shape: list[int]) -> Change:
     return lambda gguf: setattr(gguf.tensor(name), "shape", shape)
 
@@ -187,6 +191,12 @@ MODELS = [
     _model("version 9", _attribute("version", 9), "of version 9 "),
     _model("another magic", _attribute("magic", b"GGML"), "not a GGUF file"),
     _model("an architecture that the hook cannot serve", _set("general.architecture", STR, "grovemoe"), "grovemoe"),
+    _model(
+        "one that chooses where no hook is",
+        _set("general.architecture", STR, "granite-switch"),
+        "granite-switch is not supported",
+    ),
+    _model("a tensor for each expert", _renamed("blk.0.ffn_gate_exps.weight", "blk.0.ffn_gate.0.weight"), "a format of 2023"),
     _model("no architecture", _dropped_key("general.architecture"), "no key general.architecture|dense model"),
     _model("a key that is no UTF-8", lambda g: g.keys.update({"k\udcff": (U32, 1)}) or g.keys.update({TOKENS: (U32, 1)}), TOKENS),
     _model("a shard count that is a text", _set("split.count", STR, "2"), "split.count is no number of shards"),

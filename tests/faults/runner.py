@@ -64,7 +64,6 @@ class Case:
     env: dict[str, str | None] = field(default_factory=dict)
     stdin: bytes = b""
     leaves: tuple[str, ...] | None = None
-    needs_root: bool = False
 
 
 def run(case: Case, place: Place) -> Outcome:

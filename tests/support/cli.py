@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from click.testing import Result
+from typer.testing import CliRunner
+
+from cacheroute.cli import app
+
 
 def cacheroute(
     *arguments: object, stdin: str | bytes = b"", env: dict[str, str] | None = None
@@ -21,6 +26,11 @@ def cacheroute(
         timeout=300,
     )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def invoke(*arguments: object) -> Result:
+    """One command in this process, so that a test can change what it calls."""
+    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def sentence(done: subprocess.CompletedProcess[str], code: int) -> str:

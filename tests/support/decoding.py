@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cacheroute import Llama
 from cacheroute.evals.perplexity import log_probabilities
@@ -21,3 +22,13 @@ def decoded(llm: Llama, **settings: Any) -> list[Any]:
             llm.eval([token])
             rows.append(log_probabilities(llm))
     return rows
+
+
+def last_logits(llm: Any) -> npt.NDArray[np.float32]:
+    """[n_vocab]: of the last token, of any llama_cpp.Llama."""
+    return np.array(np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (llm.n_vocab(),)), np.float32)
+
+
+def assert_same_bits(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> None:
+    """Stricter than equality, for which -0 is 0."""
+    np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))

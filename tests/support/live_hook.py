@@ -158,7 +158,9 @@ def hooked(
             own = (bindings.Tensor * len(tensors))(*tensors)
             store = bindings.checked(LIB.cr_store_new, files, 1, own, len(tensors), n_layers, N_EXPERT, io == "direct")
         except CacherouteError as e:
-            pytest.skip(str(e))
+            if io == "direct" and "has no direct reads" in str(e):
+                pytest.skip(str(e))
+            raise
         shape = bindings.Shape(n_layers, N_EXPERT, N_USED, 4, evictions.ONLINE["lru"])
         per_layer = strategies.to_native(strategies.parse(routing), N_USED, n_layers)
         hook = bindings.checked(LIB.cr_hook_new, shape, per_layer, (ctypes.c_int32 * n_layers)(*range(n_layers)), n_layers, store)

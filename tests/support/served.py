@@ -72,11 +72,15 @@ class Served:
     def text(self, prompt: Any = "Once upon a time", **more: Any) -> Answer:
         return self.ask("/v1/completions", {"prompt": prompt} | more)
 
-    def begin(self, path: str, body: Any) -> socket.socket:
-        """A request of which the answer is not read."""
+    def begin(self, path: str, body: Any, *, buffer: int = 0) -> socket.socket:
+        """A request of which the answer is not read; `buffer`: bytes that the kernel keeps of it, about, 0: its own choice."""
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection = socket.socket()
+        connection.settimeout(60)
+        if buffer:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        connection.connect(("127.0.0.1", self.port))
         connection.sendall(head.encode() + data)
         return connection
 
