@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,16 @@ BEGIN, END = "<!-- commands: scripts/readme_help.py -->", "<!-- end of commands 
 
 
 def table(group: Any) -> str:
-    """The Markdown table of all commands in a group, those of groups in it too, under the headings of `--help`."""
+    """The Markdown table of all commands in a group under the headings of `--help`, those of a group in it together."""
     lines = ["| | command | what it does |", "|---|---|---|"]
     for heading, commands in groups.grouped(group):
         for name, command in commands:
-            for typed, summary in _rows(name, command):
-                lines.append(f"| {heading} | `{typed}` | {summary.replace('|', chr(92) + '|')} |")
-                heading = ""
+            typed, summary = f"`{name}`", groups.summary(command)
+            if hasattr(command, "commands"):
+                typed = f"`{name} {'`, `'.join(command.commands)}`"
+            lines.append(f"| {heading} | {typed} | {summary.replace('|', chr(92) + '|')} |")
+            heading = ""
     return "\n".join(lines)
-
-
-def _rows(name: str, command: Any) -> Iterator[tuple[str, str]]:
-    if hasattr(command, "commands"):
-        for below, inner in command.commands.items():
-            yield from _rows(f"{name} {below}", inner)
-    else:
-        yield name, groups.summary(command)
 
 
 def updated(text: str) -> str:
