@@ -371,9 +371,9 @@ def test_a_trace_has_a_table_too(tmp_path: Path) -> None:
     "arguments, sentence",
     [
         (["nowhere.json"], "nowhere.json cannot be read"),
-        (["prose"], "does not hold rows of bench, simulate or eval"),
-        (["broken.json"], "does not hold rows of bench, simulate or eval"),
-        (["other.json"], "does not hold rows of bench, simulate or eval"),
+        (["prose"], "does not hold rows of bench, simulate, frontier or eval"),
+        (["broken.json"], "does not hold rows of bench, simulate, frontier or eval"),
+        (["other.json"], "does not hold rows of bench, simulate, frontier or eval"),
         (["begun.jsonl"], "has no row yet; the same `cacheroute frontier` goes on from there"),
         (
             ["r.json", "--kind", "pie"],

@@ -128,6 +128,7 @@ def _all(free: int | None, flash_mbps: float | None, n_ctx: int, n_threads: int,
     context = f"a context of {n_ctx} tokens" if n_ctx else "the whole context"
     say(
         f"for {memory}, {context}, -t {n_threads}; best first: the largest that give {_USABLE:g} tok/s, then the fastest; "
+        "LOSSY: with a routing that loses quality; 512 TOKENS: until the answer to such a prompt begins; "
         "`cacheroute plan -m NAME` has the rest"
     )
     if not all(_has_room(c, disk) for c in every):

@@ -82,12 +82,12 @@ def of(path: Path, content: Sequence[dict[str, Any]]) -> list[Row]:
             raise UsageError(f"{path} has no row yet; the same `cacheroute frontier` goes on from there.")
         what = named(content[0].get("format")) if content else ""
         of = f"{path} is {what}, and does" if what else f"{path} does"
-        raise UsageError(f"{of} not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them.")
+        raise UsageError(f"{of} not hold rows of bench, simulate, frontier or eval; -o json, jsonl or csv writes them.")
     return found
 
 
 def _strange(path: Path, e: Exception) -> UsageError:
-    return UsageError(f"{path} does not hold rows of bench, simulate or eval; -o json, jsonl or csv writes them ({e}).")
+    return UsageError(f"{path} does not hold rows of bench, simulate, frontier or eval; -o json, jsonl or csv writes them ({e}).")
 
 
 def _raw_rows(text: str) -> list[dict[str, Any]]:
