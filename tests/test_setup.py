@@ -188,6 +188,8 @@ def test_the_script_takes_an_extra_and_options_of_setup(typed: list[str], extra:
 
     assert set_up().endswith(f",{extra}")
     assert set_up() == "-m,pip,--version", "all is there"
+    (packages / "of_another_extra.dist-info").mkdir()
+    assert set_up() == "-m,pip,--version", "and more"
     (tmp_path / "cacheroute/native/hook.h").write_text("")
     assert set_up().endswith(f",{extra}")
     (packages / "numpy.dist-info").rename(packages / "other.dist-info")
