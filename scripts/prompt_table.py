@@ -35,6 +35,7 @@ COLUMNS = (
     "read/distinct", "over budget", "llama.cpp's own mmap s",
 )  # fmt: skip
 DECODED = 20  # tokens after each turn
+USUAL_ROUTING = "keep:cover=0.7"  # of the prompts of --turns
 MB = 1e6
 T = TypeVar("T")
 
@@ -95,6 +96,7 @@ def table(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
     yield "| " + " | ".join(COLUMNS) + " |"
     yield "|---" * len(COLUMNS) + "|"
     rng = np.random.default_rng(0)
+    names = ["ahead"] if args.ahead_only else list(ARMS)
     for n in args.tokens:
         tokens = [int(t) for t in rng.integers(5, 3000, n)]
         shares: dict[tuple[float, str], list[float]] = {}
@@ -103,8 +105,7 @@ def table(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
             disk = fill(llm, args.io)
             compute = compute_seconds(llm, tokens)
             for flash in args.flash_mbps:
-                names = list(ARMS)[: 1 if args.ahead_only else None][:: 1 if repetition % 2 else -1]
-                for name in names:
+                for name in names[:: 1 if repetition % 2 else -1]:
                     llm.configure(budget=args.budget, io=args.io)
                     llm.flash_mbps, llm._read_ahead = flash or None, ARMS[name]
                     got = prompt(llm, tokens)
@@ -142,7 +143,7 @@ def conversation(llm: Llama, args: argparse.Namespace) -> Iterator[str]:
     read: dict[tuple[float, str], list[float]] = {}
     for _ in range(args.repetitions):
         for flash in args.flash_mbps:
-            for routing in ("original", *(args.prompt_routing or ["keep:cover=0.7"])):
+            for routing in ("original", *(args.prompt_routing or [USUAL_ROUTING])):
                 llm.configure(budget=args.budget, io=args.io, prompt_routing=routing)
                 llm.flash_mbps, own, total = flash or None, [], 0.0
                 for turn in range(args.turns):
@@ -187,7 +188,7 @@ def main() -> int:
     parser.add_argument("--ahead-only", action="store_true", help="without the arm that does not read ahead")
     parser.add_argument("--control", action="store_true")
     parser.add_argument("--turns", type=int, default=0)
-    parser.add_argument("--prompt-routing", type=several(str), help="of --turns [default: keep:cover=0.7]")
+    parser.add_argument("--prompt-routing", type=several(str), help=f"of --turns [default: {USUAL_ROUTING}]")
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int, default=cores())
     parser.add_argument("-fa", "--flash-attn", choices=("prompts", "on", "off"), default="prompts")

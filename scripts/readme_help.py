@@ -23,10 +23,8 @@ def table(group: Any) -> str:
     lines = ["| | command | what it does |", "|---|---|---|"]
     for heading, commands in groups.grouped(group):
         for name, command in commands:
-            typed, summary = f"`{name}`", groups.summary(command)
-            if hasattr(command, "commands"):
-                typed = f"`{name} {'`, `'.join(command.commands)}`"
-            lines.append(f"| {heading} | {typed} | {summary.replace('|', chr(92) + '|')} |")
+            typed = f"{name} {'`, `'.join(command.commands)}" if hasattr(command, "commands") else name
+            lines.append(f"| {heading} | `{typed}` | {groups.summary(command).replace('|', chr(92) + '|')} |")
             heading = ""
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Images of containers set it: each of the hundreds of commands that tests start would compile all that it imports, half its time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# A person's own defaults are not for the tests; where they keep models and the engine is.
+# A person's own defaults are not for the tests; only where the cache and the library under test are.
 for name in [n for n in os.environ if n.startswith("CACHEROUTE_") and n not in ("CACHEROUTE_CACHE", "CACHEROUTE_LIBRARY")]:
     del os.environ[name]
 os.environ["CACHEROUTE_CONFIG"] = os.devnull

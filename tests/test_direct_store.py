@@ -24,7 +24,7 @@ from cacheroute.errors import CacherouteError, UsageError
 from support import tiny_models
 from support.cli import cacheroute
 from support.decoding import last_logits
-from support.expert_file import LIB, ODD, PAGE, model, on_a_disk
+from support.expert_file import LIB, ODD, PAGE, model, on_a_disk, skipped_without_direct_reads
 from support.native_router import native_store
 from support.systems import LINUX
 
@@ -41,13 +41,8 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = on_a_disk(tmp_path_factory.mktemp("direct"))
     probe = folder / "probe"
     probe.write_bytes(bytes(PAGE))
-    try:
-        with native_store(str(probe), 1, 1, [], "direct"):
-            return folder
-    except CacherouteError as e:
-        if "has no direct reads" in str(e):
-            pytest.skip(str(e))
-        raise
+    with skipped_without_direct_reads(), native_store(str(probe), 1, 1, [], "direct"):
+        return folder
 
 
 # ---- the store alone ------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from cacheroute import Llama, interrupts
 from cacheroute.engine import load_progress
 from cacheroute.engine.progress import PromptProgress
 from cacheroute.install import patched_llama_cpp
+from support.waiting import until
 
 pytestmark = pytest.mark.engine
 
@@ -68,14 +69,14 @@ def interrupted(
     with subprocess.Popen(command, cwd=folder, **pipes) as process:  # type: ignore[call-overload]
         first = b""
         while said and not first.endswith(b"\n"):
-            first += os.read(process.stderr.fileno(), 1)
+            byte = os.read(process.stderr.fileno(), 1)
+            assert byte, "it ended without a line"
+            first += byte
         if after is None:
             os.read(process.stdout.fileno(), 1)
         elif callable(after):
-            end = time.monotonic() + 60
-            while not after():
-                assert time.monotonic() < end and process.poll() is None
-                time.sleep(0.01)
+            until(lambda: after() or process.poll() is not None, 60, pause=0.01)
+            assert process.poll() is None
         else:
             time.sleep(after)
         for _ in range(times):

@@ -29,6 +29,7 @@ from cacheroute.routing.budget import Budget
 from support import hook_abi
 from support.decoding import last_logits
 from support.native_hook import bare_hook
+from support.waiting import until
 
 PLAN = MemoryPlan(
     free=8 * GIB, reserve=512 * MIB, dense=GIB, embedding=0, context=256 * MIB, compute=256 * MIB, pass_tokens=512,
@@ -153,13 +154,6 @@ def test_the_watch_takes_memory_back_and_gives_it_again(alone: Path, monkeypatch
             until(lambda: llm.resident_bytes > said[0].nbytes)
         finally:
             watch.stop()
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.engine

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from cacheroute.engine.open_files import OpenFiles
 from cacheroute.model import experts, gguf_file
 from support import tiny_models
+from support.waiting import until
 
 
 def test_dense_ranges_are_all_that_is_neither_expert_nor_left_in_the_file(tmp_path: Path) -> None:
@@ -40,10 +40,7 @@ def test_the_kernel_is_asked_for_every_range_in_order(tmp_path: Path, monkeypatc
     opened = OpenFiles([file])
     ranges = [(0, 10, 20), (0, 50, 5), (0, 60, 40)]
     with opened.fetched(ranges):
-        end = time.monotonic() + 20
-        while len(asked) < 3:
-            assert time.monotonic() < end
-            time.sleep(0.001)
+        until(lambda: len(asked) >= 3)
     opened.close()
     assert asked == [(10, 20), (50, 5), (60, 40)]
 

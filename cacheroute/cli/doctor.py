@@ -14,7 +14,7 @@ import typer
 from cacheroute.cli import defaults, options, table
 from cacheroute.cli.terminal import folded
 from cacheroute.errors import CacherouteError, UsageError
-from cacheroute.files import as_json, cache_dir, printable, size
+from cacheroute.files import as_json, printable, size
 from cacheroute.install import android, checkup
 from cacheroute.install.check import Check
 
@@ -111,7 +111,7 @@ def _remembered(known: str, ms: dict[str, float]) -> Check:
     now = stores.faster(ms) if {stores.DIRECT, stores.BUFFERED} <= set(ms) else known
     if now == known:
         return Check("--io auto", "ok", found)
-    return Check("--io auto", "warn", f"{found}; {now} is faster now", f"remove {cache_dir() / stores.CHOICES} to decide anew")
+    return Check("--io auto", "warn", f"{found}; {now} is faster now", f"remove {stores.choices_file()} to decide anew")
 
 
 def _memory(path: Path, layout: ExpertLayout) -> Check:

@@ -27,7 +27,6 @@ ALL = (AUTO, DIRECT, BUFFERED, LOAD, NONE)
 
 _SECONDS = 0.2  # of the measurement, which may be a token's experts longer
 _ROUNDS = 16  # at most: as many times the experts of one token in one layer
-CHOICES = "io.json"
 _SPEEDS = "drive.json"  # in the cache folder
 _ROUNDS_KEPT = "rounds"
 _FASTEST = 1e6  # 10^6 bytes a second: no drive gives that
@@ -153,7 +152,7 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> tuple[str, int | None
 
     Raises CacherouteError where one of them is not possible.
     """
-    file = cache_dir() / CHOICES
+    file = choices_file()
     key = _place(os.stat(arguments[0][0]).st_dev, layout)
     known = _decided(file)
     if key in known:
@@ -180,9 +179,14 @@ def _choose(layout: ExpertLayout, arguments: Arguments) -> tuple[str, int | None
     return best, chosen
 
 
+def choices_file() -> Path:
+    """Where what "auto" has been decided to is kept."""
+    return cache_dir() / "io.json"
+
+
 def remembered(layout: ExpertLayout) -> str | None:
     """DIRECT or BUFFERED: what "auto" has been decided to on the filesystem of the model; None: nothing yet."""
-    return _decided(cache_dir() / CHOICES).get(_place(layout.paths[0].stat().st_dev, layout))
+    return _decided(choices_file()).get(_place(layout.paths[0].stat().st_dev, layout))
 
 
 def _decided(file: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from cacheroute.files import named
 from cacheroute.plot import words
 
 _MIB_FIELDS = {"missed": "missed_mib_per_token", "read": "read_mib_per_token"}
+_WANTED = "rows of bench, simulate, frontier or eval; -o json, jsonl or csv writes them"
 _OPTIONAL = ("delta_nll", "delta_nll_low", "delta_nll_high", "ppl", "ppl_se", "lost_mass", "ts")
 
 
@@ -82,12 +83,12 @@ def of(path: Path, content: Sequence[dict[str, Any]]) -> list[Row]:
             raise UsageError(f"{path} has no row yet; the same `cacheroute frontier` goes on from there.")
         what = named(content[0].get("format")) if content else ""
         of = f"{path} is {what}, and does" if what else f"{path} does"
-        raise UsageError(f"{of} not hold rows of bench, simulate, frontier or eval; -o json, jsonl or csv writes them.")
+        raise UsageError(f"{of} not hold {_WANTED}.")
     return found
 
 
 def _strange(path: Path, e: Exception) -> UsageError:
-    return UsageError(f"{path} does not hold rows of bench, simulate, frontier or eval; -o json, jsonl or csv writes them ({e}).")
+    return UsageError(f"{path} does not hold {_WANTED} ({e}).")
 
 
 def _raw_rows(text: str) -> list[dict[str, Any]]:

@@ -241,9 +241,8 @@ def parse_parameters(name: str, known: Sequence[Parameter], pairs: Sequence[str]
             first = next((p.name for p in known if p.required), "")
             number = first and not value and re.fullmatch(r"[0-9.]+", key)
             meant = f"did you mean {name}:{first}={key}?" if number else did_you_mean(key, list(by_name))
-            raise UsageError(
-                f"{name} has no parameter {key!r}; {f'{meant} Its' if meant else 'its'} form is {form(name, known)}."
-            )
+            its = f"{meant} Its" if meant else "its"
+            raise UsageError(f"{name} has no parameter {key!r}; {its} form is {form(name, known)}.")
         if key in values:
             raise UsageError(f"{name} has {key} twice; its form is {form(name, known)}.")
         values[key] = _value(name, by_name[key], value)

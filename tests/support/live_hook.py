@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
-from cacheroute.errors import CacherouteError
 from cacheroute.native import bindings
 from cacheroute.native.counters import Counters
 from cacheroute.routing import eviction as evictions
 from cacheroute.routing import strategies
 from support import hook_abi
+from support.expert_file import skipped_without_direct_reads
 from support.hook_abi import CHook
 
 LIB = bindings.lib
@@ -154,13 +153,9 @@ def hooked(
             for at, size in zip(starts[i], sizes[i], strict=True)
         ]
         files = (ctypes.c_char_p * 1)(os.fspath(path).encode())
-        try:
-            own = (bindings.Tensor * len(tensors))(*tensors)
+        own = (bindings.Tensor * len(tensors))(*tensors)
+        with skipped_without_direct_reads():
             store = bindings.checked(LIB.cr_store_new, files, 1, own, len(tensors), n_layers, N_EXPERT, io == "direct")
-        except CacherouteError as e:
-            if io == "direct" and "has no direct reads" in str(e):
-                pytest.skip(str(e))
-            raise
         shape = bindings.Shape(n_layers, N_EXPERT, N_USED, 4, evictions.ONLINE["lru"])
         per_layer = strategies.to_native(strategies.parse(routing), N_USED, n_layers)
         hook = bindings.checked(LIB.cr_hook_new, shape, per_layer, (ctypes.c_int32 * n_layers)(*range(n_layers)), n_layers, store)

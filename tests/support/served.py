@@ -7,7 +7,6 @@ import http.client
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from cacheroute import Llama
 from cacheroute.serve import server
 from cacheroute.serve.api import Limits
 from cacheroute.serve.worker import Worker
+from support.waiting import until
 
 MODEL = "small"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -85,12 +85,8 @@ class Served:
         return connection
 
     def until(self, what: Callable[[], bool], seconds: float = 20) -> float:
-        """Waits; returns how long. The wait is short, so that a token is long beside it."""
-        start = time.monotonic()
-        while not what():
-            assert time.monotonic() - start < seconds, f"not within {seconds} s"
-            time.sleep(0.0005)
-        return time.monotonic() - start
+        """As support.waiting.until()."""
+        return until(what, seconds)
 
     def idle(self) -> bool:
         return not self.worker.running and not self.worker.waiting
