@@ -45,7 +45,8 @@ def install() -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(read,), daemon=True).start()
+    with contextlib.suppress(RuntimeError):  # no thread to be had: C code is not interrupted, Python's is
+        threading.Thread(target=_watch, args=(read,), daemon=True).start()
 
 
 def command_begins() -> None:

@@ -364,6 +364,7 @@ def test_mmlu_and_gsm8k_come_from_files(tiny: Path, tmp_path: Path, monkeypatch:
     assert metrics["gsm8k_cot", "exact_match,strict-match"] == 1.0
     right = harness.right(results, ["mmlu_anatomy"], "acc")
     assert {i for _, i in right} == {*harness._drawn("mmlu_anatomy", 4, 3, 5)}
+    assert all({*harness._drawn("a", 100, n, 5)} < {*harness._drawn("a", 100, n + 1, 5)} for n in range(1, 99))
     assert metrics["mmlu_anatomy", "acc"] == sum(i % 4 == 0 for _, i in right) / 3
     mmlu = [q for q in asked if q.kind != TEXT]
     begins = "The following are multiple choice questions (with answers) about anatomy.\n\ndev question 0 and the cat?\nA. a"

@@ -41,6 +41,7 @@ _DEFAULTS = """Defaults of options: CACHEROUTE_GENERATE_TEMP=0 in the environmen
 [generate] temp = 0 and [common] budget = "2GiB" in a TOML file. `cacheroute doctor` shows which file, and what is set."""
 
 
+_NO_THREAD = "can't start new thread"  # as Python puts it, in an error of no kind of its own
 _EXTRA_WORDS = re.compile(r"unexpected extra arguments?(?:\(s\))? \((.*)\)")  # as click and typer put it
 
 
@@ -131,6 +132,10 @@ class _Command(typer.core.TyperCommand):
             code = _said("There is not enough memory for that; give smaller numbers, or free some.", 1)
         except OSError as e:
             code = _said(_reason(e), 1)
+        except RuntimeError as e:
+            if str(e) != _NO_THREAD:
+                raise
+            code = _said("No thread can be started: allow this process more (`ulimit -u`, or a container's limit of pids).", 1)
         else:
             return
         raise typer.Exit(code)

@@ -69,7 +69,12 @@ def task(
         typer.Option("--data", help="A folder or file with the questions (csv, jsonl, parquet). [default: from the hub]"),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Questions of each task, drawn at random by --seed. [default: all]")
+        int | None,
+        typer.Option(
+            "--limit",
+            min=1,
+            help="Questions of each task, drawn at random by --seed; a larger number asks the same and more. [default: all]",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("-s", "--seed", min=0, help="Seed of the draw.")] = 0,
     shots: Annotated[

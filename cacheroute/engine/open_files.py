@@ -54,14 +54,15 @@ class OpenFiles:
                 with contextlib.suppress(OSError):  # a filesystem that takes no advice
                     os.posix_fadvise(self._fds[file], offset, nbytes, os.POSIX_FADV_WILLNEED)
 
-        thread = threading.Thread(target=ask, daemon=True) if hasattr(os, "posix_fadvise") else None
-        if thread:
-            thread.start()
+        thread = threading.Thread(target=ask, daemon=True)
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(RuntimeError):  # no thread to be had: the load waits for its pages
+                thread.start()
         try:
             yield
         finally:
             over.set()
-            if thread:
+            if thread.ident is not None:
                 thread.join()
 
     def close(self) -> None:

@@ -131,8 +131,9 @@ def _leaves(name: str, children: dict[str, list[str]]) -> Iterator[str]:
 
 
 def _drawn(task: str, n: int, limit: int, seed: int) -> list[int]:
-    """Which of n questions are asked: the same for each run with that seed."""
-    return sorted(random.Random(f"{seed} {task}").sample(range(n), min(limit, n)))
+    """Which of n questions are asked: the same for each run with that seed, and for a larger limit these and more."""
+    order = random.Random(f"{seed} {task}").sample(range(n), n)
+    return sorted(order[:limit])
 
 
 def _check_examples(task: Any, shots: int | None) -> None:

@@ -17,7 +17,10 @@ Readers::Readers(int n_threads, Read read) : read_(std::move(read)) {
     try {
         for (int i = 0; i < n_threads; i++) threads_.emplace_back([this] { loop(); });
     } catch (const std::exception & e) { // a limit of the system: one reader does, too
-        if (threads_.empty()) throw std::runtime_error(std::string("no thread to read experts with: ") + e.what());
+        if (threads_.empty()) {
+            throw std::runtime_error(
+                std::string("no thread can be started to read experts (") + e.what() + "): allow more (ulimit -u, a limit of pids)");
+        }
     }
 }
 

@@ -115,7 +115,8 @@ def serving(llm: Llama, model: str, bound: socket.socket, limits: Limits, *, key
     finally:
         worker.end()  # Ctrl-C may come before run() has begun
         server.should_exit = True
-        thread.join(_SECONDS_TO_STOP)
+        if thread.ident is not None:
+            thread.join(_SECONDS_TO_STOP)
         bound.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Callable
 
 from faults.runner import Case, Outcome, Place, in_process
@@ -87,7 +88,22 @@ def _cache_that_cannot_be_written(place: Place) -> Outcome:
     return outcome
 
 
+def _without_threads(*more: str) -> Callable[[Place], list[str]]:
+    """Python's own: those of the core are refused in cases_system.py."""
+
+    def words(place: Place) -> list[str]:
+        def refused(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        place.monkeypatch.setattr(threading.Thread, "start", refused)
+        return ["generate", "-m", str(place.tiny), *RAW, *more]
+
+    return words
+
+
 CASES: list[Case] = [
+    Case("no thread to fetch weights ahead", _without_threads("--budget", "50%"), 0, stdout=True, more=True),
+    Case("no thread to watch the memory", _without_threads("--io", "buffered"), 1, r"^cacheroute: No thread can be started: "),
     _template("a template with an unknown tag", UNPARSABLE, "brand_new_tag"),
     _template("a template that is cut short", "{% for m in messages %}{{ m.content }}", "TemplateSyntaxError"),
     _template("a template that refuses", "{{ raise_exception('A system message is needed') }}", "A system message is needed"),
