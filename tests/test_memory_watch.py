@@ -33,7 +33,7 @@ from support.waiting import until
 
 PLAN = MemoryPlan(
     free=8 * GIB, reserve=512 * MIB, dense=GIB, embedding=0, context=256 * MIB, compute=256 * MIB, pass_tokens=512,
-    expert_bytes=100 * MIB, layer_bytes=4 * MIB, file_expert_bytes=100 * MIB, n_expert=128, n_used=8,
+    resident_bytes=100 * MIB, layer_bytes=4 * MIB, file_expert_bytes=100 * MIB, n_expert=128, n_used=8,
 )  # fmt: skip
 
 
@@ -48,19 +48,19 @@ PLAN = MemoryPlan(
 def test_a_budget_shrinks_when_memory_is_short_and_grows_when_there_is_more(
     capacity: int, free: int, filled: float, upcoming: int, swapped: int, calm: bool
 ) -> None:
-    resident = int(filled * capacity * PLAN.expert_bytes)
+    resident = int(filled * capacity * PLAN.resident_bytes)
     wanted = fitting(PLAN, capacity, free=free, resident=resident, upcoming=upcoming, swapped=swapped, most=60, calm=calm)
     assert PLAN.n_used <= wanted <= 60
     reserve = memory_plan.reserve(free + resident)
-    left = free - max(capacity * PLAN.expert_bytes - resident, 0) - upcoming
+    left = free - max(capacity * PLAN.resident_bytes - resident, 0) - upcoming
     if left < 0.75 * reserve or swapped:
         assert wanted <= capacity
-        gained = (capacity - wanted) * PLAN.expert_bytes
+        gained = (capacity - wanted) * PLAN.resident_bytes
         assert wanted == PLAN.n_used or (left + gained >= reserve and gained >= swapped)
     elif not calm:
         assert wanted == capacity
     if wanted > capacity:  # and what is then in memory leaves the reserve
-        assert free + resident - wanted * PLAN.expert_bytes >= reserve
+        assert free + resident - wanted * PLAN.resident_bytes >= reserve
 
 
 @pytest.mark.parametrize("eviction", ["lru", "soft-lfu"])

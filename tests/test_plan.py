@@ -46,7 +46,7 @@ def machine(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(capsys: pytest.CaptureFixture[str], **options: object) -> tuple[str, str]:
-    usual = {"model": None, "ram": None, "flash_mbps": None, "ctx_size": 4096, "threads": None, "output": "text"}
+    usual = {"model": None, "budget": None, "ram": None, "flash_mbps": None, "ctx_size": 4096, "threads": None, "output": "text"}
     command.plan(**usual | options)
     return tuple(capsys.readouterr())  # type: ignore[return-value]
 
@@ -64,6 +64,30 @@ def test_one_model_at_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "direct: 1000 MB/s, as measured on this filesystem" in out and "2: as given" in out
     command = " ".join(out.replace("\\\n", "").split("cacheroute generate")[1].split())
     assert command.startswith(f"-m {path} --budget ") and "-t 2 -c 512" in command
+
+
+def test_a_budget_that_is_given(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In every form, of a model that is here and of one that is not; it is what the command to type has."""
+    usual = {"ram": "8GiB", "flash_mbps": 1000.0}
+    known = json.loads(run(capsys, model="qwen3-30b-a3b", output="json", **usual)[0])
+    assert [b["name"] for b in known["budgets"]] == ["least", "suggested", "full"]
+    in_bytes = 2 * GIB // (known["budgets"][0]["expert_bytes"] // 8)
+    for budget, n_experts in (("25%", 32), ("16", 16), ("2GiB", in_bytes)):
+        found = json.loads(run(capsys, model="qwen3-30b-a3b", budget=budget, output="json", **usual)[0])
+        assert [(b["name"], b["fits"]) for b in found["budgets"]] == [("least", True), ("given", True), ("full", False)]
+        assert found["budgets"][1]["experts"] == n_experts and found["decisions"][0]["value"] == str(n_experts)
+        assert found["decisions"][0]["reason"].startswith("as given"), found["decisions"]
+        assert found["routings"][0]["mib_per_token"] > known["routings"][0]["mib_per_token"]
+    out, _ = run(capsys, model=str(tiny), budget="50%", ctx_size=512)
+    assert "--budget 16 " in out.replace("\\\n", "") and re.search(r"(?m)^full .*\d$", out), "all of it fits as well"
+    assert run(capsys, model=str(tiny), budget="auto", ctx_size=512)[0] == run(capsys, model=str(tiny), ctx_size=512)[0]
+    most = known["budgets"][1]["experts"]
+    with pytest.raises(UsageError, match=rf"needs .* with a budget of 64 experts .* are free: --budget {most} fits\.$"):
+        run(capsys, model="qwen3-30b-a3b", budget="50%", **usual)
+    with pytest.raises(UsageError, match="every token needs 8: give at least 8"):
+        run(capsys, model="qwen3-30b-a3b", budget="2", **usual)
+    with pytest.raises(UsageError, match="name it with -m"):
+        run(capsys, budget="50%")
 
 
 def test_json_is_the_forecast(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

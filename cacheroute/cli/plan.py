@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +33,13 @@ def plan(
         str | None,
         typer.Option(
             "-m", "--model", metavar="PATH|NAME", help="A GGUF file or a model's name. [default: all known models and those here]"
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="With -m: plan for these experts in memory: 50%, 30 (per layer), 2GiB (all layers) or all. [default: what fits]",
         ),
     ] = None,
     ram: Annotated[
@@ -64,14 +71,26 @@ def plan(
     n_threads = options.threads(threads)
     reason = "as given" if threads else "one for each fast core"
     if model is None:
+        if budget is not None:
+            raise UsageError("A budget is planned for one model: name it with -m.")
         _all(free, flash_mbps, ctx_size, n_threads, reason, output)
     else:
-        _one(model, free, flash_mbps, ctx_size, n_threads, reason, output)
+        _one(model, budget, free, flash_mbps, ctx_size, n_threads, reason, output)
 
 
-def _one(model: str, free: int | None, flash_mbps: float | None, n_ctx: int, n_threads: int, reason: str, output: str) -> None:
+def _one(
+    model: str,
+    budget: str | None,
+    free: int | None,
+    flash_mbps: float | None,
+    n_ctx: int,
+    n_threads: int,
+    reason: str,
+    output: str,
+) -> None:
     from cacheroute.forecast import candidates
     from cacheroute.model import catalogue
+    from cacheroute.routing import budget as budgets
 
     entry = catalogue.load_catalogue().get(model.lower())
     if entry and not catalogue.entry_path(entry):
@@ -85,13 +104,17 @@ def _one(model: str, free: int | None, flash_mbps: float | None, n_ctx: int, n_t
         say(f"{model} is not here: this is by the catalogue's numbers; {how}")
     else:
         candidate = candidates.of_file(catalogue.resolve(model), name=model, n_ctx=n_ctx, free=free)
+    if budget is not None and not budgets.is_auto(budget):
+        own = budgets.parse(budget, candidate.plan).capacity
+        candidate = replace(candidate, plan=replace(candidate.plan, given=own))
     found = _forecasts([candidate], flash_mbps, n_threads, reason, given=free is not None)[0]
     if output == "json":
         print(as_json(asdict(found)))
     if not found.fits:
         if output == "json":
             raise typer.Exit(2)
-        raise UsageError(f"{found.refusal} {_instead(free, n_ctx)}".strip())
+        other = "" if candidate.plan.most else _instead(free, n_ctx)
+        raise UsageError(f"{found.refusal} {other}".strip())
     if output == "text":
         print("\n".join(_text(found, model)))
 

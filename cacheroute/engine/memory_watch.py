@@ -47,14 +47,14 @@ def fitting(
         most: the most experts of each layer that this may return.
         calm: whether there has been memory to spare for a while.
     """
-    reserve, budget = memory_plan.reserve(free + resident), capacity * plan.expert_bytes
+    reserve, budget = memory_plan.reserve(free + resident), capacity * plan.resident_bytes
     left = free - max(budget - resident, 0) - upcoming  # when the budget is filled: a disk fills it faster than anyone looks
     if left < reserve * _SHORT or swapped:
-        fits = (budget - max(reserve - left, 0) - swapped) // plan.expert_bytes
+        fits = (budget - max(reserve - left, 0) - swapped) // plan.resident_bytes
         return min(max(fits, plan.n_used), capacity)
     # what grows is counted when it has grown: the experts that the budget has room for, and what the next prompt takes
     beside = reserve + plan.compute + plan.prompt_reserve(capacity)
-    spare = (free + resident - capacity * plan.expert_bytes - beside) // plan.expert_bytes
+    spare = (free + resident - capacity * plan.resident_bytes - beside) // plan.resident_bytes
     return min(capacity + spare, most) if calm and spare > 0 and capacity < most else capacity
 
 

@@ -27,6 +27,7 @@ from cacheroute.routing.strategies import Routing
 ROUTINGS = ("original", "cache-prior:lambda=0.1", "cache-prior:lambda=0.2")
 PROMPTS = (512, 2048)
 MEASURED, READ, ASSUMED = "measured", "read", "assumed"
+_SUGGESTED = "suggested"
 _ENOUGH = 0.97  # a smaller budget with so much of the speed does as well
 _GAIN = 1.15  # what a lossy routing must gain to be worth naming
 
@@ -55,7 +56,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `free` None where the system does not tell; `experts` of the suggested budget, `prompt_reserve` above it."""
+    """Bytes. `free` None where the system does not tell; `experts` of the budget, `prompt_reserve` above it."""
 
     free: int | None
     reserve: int
@@ -81,7 +82,7 @@ class BudgetForecast:
 
 @dataclass(frozen=True)
 class RoutingForecast:
-    """At the suggested budget. Tokens per second with the miss rates of other models or texts: `low` to `high`.
+    """At the budget that is given or suggested. Tokens per second with the miss rates of other models or texts: `low` to `high`.
 
     `miss_from`: "measured" on `miss_tokens` of this model, "assumed", or "read" where all experts are in memory. `loss`, `kl` and
     `reference` as of Tuned.
@@ -159,8 +160,8 @@ class Forecast:
 
     @property
     def capacity(self) -> int | None:
-        """Experts of each layer of the suggested budget."""
-        return next((b.experts for b in self.budgets if b.name == "suggested"), None)
+        """Experts of each layer of the budget that is given or suggested."""
+        return next((b.experts for b in self.budgets if b.name in (GIVEN, _SUGGESTED)), None)
 
     def value(self, setting: str) -> str:
         """What was picked."""
@@ -188,12 +189,13 @@ def of(
         plan.dense + (plan.embedding if shown == plan.n_expert else 0),
         plan.context,
         plan.compute,
-        shown * (plan.file_expert_bytes if shown == plan.n_expert else plan.expert_bytes),
+        shown * (plan.file_expert_bytes if shown == plan.n_expert else plan.resident_bytes),
         plan.prompt_reserve(shown),
     )
     one = _One(work, plan, machine, path, min(n_ctx, timing.DEPTH))
-    names = {"least": plan.n_used, **({} if capacity is None else {"suggested": capacity}), "full": plan.n_expert}
-    budgets = tuple(one.budget(name, c, fits=capacity is not None and c <= capacity) for name, c in names.items())
+    own = {} if capacity is None else {_SUGGESTED if plan.given is None else GIVEN: capacity}
+    names = {"least": plan.n_used, **own, "full": plan.n_expert}
+    budgets = tuple(one.budget(name, c, fits=c <= (plan.most or 0)) for name, c in names.items())
     found = Forecast(
         model=work.name,
         path=None if path is None else str(path),
@@ -255,7 +257,7 @@ class _One:
 
     def budget(self, name: str, capacity: int, *, fits: bool) -> BudgetForecast:
         rate = self.typical_misses(capacity)
-        nbytes = capacity * (self.plan.file_expert_bytes if capacity == self.plan.n_expert else self.plan.expert_bytes)
+        nbytes = capacity * (self.plan.file_expert_bytes if capacity == self.plan.n_expert else self.plan.resident_bytes)
         return BudgetForecast(
             name, capacity, nbytes, self.plan.needed(capacity), fits, self.missed_mib(rate), self.tokens_per_s(rate, capacity)
         )
@@ -328,6 +330,8 @@ def _decisions(
         budget = Decision("budget", "all", "all experts fit, so nothing is read after loading, and llama.cpp repacks them")
     else:
         reason = f"the most of {plan.n_expert} experts a layer that the free memory has room for"
+        if plan.given is not None:
+            reason = "as given"
         speed = one.tokens_per_s(routings[0].miss_rate, capacity)
         enough = one.enough(capacity, speed) if speed else capacity
         reason += f"; {enough} would be nearly as fast" if enough < 0.9 * capacity else ""

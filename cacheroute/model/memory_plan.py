@@ -30,8 +30,8 @@ class MemoryPlan:
 
     reserve: left to others. dense: always in memory, without the token embeddings, which `embedding` counts and which are in
     memory only where the model is loaded whole. context: keys and values. compute: buffers for `pass_tokens` of a prompt.
-    expert_bytes: of one expert in every layer, whole pages; layer_bytes: of one expert in the largest layer; file_expert_bytes:
-    of one expert in every layer where the model is loaded whole.
+    resident_bytes: of one expert in every layer, whole pages; layer_bytes: of one expert in the largest layer; file_expert_bytes:
+    of one expert in every layer where the model is loaded whole. given: the budget that was asked for, in experts of each layer.
     """
 
     free: int | None
@@ -41,7 +41,7 @@ class MemoryPlan:
     context: int
     compute: int
     pass_tokens: int
-    expert_bytes: int
+    resident_bytes: int
     layer_bytes: int
     file_expert_bytes: int
     n_expert: int
@@ -49,12 +49,13 @@ class MemoryPlan:
     space: int | None = None
     mapped: int = 0
     whole: bool = True
+    given: int | None = None
 
     def needed(self, capacity: int) -> int:
         """Bytes that the model takes at most with `capacity` experts of each layer in memory, the reserve not counted."""
         if capacity >= self.n_expert:
             return self.beside + self.embedding + self.n_expert * self.file_expert_bytes
-        return self.beside + capacity * self.expert_bytes + self.prompt_reserve(capacity)
+        return self.beside + capacity * self.resident_bytes + self.prompt_reserve(capacity)
 
     @property
     def least(self) -> int:
@@ -84,6 +85,14 @@ class MemoryPlan:
 
     @property
     def capacity(self) -> int | None:
+        """Experts of each layer to keep: those that were asked for, or as many as fit; None where they do not fit."""
+        most, given = self.most, self.given
+        if most is None or given is None:
+            return most
+        return given if given <= most else None
+
+    @property
+    def most(self) -> int | None:
         """The most experts of each layer that fit; None where not even the K of a token do. All of them where the free memory
         is not known: the kernel then takes back what it must."""
         everything = self.needed(self.n_expert)
@@ -92,7 +101,7 @@ class MemoryPlan:
         if self.free is None or (everything <= self.free - self.reserve and (self.space is None or everything <= self.space)):
             return self.n_expert
         left = self.free - self.reserve - self.beside - self.layer_bytes * self.n_expert
-        each = self.expert_bytes - self.layer_bytes
+        each = self.resident_bytes - self.layer_bytes
         most = left // each if each else (self.n_expert - 1 if left >= 0 else 0)
         most = min(most, self.n_expert - 1)
         return most if most >= self.n_used else None
@@ -130,7 +139,7 @@ def of(
         context=0 if loaded else context_memory.least_bytes(header, n_ctx),
         compute=n_pass * each + context_memory.output_bytes(header, 1),
         pass_tokens=n_pass,
-        expert_bytes=layout.resident_bytes,
+        resident_bytes=layout.resident_bytes,
         layer_bytes=layout.layer_bytes,
         file_expert_bytes=layout.expert_bytes if whole else layout.resident_bytes,
         n_expert=layout.n_expert,
@@ -156,7 +165,7 @@ def of_entry(entry: ModelEntry, *, n_ctx: int, free: int | None = None) -> Memor
         context=n_ctx * _F16 * entry.layers * entry.n_embd // 2,
         compute=n_pass * live * _F32,
         pass_tokens=n_pass,
-        expert_bytes=entry.expert_bytes,
+        resident_bytes=entry.expert_bytes,
         layer_bytes=entry.expert_bytes // entry.layers,
         file_expert_bytes=entry.expert_bytes,
         n_expert=entry.experts,
@@ -194,9 +203,14 @@ def refusal(plan: MemoryPlan, name: str) -> UsageError:
             f"smaller model."
         )
     needed, free = plan.needed(plan.n_used), plan.free or 0
+    if plan.given and plan.most:
+        return UsageError(
+            f"{name} needs {size(plan.needed(plan.given))} of memory with a budget of {plan.given} experts of each layer, and "
+            f"{size(plan.reserve)} for other programs, and {size(free)} are free: {_advice(plan.most, plan.n_used)}."
+        )
     parts = (
         f"{size(plan.dense)} of dense weights, {size(plan.context)} of context, {size(plan.compute)} to compute and "
-        f"{size(plan.n_used * plan.expert_bytes + plan.prompt_reserve(plan.n_used))} for the {plan.n_used} experts of a token"
+        f"{size(plan.n_used * plan.resident_bytes + plan.prompt_reserve(plan.n_used))} for the {plan.n_used} experts of a token"
     )
     short = plan.least - free
     others = plan.least - needed
@@ -226,7 +240,7 @@ def check_budget(
     if beside + experts <= free:
         return
     fits = max((n for n in range(1, layout.n_expert + 1 - whole) if plan.needed(n) + _PROCESS <= free), default=0)
-    advice = _advice(fits, layout)
+    advice = _advice(fits, layout.n_used)
     if fits < layout.n_used and plan.context * 7 // 8 >= plan.needed(layout.n_used) + _PROCESS - free:
         advice = "give a smaller context with -c"
     embedding = plan.embedding if capacity == layout.n_expert else 0
@@ -245,10 +259,10 @@ def check_more(layout: ExpertLayout, budget_bytes: int, resident_bytes: int) -> 
     experts = (free + resident_bytes) // layout.resident_bytes
     raise UsageError(
         f"A budget of {size(budget_bytes)} of experts does not fit: {size(free + resident_bytes)} are free for them; "
-        f"{_advice(experts, layout)}."
+        f"{_advice(experts, layout.n_used)}."
     )
 
 
-def _advice(experts: int, layout: ExpertLayout) -> str:
+def _advice(experts: int, n_used: int) -> str:
     """`experts` of each layer would fit."""
-    return f"--budget {experts} fits" if experts >= layout.n_used else "no budget fits; free memory, or take a smaller model"
+    return f"--budget {experts} fits" if experts >= n_used else "no budget fits; free memory, or take a smaller model"

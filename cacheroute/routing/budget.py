@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 from cacheroute.errors import UsageError
 from cacheroute.files import MIB, UNITS, parse_size
@@ -17,6 +18,17 @@ _UNIT = "|".join(UNITS)
 FORMS = "use a share (50%), experts per layer (30), bytes of all layers together (2GiB), all, or auto"
 
 
+class Experts(Protocol):
+    """What a budget is resolved against: E, K, and the bytes of one expert in every layer, whole pages."""
+
+    @property
+    def n_expert(self) -> int: ...
+    @property
+    def n_used(self) -> int: ...
+    @property
+    def resident_bytes(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Budget:
     """`capacity` experts of each layer; `nbytes`: the most that they take in memory, whole pages, all layers together."""
@@ -25,7 +37,7 @@ class Budget:
     nbytes: int
 
 
-def parse(text: str | float | None, layout: ExpertLayout) -> Budget:
+def parse(text: str | float | None, layout: Experts) -> Budget:
     """Resolves a budget against a model. None: half of the experts, or K where that is more; 0.5 as "50%".
 
     Raises UsageError when the text has none of the forms, or gives fewer than the K experts that one token needs.
@@ -78,12 +90,12 @@ def automatic(plan: MemoryPlan, layout: ExpertLayout) -> str | int:
     return "all" if capacity == layout.n_expert else capacity
 
 
-def default_name(layout: ExpertLayout) -> str:
+def default_name(layout: Experts) -> str:
     """How the default budget is typed."""
     return "50%" if layout.n_expert // 2 >= layout.n_used else str(layout.n_used)
 
 
-def _capacity(text: str, layout: ExpertLayout) -> int:
+def _capacity(text: str, layout: Experts) -> int:
     if text == AUTO:
         raise UsageError("A budget of auto follows the free memory, so nothing can be measured or tuned by it; give another one.")
     if text == "all":
