@@ -239,8 +239,9 @@ CR_API void cr_hook_progress(const cr_hook * hook, struct cr_progress * out);
 CR_API void cr_hook_force(cr_hook * hook, int32_t layer, int64_t n_tokens, const uint16_t * z, const uint16_t * mass,
                           const uint16_t * predicted /* stands for a prediction of z, for cr_hook_prefetch(); NULL: none */);
 /* From now on, while a layer computes on a decoded token, up to n experts are read that the next layer would miss if its router
- * were given this layer's hidden state. What is chosen stays the same. A layer of strategy speculate chooses by that prediction, and
- * reads all that it has chosen, also where n is 0; without this call it chooses as `original`. layers: [n_layers]. */
+ * were given this layer's hidden state. What is chosen stays the same. Of a layer of strategy speculate all K that are
+ * predicted are read, also where n is 0, and it chooses among them and what is cached; without this call it chooses as `original`.
+ * layers: [n_layers]. */
 CR_API void cr_hook_prefetch(cr_hook * hook, int32_t n, int32_t n_embd, const struct cr_router_weights * layers);
 /* From now on, while a layer computes on a prompt, the experts that the next layer will surely need are read, up to `limit` bytes of
  * them (0: none). What is chosen stays the same. layers: [n_layers], as for cr_hook_prefetch(); read by the first call. */

@@ -1,5 +1,5 @@
 // Reads experts of the next layer that it will probably miss, while this layer computes on a decoded token. Changes no choice, but
-// for layers that `speculate`: for those it makes the choice, and reads what it has chosen.
+// for layers that `speculate`: of those it reads all that is predicted, as they choose among that and what is cached.
 #pragma once
 
 #include "cached_router.h"
@@ -11,14 +11,14 @@ namespace cacheroute {
 
 class Prefetch {
   public:
-    // At most `n` experts of a layer at a time; of a layer that speculates, all that it has chosen.
+    // At most `n` experts of a layer at a time; of a layer that speculates, all that is predicted.
     Prefetch(int n, Prediction prediction) : n_(size_t(n)), prediction_(std::move(prediction)) {}
 
     // `token` of a sequence has chosen in a layer: begins to read what the next layer would miss of it.
     void after(int layer, uint32_t token, const ExpertEvent & event, const ScoreSource & source, std::vector<CachedRouter> & routers,
                Residency & residency);
 
-    // What after() the layer before has chosen for this one (Router::speculate()); null: nothing.
+    // What after() the layer before has predicted for this one (Router::speculate()); null: nothing.
     const std::vector<int32_t> * speculated(int layer) const { return layer == speculated_for_ ? &speculated_ : nullptr; }
 
   private:

@@ -178,16 +178,13 @@ void Router::speculate(const std::vector<double> & predicted, const std::vector<
     rank(biased_, n_used_, ids);
 }
 
-// order_ (the K best) -> chosen_: its J best, then the speculated that are not masked, then the rest of order_.
-void Router::keep_speculated(const std::vector<int32_t> & speculated, const std::vector<double> & z) {
-    auto add = [&](int32_t e) {
-        if (int(chosen_.size()) < n_used_ && std::find(chosen_.begin(), chosen_.end(), e) == chosen_.end()) chosen_.push_back(e);
-    };
-    chosen_.resize(n_always());
-    for (int32_t e : speculated) {
-        if (z[e] != NEG_INF) add(e);
-    }
-    for (int r = 0; r < n_used_; r++) add(order_[r]);
+// order_ (the K best) -> chosen_: its J best, then the best of the cached and of what was read early.
+void Router::keep_speculated(const std::vector<int32_t> & speculated, const std::vector<uint8_t> & resident,
+                             const std::vector<double> & z) {
+    there_ = resident;
+    for (int i = 0; i < n_used_ - n_always(); i++) there_[speculated[i]] = 1;
+    for (int r = 0; r < n_always(); r++) there_[order_[r]] = 1;
+    keep_to(there_, z);
 }
 
 // order_ (the K best) -> k where these carry the share p of its mass, else K.
@@ -289,7 +286,7 @@ void Router::select(const Scores & scores, const std::vector<uint8_t> & resident
             chosen_.resize(enough(mass));
             break;
         case Strategy::speculate:
-            if (speculated) keep_speculated(*speculated, z);
+            if (speculated) keep_speculated(*speculated, resident, z);
             break;
     }
 

@@ -20,7 +20,7 @@ enum class Strategy : int32_t {
     drop_cold   = 5, // top-K of z without the missing experts of little weight
     custom      = 6, // what a Policy returns
     dynamic_k   = 7, // top-k of z where it carries enough of the top-K's mass, else top-K (big and little, arXiv 2510.12357)
-    speculate   = 8, // top-K of a prediction of z, made one layer earlier (arXiv 2603.19289)
+    speculate   = 8, // top-K among the cached and those of a prediction made one layer earlier (after arXiv 2603.19289)
 };
 
 // Parameters of a strategy; those that a strategy does not name are ignored by it.
@@ -92,8 +92,9 @@ class Router {
     void select(const Scores & scores, const std::vector<uint8_t> & resident, bool plain, const int32_t * model_ids, Selection & out,
                 const std::vector<uint8_t> * allowed = nullptr, const std::vector<int32_t> * speculated = nullptr);
 
-    // The K best of a prediction of z, best first: what `speculate` runs, but for the J best of z itself, which replace the last of
-    // them, and for masked experts. Its bonus is in units of the prediction's own range, as a model's z may be of another scale.
+    // The K best of a prediction of z, best first. `speculate` runs the J best of z itself, whose reads take the place of the last
+    // of them, and the best of the cached and of the others. Its bonus is in units of the prediction's own range, as a model's z may
+    // be of another scale.
     void speculate(const std::vector<double> & predicted, const std::vector<uint8_t> & resident, std::vector<int32_t> & ids);
 
     // What `custom` asks; without one, and where it fails, the choice is `original`.
@@ -124,7 +125,8 @@ class Router {
     void max_rank(int m, const std::vector<double> & z, const std::vector<uint8_t> & resident);
     int  cumsum_candidates(const std::vector<double> & z);
     void keep_to(const std::vector<uint8_t> & allowed, const std::vector<double> & z);
-    void keep_speculated(const std::vector<int32_t> & speculated, const std::vector<double> & z);
+    void keep_speculated(const std::vector<int32_t> & speculated, const std::vector<uint8_t> & resident,
+                         const std::vector<double> & z);
     int  enough(const std::vector<double> & mass) const;
     void guard(const std::vector<double> & mass);
 
@@ -142,7 +144,7 @@ class Router {
     std::vector<int32_t> chosen_; // this token's set
     std::vector<int32_t> custom_ids_;
     std::vector<double>  biased_;
-    std::vector<uint8_t> in_top_, in_chosen_;
+    std::vector<uint8_t> in_top_, in_chosen_, there_;
 };
 
 } // namespace cacheroute

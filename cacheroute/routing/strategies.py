@@ -104,8 +104,8 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy(
             SPECULATE,
             8,
-            "the K experts that the layer's router would choose by the hidden state of the layer before; read a layer earlier",
-            "arXiv 2603.19289",
+            "the K best of the cached experts and of those that the hidden state of the layer before would choose, read early",
+            "after arXiv 2603.19289",
             (
                 Parameter(
                     "lambda", "bonus of cached experts, in ranges of the predicted scores (default: 0)", 0, 1, required=False

@@ -95,9 +95,8 @@ def _dynamic_k(top: list[int], mass: Vector, p: float, k: int) -> set[int]:
 
 def _speculate(z: Vector, predicted: Vector, resident: set[int], n_used: int, lam: float, j: int) -> set[int]:
     bonus = lam * finite_range(predicted) * np.array([e in resident for e in range(len(z))], dtype=np.float64)
-    best = ranked(z)[:n_used]
-    speculated = [e for e in ranked(predicted + bonus)[:n_used] if z[e] > -math.inf]
-    return set(list(dict.fromkeys(best[:j] + speculated + best))[:n_used])
+    there = resident | set(ranked(predicted + bonus)[: n_used - j]) | set(ranked(z)[:j])
+    return set(sorted(ranked(z), key=lambda e: 2 if z[e] == -math.inf else e not in there)[:n_used])
 
 
 def _guarded(chosen: set[int], top: list[int], mass: Vector, max_loss: float) -> set[int]:
