@@ -4,7 +4,8 @@
 
 `eval perplexity` with the KL(original || routed) beside it, which needs far fewer tokens for the same certainty. The speculated
 experts of layers after the first are read while the layer before computes: `late` are the misses that are read when their own
-layer chooses (not counted for `speculate` with a j). Scores are kept in the user's cache, so it can be stopped and resumed.
+layer chooses (not counted for `speculate` with a j). What is read early and not chosen then is no miss: `bench` has its bytes.
+Scores are kept in the user's cache, so it can be stopped and resumed.
 """
 
 from __future__ import annotations

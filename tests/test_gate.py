@@ -213,7 +213,7 @@ def test_a_closed_model_is_one_sentence(tiny: Path) -> None:
     calls = (
         lambda: llm.eval([3]), lambda: llm("the"), lambda: llm.tokenize(b"the"), lambda: llm.detokenize([3]), llm.reset,
         llm.save_state, lambda: llm.configure(budget=8), lambda: llm.embed("the"), lambda: next(llm.generate([3])),
-        lambda: pickle.dumps(llm), llm.checkpoint,
+        lambda: pickle.dumps(llm), llm.checkpoint, llm.next_logits, llm.state_bytes, llm.tokenizer, llm.pooling_type,
     )  # fmt: skip
     for call in calls:
         with pytest.raises(CacherouteError, match=r"The model is closed; load it again\."):
@@ -427,11 +427,14 @@ def test_two_threads_are_an_error_and_not_a_crash(tiny: Path) -> None:
         llm.eval(PROMPT)
 
 
-def test_an_error_in_a_logits_processor_reaches_the_caller(tiny: Path) -> None:
-    def fail(ids: Any, scores: Any) -> Any:
-        raise ValueError("ours")
+@pytest.mark.parametrize("error", [ValueError("ours"), StopIteration("ours")])
+def test_an_error_in_a_logits_processor_reaches_the_caller(tiny: Path, error: Exception) -> None:
+    """StopIteration, which is no end of the answer, as Python has it of a generator: a RuntimeError."""
 
-    with loaded(tiny) as llm, pytest.raises(ValueError, match="ours"):
+    def fail(ids: Any, scores: Any) -> Any:
+        raise error
+
+    with loaded(tiny) as llm, pytest.raises((ValueError, RuntimeError), match=r"ours|raised StopIteration"):
         llm.create_completion("the", max_tokens=4, logits_processor=LogitsProcessorList([fail]))
 
 
@@ -443,7 +446,7 @@ def test_a_grammar_that_cannot_be_parsed_is_an_error(tiny: Path) -> None:
         assert set(llm.create_completion("the", max_tokens=4, grammar=good)["choices"][0]["text"]) <= {"a"}
 
 
-@pytest.mark.parametrize("wrong", [{"n_batch": -1}, {"n_batch": 0}, {"n_ctx": -1}, {"n_ubatch": -1}, {"n_threads": 0}])
+@pytest.mark.parametrize("wrong", [{"n_batch": -1}, {"n_batch": 0}, {"n_ctx": -1}, {"n_ubatch": -1}, {"n_threads": -1}])
 def test_sizes_that_cannot_be_are_refused_by_name(tiny: Path, wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=rf"^{next(iter(wrong))} is a whole number of at least [01] and below 2\^31, not"):
         Llama(str(tiny), verbose=False, **wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -10,11 +11,14 @@ from numbers import Integral, Real
 from typing import Any
 
 from cacheroute.errors import UsageError, did_you_mean
+from cacheroute.model.experts import ExpertLayout
 from cacheroute.routing.prompt_routing import PromptRouting
 from cacheroute.routing.strategies import Routing
 from cacheroute.trace.forced_scores import ForcedScores
 
-OWN = ("use_mmap", "use_mlock", "lazy_mode")  # not for the caller
+OWN = ("use_mmap", "use_mlock", "lazy_mode")
+"""What is mapped and what is read follows from budget and io; what stock has by default may be given all the same."""
+_DEFAULTS = {"use_mmap": True, "use_mlock": False}
 _PATCHED = ("lazy_mode", "use_extra_bufts")  # patches/0002-lazy-experts.patch takes them out of **kwargs
 _GPU = {"n_gpu_layers": 0, "main_gpu": 0, "tensor_split": None}  # and what leaves everything on the CPU
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -32,7 +36,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 _CACHE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "IQ4_NL": 20, "BF16": 30}
 """What keys and values may be kept in, by their numbers in ggml.h; others would end the process."""
-_SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_threads": 1, "n_threads_batch": 1}  # and their least
+_SIZES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 0, "n_threads": 0, "n_threads_batch": 0}  # and their least
 
 
 def check_types(**given: object) -> None:
@@ -65,10 +69,27 @@ def check_names(arguments: Collection[str], *classes: type) -> None:
             raise UsageError(f"Llama has no argument {name!r}; {meant}")
 
 
+def overridden(layout: ExpertLayout, kv_overrides: dict[str, Any] | None) -> ExpertLayout:
+    """A layout of which `kv_overrides` changes the number of experts that a token uses.
+
+    Raises UsageError where that is not within 1 and E, and for another E: the file has as many as it has.
+    """
+    given = kv_overrides or {}
+    if f"{layout.architecture}.expert_count" in given:
+        raise UsageError(
+            f"kv_overrides cannot change {layout.architecture}.expert_count: the file has {layout.n_expert} experts."
+        )
+    name = f"{layout.architecture}.expert_used_count"
+    n_used = given.get(name, layout.n_used)
+    if not isinstance(n_used, Integral) or isinstance(n_used, bool) or not 1 <= int(n_used) <= layout.n_expert:
+        raise UsageError(f"kv_overrides: {name} is a whole number from 1 to {layout.n_expert}, not {n_used!r}.")
+    return dataclasses.replace(layout, n_used=int(n_used))
+
+
 def check(arguments: dict[str, Any]) -> None:
     """Raises UsageError for one that is not for the caller, for what asks for a GPU, or a number that C cannot hold."""
     for name in OWN:
-        if name in arguments:
+        if name in arguments and arguments[name] is not _DEFAULTS.get(name):
             raise UsageError(
                 f"{name} is not for the caller to choose: what is mapped and what is read follows from budget and io."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from cacheroute.engine import log
@@ -34,6 +34,14 @@ class Processors:
         """Raises what a processor has raised."""
         if self._error is not None:
             raise self._error
+
+
+def sent(answer: Generator[int, Sequence[int] | None, None], tokens: Sequence[int] | None) -> int | None:
+    """The next token of an answer, None at its end."""
+    try:
+        return answer.send(tokens)
+    except StopIteration:
+        return None
 
 
 class GrammarError(UsageError):

@@ -127,8 +127,15 @@ class ComputingLlama(ConfiguredLlama):
             self._ctx.set_n_threads(n, self.n_threads_batch)
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
-        """As llama_cpp.Llama.embed. Forgets the sequence."""
+        """As llama_cpp.Llama.embed. Forgets the sequence.
+
+        Raises UsageError where there is no token to embed, of which upstream crashes.
+        """
+        given = args[0] if args else kwargs.get("input")
+        texts = [given] if isinstance(given, str) else list(given or ())
         with self._alone():
+            if not texts or any(not text and not self.tokenize(b"") for text in texts):
+                raise UsageError("There is nothing to embed: a text is empty.")
             super().reset()
             try:
                 return super().embed(*args, **kwargs)
@@ -142,6 +149,7 @@ class ComputingLlama(ConfiguredLlama):
         raises CacherouteError.
         """
         tokens = list(tokens)
+        n_known = len(tokens) + (0 if kwargs.get("reset", True) else self.n_tokens)  # evaluated or sampled
         processors = callbacks.Processors(kwargs.get("logits_processor") or ())
         if kwargs.get("logits_processor"):
             kwargs["logits_processor"] = _llama_cpp.LogitsProcessorList([processors])
@@ -154,20 +162,20 @@ class ComputingLlama(ConfiguredLlama):
         inner = super().generate(tokens, *args, **kwargs)
         try:
             with self._alone():
-                token = next(inner)
+                token = next(inner, None)
                 self._keep_point()
-            while True:
+            while token is not None:
                 processors.check()
-                n_tokens = self.n_tokens
+                n_tokens, n_known = self.n_tokens, n_known + 1
                 more = yield token
+                if more and not self._logits_all:
+                    raise UsageError("Tokens can be sent to an answer of a model that was loaded with logits_all=True.")
                 if self._generation is not own or self.n_tokens != n_tokens:
                     what = "Another answer was begun" if self._generation not in (own, None) else "The sequence was changed"
                     raise CacherouteError(f"{what} before this answer ended; end it first, or load the model twice.")
-                if self.n_tokens >= self._n_ctx:
+                if n_known > self._n_ctx:
                     return  # full: the last token was sampled and cannot be evaluated
                 with self._alone(), self.decoding():  # only while it runs: a generator that is left alone changes nothing
-                    token = inner.send(more)
-        except StopIteration:
-            return
+                    token = callbacks.sent(inner, more)
         finally:
             inner.close()

@@ -34,6 +34,11 @@ class FlashAttention(enum.IntEnum):
             raise UsageError(f"flash_attn is True, False, or None for prompts only, not {flash_attn!r}.")
         return cls.ALWAYS if flash_attn else cls.NEVER
 
+    @property
+    def asked(self) -> bool | None:
+        """The `flash_attn` that asks for it."""
+        return None if self is self.PROMPTS else self is self.ALWAYS
+
     def computes(self, n_tokens: int) -> bool:
         """Whether a pass of so many tokens is computed with it."""
         return self is self.ALWAYS or (self is self.PROMPTS and n_tokens >= LEAST)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cacheroute import interrupts
 from cacheroute.engine import arguments, choice, json_schema, load_progress, log, progress, stores, templates
 from cacheroute.engine.asked import Asked
@@ -122,6 +124,7 @@ class Llama(ComputingLlama):
         self.forced: ForcedScores | None = None  # force() sets it
         self._decoding = False
         self._lock = threading.RLock()  # held by the thread that computes
+        self._inside = 0  # how many calls of that thread are under way within each other
         self._settling = False  # set_capacity() holds it for a moment
         self._untouched = False
         self._new_sequence()
@@ -131,13 +134,14 @@ class Llama(ComputingLlama):
         self._owner = os.getpid()
         arguments.check_names(kwargs, Llama, _llama_cpp.Llama)
         arguments.check(kwargs | {"n_batch": n_batch, "n_ubatch": n_ubatch})
+        kwargs = {name: value for name, value in kwargs.items() if name not in arguments.OWN}
         asked = Asked(budget, routing, eviction, io, prefetch, prompt_routing)
         arguments.check_types(model_path=model_path, **vars(asked))
         arguments.check_types(prompt_progress=prompt_progress, budget_changed=budget_changed)
         # a file comes before a model of the same name: this has always taken paths
         path = Path(model_path) if os.path.isfile(model_path) else catalogue.resolve(os.fspath(model_path))
         header = gguf_file.read(path)
-        self.header, self.layout = header, experts.layout(header)
+        self.header, self.layout = header, arguments.overridden(experts.layout(header), kwargs.get("kv_overrides"))
         arguments.check_pace(flash_mbps)
         paced = flash_mbps is not None
         n_ctx = kwargs.get("n_ctx", 512)
@@ -193,6 +197,8 @@ class Llama(ComputingLlama):
         self._has_chat_format = bool(kwargs.get("chat_format") or kwargs.get("chat_handler"))
         # llama.cpp rounds the context up; ids and scores have room for what was asked for
         self._n_ctx = len(self.input_ids) or super().n_ctx()
+        if not self._logits_all:  # upstream has a row for each token of a batch, fills none, and copies all with a state
+            self.scores = np.zeros((1, self.n_vocab()), np.single)
         self._interrupt = Interrupt()
         self._interrupt.attach(self._ctx.ctx)
         self._threads, self._n_threads_set = ComputeThreads(self.n_threads, cores()), self.n_threads
@@ -242,9 +248,11 @@ class Llama(ComputingLlama):
         self._check_usable()
         if not self._lock.acquire(blocking=False) and not (self._settling and self._lock.acquire(timeout=_SETTLE_SECONDS)):
             raise CacherouteError("The model is in use by another thread; let one use it at a time, or load it for each.")
+        self._inside += 1
         try:
             yield
         finally:
+            self._inside -= 1
             self._lock.release()
 
     def interrupt(self, asked: bool = True) -> None:
@@ -265,11 +273,11 @@ class Llama(ComputingLlama):
     def close(self) -> None:
         """Frees the model. The hook goes first: it works on the model's mappings. May be called twice.
 
-        Raises CacherouteError while another thread computes.
+        Raises CacherouteError while another thread computes, and from code that is called by an answer.
         """
         if not self._closed and os.getpid() == self._owner:
             with self._alone():
-                if self.computing:  # a signal handler of the thread that computes
+                if self.computing or self._inside > 1:  # a signal handler or a processor of the thread that computes
                     raise CacherouteError("The model computes; close it when that has ended.")
                 self._closed = True
         self._closed = True
@@ -290,6 +298,7 @@ class Llama(ComputingLlama):
         self._check_usable()
         state = {k: v for k, v in super().__getstate__().items() if k not in arguments.OWN}
         own = vars(self.asked) | {"flash_mbps": self._flash_mbps, "read_ahead": self._read_ahead}
+        own["flash_attn"] = FlashAttention(self.context_params.flash_attn_type).asked  # upstream knows no third kind
         as_memory_allows = {} if self._batches.fixed else {"n_batch": None, "n_ubatch": None}
         return state | own | as_memory_allows
 
@@ -302,3 +311,13 @@ class Llama(ComputingLlama):
         """As llama_cpp.Llama.detokenize."""
         self._check_usable()
         return super().detokenize(*args, **kwargs)
+
+    def tokenizer(self) -> Any:
+        """As llama_cpp.Llama.tokenizer."""
+        self._check_usable()
+        return super().tokenizer()
+
+    def pooling_type(self) -> Any:
+        """As llama_cpp.Llama.pooling_type."""
+        self._check_usable()
+        return super().pooling_type()

@@ -8,6 +8,7 @@ state of the cache is known: after all evaluated tokens, or at a point, which is
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -120,6 +121,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def next_logits(self) -> npt.NDArray[np.float32]:
         """Those by which the token after the evaluated ones is sampled, [n_vocab], before any bias or penalty; a copy."""
+        self._check_usable()
         if self._logits is not None:
             return np.frombuffer(self._logits, np.float32)
         return np.array(np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), (self.n_vocab(),)), np.float32)
@@ -133,6 +135,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def state_bytes(self) -> int:
         """Of what checkpoint(sequence=True) keeps of the model now, without the routing state."""
+        self._check_usable()
         return int(_llama_cpp.llama_cpp.llama_state_seq_get_size(self._ctx.ctx, 0))
 
     def _capacity(self) -> int | None:
@@ -182,6 +185,9 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
         cache."""
         self._check_usable()
         self._new_sequence()
+        if not self._logits_all:  # the rows of another class, which holds more of them
+            state = copy.copy(state)
+            state.scores = state.scores[: len(self.scores)]
         super().load_state(state)
         mark = getattr(state, "routing", None)
         self._two_budgets = bool(mark and mark.two_budgets)
@@ -357,6 +363,7 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             "prompt routing": str(self.prompt_routing),
             "type of the KV cache": f"{_KV_TYPES.get(p.type_k, p.type_k)}/{_KV_TYPES.get(p.type_v, p.type_v)}",
             "context": ",".join(context),
+            "metadata": ",".join(f"{name}={value}" for name, value in sorted((self.kv_overrides or {}).items())) or "of the file",
             "adapter": f"{self.lora_path}, {self.lora_scale:g}" if self.lora_path else "none",
             "warm start": _short(self._task) if self._task else "none",
             # a state of another budget is cut to this one; where the cache changes the choice, so would that
