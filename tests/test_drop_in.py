@@ -12,7 +12,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from llama_cpp import LogitsProcessorList, StoppingCriteriaList
+from llama_cpp import LogitsProcessorList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from cacheroute import Llama
