@@ -54,7 +54,7 @@ _MOST_DIGITS = 30  # of a size
 
 def parse_size(text: str) -> int:
     """Bytes of a size as 8GiB, 8GB, 8G or 512MiB. Raises UsageError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip().lower())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)", text.strip().lower())
     if not match or match[2] not in UNITS or len(match[1]) > _MOST_DIGITS:
         raise UsageError(f"{text!r} is not a size; write it as 8GiB, 8GB or 512MiB.")
     return int(float(match[1]) * UNITS[match[2]])
@@ -195,9 +195,25 @@ def check_regular(path: Path, what: str, *, missing: str = "") -> None:
 
 
 def check_new(path: Path, *, force: bool) -> None:
-    """Raises UsageError for a file that exists, unless `force`."""
-    if os.path.exists(path) and not force:  # Path.exists() raises for names that are too long
+    """Raises UsageError for a file that exists, unless `force`, and for what can be no file, as written()."""
+    if os.path.isfile(written(path)) and not force:  # Path.exists() raises for names that are too long
         raise UsageError(f"{path} exists; --force replaces it.")
+
+
+def written(path: Path) -> Path:
+    """What is replaced where `path` is: of a link the file that it names, so that the link stays.
+
+    Raises UsageError for a device, a pipe or a folder, in whose place no file may come, and for a link that leads back to it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as e:
+        if isinstance(e, OSError) and e.errno == errno.ELOOP:
+            raise UsageError(f"{path} cannot be written: {broken_link(path)}.") from None
+        mode = stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{path} cannot be written: it is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; give the name of a file.")
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def check_distinct(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
@@ -332,12 +348,12 @@ def replaced(path: Path) -> Iterator[Path]:
     Until then, and when the process is killed at any time, what was at `path` stays. Raises what unwritable() gives when it
     cannot be written, with nothing left behind.
     """
-    target = path.resolve() if path.is_symlink() else path  # the link stays
+    target = written(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(part, target)
     except OSError as e:
         raise unwritable(path, e) from None

@@ -190,11 +190,16 @@ def test_a_damaged_score_is_computed_again(own_cache: Path, tiny: Path, prose: P
     (file,) = (own_cache / "scores").glob("*.jsonl")
     content = lines(file)
     for name, damage in DAMAGE.items():
-        write(file, [*content[:-1], damage(content[-1])])
+        write(file, [content[0], damage(content[1]), *content[2:]])
         result = invoke(*command)
-        assert result.exit_code == 0 and "is damaged: what it kept is computed again" in result.stderr, (name, result.output)
+        said = f"is damaged: 1 of its {len(content) - 1} lines are computed again."
+        assert result.exit_code == 0 and said in result.stderr, (name, result.output)
         assert stable(result.stdout) == expected, name
+        assert lines(file)[1:-1] == content[2:], name  # the others are kept
         assert "is damaged" not in invoke(*command).stderr, name
+    file.write_text("no header\n" + file.read_text())
+    result = invoke(*command)
+    assert "is damaged: what it kept is computed again" in result.stderr and stable(result.stdout) == expected
 
 
 def test_a_damaged_answer_is_none() -> None:

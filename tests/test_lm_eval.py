@@ -383,6 +383,7 @@ def test_mmlu_and_gsm8k_come_from_files(tiny: Path, tmp_path: Path, monkeypatch:
     [
         ("no_such_task", 2, "There is no task 'no_such_task' in lm-evaluation-harness nor in"),
         ("cacheroute_lost_data", 1, "The data of cacheroute_lost_data cannot be loaded"),
+        ("cacheroute_wrong_split", 2, f"cacheroute_wrong_split of {TASKS} cannot be used (KeyError: 'zzz'); mend its"),
     ],
 )
 def test_bad_tasks_are_one_sentence(tiny: Path, name: str, code: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +393,13 @@ def test_bad_tasks_are_one_sentence(tiny: Path, name: str, code: int, message: s
     result = run(name, "-m", tiny, "--tasks", TASKS)
     assert result.exit_code == code, result.output
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_task_file_that_is_no_yaml_is_named(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("task: [a")
+    result = run("a", "-m", tiny, "--tasks", tmp_path)
+    assert result.exit_code == 2 and f"{tmp_path / 'bad.yaml'} is no task file: while parsing" in result.stderr, result.output
 
 
 def test_without_the_extra_the_error_names_what_to_install(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

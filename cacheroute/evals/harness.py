@@ -92,6 +92,7 @@ def load_tasks(
         manager, known = _manager(folder, defaults=True)
     for name in names:
         if name not in known:
+            _check_yaml(folder)
             where = f" nor in {folder}" if folder else ""
             commands = ["perplexity", "prompt", "long", *SHORT_NAMES]
             meant = did_you_mean(name, [*commands, *known], "`lm-eval ls tasks` lists them.")
@@ -102,7 +103,7 @@ def load_tasks(
         except CacherouteError:
             raise
         except Exception as e:  # any error of a data reader: no network, a missing file, another format
-            raise _not_loaded(names, data, e) from None
+            raise _not_loaded(names, folder, data, e) from None
     for task in loaded["tasks"].values():
         _check_examples(task, shots)
     samples = None
@@ -112,8 +113,24 @@ def load_tasks(
     return Tasks(manager, names, {name: list(_leaves(name, children)) for name in children}, samples, shots, data)
 
 
-def _not_loaded(names: Sequence[str], data: Path | None, error: Exception) -> CacherouteError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
+def _check_yaml(folder: Path | None) -> None:
+    """Raises UsageError for a task file that is no YAML, which lm-evaluation-harness passes over."""
+    import yaml
+
+    for file in sorted(folder.rglob("*.yaml")) if folder else ():
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise UsageError(f"{file} is no task file: {' '.join(str(e).split())}.") from None
+
+
+def _not_loaded(names: Sequence[str], folder: Path | None, data: Path | None, error: Exception) -> CacherouteError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), "").rstrip(".")
+    reason = reason if " " in reason else f"{type(error).__name__}: {reason}"
+    if folder and not isinstance(error, OSError):
+        return UsageError(
+            f"{', '.join(names)} of {folder} cannot be used ({reason}); mend its task file, or the data that it names."
+        )
     if data and type(error).__name__ == "UndefinedError":
         return UsageError(f"The rows in {data} lack a column that {', '.join(names)} needs ({reason}).")
     return CacherouteError(

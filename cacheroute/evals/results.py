@@ -38,8 +38,9 @@ class ResultsFile:
             whole = old[: old.rfind(b"\n") + 1]
             if old:
                 self._check(whole, header)
-                self._content = whole.splitlines()
-            if not old:
+                kept = len(whole.splitlines()) == 1 + len(self.lines)
+                self._content = whole.splitlines() if kept else [self._content[0], *(as_json(x).encode() for x in self.lines)]
+            if not old or not kept:
                 self._write()
             elif len(whole) < len(old):  # or another process may be appending
                 os.truncate(path, len(whole))
@@ -48,14 +49,20 @@ class ResultsFile:
 
     def _check(self, content: bytes, header: dict[str, Any]) -> None:
         try:
-            found, *self.lines = (json.loads(line) for line in content.splitlines())
-            if not all(isinstance(line, dict) for line in self.lines):
-                raise ValueError("a line is no object")
+            first, *rest = content.splitlines()
+            found, self.lines = json.loads(first), self._parsed(rest)
             other = [k for k in header.keys() | found.keys() if found.get(k) != header.get(k)]
         except (ValueError, AttributeError, RecursionError):
             raise UsageError(f"{self.path} is not a results file of cacheroute; choose another name.") from None
         if other:
             raise UsageError(f"{self.path} {_difference(found, header, other)}; choose another file or remove it.")
+
+    def _parsed(self, lines: Sequence[bytes]) -> list[dict[str, Any]]:
+        """Raises ValueError or RecursionError for a line that is damaged."""
+        found = [json.loads(line) for line in lines]
+        if not all(isinstance(line, dict) for line in found):
+            raise ValueError("a line is no object")
+        return found
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line. Raises CacherouteError when it cannot be written; what was written of it is taken back."""

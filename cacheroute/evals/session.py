@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,27 +89,28 @@ def kept_scores(
         header["reference"] = gguf_file.content_fingerprint(reference_model)
     file = score_file(header)
     try:
-        kept = KeptScores(file, header)
-        for line in kept.lines:
-            parse(line)
-        return kept
-    except (UsageError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return KeptScores(file, header, parse)
+    except UsageError:
         print(f"{file} is damaged: what it kept is computed again.", file=sys.stderr)
     try:
         file.unlink(missing_ok=True)
     except OSError as e:
-        return KeptScores(file, header, unkept=f"It cannot be removed ({e.strerror})")
-    return KeptScores(file, header)
+        return KeptScores(file, header, parse, unkept=f"It cannot be removed ({e.strerror})")
+    return KeptScores(file, header, parse)
 
 
 class KeptScores(ResultsFile):
-    """Scores in the user's cache. Where they cannot be written, that is said once, and nothing more is kept.
+    """Scores in the user's cache. Where they cannot be written, that is said once, and nothing more is kept. Lines of which
+    `parse` says that they are damaged, by raising an exception, are left out.
 
     `unkept`: why nothing is to be kept from the start, "" where it is.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], *, unkept: str = "") -> None:
+    def __init__(
+        self, path: Path, header: dict[str, Any], parse: Callable[[dict[str, Any]], Any] = lambda _: None, *, unkept: str = ""
+    ) -> None:
         self.path, self.lines, self._kept = path, [], True
+        self._parse = parse
         if unkept:
             self._give_up(unkept)
             return
@@ -124,6 +125,19 @@ class KeptScores(ResultsFile):
             raise
         except CacherouteError as e:
             self._give_up(str(e))
+
+    def _parsed(self, lines: Sequence[bytes]) -> list[dict[str, Any]]:
+        good = []
+        for line in lines:
+            with suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+                found = json.loads(line)
+                self._parse(found)
+                good.append(found)
+        if len(good) < len(lines):
+            print(
+                f"{self.path} is damaged: {len(lines) - len(good)} of its {len(lines)} lines are computed again.", file=sys.stderr
+            )
+        return good
 
     def append(self, line: dict[str, Any]) -> None:
         if not self._kept:

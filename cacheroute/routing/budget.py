@@ -58,7 +58,7 @@ def in_bytes(text: str | float | None, layout: ExpertLayout) -> int:
 
     Raises UsageError as parse() does, but not for bytes that are fewer than `layout` needs.
     """
-    if isinstance(text, str) and re.fullmatch(rf"\s*\d+(?:\.\d+)?\s*(?:{_UNIT})\s*", text.lower()):
+    if isinstance(text, str) and re.fullmatch(rf"\s*[0-9]+(?:\.[0-9]+)?\s*(?:{_UNIT})\s*", text.lower()):
         return parse_size(text)
     return parse(text, layout).nbytes
 
@@ -100,7 +100,7 @@ def _capacity(text: str, layout: Experts) -> int:
         raise UsageError("A budget of auto follows the free memory, so nothing can be measured or tuned by it; give another one.")
     if text == "all":
         return layout.n_expert
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*(%|{_UNIT})?", text)
+    match = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?)\s*(%|{_UNIT})?", text)
     if not match:
         raise UsageError(f"{text!r} is not a budget: {FORMS}.")
     number, unit = float(match[1]), match[2]

@@ -121,8 +121,6 @@ class TraceWriter:
         self._with_mass: bool | None = None
         for file in (path, self.part):
             files.check_new(file, force=force)
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder.")
         try:
             self._file = self.part.open("wb" if force else "xb", buffering=0)
         except OSError as e:
@@ -135,7 +133,7 @@ class TraceWriter:
         try:
             if kind is None and self.n_records:
                 self._write(_END)
-                os.replace(self.part, self.path)
+                os.replace(self.part, files.written(self.path))
         except OSError as e:
             raise CacherouteError(f"{self.path} cannot be written ({e.strerror}).") from None
         finally:

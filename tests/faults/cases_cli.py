@@ -281,6 +281,43 @@ def _not_a_folder(place: Place) -> Path:
     return place.file("c", "a file where a folder should be")
 
 
+_WRITERS = {
+    "a trace": ("trace", "-m", "{tiny}", "-p", "the", "-t", "1", "--max-tokens", "2", "--force", "-o", "o.svg"),
+    "a profile": ("trace", "-m", "{tiny}", "-p", "the", "-t", "1", "-o", "t", "--force", "--save-profile", "o.svg"),
+    "a figure": ("plot", "rows.json", "--force", "-o", "o.svg"),
+}
+
+
+def _words_of(place: Place, words: tuple[str, ...]) -> list[str]:
+    place.file("rows.json", "[]")
+    return [word.format(tiny=place.tiny) for word in words]
+
+
+def _to_what_is_no_file(words: tuple[str, ...]) -> Callable[[Place], list[str]]:
+    def command(place: Place) -> list[str]:
+        os.mkfifo(place.folder / "o.svg")
+        return _words_of(place, words)
+
+    return command
+
+
+def _to_itself(words: tuple[str, ...]) -> Callable[[Place], list[str]]:
+    def command(place: Place) -> list[str]:
+        (place.folder / "o.svg").symlink_to("o.svg")
+        return _words_of(place, words)
+
+    return command
+
+
+def _measured_links(place: Place) -> list[str]:
+    cache = place.folder / "cache"
+    cache.mkdir()
+    for name in ("io.json", "drive.json", "compute.json"):
+        (cache / name).symlink_to(name)
+    place.monkeypatch.setenv("CACHEROUTE_CACHE", str(cache))
+    return [*RAW.format(tiny=place.tiny).split(), "--budget", "50%"]
+
+
 RESULTS = [
     Case(
         "a trace on a full disk",
@@ -306,6 +343,19 @@ RESULTS = [
         env={"CACHEROUTE_CACHE": "{dir}/c"},
     ),
     Case("a figure of a kind that is none", "plot t -o a.gif", 2, r"neither a \.png nor a \.svg"),
+    *(
+        Case(
+            f"{name} to what is no file", _to_what_is_no_file(words), 2, r"o\.svg cannot be written: it is a pipe; give the name"
+        )
+        for name, words in _WRITERS.items()
+    ),
+    *(
+        Case(
+            f"{name} to a link to itself", _to_itself(words), 2, r"o\.svg cannot be written: it is a link to o\.svg, which leads"
+        )
+        for name, words in _WRITERS.items()
+    ),
+    Case("measurements that are links to themselves", _measured_links, 0, stdout=True, more=True),
 ]
 
 
