@@ -145,7 +145,7 @@ def test_a_damaged_score_cache_is_computed_again(tiny: Path, own_cache: Path, ca
     with kept.path.open("ab") as file:
         file.write(b'{"routing": 7}\n{"half')
     again = session.kept_scores(tiny, "t", score_files.FORMAT, scorer._from_json)
-    assert again.lines == [] and "is damaged: what it kept is computed again" in capsys.readouterr().err
+    assert again.lines == [] and "is damaged: 1 of its 1 lines are computed again" in capsys.readouterr().err
 
 
 def test_a_results_file_with_another_row_is_refused() -> None:
