@@ -75,6 +75,15 @@ def test_a_token_may_use_another_number_of_experts(tiny: Path, n_used: int) -> N
         assert decode.hits + decode.misses == n_used * decode.tokens * len(llm.layout.layers)
 
 
+def test_a_prompt_that_is_kept_is_of_one_number_of_experts(tiny: Path, tmp_path: Path) -> None:
+    with loaded(tiny, kv_overrides={"qwen3moe.expert_used_count": 2}) as llm:
+        llm.eval(PROMPT)
+        llm.save_prompt(tmp_path / "p")
+        assert llm.load_prompt(tmp_path / "p") == PROMPT
+    with loaded(tiny) as llm, pytest.raises(UsageError, match=r"qwen3moe\.expert_used_count=2"):
+        llm.load_prompt(tmp_path / "p")
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -363,8 +363,8 @@ class SequenceLlama(_llama_cpp.Llama):  # type: ignore[misc, name-defined]
             "prompt routing": str(self.prompt_routing),
             "type of the KV cache": f"{_KV_TYPES.get(p.type_k, p.type_k)}/{_KV_TYPES.get(p.type_v, p.type_v)}",
             "context": ",".join(context),
-            "metadata": ",".join(f"{name}={value}" for name, value in sorted((self.kv_overrides or {}).items())) or "of the file",
             "adapter": f"{self.lora_path}, {self.lora_scale:g}" if self.lora_path else "none",
+            "metadata": ",".join(f"{name}={value}" for name, value in sorted((self.kv_overrides or {}).items())) or "none",
             "warm start": _short(self._task) if self._task else "none",
             # a state of another budget is cut to this one; where the cache changes the choice, so would that
             **({"budget": f"{now}{layers}"} if self._lossy and not self.automatic else {}),

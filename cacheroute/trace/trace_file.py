@@ -115,7 +115,8 @@ class TraceWriter:
 
     def __init__(self, path: Path, header: Header, *, force: bool = False) -> None:
         self.path, self.header = path, header
-        self.part = path.with_name(path.name + ".part")
+        self._target = files.written(path)
+        self.part = self._target.with_name(self._target.name + ".part")
         self.n_records = 0
         self._failed = False  # a disk is full, say: what is in FILE.part then is of no use
         self._with_mass: bool | None = None
@@ -133,7 +134,7 @@ class TraceWriter:
         try:
             if kind is None and self.n_records:
                 self._write(_END)
-                os.replace(self.part, files.written(self.path))
+                os.replace(self.part, self._target)
         except OSError as e:
             raise CacherouteError(f"{self.path} cannot be written ({e.strerror}).") from None
         finally:
