@@ -18,16 +18,10 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from cacheroute import Llama
 from cacheroute.errors import CacherouteError, UsageError
 from support.decoding import last_logits
+from support.loading import SIZES, loaded
 
 pytestmark = pytest.mark.engine
-SIZES: dict[str, Any] = {"n_ctx": 128, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 PROMPT = list(range(3, 40))
-
-
-@contextlib.contextmanager
-def loaded(path: Path, **settings: Any) -> Iterator[Llama]:
-    with contextlib.closing(Llama(str(path), **SIZES | {"budget": 8} | settings)) as llm:
-        yield llm
 
 
 @contextlib.contextmanager

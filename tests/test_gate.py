@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,11 @@ from cacheroute.engine import stores
 from cacheroute.errors import CacherouteError, UsageError
 from support import tiny_models
 from support.decoding import last_logits
+from support.loading import loaded
 
 pytestmark = pytest.mark.engine
 LOSSY = "cache-prior:lambda=0.5"
 PROMPT, OTHER = list(range(3, 40)), list(range(60, 90))
-
-
-@contextlib.contextmanager
-def loaded(path: Path, **settings: Any) -> Iterator[Llama]:
-    sizes = {"n_ctx": 128, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "budget": 8}
-    with contextlib.closing(Llama(str(path), **sizes | settings)) as llm:
-        yield llm
 
 
 def after_prompt(llm: Llama, prompt: list[int]) -> Any:

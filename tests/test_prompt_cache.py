@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +17,12 @@ from cacheroute.engine.checkpoint import MOST_POINTS
 from cacheroute.errors import CacherouteError, UsageError
 from cacheroute.routing import eviction as evictions
 from support import tiny_models
+from support.loading import loaded
 
 pytestmark = pytest.mark.engine
 LOSSY, LOSSLESS = "cache-prior:lambda=0.5", "original"
 PROMPT, MORE, OTHER = list(range(3, 40)), [50, 51, 52], list(range(60, 90))
 BOTH = pytest.mark.parametrize("routing", [LOSSLESS, LOSSY])
-
-
-@contextlib.contextmanager
-def loaded(path: Path, **settings: Any) -> Iterator[Llama]:
-    sizes = {"n_ctx": 128, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "budget": 8}
-    with contextlib.closing(Llama(str(path), **sizes | settings)) as llm:
-        yield llm
 
 
 class Answer(NamedTuple):

@@ -162,7 +162,7 @@ class ComputingLlama(ConfiguredLlama):
         inner = super().generate(tokens, *args, **kwargs)
         try:
             with self._alone():
-                token = next(inner, None)
+                token = callbacks.sent(inner, None)
                 self._keep_point()
             while token is not None:
                 processors.check()

@@ -36,20 +36,21 @@ class ResultsFile:
                 check_regular(path, "a results file")
             old = path.read_bytes() if path.exists() else b""
             whole = old[: old.rfind(b"\n") + 1]
+            content = whole.splitlines()
             if old:
-                self._check(whole, header)
-                kept = len(whole.splitlines()) == 1 + len(self.lines)
-                self._content = whole.splitlines() if kept else [self._content[0], *(as_json(x).encode() for x in self.lines)]
-            if not old or not kept:
+                self._check(content, header)
+            kept = len(content) == 1 + len(self.lines)
+            self._content = content if kept else [*self._content, *(as_json(line).encode() for line in self.lines)]
+            if not kept:
                 self._write()
             elif len(whole) < len(old):  # or another process may be appending
                 os.truncate(path, len(whole))
         except OSError as e:
             raise CacherouteError(f"{path} cannot be written ({e.strerror}).") from None
 
-    def _check(self, content: bytes, header: dict[str, Any]) -> None:
+    def _check(self, content: Sequence[bytes], header: dict[str, Any]) -> None:
         try:
-            first, *rest = content.splitlines()
+            first, *rest = content
             found, self.lines = json.loads(first), self._parsed(rest)
             other = [k for k in header.keys() | found.keys() if found.get(k) != header.get(k)]
         except (ValueError, AttributeError, RecursionError):

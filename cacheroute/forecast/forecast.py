@@ -329,9 +329,8 @@ def _decisions(
     if whole:
         budget = Decision("budget", "all", "all experts fit, so nothing is read after loading, and llama.cpp repacks them")
     else:
-        reason = f"the most of {plan.n_expert} experts a layer that the free memory has room for"
-        if plan.given is not None:
-            reason = "as given"
+        most = f"the most of {plan.n_expert} experts a layer that the free memory has room for"
+        reason = most if plan.given is None else "as given"
         speed = one.tokens_per_s(routings[0].miss_rate, capacity)
         enough = one.enough(capacity, speed) if speed else capacity
         reason += f"; {enough} would be nearly as fast" if enough < 0.9 * capacity else ""

@@ -288,23 +288,18 @@ _WRITERS = {
 }
 
 
-def _words_of(place: Place, words: tuple[str, ...]) -> list[str]:
-    place.file("rows.json", "[]")
-    return [word.format(tiny=place.tiny) for word in words]
+_IN_ITS_PLACE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pipe": (os.mkfifo, r"it is a pipe; give the name"),
+    "a link to itself": (lambda path: path.symlink_to(path.name), r"it is a link to o\.svg, which leads"),
+}
 
 
-def _to_what_is_no_file(words: tuple[str, ...]) -> Callable[[Place], list[str]]:
+def _written_to(what: str, words: tuple[str, ...]) -> Callable[[Place], list[str]]:
     def command(place: Place) -> list[str]:
-        os.mkfifo(place.folder / "o.svg")
-        return _words_of(place, words)
-
-    return command
-
-
-def _to_itself(words: tuple[str, ...]) -> Callable[[Place], list[str]]:
-    def command(place: Place) -> list[str]:
-        (place.folder / "o.svg").symlink_to("o.svg")
-        return _words_of(place, words)
+        make, _ = _IN_ITS_PLACE[what]
+        make(place.folder / "o.svg")
+        place.file("rows.json", "[]")
+        return [word.format(tiny=place.tiny) for word in words]
 
     return command
 
@@ -344,15 +339,8 @@ RESULTS = [
     ),
     Case("a figure of a kind that is none", "plot t -o a.gif", 2, r"neither a \.png nor a \.svg"),
     *(
-        Case(
-            f"{name} to what is no file", _to_what_is_no_file(words), 2, r"o\.svg cannot be written: it is a pipe; give the name"
-        )
-        for name, words in _WRITERS.items()
-    ),
-    *(
-        Case(
-            f"{name} to a link to itself", _to_itself(words), 2, r"o\.svg cannot be written: it is a link to o\.svg, which leads"
-        )
+        Case(f"{name} to {what}", _written_to(what, words), 2, rf"o\.svg cannot be written: {said}")
+        for what, (_, said) in _IN_ITS_PLACE.items()
         for name, words in _WRITERS.items()
     ),
     Case("measurements that are links to themselves", _measured_links, 0, stdout=True, more=True),
