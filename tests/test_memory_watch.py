@@ -149,6 +149,7 @@ def test_the_watch_takes_memory_back_and_gives_it_again(alone: Path, monkeypatch
             until(lambda: llm.resident_bytes == llm.budget.nbytes < held)
             header_free[0] = GIB
             until(lambda: llm.budget.capacity == full)
+            until(lambda: said[-1].capacity == full)  # which is told after the budget has changed, by the watch's thread
             assert said[0].capacity < full and said[-1].capacity == full
             logits(llm, [5, 6, 7, 8] * 8, lambda _: None)
             until(lambda: llm.resident_bytes > said[0].nbytes)
